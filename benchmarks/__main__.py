@@ -1,0 +1,122 @@
+"""`python -m benchmarks PART`: measure, or render what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from . import table
+from .errors import BenchmarkError
+from .generate import DTYPES, Spec, generate
+from .machine import ROOT
+from .operations import OPERATIONS
+from .operations import run as run_operation
+from .results import Results
+from .shapes import SIZES
+
+PARTS = (*OPERATIONS, "compute", "merge", "scaling")
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parts = main.add_subparsers(dest="part", required=True, metavar="PART")
+    for name in (*PARTS, "all"):
+        part = parts.add_parser(
+            name.replace("_", "-"), aliases=[name] if "_" in name else [], help=HELP.get(name, "kernel operation")
+        )
+        part.set_defaults(part=name)
+        part.add_argument(
+            "--quick", action="store_true", help="smallest sizes, to try the harness; never in the tables"
+        )
+        part.add_argument("--label", default="", help="name of the result file (default: the date)")
+        part.add_argument("--resume", action="store_true", help="keep the finished pieces of the result file")
+        part.add_argument("--data", type=Path, default=ROOT / "bench-data", help="generated checkpoints, outputs")
+        part.add_argument("--repeats", type=int, default=None, help="repeats of the fast commands (default 5; quick 1)")
+        part.add_argument("--no-peers", action="store_true", help="merge: only our own commands and the floor")
+        part.add_argument("--sample", type=int, help="compute: time this many matrices per shape for rivals, and scale")
+    made = parts.add_parser("generate", help="write Whisper-shaped checkpoints")
+    made.add_argument("--size", choices=SIZES, default="small")
+    made.add_argument("--experts", type=int, default=5)
+    made.add_argument("--dtype", choices=DTYPES, default="float32")
+    made.add_argument("--deltas", choices=("powerlaw", "flat"), default="powerlaw")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("-o", "--out", type=Path, default=ROOT / "bench-data")
+    shown = parts.add_parser("table", help="print the README's tables")
+    shown.add_argument("--check", action="store_true", help="fail if the README's block differs")
+    shown.add_argument("--write", action="store_true", help="put the tables into the README")
+    return main
+
+
+HELP = {
+    "compute": "computing only: the released procedure, torch's faster forms, ours",
+    "merge": "whole commands: lors, mergekit, as released, floor",
+    "scaling": "time and memory by experts, rank, density, size; a plot",
+    "all": "every part, each in a process of its own",
+}
+
+
+def run_part(options: argparse.Namespace) -> None:
+    repeats = options.repeats or (1 if options.quick else 5)
+    settings = {"repeats": repeats}
+    if options.part == "compute":
+        settings["sample"] = options.sample
+    elif options.part == "merge":
+        settings["peers"] = not options.no_peers
+    results = Results(options.part, label=options.label, quick=options.quick, resume=options.resume, settings=settings)
+    data = options.data.resolve()
+    if options.part in OPERATIONS:
+        run_operation(results, options.part)
+    elif options.part == "compute":
+        from .bench_compute import run as run_compute
+
+        run_compute(results, data, repeats, sample=options.sample)
+    elif options.part == "merge":
+        from .bench_merge import run as run_merge
+
+        run_merge(results, data, repeats, peers=not options.no_peers)
+    else:
+        from .bench_scaling import run as run_scaling
+
+        run_scaling(results, data, repeats)
+    print(f"results: benchmarks/results/{results.path.name}", flush=True)
+
+
+def run_all(arguments: list[str]) -> None:
+    """Every part as a process: memory, threads and a crash of one do not reach the next."""
+    failed = []
+    for part in PARTS:
+        print(f"== {part}", flush=True)
+        if subprocess.run([sys.executable, "-m", "benchmarks", part, *arguments], cwd=ROOT).returncode:
+            failed.append(part)
+    if failed:
+        raise BenchmarkError(f"parts that failed: {', '.join(failed)}")
+
+
+def main(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        if options.part == "generate":
+            spec = Spec(options.size, options.dtype, options.deltas, options.seed)
+            for path in generate(options.out, spec, options.experts).directories:
+                print(path)
+        elif options.part == "table":
+            if options.check:
+                table.check()
+            elif options.write:
+                table.update()
+            else:
+                print(table.render())
+        elif options.part == "all":
+            run_all(arguments[1:])
+        else:
+            run_part(options)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

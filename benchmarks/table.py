@@ -1,0 +1,142 @@
+"""The README's measured tables, rendered from committed results: no number is typed by hand."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from .errors import BenchmarkError
+from .machine import ROOT
+from .operations import OPERATIONS
+from .results import RESULTS, newest
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+
+
+def render(directory: Path = RESULTS) -> str:
+    """Markdown of every part that has a result, in reading order."""
+    sections = [(merge_table, "merge"), (compute_table, "compute"), (scaling_text, "scaling")]
+    blocks = [draw(found, directory) for draw, part in sections if (found := newest(part, directory))]
+    operations = {name: found for name in OPERATIONS if (found := newest(name, directory))}
+    if operations:
+        blocks.append(operations_table(operations))
+    if not blocks:
+        raise BenchmarkError(f"{directory.name}: expected results, got none (run `python -m benchmarks all`)")
+    return "\n\n".join(blocks)
+
+
+def provenance(result: dict[str, Any], command: str) -> str:
+    machine = result["machine"]
+    commit = (machine["commit"] or "unknown")[:10] + (" with local changes" if machine["dirty"] else "")
+    return (
+        f"<sub>`{command}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+        f"Python {machine['python']}, torch {machine['versions']['torch']}; commit {commit}, {machine['date'][:10]}. "
+        f"Median (least to greatest).</sub>"
+    )
+
+
+def merge_table(result: dict[str, Any], directory: Path) -> str:
+    rows = ["**Whole command, files to files**", ""]
+    for title, piece in result["results"].items():
+        if "failed" in piece:
+            rows += [f"{title}: not measured ({piece['failed']})", ""]
+            continue
+        rows += [f"| {title} | time | beside `lors merge` | peak memory |", "|---|---:|---:|---:|"]
+        mine = piece["commands"]["lors"]
+        for name, run in piece["commands"].items():
+            if "failed" in run:
+                rows.append(f"| {name} | failed | | |")
+                continue
+            times = run["wall_s"]["median"] / mine["wall_s"]["median"] if "failed" not in mine else float("nan")
+            rows.append(
+                f"| {name} | {seconds(run['wall_s'])} | {times:.2g}x | {run['peak_rss']['median'] / 1e9:.2f} GB |"
+            )
+        rows.append("")
+    return "\n".join([*rows, provenance(result, "python -m benchmarks merge")])
+
+
+def compute_table(result: dict[str, Any], directory: Path) -> str:
+    rows = ["**Computing only, in memory**", "", "| | time | beside ours | error of L |", "|---|---:|---:|---:|"]
+    for title, piece in result["results"].items():
+        if "failed" in piece:
+            rows.append(f"| {title} | failed | | |")
+            continue
+        times = f"{piece['ratio']['median']:.3g}x" if "ratio" in piece else "1x"
+        scaled = " (scaled from a sample)" if piece.get("measured") != piece.get("matrices") else ""
+        missed = " (1e-3 not reached)" if not piece.get("met", True) else ""
+        error = f"{piece['error']:.0e}{missed}" if "error" in piece else ""
+        rows.append(f"| {title} | {seconds(piece['seconds'])}{scaled} | {times} | {error} |")
+    return "\n".join([*rows, "", provenance(result, "python -m benchmarks compute")])
+
+
+def scaling_text(result: dict[str, Any], directory: Path) -> str:
+    rows = [
+        "**How the cost grows** (whole command)",
+        "",
+        "| | from | to | time | peak memory |",
+        "|---|---|---|---:|---:|",
+    ]
+    for axis, piece in result["results"].items():
+        if "failed" in piece:
+            continue
+        first, last = piece["runs"][0], piece["runs"][-1]
+        times = " to ".join(f"{run['wall_s']['median']:.2f}" for run in (first, last))
+        memory = " to ".join(f"{run['peak_rss']['median'] / 1e9:.2f}" for run in (first, last))
+        rows.append(f"| {axis} | {piece['points'][0]} | {piece['points'][-1]} | {times} s | {memory} GB |")
+    plots = sorted(directory.glob("scaling-*.png"))
+    name = f"scaling-{result['label'] or result['machine']['date'][:10]}.png"
+    picture = [f"![time and memory]({(directory / name).relative_to(ROOT)})", ""] if directory / name in plots else []
+    return "\n".join([*rows, "", *picture, provenance(result, "python -m benchmarks scaling")])
+
+
+def operations_table(operations: dict[str, dict[str, Any]]) -> str:
+    """Float32, cold cache, power-law deltas; the fastest plain torch form beside ours."""
+    rows = ["**Kernel operations**, float32, cold cache", ""]
+    rows += ["| | shape | ms | GB/s | plain torch, ms | faster |", "|---|---|---:|---:|---:|---:|"]
+    for operation, result in operations.items():
+        pieces = result["results"]
+        for name, piece in pieces.items():
+            stem, impl = name.rsplit(", ", 1)
+            if impl != "cpu" or ", float32" not in name or ", warm" in name or ", flat" in name:
+                continue
+            # svd_lowrank does not compute the same thing: its error is in the result file.
+            rivals = [
+                other for key, other in pieces.items() if key.startswith(stem) and key != name and "lowrank" not in key
+            ]
+            best = min((rival["ms"]["median"] for rival in rivals), default=None)
+            mine = piece["ms"]["median"]
+            against = f"{best:.3g} | {best / mine:.1f}x" if best else "|"
+            rows.append(f"| `{operation}` | {stem.split(',')[0]} | {mine:.3g} | {piece['GB/s']:.1f} | {against} |")
+    return "\n".join([*rows, "", provenance(result, "python -m benchmarks gram_apply")])
+
+
+def seconds(spread: dict[str, float]) -> str:
+    if spread["min"] == spread["max"]:
+        return f"{spread['median']:.3g} s"
+    return f"{spread['median']:.3g} s ({spread['min']:.3g} to {spread['max']:.3g})"
+
+
+def block(readme: str) -> tuple[str, str, str]:
+    """The README before, between and after the markers."""
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise BenchmarkError(f"README.md: expected one {START} followed by one {END}")
+    before, rest = readme.split(START)
+    middle, after = rest.split(END)
+    return before, middle, after
+
+
+def update(readme: Path = README, directory: Path = RESULTS) -> None:
+    before, _, after = block(readme.read_text())
+    readme.write_text(f"{before}{START}\n{render(directory)}\n{END}{after}")
+
+
+def check(readme: Path = README, directory: Path = RESULTS) -> None:
+    """Raise BenchmarkError when the README's block is not what the results say."""
+    _, found, _ = block(readme.read_text())
+    expected = f"\n{render(directory)}\n"
+    if found != expected:
+        changed = list(difflib.unified_diff(found.splitlines(), expected.splitlines(), lineterm="", n=0))
+        line = next((line for line in changed[2:] if line[0] in "+-"), "")
+        raise BenchmarkError(f"README.md: expected the table of `python -m benchmarks table`, got a difference: {line}")

@@ -1,0 +1,84 @@
+// The CPU extension module: a table of contents. Arguments arrive checked (lors_kernels) as addresses and sizes; the
+// interpreter lock is released while C++ works.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "cpu/simd.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using lors::Matrix;
+// (address, dtype, rows, cols, row stride); address 0 is a matrix of zeros
+using MatrixTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
+// (left address, right address, rank)
+using LowRankTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
+using ThresholdTuple = std::tuple<float, int64_t, int64_t>;
+
+Matrix matrix(const MatrixTuple& t) {
+    return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<lors::DType>(std::get<1>(t)), std::get<2>(t),
+            std::get<3>(t), std::get<4>(t)};
+}
+
+lors::LowRank low_rank(const LowRankTuple& t) {
+    return {reinterpret_cast<const float*>(std::get<0>(t)), reinterpret_cast<const float*>(std::get<1>(t)), std::get<2>(t)};
+}
+
+float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+void gram_apply(const MatrixTuple& base, const MatrixTuple& tuned, bool transposed, uintptr_t x, int64_t width, uintptr_t z,
+                int threads) {
+    py::gil_scoped_release release;
+    lors::gram_apply(matrix(base), matrix(tuned), transposed, floats(x), width, floats(z), threads);
+}
+
+auto residual_threshold(const MatrixTuple& base, const MatrixTuple& tuned, const LowRankTuple& factors, int64_t k,
+                        int threads) {
+    py::gil_scoped_release release;
+    const lors::Selection s = lors::residual_threshold(matrix(base), matrix(tuned), low_rank(factors), k, threads);
+    return std::make_tuple(s.threshold.value, s.threshold.ties, s.threshold.cut, s.non_finite);
+}
+
+auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::vector<MatrixTuple>& tuned,
+                  const std::vector<LowRankTuple>& factors, const std::vector<ThresholdTuple>& thresholds,
+                  const std::vector<float>& weights, int threads) {
+    std::vector<lors::UpdateStats> stats(tuned.size());
+    {
+        py::gil_scoped_release release;
+        std::vector<lors::Expert> experts;
+        for (size_t t = 0; t < tuned.size(); ++t) {
+            const auto& [value, ties, cut] = thresholds[t];
+            experts.push_back({matrix(tuned[t]), low_rank(factors[t]), {value, ties, cut}, weights[t]});
+        }
+        lors::merge_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()), stats.data(),
+                           threads);
+    }
+    py::list result;
+    for (const lors::UpdateStats& s : stats) {
+        result.append(py::make_tuple(s.delta_energy, s.residual_energy, s.kept_energy, s.kept, s.non_finite));
+    }
+    return result;
+}
+
+auto truncated_svd(const MatrixTuple& base, const MatrixTuple& tuned, int64_t rank, uint64_t seed, uintptr_t left,
+                   uintptr_t right, uintptr_t sigma, int threads) {
+    py::gil_scoped_release release;
+    const lors::SvdResult r = lors::truncated_svd(matrix(base), matrix(tuned), rank, seed, floats(left), floats(right),
+                                                  floats(sigma), threads);
+    return std::make_tuple(static_cast<int>(r.method), r.passes, r.residual, r.energy, r.non_finite);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LORS_MODULE, module) {
+    module.attr("isa") = lors::kIsa;
+    module.def("gram_apply", gram_apply);
+    module.def("residual_threshold", residual_threshold);
+    module.def("merge_update", merge_update);
+    module.def("truncated_svd", truncated_svd);
+}

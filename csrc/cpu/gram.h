@@ -1,0 +1,137 @@
+// z = A.T @ (A @ x) in one pass over A, for an A that is formed while it is read.
+//
+// A is [rows, n] with n the shorter side of delta: delta itself, or its transpose. A block of rows is brought into L1
+// and used for both halves of the product. Rows are cut into chunks of kChunkRows by the shape alone; a chunk sums in
+// float32 from zero and the chunks' sums are added in order, which bounds the rounding error of tall matrices and makes
+// the result independent of the number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "../lors/parallel.h"
+#include "buffer.h"
+#include "delta.h"
+#include "panel.h"
+
+namespace lors {
+
+constexpr int64_t kChunkRows = 128;
+
+// Rows of delta, formed on the fly.
+struct DeltaRows {
+    const Delta& delta;
+    int64_t rows() const { return delta.rows(); }
+    int64_t cols() const { return delta.cols(); }
+    template <class T>
+    const T* fetch(int64_t i, int64_t count, T* buffer) const;
+};
+
+// Rows of delta.T, formed on the fly: a strip of columns is read row by row and stored transposed.
+struct DeltaColumns {
+    const Delta& delta;
+    int64_t rows() const { return delta.cols(); }
+    int64_t cols() const { return delta.rows(); }
+    template <class T>
+    const T* fetch(int64_t i, int64_t count, T* buffer) const;
+};
+
+// Rows of a float32 matrix in memory, padded.
+struct PackedRows {
+    const float* data;
+    int64_t rows_, cols_;
+    int64_t rows() const { return rows_; }
+    int64_t cols() const { return cols_; }
+    template <class T>
+    const T* fetch(int64_t i, int64_t count, T* buffer) const;
+};
+
+template <>
+inline const float* DeltaRows::fetch(int64_t i, int64_t count, float* buffer) const {
+    const int64_t n = padded(cols());
+    for (int64_t r = 0; r < count; ++r) delta.row(i + r, buffer + r * n);
+    return buffer;
+}
+
+template <>
+inline const float* DeltaColumns::fetch(int64_t i, int64_t count, float* buffer) const {
+    const int64_t n = padded(cols());
+    alignas(64) float tile[kPad][kPad];
+    for (int64_t j = 0; j < n; j += kPad) {
+        for (int64_t part = 0; part < count; part += kPad) {
+            const int64_t width = std::min(kPad, count - part);
+            for (int64_t r = 0; r < kPad; ++r) {
+                if (j + r < cols()) {
+                    delta.row(j + r, i + part, width, tile[r]);
+                } else {
+                    for (int64_t c = 0; c < width; ++c) tile[r][c] = 0.0f;
+                }
+            }
+            for (int64_t c = 0; c < width; ++c) {
+                float* out = buffer + (part + c) * n + j;
+                for (int64_t r = 0; r < kPad; ++r) out[r] = tile[r][c];
+            }
+        }
+    }
+    return buffer;
+}
+
+template <>
+inline const float* PackedRows::fetch(int64_t i, int64_t, float*) const {
+    return data + i * padded(cols_);
+}
+
+template <>
+inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer) const {
+    const int64_t n = padded(cols_);
+    const float* from = data + i * n;
+    for (int64_t j = 0; j < count * n; ++j) buffer[j] = static_cast<double>(from[j]);
+    return buffer;
+}
+
+// Rows per block: what keeps a block near half of a 48 KiB L1, and full lines when columns are gathered.
+template <class T>
+inline int64_t block_rows(int64_t n) {
+    return std::clamp<int64_t>(24576 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 48);
+}
+
+// z[g, c, :] = A.T @ (A @ x[g, c, :]) for `groups` groups of eight vectors, and A @ x where `product` is not null.
+//   x, z     [groups, 8, padded(n)]
+//   product  [rows, groups, 8]
+template <class T, class Source>
+void gram(const Source& a, const T* x, int64_t groups, T* z, T* product, int threads) {
+    const int64_t n = padded(a.cols()), rows = a.rows(), slab = groups * kWidth * n;
+    const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows, block = block_rows<T>(a.cols());
+    const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
+    Buffer<T> rows_buffer(workers * block * n), y_buffer(workers * block * kWidth);
+    // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same bits.
+    Buffer<T> partial((workers > 1 ? chunks : 1) * slab);
+    std::fill(z, z + slab, T{});
+    const auto add = [&](const T* from) {
+        for (int64_t j = 0; j < slab; j += kLanes<T>) store(z + j, load(z + j) + load(from + j));
+    };
+    parallel_for(chunks, workers, [&](int64_t chunk, int worker) {
+        T* sums = partial.data() + (workers > 1 ? chunk : 0) * slab;
+        T* y = y_buffer.data() + worker * block * kWidth;
+        std::fill(sums, sums + slab, T{});
+        const int64_t end = std::min(rows, (chunk + 1) * kChunkRows);
+        for (int64_t i = chunk * kChunkRows; i < end; i += block) {
+            const int64_t count = std::min(block, end - i);
+            const T* panel = a.fetch(i, count, rows_buffer.data() + worker * block * n);
+            for (int64_t g = 0; g < groups; ++g) {
+                dots(panel, n, count, x + g * kWidth * n, n, y);
+                accumulate(panel, n, count, y, sums + g * kWidth * n, n);
+                if (product) {
+                    for (int64_t r = 0; r < count; ++r) {
+                        std::copy(y + r * kWidth, y + (r + 1) * kWidth, product + ((i + r) * groups + g) * kWidth);
+                    }
+                }
+            }
+        }
+        if (workers == 1) add(sums);
+    });
+    if (workers > 1) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) add(partial.data() + chunk * slab);
+    }
+}
+
+}  // namespace lors

@@ -1,0 +1,57 @@
+// What the CPU backend computes. Every pointer's shape stands behind it; sizes are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "../lors/views.h"
+
+namespace lors {
+
+// z = delta.T @ (delta @ x), or delta @ (delta.T @ x) when `transposed`.
+void gram_apply(const Matrix& base, const Matrix& tuned, bool transposed,
+                const float* x,  // [n, width] with n = cols, or rows when transposed
+                int64_t width,
+                float* z,  // [n, width]
+                int threads);
+
+// The k-th largest |delta - L|, exactly. Non-finite residuals are counted, never selected from.
+struct Selection {
+    Threshold threshold;
+    int64_t non_finite;
+};
+Selection residual_threshold(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, int64_t k, int threads);
+
+// out += sum_t weight[t] * (L_t + keep_t(delta_t - L_t)), experts added in order in float32, one rounding to out's dtype.
+struct UpdateStats {
+    double delta_energy;     // sum of delta^2
+    double residual_energy;  // sum of (delta - L)^2
+    double kept_energy;      // sum of the kept (delta - L)^2
+    int64_t kept;            // entries kept
+    int64_t non_finite;      // entries of delta that are NaN or infinite
+};
+struct Expert {
+    Matrix tuned;
+    LowRank low_rank;
+    Threshold threshold;
+    float weight;
+};
+void merge_update(const Matrix& out, const Matrix& base, const Expert* experts, int64_t count,
+                  UpdateStats* stats,  // [count]
+                  int threads);
+
+// L = left @ right.T, the truncated SVD of delta, with a certificate of its accuracy.
+enum class SvdMethod : int { kKrylov = 0, kKrylovDouble = 1, kNotConverged = 2 };
+struct SvdResult {
+    SvdMethod method;
+    int passes;       // products with delta.T @ delta
+    double residual;  // bound on ||L - exact L|| / ||L||
+    double energy;    // sum of delta^2
+    int64_t non_finite;
+};
+SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, uint64_t seed,
+                        float* left,   // [rows, rank]: left singular vectors times singular values
+                        float* right,  // [cols, rank]: right singular vectors
+                        float* sigma,  // [rank]
+                        int threads);
+
+}  // namespace lors

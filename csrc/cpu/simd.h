@@ -1,0 +1,208 @@
+// One vector vocabulary for every instruction set.
+//
+// Each extension module is this source compiled once more with other -m flags (see setup.py), so "which instruction set"
+// is answered by the compiler's own macros and no symbol is shared between the builds. GCC and Clang vector types give
+// arithmetic; only what they cannot express (half conversion, horizontal sums) is written per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../lors/views.h"
+
+namespace lors {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr const char* kIsa = "avx512";
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr const char* kIsa = "avx2";
+#else
+constexpr int kVectorBytes = 16;
+constexpr const char* kIsa = "portable";
+#endif
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+    typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Simd<double> {
+    typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename Simd<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+
+// Buffers are padded so that inner loops have no tails: every row starts on a multiple of 64 bytes and is filled with
+// zeros up to the next one.
+constexpr int64_t kPad = 16;
+constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+template <class T>
+inline Vec<T> load(const T* p) {
+    Vec<T> v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T value) {
+    return value - Vec<T>{};
+}
+
+// --- half precision -------------------------------------------------------------------------------------------------
+
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+    const uint32_t exponent = (h >> 10) & 0x1fu;
+    const uint32_t mantissa = h & 0x3ffu;
+    uint32_t bits;
+    float value;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000u | (mantissa << 13);
+    } else if (exponent) {
+        bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+    } else {  // subnormal: mantissa * 2^-24 is exact in float32
+        value = static_cast<float>(mantissa) * 0x1p-24f;
+        std::memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t float_to_half(float value) {  // round to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00u;
+    if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds past 65504
+    if (bits < 0x38800000u) {                        // below 2^-14: let the float unit round to multiples of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        uint32_t shifted;
+        std::memcpy(&shifted, &magnitude, 4);
+        return sign | static_cast<uint16_t>(shifted - 0x3f000000u);
+    }
+    const uint32_t rounded = bits + 0xfffu + ((bits >> 13) & 1u);
+    return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
+}
+
+inline float bfloat_to_float(uint16_t b) {
+    const uint32_t bits = static_cast<uint32_t>(b) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t float_to_bfloat(float value) {  // round to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <DType D>
+inline float load_one(const void* row, int64_t j) {
+    if constexpr (D == DType::kFloat32) {
+        float value;
+        std::memcpy(&value, static_cast<const char*>(row) + j * 4, 4);
+        return value;
+    } else {
+        uint16_t bits;
+        std::memcpy(&bits, static_cast<const char*>(row) + j * 2, 2);
+        return D == DType::kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+    }
+}
+
+template <DType D>
+inline Vec<float> load_vector(const void* row, int64_t j) {
+    if constexpr (D == DType::kFloat32) {
+        return load(reinterpret_cast<const float*>(row) + j);
+    } else {
+        const uint16_t* p = static_cast<const uint16_t*>(row) + j;
+#if defined(__AVX512F__)
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        if constexpr (D == DType::kFloat16) return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(bits));
+        return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        if constexpr (D == DType::kFloat16) return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(bits));
+        return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+        Vec<float> v;
+        for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = load_one<D>(p, lane);
+        return v;
+#endif
+    }
+}
+
+// --- horizontal sums ------------------------------------------------------------------------------------------------
+
+// sums[c] = sum of the lanes of v[c], c = 0..7.
+inline void sum_lanes(const Vec<float> (&v)[8], float* sums) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    __m256 half[8];
+    for (int c = 0; c < 8; ++c) {
+#if defined(__AVX512F__)
+        const __m512 whole = reinterpret_cast<__m512>(v[c]);
+        half[c] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+#else
+        half[c] = reinterpret_cast<__m256>(v[c]);
+#endif
+    }
+    const __m256 s0 = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    const __m256 s1 = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+    const __m256 total = _mm256_add_ps(_mm256_permute2f128_ps(s0, s1, 0x20), _mm256_permute2f128_ps(s0, s1, 0x31));
+    _mm256_storeu_ps(sums, total);
+#else
+    for (int c = 0; c < 8; ++c) sums[c] = (v[c][0] + v[c][1]) + (v[c][2] + v[c][3]);
+#endif
+}
+
+inline void sum_lanes(const Vec<double> (&v)[8], double* sums) {
+    for (int c = 0; c < 8; ++c) {
+        double total = 0;
+        for (int lane = 0; lane < kLanes<double>; ++lane) total += v[c][lane];
+        sums[c] = total;
+    }
+}
+
+// --- selection ------------------------------------------------------------------------------------------------------
+
+// Appends keys[j] for which low <= keys[j] <= high to out[count...] and returns the new count; at most kLanes<float>
+// elements past the last one written are clobbered.
+inline int64_t append_between(const VecU32 keys, uint32_t low, uint32_t high, uint32_t* out, int64_t count) {
+#if defined(__AVX512F__)
+    const __m512i k = reinterpret_cast<__m512i>(keys);
+    const __m512i offset = _mm512_sub_epi32(k, _mm512_set1_epi32(static_cast<int>(low)));
+    const __mmask16 hit = _mm512_cmple_epu32_mask(offset, _mm512_set1_epi32(static_cast<int>(high - low)));
+    if (!hit) return count;
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, k));
+    return count + __builtin_popcount(hit);
+#else
+    for (int lane = 0; lane < kLanes<float>; ++lane) {
+        out[count] = keys[lane];
+        count += keys[lane] - low <= high - low;
+    }
+    return count;
+#endif
+}
+
+}  // namespace lors

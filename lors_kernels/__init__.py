@@ -1,0 +1,35 @@
+"""Kernels for merging task vectors: low-rank plus sparse reduction of delta = tuned - base, and its sum over experts.
+
+Tensors in, tensors out (torch or numpy). Nothing here knows about Whisper, files or merge methods. Importing loads no
+compiled code and no torch; `python -m lors_kernels` says which backends run here.
+"""
+
+from __future__ import annotations
+
+from .dispatch import Availability, BackendUnavailable, available_backends
+from .gram_apply import gram_apply
+from .merge_update import merge_update
+from .residual_threshold import residual_threshold
+from .threads import thread_count
+from .topk_mask import lors_delta, topk_mask
+from .truncated_svd import truncated_svd
+from .types import KEEP_ALL, KEEP_NONE, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+
+__all__ = [
+    "KEEP_ALL",
+    "KEEP_NONE",
+    "Availability",
+    "BackendUnavailable",
+    "NonFiniteError",
+    "Threshold",
+    "TruncatedSVD",
+    "UpdateStats",
+    "available_backends",
+    "gram_apply",
+    "lors_delta",
+    "merge_update",
+    "residual_threshold",
+    "thread_count",
+    "topk_mask",
+    "truncated_svd",
+]

@@ -1,0 +1,1 @@
+"""One module per backend, each with the operations under their public names."""

@@ -1,0 +1,156 @@
+"""The compiled CPU backend: csrc/cpu, built once per instruction set, the best one this processor has chosen here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..arrays import FLOATS, address_of, contiguous, dtype_name, is_torch, new, strides_of, to_torch
+from ..threads import thread_count
+from ..types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+
+NAME = "cpu"
+DEVICES = ("cpu",)
+
+_X86_NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+_METHODS = ("krylov", "krylov64", "not converged")
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set extensions the operating system reports; empty where it does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+            for line in info:
+                if line.startswith("flags"):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass  # not Linux: the portable build runs everywhere
+    return set()
+
+
+def instruction_set() -> str:
+    """The best build for this processor, or LORS_ISA."""
+    wanted = os.environ.get("LORS_ISA")
+    if wanted is not None:
+        if wanted not in _X86_NEEDS:
+            raise ValueError(f"LORS_ISA: expected one of {', '.join(_X86_NEEDS)}, got {wanted!r}")
+        return wanted
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return "portable"
+    flags = cpu_flags()
+    return next(name for name, needs in _X86_NEEDS.items() if needs <= flags)
+
+
+@cache
+def library() -> ModuleType:
+    return import_module(f"lors_kernels._cpu_{instruction_set()}")
+
+
+def probe() -> tuple[bool, str]:
+    return True, f"{library().isa}, {thread_count()} threads"
+
+
+def _matrix(x: Any) -> tuple[int, int, int, int, int]:
+    rows, cols = x.shape
+    return address_of(x), FLOATS.index(dtype_name(x)), rows, cols, strides_of(x)[0] if rows > 1 else cols
+
+
+def _pair(base: Any, tuned: Any) -> tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]:
+    b = _matrix(tuned)
+    return ((0, *b[1:]) if base is None else _matrix(base)), b
+
+
+def _factors(left: Any, right: Any) -> tuple[int, int, int]:
+    return (0, 0, 0) if left is None else (address_of(left), address_of(right), left.shape[1])
+
+
+def gram_apply(base: Any, tuned: Any, x: Any, *, side: str, threads: int | None = None) -> Any:
+    x = contiguous(x)
+    z = new(tuned, x.shape)
+    b, t = _pair(base, tuned)
+    library().gram_apply(b, t, side == "left", address_of(x), x.shape[1], address_of(z), thread_count(threads))
+    return z
+
+
+def residual_threshold(base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None) -> Threshold:
+    left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
+    b, t = _pair(base, tuned)
+    value, ties, cut, bad = library().residual_threshold(b, t, _factors(left, right), k, thread_count(threads))
+    if bad:
+        raise NonFiniteError(bad)
+    return Threshold(value, ties, cut)
+
+
+def merge_update(
+    out: Any,
+    base: Any,
+    tuned: Sequence[Any],
+    left: Sequence[Any],
+    right: Sequence[Any],
+    threshold: Sequence[Threshold],
+    weight: Sequence[float],
+    *,
+    threads: int | None = None,
+) -> list[UpdateStats]:
+    factors = [(None, None) if l is None else (contiguous(l), contiguous(r)) for l, r in zip(left, right, strict=True)]
+    stats = library().merge_update(
+        _matrix(out),
+        _pair(base, tuned[0])[0],
+        [_matrix(t) for t in tuned],
+        [_factors(*pair) for pair in factors],
+        [tuple(t) for t in threshold],
+        list(weight),
+        thread_count(threads),
+    )
+    return [UpdateStats(*s) for s in stats]
+
+
+def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:
+    m, n = tuned.shape
+    left, right, sigma = new(tuned, (m, rank)), new(tuned, (n, rank)), new(tuned, (rank,))
+    b, t = _pair(base, tuned)
+    addresses = [address_of(x) for x in (left, right, sigma)]
+    code, passes, residual, energy, bad = library().truncated_svd(b, t, rank, seed, *addresses, thread_count(threads))
+    if bad:
+        raise NonFiniteError(bad)
+    method = _METHODS[code]
+    if method == "not converged":
+        _dense_svd(base, tuned, rank, left, right, sigma)
+        method, residual = "eigh64", 1e-7
+    return TruncatedSVD(left, right, sigma, passes, residual, method, energy, NAME)
+
+
+def _dense_svd(base: Any, tuned: Any, rank: int, left: Any, right: Any, sigma: Any) -> None:
+    """Eigenvectors of delta.T @ delta (or delta @ delta.T, the smaller) in float64 by LAPACK."""
+    b, t, left, right, sigma = (_as_numpy(x) for x in (base, tuned, left, right, sigma))
+    delta = (t.astype(np.float32) - (0 if b is None else b.astype(np.float32))).astype(np.float64)
+    wide = delta.shape[0] < delta.shape[1]
+    a = delta.T if wide else delta
+    _, vectors = np.linalg.eigh(a.T @ a)
+    v = vectors[:, : -rank - 1 : -1]
+    product = a @ v
+    sigma[:] = norms = np.linalg.norm(product, axis=0)
+    if wide:
+        left[:] = v * norms
+        right[:] = product / np.where(norms > 0, norms, 1.0)
+    else:
+        left[:] = product
+        right[:] = v
+
+
+def _as_numpy(x: Any) -> Any:
+    if x is None or not is_torch(x):
+        return x
+    tensor = to_torch(x)
+    return tensor.float().numpy() if dtype_name(x) == "bfloat16" else tensor.numpy()

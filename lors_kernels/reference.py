@@ -1,0 +1,108 @@
+"""The definition of correct: eager PyTorch, one tensor expression per formula of the method, no kernels.
+
+Runs on any device. `delta` and the residual are float32 as everywhere; decompositions are full SVDs in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+
+NAME = "reference"
+DEVICES: tuple[str, ...] = ()  # any
+
+
+def probe() -> tuple[bool, str]:
+    import torch
+
+    return True, f"torch {torch.__version__}"
+
+
+def delta(base: Any, tuned: Any) -> Any:
+    return tuned.float() if base is None else tuned.float() - base.float()
+
+
+def low_rank(left: Any, right: Any, like: Any) -> Any:
+    """L [m, n] float32, summed over the rank in order."""
+    import torch
+
+    total = torch.zeros_like(like)
+    if left is not None:
+        for r in range(left.shape[1]):
+            total = torch.addcmul(total, left[:, r : r + 1], right[:, r].unsqueeze(0))
+    return total
+
+
+def keep_mask(residual: Any, threshold: Threshold) -> Any:
+    """Boolean [m, n]: which residual entries survive."""
+    import torch
+
+    index = torch.arange(residual.numel(), device=residual.device).view(residual.shape)
+    magnitude = residual.abs()
+    return (magnitude > threshold.value) | ((magnitude == threshold.value) & (index < threshold.cut))
+
+
+def gram_apply(base: Any, tuned: Any, x: Any, *, side: str, threads: int | None = None) -> Any:
+    d = delta(base, tuned).double()
+    y = x.double()
+    return (d.T @ (d @ y) if side == "right" else d @ (d.T @ y)).float()
+
+
+def residual_threshold(base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None) -> Threshold:
+    import torch
+
+    d = delta(base, tuned)
+    bad = int((~torch.isfinite(d)).sum())
+    if bad:
+        raise NonFiniteError(bad)
+    if k == 0:
+        return Threshold(math.inf, 0, 0)
+    magnitude = (d - low_rank(left, right, d)).abs().flatten()
+    value = torch.sort(magnitude, descending=True).values[k - 1]
+    ties = k - int((magnitude > value).sum())
+    equal = torch.nonzero(magnitude == value).flatten()
+    cut = magnitude.numel() if len(equal) == ties else int(equal[ties - 1]) + 1
+    return Threshold(float(value), ties, cut)
+
+
+def merge_update(
+    out: Any,
+    base: Any,
+    tuned: Sequence[Any],
+    left: Sequence[Any],
+    right: Sequence[Any],
+    threshold: Sequence[Threshold],
+    weight: Sequence[float],
+    *,
+    threads: int | None = None,
+) -> list[UpdateStats]:
+    import torch
+
+    total, stats = out.float(), []
+    for tuned_t, left_t, right_t, threshold_t, weight_t in zip(tuned, left, right, threshold, weight, strict=True):
+        d = delta(base, tuned_t)
+        low = low_rank(left_t, right_t, d)
+        residual = d - low
+        mask = keep_mask(residual, threshold_t)
+        kept = torch.where(mask, residual, 0.0)
+        total = total + weight_t * (low + kept)
+        energy = [float(x.double().square().sum()) for x in (d, residual, kept)]
+        stats.append(UpdateStats(energy[0], energy[1], energy[2], int(mask.sum()), int((~torch.isfinite(d)).sum())))
+    out.copy_(total)
+    return stats
+
+
+def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:
+    import torch
+
+    d = delta(base, tuned)
+    bad = int((~torch.isfinite(d)).sum())
+    if bad:
+        raise NonFiniteError(bad)
+    u, s, vh = torch.linalg.svd(d.double(), full_matrices=False)
+    left, right = (u[:, :rank] * s[:rank]).float(), vh[:rank].T.contiguous().float()
+    energy = float(d.double().square().sum())
+    return TruncatedSVD(left, right, s[:rank].float(), 0, 0.0, "svd", energy, NAME)

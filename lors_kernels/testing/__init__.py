@@ -1,0 +1,1 @@
+"""Shared by tests, benchmarks and `lors validate`: the cases, and the numbers they are judged by. Needs torch."""

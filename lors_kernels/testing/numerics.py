@@ -1,0 +1,59 @@
+"""What right means, as numbers: each function returns the quantity that a contract bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..types import Threshold
+
+LOW_RANK_ERROR = 1e-5  # contract of truncated_svd
+LOW_RANK_ENERGY = 1e-6  # the same where L is not unique
+UNIQUE_GAP = 1e-6  # relative gap below which it is not
+
+
+def delta_of(base: np.ndarray | None, tuned: np.ndarray) -> np.ndarray:
+    t = tuned.astype(np.float32)
+    return t if base is None else t - base.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LowRankVerdict:
+    error: float  # ||L - exact|| / ||exact||, or the relative excess of ||delta - L||^2 where L is not unique
+    bound: float
+    unique: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound
+
+
+def judge_low_rank(delta: np.ndarray, low: np.ndarray, rank: int) -> LowRankVerdict:
+    """Compares L with a float64 SVD of delta."""
+    d = delta.astype(np.float64)
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    if not s[0]:
+        return LowRankVerdict(float(np.abs(low).max()), 0.0, True)
+    follows = s[rank] if rank < len(s) else 0.0
+    if s[rank - 1] - follows > UNIQUE_GAP * s[rank - 1] or s[rank - 1] < 1e-7 * s[0]:
+        return LowRankVerdict(float(np.linalg.norm(low - exact) / np.linalg.norm(exact)), LOW_RANK_ERROR, True)
+    optimal = float((s[rank:] ** 2).sum())
+    excess = float(((d - low) ** 2).sum()) - optimal
+    return LowRankVerdict(excess / optimal, LOW_RANK_ENERGY, False)
+
+
+def selected(residual: np.ndarray, threshold: Threshold) -> np.ndarray:
+    """The mask a threshold stands for."""
+    magnitude = np.abs(residual)
+    index = np.arange(residual.size).reshape(residual.shape)
+    return (magnitude > threshold.value) | ((magnitude == threshold.value) & (index < threshold.cut))
+
+
+def exact_selection(residual: np.ndarray, k: int) -> np.ndarray:
+    """The mask by definition: sort by falling magnitude, then by index, and take k."""
+    order = np.lexsort((np.arange(residual.size), -np.abs(residual.ravel()).astype(np.float64)))
+    mask = np.zeros(residual.size, dtype=bool)
+    mask[order[:k]] = True
+    return mask.reshape(residual.shape)

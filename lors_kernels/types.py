@@ -1,0 +1,52 @@
+"""What the kernel operations return."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+class NonFiniteError(ValueError):
+    """delta = tuned - base holds NaN or infinity; `count` entries of it."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"delta: expected finite values, got {count} NaN or infinite entries")
+        self.count = count
+
+
+class Threshold(NamedTuple):
+    """Which entries of the residual R = delta - L survive.
+
+    R[i, j] is kept when |R[i, j]| > value, or when |R[i, j]| == value and its row-major index i * n + j < cut.
+    """
+
+    value: float
+    ties: int  # entries equal to `value` that are kept
+    cut: int
+
+
+KEEP_NONE = Threshold(math.inf, 0, 0)
+KEEP_ALL = Threshold(0.0, 0, 2**62)
+
+
+class UpdateStats(NamedTuple):
+    """What one expert contributed to a merge_update, summed in float64 over the matrix."""
+
+    delta_energy: float  # sum of delta^2
+    residual_energy: float  # sum of (delta - L)^2
+    kept_energy: float  # sum of kept (delta - L)^2
+    kept: int  # number of kept entries
+    non_finite: int  # NaN or infinite entries of delta
+
+
+class TruncatedSVD(NamedTuple):
+    """L = left @ right.T, the best rank-r approximation of delta, with its certificate."""
+
+    left: Any  # [m, r] float32: left singular vectors times singular values
+    right: Any  # [n, r] float32: right singular vectors
+    sigma: Any  # [r] float32, largest first
+    passes: int  # products with delta.T @ delta
+    residual: float  # measured bound on ||L - exact|| / ||exact||
+    method: str  # "krylov", "krylov64", "eigh64", "svd"
+    energy: float  # sum of delta^2
+    backend: str

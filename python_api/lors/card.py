@@ -1,0 +1,178 @@
+"""The model card (README.md) and the recipe file of a merged model: what it is made of, and how to make it again."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .output import RECIPE_FILE, writing
+
+__all__ = ["Source", "languages", "versions", "write_card"]
+
+# The languages Whisper was trained on, as its tokenizer writes them.
+_WHISPER_LANGUAGES = (
+    "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml "
+    "cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am "
+    "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
+)
+_PAPER = "*Low-Rank and Sparse Model Merging for Multi-Lingual Speech Recognition and Translation* (arXiv 2502.17380)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a merge, as its card names it.
+
+    A local path is named by its last part only: a card is published, and directories of somebody's machine say nothing.
+    """
+
+    name: str
+    origin: str  # hub id, or the name of the directory or file
+    sha256: Mapping[str, str]  # weight file -> hexadecimal digest
+    hub_id: str | None = None
+    weight: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, sha256: Mapping[str, str], weight: float | None = None) -> Source:
+        """The source that an opened checkpoint is."""
+        origin = checkpoint.hub_id or checkpoint.path.resolve().name
+        return cls(checkpoint.name, origin, sha256, checkpoint.hub_id, weight)
+
+
+def write_card(
+    directory: Path,
+    *,
+    base: Source,
+    experts: Sequence[Source],
+    method: str,
+    parameters: Mapping[str, object],
+    recipe: str,
+    backend: str,
+    naming: str = "hf-whisper",
+    base_card: Path | None = None,
+) -> list[Path]:
+    """Writes README.md and lors_recipe.yml into `directory` and returns their paths.
+
+    Args:
+        parameters: what the method ran with (rank, density, lambda ...), shown as given.
+        recipe: the recipe as YAML text, written to the recipe file as it is.
+        naming: of the merged checkpoint; only Whisper models are tagged as speech recognisers.
+        base_card: the base's README.md, whose license is carried over (its languages too, if the experts' names tell
+            none).
+
+    Raises LorsError when the files cannot be written.
+    """
+    header = _header(base, experts, naming, _front_matter(base_card))
+    text = _render(header, base, experts, method, parameters, recipe, backend, naming)
+    written = [directory / "README.md", directory / RECIPE_FILE]
+    for path, content in zip(written, (text, _ended(recipe)), strict=True):
+        with writing(path):
+            path.write_text(content, encoding="utf-8")
+    return written
+
+
+def languages(names: Iterable[str]) -> list[str]:
+    """The Whisper languages that experts are named after, in their order: ["ca", "sv-SE", "mix"] -> ["ca", "sv"]."""
+    known = _WHISPER_LANGUAGES.split()
+    codes = (re.split(r"[-_]", name.lower())[0] for name in names)
+    return list(dict.fromkeys(code for code in codes if code in known))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a merge depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("lors-merging", "numpy", "ml_dtypes"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            found[package] = "not installed"
+    return found
+
+
+def _front_matter(card: Path | None) -> dict[str, Any]:
+    """The YAML header of a model card. A card without one, or with a broken one, has nothing to carry over."""
+    import yaml
+
+    if card is None:
+        return {}
+    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _header(base: Source, experts: Sequence[Source], naming: str, carried: Mapping[str, Any]) -> dict[str, Any]:
+    header: dict[str, Any] = {}
+    if naming == "hf-whisper":
+        header["library_name"] = "transformers"
+    if naming != "other":
+        header["pipeline_tag"] = "automatic-speech-recognition"
+    header["tags"] = ["lors-merging", "merge", *(["whisper"] if naming != "other" else [])]
+    hub_ids = list(dict.fromkeys(source.hub_id for source in (base, *experts) if source.hub_id))
+    if hub_ids:
+        header["base_model"] = hub_ids
+        header["base_model_relation"] = "merge"
+    if spoken := languages(source.name for source in experts) or carried.get("language"):
+        header["language"] = spoken
+    header.update({key: carried[key] for key in ("license", "license_name", "license_link") if key in carried})
+    return header
+
+
+def _render(
+    header: Mapping[str, Any],
+    base: Source,
+    experts: Sequence[Source],
+    method: str,
+    parameters: Mapping[str, object],
+    recipe: str,
+    backend: str,
+    naming: str,
+) -> str:
+    import yaml
+
+    kind = "Whisper model" if naming != "other" else "model"
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", recipe))])
+    parts = [
+        f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---",
+        "# Merged " + kind,
+        f"`{base.origin}` and {len(experts)} fine-tuned expert{'s'[: len(experts) != 1]} of it, merged into one {kind} "
+        f"with the method `{method}` of lors-merging."
+        + (f" The method is described in {_PAPER}." if method == "lors" else ""),
+        "## Parameters",
+        _table(("parameter", "value"), [(f"`{name}`", f"`{value}`") for name, value in parameters.items()]),
+        "## Inputs",
+        _inputs_table(base, experts),
+        "## Made with",
+        _table(("what", "version"), [*versions().items(), ("backend", backend)]),
+        "## Recipe",
+        f"`{RECIPE_FILE}` makes this model again: `lors merge {RECIPE_FILE} OUT`.",
+        f"{fence}yaml\n{_ended(recipe)}{fence}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _inputs_table(base: Source, experts: Sequence[Source]) -> str:
+    rows = []
+    for role, source in (("base", base), *(("expert", expert) for expert in experts)):
+        weight = "" if source.weight is None else f"{source.weight:g}"
+        for file, digest in source.sha256.items():
+            rows.append((role, source.name, source.origin, weight, file, f"`{digest}`"))
+    return _table(("role", "name", "from", "weight", "file", "sha256"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"

@@ -1,0 +1,385 @@
+"""Reading checkpoints: what is in one, and its weights, a range at a time, into the caller's memory.
+
+Weights are read with ``preadv``, never mapped: peak memory is what the caller allocates, and a file that shrinks while
+it is read is an error that names the tensor instead of a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .compatibility import EMBEDDING, HEAD, compare, detect_naming, dtype_kind
+from .digest import sha256_file, sha256_files
+from .errors import LorsError
+from .formats import TensorInfo, read_safetensors_header, read_torch_archive
+
+__all__ = ["Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
+
+# What a merged model needs beside its weights, as transformers names the files.
+SIDECARS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "feature_extractor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "normalizer.json", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_COMPARE_ELEMENTS = 1 << 20
+
+
+class Checkpoint:
+    """One opened checkpoint: its tensors by name, and thread-safe reads of their values.
+
+    Made by :func:`open_checkpoint`; a context manager, or call :meth:`close`.
+
+    Attributes:
+        name: how messages and reports call it.
+        path: the directory or file it was opened from.
+        hub_id: ``org/name`` when it came from the hub, else None.
+        files: the weight files.
+        tensors: name -> TensorInfo, in the order of the files and of the data in them.
+        naming: ``"hf-whisper"``, ``"openai-whisper"`` or ``"other"``.
+        config: config.json beside the weights, or None.
+        dims: openai-whisper's dimensions from a ``.pt``, or None.
+        metadata: the strings of the safetensors header.
+    """
+
+    def __init__(
+        self, name: str, path: Path, files: Sequence[Path], *, hub_id: str | None = None, directory: Path | None = None
+    ) -> None:
+        if sys.byteorder != "little":
+            raise LorsError("weight files are little-endian and so must this machine be")
+        self.name, self.path, self.files, self.hub_id = name, path, tuple(files), hub_id
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self.dims: dict[str, Any] | None = None
+        self._directory = directory
+        with contextlib.ExitStack() as stack:
+            self._streams = [stack.enter_context(_open(file)) for file in files]
+            for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
+                self._read_contents(index, file, stream)
+            if not self.tensors:
+                raise LorsError(f"{path}: there is no tensor in it")
+            self.config = _read_json(directory / "config.json") if directory else None
+            self._stack = stack.pop_all()
+        self.naming = detect_naming(self.tensors)
+
+    def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
+        if _is_torch_archive(file, stream):
+            tensors, self.dims = read_torch_archive(stream, file, index)
+        else:
+            tensors, metadata = read_safetensors_header(stream, file, index)
+            self.metadata.update(metadata)
+        if twice := self.tensors.keys() & tensors.keys():
+            name = min(twice)
+            raise LorsError(f"{file}: tensor {name!r} is also in {self.files[self.tensors[name].file]}")
+        self.tensors.update(tensors)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; reads after it raise ValueError."""
+        self._stack.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {len(self.tensors)} tensors, {self.naming})"
+
+    # ------------------------------------------------------------------------------------------------ weights
+
+    def read(self, name: str, out: np.ndarray | None = None, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements [start, stop) of a tensor, counted row-major, into `out`, which is returned.
+
+        `out` is C-contiguous, of the tensor's dtype and of exactly stop - start elements, in any shape. Without it a
+        new array is made: of the tensor's shape when all of it is read, else flat. Safe to call from several threads.
+        Raises LorsError when there is no such tensor or the file ends early, ValueError for a wrong range or `out`.
+        """
+        info = self.info(name)
+        if info.packed:
+            raise LorsError(
+                f"{self.name}: tensor {name!r}: {info.code} values are packed below a byte and cannot be read"
+            )
+        stop = info.numel if stop is None else stop
+        if not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"range [{start}, {stop}) is not within the {info.numel} elements of {name!r}")
+        if out is None:
+            out = np.empty(info.shape if stop - start == info.numel else stop - start, info.dtype)
+        elif out.dtype != info.dtype or out.size != stop - start or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out must be C-contiguous with {stop - start} elements of {info.dtype} for {name!r}, got {out.dtype} "
+                f"{out.shape}{'' if out.flags.c_contiguous else ', not contiguous'}"
+            )
+        offset = info.offset + start * info.dtype.itemsize
+        # bfloat16 has no buffer protocol of its own: read as bytes
+        filled = _read_into(
+            self._streams[info.file].fileno(), out.reshape(-1).view(np.uint8), offset, self.files[info.file]
+        )
+        if filled < out.nbytes:
+            raise LorsError(
+                f"{self.files[info.file]}: the file shrank while it was read: tensor {name!r} needs {out.nbytes} bytes "
+                f"at {offset}, got {filled}"
+            )
+        return out
+
+    def prefetch(self, name: str) -> None:
+        """Asks the system to bring a tensor into the page cache; does nothing where it cannot be asked."""
+        info = self.info(name)
+        if info.nbytes and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._streams[info.file].fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def info(self, name: str) -> TensorInfo:
+        """The TensorInfo of a name; LorsError when there is none."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise LorsError(f"{self.name}: there is no tensor {name!r}") from None
+
+    # ------------------------------------------------------------------------------------------- tied weights
+
+    @cached_property
+    def head_is_tied(self) -> bool:
+        """Whether the output projection is the token embedding: not stored, or stored with the same bits.
+
+        Reads both when both are stored. False for other namings than hf-whisper, and when config.json says
+        ``"tie_word_embeddings": false``.
+        """
+        if self.naming != "hf-whisper" or EMBEDDING not in self.tensors:
+            return False
+        if (self.config or {}).get("tie_word_embeddings", True) is False:
+            return False
+        return HEAD not in self.tensors or self._same_bits(HEAD, EMBEDDING)
+
+    def resolve(self, name: str) -> str | None:
+        """The stored tensor that holds the values of `name`: itself, the embedding for a tied head, else None."""
+        if name in self.tensors:
+            return name
+        return EMBEDDING if name == HEAD and self.head_is_tied else None
+
+    def _same_bits(self, first: str, second: str) -> bool:
+        ours, theirs = self.tensors[first], self.tensors[second]
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return False
+        for start in range(0, ours.numel, _COMPARE_ELEMENTS):
+            stop = min(start + _COMPARE_ELEMENTS, ours.numel)
+            if self.read(first, None, start, stop).tobytes() != self.read(second, None, start, stop).tobytes():
+                return False
+        return True
+
+    # ------------------------------------------------------------------------------------------- around weights
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of each weight file, by file name."""
+        return {file.name: sha256_file(file) for file in self.files}
+
+    def sidecars(self) -> list[Path]:
+        """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
+        if self._directory is None:
+            return []
+        return [path for name in SIDECARS if (path := self._directory / name).is_file()]
+
+    def card(self) -> Path | None:
+        """The model card (README.md) beside the weights, if there is one."""
+        path = self._directory / "README.md" if self._directory else None
+        return path if path and path.is_file() else None
+
+
+def sha256_checkpoints(checkpoints: Iterable[Checkpoint], threads: int | None = None) -> list[dict[str, str]]:
+    """:meth:`Checkpoint.sha256` of several checkpoints, their files hashed concurrently; in the given order."""
+    checkpoints = list(checkpoints)
+    digests = sha256_files([file for checkpoint in checkpoints for file in checkpoint.files], threads)
+    return [{file.name: digests[file] for file in checkpoint.files} for checkpoint in checkpoints]
+
+
+def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) -> Checkpoint:
+    """Opens a checkpoint and checks everything but the weights themselves.
+
+    `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
+    ``pytorch_model.bin``), a ``.safetensors`` file, an openai-whisper ``.pt``, or a hub id ``org/name`` or
+    ``org/name@revision``. What exists on disk is never taken for a hub id. Raises LorsError.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _open_directory(path, name or path.resolve().name, None)
+    if path.exists():
+        directory = path.parent if (path.parent / "config.json").is_file() else None
+        return Checkpoint(name or _file_label(path), path, [path], directory=directory)
+    if isinstance(source, str) and (hub := _HUB_ID.fullmatch(text)):
+        snapshot = _download(hub["repo"], hub["revision"])
+        return _open_directory(snapshot, name or text, hub["repo"])
+    raise LorsError(f"{text}: no such file or directory")
+
+
+def _file_label(path: Path) -> str:
+    generic = path.name in (_SINGLE, _TORCH_SINGLE)
+    return path.resolve().parent.name if generic else path.stem
+
+
+# --------------------------------------------------------------------------------------------------- directories
+
+
+def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
+    index = next((path / file for file in (_INDEX, _TORCH_INDEX) if (path / file).is_file()), None)
+    for single in (_SINGLE, _TORCH_SINGLE):
+        if (path / single).exists() and (index is None or index.name != f"{single}.index.json"):
+            return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
+    if index is None:
+        adapter = (
+            " (it is a PEFT adapter: merge it into its base model first)"
+            if (path / "adapter_config.json").exists()
+            else ""
+        )
+        raise LorsError(
+            f"{path}: no weights in this directory{adapter}: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}"
+        )
+    weight_map = _read_index(index)
+    shards = [path / shard for shard in sorted(set(weight_map.values()))]
+    for shard in shards:
+        if not shard.exists():
+            raise LorsError(f"{index}: names the shard {shard.name!r}, which is not there")
+    checkpoint = Checkpoint(name, path, shards, hub_id=hub_id, directory=path)
+    try:
+        _check_index(index, weight_map, checkpoint)
+    except LorsError:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index, required=True).get("weight_map")  # type: ignore[union-attr]
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise LorsError(f"{index}: expected weight_map to be an object of tensor names and file names")
+    for tensor, shard in weight_map.items():
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\0" in shard:
+            raise LorsError(
+                f"{index}: tensor {tensor!r} is said to be in {shard!r}: expected a file name in this directory"
+            )
+    return weight_map
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpoint) -> None:
+    for tensor, shard in weight_map.items():
+        info = checkpoint.tensors.get(tensor)
+        if info is None or checkpoint.files[info.file].name != shard:
+            raise LorsError(f"{index}: tensor {tensor!r} is said to be in {shard!r}, which does not have it")
+    if unlisted := [name for name in checkpoint.tensors if name not in weight_map]:
+        raise LorsError(f"{index}: does not list {len(unlisted)} tensors that are in the shards, first {unlisted[0]!r}")
+
+
+def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
+    if not required and not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise LorsError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LorsError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
+            raise LorsError(f"{path}: expected a file")
+        return path.open("rb")
+    except OSError as error:
+        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:
+    if path.suffix == ".safetensors":
+        return False
+    start = stream.read(4)
+    stream.seek(0)
+    # A safetensors file may have any name: its first bytes are a small number.
+    return start == b"PK\x03\x04" or path.suffix in (".pt", ".bin", ".pth", ".ckpt")
+
+
+def _read_into(fd: int, raw: np.ndarray, offset: int, path: Path) -> int:
+    """Fills `raw` (bytes) from `offset`; returns the number of bytes read, fewer only at the end of the file."""
+    view = raw.data
+    done = 0
+    try:
+        while done < len(view):
+            if hasattr(os, "preadv"):
+                count = os.preadv(fd, [view[done:]], offset + done)
+            else:
+                data = os.pread(fd, min(len(view) - done, 1 << 24), offset + done)
+                count = len(data)
+                view[done : done + count] = data
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------- hub
+
+# Only the main weights: repositories often hold the same weights again for other frameworks or precisions.
+_SAFETENSORS_PATTERNS = ["model.safetensors", "model-*-of-*.safetensors", _INDEX]
+_TORCH_PATTERNS = [_TORCH_SINGLE, "pytorch_model-*-of-*.bin", _TORCH_INDEX]
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The local snapshot of a hub repository: safetensors if it has them, else PyTorch's files."""
+    for weights in (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS):
+        path = _snapshot(repo, revision, [*weights, *SIDECARS, "README.md"])
+        if any((path / file).exists() for file in (weights[0], weights[2])):
+            return path
+    raise LorsError(f"{repo}: the hub repository has neither {_SINGLE} nor {_TORCH_SINGLE}")
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    label = f"{repo}@{revision}" if revision else repo
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise LorsError(
+            f"{label}: not a file or directory here, and huggingface_hub, which fetches hub ids, is missing"
+        ) from error
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise LorsError(
+            f"{label}: access to this hub repository must be granted first; then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LorsError(
+            f"{label}: not a file or directory here, and not a repository on the hub (or a private one)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise LorsError(f"{label}: the hub repository has no revision {revision!r}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise LorsError(
+            f"{label}: not a file or directory here, not in the hub cache, and the hub cannot be reached"
+        ) from error
+    except Exception as error:  # network and HTTP errors come from several libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LorsError(f"{label}: cannot be fetched from the hub: {reason}") from error

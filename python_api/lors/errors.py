@@ -1,0 +1,20 @@
+"""The one exception a user sees."""
+
+from __future__ import annotations
+
+__all__ = ["LorsError"]
+
+# A path or a tensor name may hold any character; a message is one line all the same.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
+_CONTROL.update({9: "\\t", 10: "\\n", 13: "\\r"})
+
+
+class LorsError(Exception):
+    """Something the user can put right: what, where, what was expected, what was found, in one line.
+
+    The command line prints ``error: <message>`` and exits with 2. Control characters are escaped, so the message is
+    one line whatever a path or a tensor name contains.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.translate(_CONTROL))

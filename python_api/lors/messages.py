@@ -1,0 +1,31 @@
+"""Words that every message about a user's input is made of: the value in short, the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["nearest", "shown"]
+
+
+def shown(value: object) -> str:
+    """A user's value as one short line: what it is when it is large, itself when it is small."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}" if len(value) > 8 else "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write the largest ones
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """End of a message about an unknown name: ``, did you mean 'x'?``, or all there is when nothing is near."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"

@@ -1,0 +1,523 @@
+"""The recipe: which models are merged, by which method, with which parameters.
+
+A recipe is mergekit's YAML for whole models (`merge_method`, `base_model`, `models`, `parameters`, `dtype`,
+`out_dtype`) and a few keys of ours; docs/recipes.md describes every key. A parameter p is resolved as mergekit 0.1.5
+does it. Its value for tensor W, at depth t in [0, 1], of model i is the first of these that says anything about W:
+
+    models[i].parameters[p],   parameters[p],   the default that the method declares
+
+where each of the two is
+
+    a scalar                  the value
+    [v_0, ..., v_K]           linear between its points: v at t K
+    [{filter: f, value: v}]   the first item whose f is a part of W's name (no filter, or "*": every name)
+
+`layers.positions` gives t. When a recipe is bound to its method (`methods=` on loading, or `bind`), every value in it,
+inside gradients and filters too, is checked against the method's declaration and converted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from . import strict_yaml
+from .errors import LorsError
+from .layers import compile_patterns
+from .messages import nearest, shown
+from .parameters import REQUIRED, MethodSpec, ParameterSpec, Setting, rank_of
+
+__all__ = [
+    "REQUIRED",
+    "MethodSpec",
+    "ModelEntry",
+    "ParameterSpec",
+    "Recipe",
+    "Setting",
+    "Target",
+    "parse_size",
+    "rank_of",
+]
+
+DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Target(_Document):
+    """Which matrices are decomposed; `layers.select` says how the three keys work together."""
+
+    select: Literal["projections", "attention", "mlp"] = "projections"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        if value is None or isinstance(value, str):
+            return () if value is None else (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        if self.include and self.select != "projections":
+            raise ValueError("expected 'select' or 'include', got both")
+        compile_patterns(self.include, "target.include")
+        compile_patterns(self.exclude, "target.exclude")
+        return self
+
+
+class ModelEntry(_Document):
+    """One item of `models`: where it is, what to call it, its own parameters."""
+
+    model: str = Field(min_length=1)
+    name: str | None = None
+    parameters: dict[str, Setting] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, value: str | None) -> str | None:
+        if value is not None and not (0 < len(value) <= 80 and value.isprintable() and value == value.strip()):
+            raise ValueError(f"expected a short label of one line, got {shown(value)}")
+        return value
+
+
+class Recipe(_Document):
+    """One merge, built by `load`, `from_yaml` or `from_arguments`; `LorsError` on what these do not accept."""
+
+    name: str | None = None
+    merge_method: str = Field(min_length=1)
+    base_model: str | None = Field(default=None, min_length=1)
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    parameters: dict[str, Setting] = {}
+    target: Target | None = None
+    rest: Literal["task_arithmetic", "average", "base"] = "task_arithmetic"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    dtype: DType | None = None
+    out_dtype: DType | None = None
+    out_shard_size: str | None = None
+    tokenizer_source: Literal["base"] | None = None
+
+    _directory: Path | None = PrivateAttr(default=None)
+    _method: MethodSpec | None = PrivateAttr(default=None)
+
+    @field_validator("dtype", "out_dtype", mode="before")
+    @classmethod
+    def _without_torch(cls, value: object) -> object:
+        return value.removeprefix("torch.") if isinstance(value, str) else value
+
+    @field_validator("out_shard_size", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        if value is not None:
+            parse_size(value)
+        return value if value is None else str(value)
+
+    # --- building
+
+    @classmethod
+    def load(cls, path: str | Path, methods: Mapping[str, MethodSpec] | None = None) -> Recipe:
+        """Read a recipe file. Relative model paths are looked up beside the file first."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > strict_yaml.MAX_BYTES:
+                raise LorsError(f"{path}: expected a recipe of at most {strict_yaml.MAX_BYTES} bytes")
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise LorsError(f"{path}: cannot read the recipe: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise LorsError(f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}") from None
+        return cls._build(strict_yaml.parse(text, str(path)), methods, str(path), path.absolute().parent)
+
+    @classmethod
+    def from_yaml(cls, source: str | Path, methods: Mapping[str, MethodSpec] | None = None) -> Recipe:
+        """A recipe from YAML text (a str) or from a file (a Path)."""
+        if isinstance(source, Path):
+            return cls.load(source, methods)
+        return cls._build(strict_yaml.parse(source, "recipe"), methods, "recipe", None)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        base: str | Path | None,
+        experts: Mapping[str, str | Path],
+        method: str = "lors",
+        *,
+        methods: Mapping[str, MethodSpec] | None = None,
+        name: str | None = None,
+        target: Mapping[str, object] | None = None,
+        rest: str = "task_arithmetic",
+        seed: int = 0,
+        dtype: str | None = None,
+        out_dtype: str | None = None,
+        out_shard_size: str | int | None = None,
+        **parameters: object,
+    ) -> Recipe:
+        """A recipe without a file; `experts` maps labels to paths or hub ids.
+
+        Further keywords are parameters, `lam` stands for `lambda`, None for "not given". A mapping from experts' labels
+        to values sets a parameter per expert: `weight={"ca": 1.0, "de": 0.5}`.
+        """
+        if "lam" in parameters and "lambda" in parameters:
+            raise LorsError("parameters.lambda: given twice, as 'lam' and as 'lambda'")
+        shared: dict[str, object] = {}
+        own: dict[str, dict[str, object]] = {label: {} for label in experts}
+        for key, value in parameters.items():
+            parameter = "lambda" if key == "lam" else key
+            if not isinstance(value, Mapping) or {"value", "filter"} & set(value):
+                shared |= {} if value is None else {parameter: value}
+                continue
+            for label, one in value.items():
+                if label not in own:
+                    raise LorsError(f"parameters.{parameter}: unknown expert {shown(label)}{nearest(label, own)}")
+                own[label][parameter] = one
+        document: dict[str, object] = {
+            "name": name,
+            "merge_method": method,
+            "base_model": None if base is None else str(base),
+            "models": [{"model": str(experts[label]), "name": label, "parameters": own[label]} for label in experts],
+            "parameters": shared,
+            "target": None if target is None else dict(target),
+            "rest": rest,
+            "seed": seed,
+            "dtype": dtype,
+            "out_dtype": out_dtype,
+            "out_shard_size": out_shard_size,
+        }
+        return cls._build(document, methods, "", None)
+
+    @classmethod
+    def _build(
+        cls, document: object, methods: Mapping[str, MethodSpec] | None, file: str, directory: Path | None
+    ) -> Recipe:
+        try:
+            recipe = cls.model_validate(_prepare(document, directory))
+            recipe._directory = directory
+            _check_labels(recipe.models)
+            return recipe if methods is None else recipe.bind(methods)
+        except ValidationError as error:
+            message = _first_problem(error)
+        except LorsError as error:
+            message = str(error)
+        raise LorsError(f"{file}: {message}" if file else message)
+
+    # --- checking against the method
+
+    def bind(self, methods: Mapping[str, MethodSpec]) -> Recipe:
+        """The same recipe with every value checked against its method and converted to the parameter's type."""
+        method = methods.get(self.merge_method)
+        if method is None:
+            known = nearest(self.merge_method, methods)
+            raise LorsError(f"merge_method: unknown method {shown(self.merge_method)}{known}")
+        if method.base == "required" and self.base_model is None:
+            raise LorsError(f"base_model: missing; method {method.name} merges differences to a base")
+        count, low, high = len(self.experts), method.min_experts, method.max_experts
+        if count < low or (high is not None and count > high):
+            wanted = f"at least {low}" if high is None else f"{low}" if low == high else f"{low} to {high}"
+            raise LorsError(f"models: expected {wanted} besides the base for method {method.name}, got {count}")
+        entries = tuple(
+            entry.model_copy(update={"parameters": _checked(entry.parameters, method, i)})
+            for i, entry in enumerate(self.models)
+        )
+        bound = self.model_copy(update={"models": entries, "parameters": _checked(self.parameters, method, None)})
+        bound._method = method
+        return bound
+
+    # --- reading
+
+    @property
+    def base_index(self) -> int | None:
+        """Index in `models` of the base, when it is listed there too (mergekit allows it)."""
+        return next((i for i, entry in enumerate(self.models) if self._is_base(entry)), None)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Indices in `models` of everything but the base."""
+        return tuple(i for i, entry in enumerate(self.models) if not self._is_base(entry))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A short unique label for every entry of `models`: its `name`, or else the end of its path."""
+        return _labels(self.models)
+
+    @property
+    def base_source(self) -> str | None:
+        """`base_model` as something to open."""
+        return None if self.base_model is None else self._located(self.base_model)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every entry of `models` as something to open: absolute if it is found beside the recipe, else as written."""
+        return tuple(self._located(entry.model) for entry in self.models)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """Type of the written weights: `out_dtype`, else `dtype`, else None (that of the base)."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """`out_shard_size` in bytes."""
+        return None if self.out_shard_size is None else parse_size(self.out_shard_size)
+
+    def resolve(
+        self, name: str, *, tensor: str, model: int | None = None, position: float = 0.0, default: Any = REQUIRED
+    ) -> Any:
+        """Value of one parameter for one tensor.
+
+        tensor: its name. model: index in `models`, None for a global parameter. position: its depth in [0, 1], from
+        `layers.positions`. default: taken if the recipe says nothing; left out, the default that the method declares.
+        `LorsError` if there is no value at all.
+        """
+        spec = self._method.parameter(name) if self._method else None
+        places = [self.parameters] if model is None else [self.models[model].parameters, self.parameters]
+        for parameters in places:
+            value = parameters[name].evaluate(tensor, position) if name in parameters else None
+            if value is not None:
+                return spec.settle(value) if spec else value
+        if default is REQUIRED and spec is not None:
+            default = spec.default
+        if default is REQUIRED:
+            of_model = "" if model is None else f" of {self.labels[model]}"
+            raise LorsError(f"parameters.{name}: missing for tensor {tensor}{of_model}, and {name} has no default")
+        return default
+
+    def params_for(self, *, tensor: str, model: int | None = None, position: float = 0.0) -> dict[str, Any]:
+        """Every parameter of the method for one tensor: those per model for a `model`, the global ones for None."""
+        if self._method is None:
+            raise TypeError("params_for: expected a recipe that is bound to its method, got an unbound one")
+        scope = "global" if model is None else "model"
+        names = [spec.name for spec in self._method.parameters if spec.scope == scope]
+        return {name: self.resolve(name, tensor=tensor, model=model, position=position) for name in names}
+
+    def unmatched_filters(self, tensors: Iterable[str]) -> list[str]:
+        """One line for every filter that is a part of no tensor's name: it has no effect, so it is likely a mistake."""
+        names = list(tensors)
+        places = [("parameters", self.parameters)]
+        places += [(f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(self.models)]
+        return [
+            f"{place}.{name}: filter {shown(condition.filter)} is a part of no tensor's name"
+            for place, parameters in places
+            for name, setting in parameters.items()
+            for condition in setting.conditions
+            if not any(condition.matches(tensor) for tensor in names)
+        ]
+
+    # --- writing
+
+    def to_dict(self, *, resolved: bool = False) -> dict[str, Any]:
+        """The recipe as YAML data in canonical order, without what equals its default."""
+        data = self.model_dump(exclude_defaults=True, exclude={"models", "parameters"}, mode="json")
+        if resolved and self.base_model is not None:
+            data["base_model"] = self._located(self.base_model, absolute=True)
+        data["models"] = [
+            {"model": self._located(entry.model, absolute=True) if resolved else entry.model}
+            | ({"name": entry.name} if entry.name is not None else {})
+            | ({"parameters": _data(entry.parameters)} if entry.parameters else {})
+            for entry in self.models
+        ]
+        if self.parameters:
+            data["parameters"] = _data(self.parameters)
+        return {key: data[key] for key in type(self).model_fields if key in data}
+
+    def to_yaml(self, *, resolved: bool = False) -> str:
+        """Canonical YAML; loading it gives this recipe again. With `resolved`, local paths are absolute."""
+        data = self.to_dict(resolved=resolved)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+
+    def _located(self, model: str, absolute: bool = False) -> str:
+        """`model` as something to open; a path that is found in the working directory only when `absolute` is asked."""
+        if self._directory is not None and _exists(model, self._directory):
+            return os.path.abspath(self._directory / os.path.expanduser(model))
+        if _exists(model, None) and (absolute or model.startswith("~")):
+            return os.path.abspath(os.path.expanduser(model))
+        return model
+
+    def _is_base(self, entry: ModelEntry) -> bool:
+        return self.base_model is not None and Path(entry.model) == Path(self.base_model)
+
+
+def _data(parameters: Mapping[str, Setting]) -> dict[str, Any]:
+    return {name: setting.data() for name, setting in parameters.items()}
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+_UNITS = {"": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def parse_size(text: object) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a plain number; ValueError if it is none of these or less than one byte."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * unit) if match and unit else 0
+    if size < 1:
+        raise ValueError(f"expected a size such as '5GB' or '500MB', got {shown(text)}")
+    return size
+
+
+# --- what mergekit has and we do not ---------------------------------------------------------------------------------
+
+_NOT_SUPPORTED = {
+    "slices": "because whole models are merged layer by layer; list them under 'models'",
+    "modules": "because encoder and decoder are merged together; filters treat them differently",
+    "chat_template": "because the base's tokenizer files are kept as they are",
+}
+_TOKENIZER = "because the base's tokenizer is kept and all vocabularies must be equal; only 'base' is accepted"
+_LORA = "because an adapter is an expert of its own; give the adapter's directory as the model"
+
+
+def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
+    """Refuse what is not supported by name, and parse the parameters (their errors need no pydantic)."""
+    if not isinstance(document, dict):
+        raise LorsError(f"expected a mapping with merge_method and models, got {shown(document)}")
+    data = dict(document)
+    for key, reason in _NOT_SUPPORTED.items():
+        if data.pop(key, None) is not None:
+            raise LorsError(f"{key}: not supported by lors, {reason}")
+    tokenizer = data.pop("tokenizer", None)
+    if tokenizer not in (None, {"source": "base"}):
+        raise LorsError(f"tokenizer: not supported by lors, {_TOKENIZER}")
+    if data.get("tokenizer_source") not in (None, "base"):
+        raise LorsError(f"tokenizer_source: {shown(data['tokenizer_source'])} is not supported by lors, {_TOKENIZER}")
+    _check_reference(data.get("base_model"), "base_model", directory)
+    data["parameters"] = _parse_parameters(data.get("parameters"), "parameters")
+    if isinstance(data.get("models"), list):
+        data["models"] = tuple(_prepare_entry(entry, i, directory) for i, entry in enumerate(data["models"]))
+    return data
+
+
+def _prepare_entry(entry: object, index: int, directory: Path | None) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise LorsError(f"models[{index}]: expected a mapping such as {{model: PATH}}, got {shown(entry)}")
+    _check_reference(entry.get("model"), f"models[{index}].model", directory)
+    return entry | {"parameters": _parse_parameters(entry.get("parameters"), f"models[{index}].parameters")}
+
+
+def _check_reference(value: object, place: str, directory: Path | None) -> None:
+    """A model is one string; mergekit's PATH+LORA and its mappings are refused, unless such a path exists."""
+    if isinstance(value, dict):
+        reason = _LORA if value.get("lora") is not None else "because a model is a path, a hub id or ID@REVISION"
+        raise LorsError(f"{place}: a mapping is not supported by lors, {reason}")
+    if not isinstance(value, str) or _exists(value, directory) or _exists(value, None):
+        return
+    if "+" in value:
+        raise LorsError(f"{place}: LoRA syntax {shown(value)} is not supported by lors, {_LORA}")
+    if value.count("@") > 1:
+        raise LorsError(f"{place}: expected at most one '@REVISION', got {shown(value)}")
+
+
+def _parse_parameters(raw: object, place: str) -> dict[str, Setting]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise LorsError(f"{place}: expected a mapping from parameters to values, got {shown(raw)}")
+    return {str(name): Setting.parse(value, f"{place}.{name}") for name, value in raw.items()}
+
+
+def _checked(parameters: Mapping[str, Setting], method: MethodSpec, model: int | None) -> dict[str, Setting]:
+    checked: dict[str, Setting] = {}
+    for name, setting in parameters.items():
+        place = f"parameters.{name}" if model is None else f"models[{model}].parameters.{name}"
+        spec = method.parameter(name)
+        if spec is None:
+            known = nearest(name, [spec.name for spec in method.parameters])
+            raise LorsError(f"{place}: unknown parameter {shown(name)} of method {method.name}{known}")
+        if model is not None and spec.scope == "global":
+            raise LorsError(f"{place}: {name} is one value for the whole merge, expected it in the global parameters")
+        checked[name] = setting.checked(spec, place)
+    return checked
+
+
+def _exists(model: str, directory: Path | None) -> bool:
+    # os.path.exists, because a string that can be no path (too long, a null character) is False there and not an error
+    return os.path.exists(os.path.join(directory or "", os.path.expanduser(model)))
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+_WEIGHTS_FILE = re.compile(r"\.(safetensors|pt|pth|bin)$")
+_SAYS_NOTHING = ("model", "pytorch_model", "adapter_model")
+
+
+def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
+    """Given names; else the last part of the path, lengthened to the left while two are equal."""
+    parts = [_path_parts(entry.model) for entry in entries]
+    labels = [entry.name or part[-1] for entry, part in zip(entries, parts, strict=True)]
+    derived = [i for i, entry in enumerate(entries) if entry.name is None]
+    for depth in range(2, max(map(len, parts)) + 1):
+        for i in [i for i in derived if labels.count(labels[i]) > 1]:
+            labels[i] = "-".join(parts[i][-depth:])
+    taken = {entry.name for entry in entries}
+    for i in derived:
+        label, number = labels[i], 2
+        while labels[i] in taken:  # the very same path twice
+            labels[i], number = f"{label}-{number}", number + 1
+        taken.add(labels[i])
+    return tuple(labels)
+
+
+def _path_parts(model: str) -> list[str]:
+    parts = [part for part in model.split("@")[0].split("/") if part not in ("", ".", "..", "~")] or ["model"]
+    stem = _WEIGHTS_FILE.sub("", parts[-1])
+    if stem != parts[-1] and stem in _SAYS_NOTHING and len(parts) > 1:
+        return parts[:-1]  # .../ca/model.safetensors is ca
+    return [*parts[:-1], stem]
+
+
+def _check_labels(entries: Sequence[ModelEntry]) -> None:
+    first: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        if entry.name is not None and first.setdefault(entry.name, index) != index:
+            other = f"models[{first[entry.name]}]"
+            raise LorsError(f"models[{index}].name: {shown(entry.name)} is already the name of {other}")
+
+
+# --- pydantic's errors in one line -----------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "string_type": "a string",
+    "string_too_short": "a string that is not empty",
+    "too_short": "at least one model",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "int_type": "an integer",
+    "greater_than_equal": "an integer >= 0",
+    "less_than": "an integer below 2**63",
+}
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The problem worth telling: an unknown key before all others, for a misspelt key is also a missing one."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location, value, kind = problem["loc"], problem["input"], problem["type"]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    if kind == "extra_forbidden":
+        owners: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "target": Target}
+        owner = owners[location[0]] if len(location) > 1 else Recipe
+        return f"{place}: unknown key {shown(location[-1])}{nearest(location[-1], owner.model_fields)}"
+    if kind == "missing":
+        return f"{place}: missing"
+    if kind == "value_error":
+        return f"{place}: {problem['ctx']['error']}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{place}: expected one of {', '.join(allowed)}, got {shown(value)}{_suggested(value, allowed)}"
+    return f"{place}: expected {_EXPECTED.get(kind, problem['msg'])}, got {shown(value)}"
+
+
+def _suggested(value: object, allowed: Sequence[str]) -> str:
+    suggestion = nearest(value, allowed)
+    return suggestion if suggestion.startswith(",") else ""  # the allowed values are already listed

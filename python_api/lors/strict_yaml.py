@@ -1,0 +1,87 @@
+"""YAML text to plain data, with a one-line error at line and column for anything but one sane document.
+
+On top of PyYAML's safe loader: no key twice in a mapping, keys are strings, and limits on size, depth and the number of
+values after aliases are expanded (a "billion laughs" file is small on disk).
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from .errors import LorsError
+from .messages import shown
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "parse"]
+
+MAX_BYTES = 1 << 20
+MAX_VALUES = 50_000
+MAX_DEPTH = 32
+
+
+def parse(text: str, file: str) -> object:
+    """The document in `text`; `file` is what messages call it."""
+    if len(text) > MAX_BYTES:
+        raise LorsError(f"{file}: expected a recipe of at most {MAX_BYTES} characters, got {len(text)}")
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _Check(file).visit(node, 0)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        said = (error.context, error.problem) if (error.problem or "").startswith("but ") else (error.problem,)
+        problem = ", ".join(" ".join(part.split()) for part in said if part)
+        raise LorsError(
+            f"{_place(file, error.problem_mark or error.context_mark)}: not valid YAML: {problem}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        code = ord(text[error.position])
+        raise LorsError(f"{file}:{line}:{column}: not valid YAML: the character U+{code:04X} is not allowed") from None
+    except RecursionError:  # the parser is recursive and comes before our own limit
+        raise LorsError(f"{file}: nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # a date or an integer that PyYAML's constructors do not survive
+        raise LorsError(f"{file}: not valid YAML: {error}") from None
+
+
+def _place(file: str, mark: yaml.Mark | None) -> str:
+    return f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+
+
+class _Check:
+    """Walks the node graph as the constructor will: an aliased node counts every time it is used."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.values = 0
+
+    def visit(self, node: yaml.Node, depth: int) -> None:
+        self.values += 1
+        if depth > MAX_DEPTH:
+            raise LorsError(f"{_place(self.file, node.start_mark)}: nested deeper than {MAX_DEPTH} levels")
+        if self.values > MAX_VALUES:
+            raise LorsError(f"{_place(self.file, node.start_mark)}: expands to more than {MAX_VALUES} values")
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                self.visit(item, depth + 1)
+        elif isinstance(node, yaml.MappingNode):
+            self.keys([key for key, _ in node.value])
+            for _, value in node.value:
+                self.visit(value, depth + 1)
+
+    def keys(self, keys: list[yaml.Node]) -> None:
+        first: dict[str, yaml.Node] = {}
+        for key in keys:
+            place = _place(self.file, key.start_mark)
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                got = shown(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                raise LorsError(f"{place}: expected a word as key, got {got} (quote it if it is one)")
+            if key.value in first:
+                line = first[key.value].start_mark.line + 1
+                raise LorsError(f"{place}: the key {shown(key.value)} was already given in line {line}")
+            first[key.value] = key
