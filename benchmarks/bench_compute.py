@@ -143,20 +143,24 @@ def agreement(merged: Mapping[str, Tensor], other: Mapping[str, Tensor], base: M
 def run(results: Results, data: Path, repeats: int, *, sample: int | None = None) -> None:
     """Ours against every rival, on power-law deltas and on flat noise (the hardest for us)."""
     torch.set_num_threads(usable_cores())
-    size, experts, count = ("tiny", 2, 2) if results.quick else ("small", 5, 3)
+    size, experts = ("tiny", 2) if results.quick else ("small", 5)
     for deltas in ("powerlaw", "flat"):
         prefix = f"{size} float32, {experts} experts, {deltas}"
-        states = load(data, Spec(size, deltas=deltas), experts)
-        mine = results.record(f"{prefix}: ours", partial(measure_ours, states, repeats, count))
-        rivals: dict[str, Callable[[], dict[str, Any]]] = {
-            "as released": partial(time_procedure, states, RELEASED, sample),
-            "thin SVD, kthvalue": partial(time_procedure, states, THIN, sample),
-            "svd_lowrank": partial(time_lowrank, states, sample, count),
-        }
-        for name, measure in rivals.items():
-            other = results.record(f"{prefix}: {name}", measure)
-            other["ratio"] = ratio(other["seconds"], mine["seconds"])
-            results.save()
+        run_states(results, prefix, load(data, Spec(size, deltas=deltas), experts), repeats, sample)
+
+
+def run_states(results: Results, prefix: str, states: States, repeats: int, sample: int | None) -> None:
+    count = 2 if results.quick else 3
+    mine = results.record(f"{prefix}: ours", partial(measure_ours, states, repeats, count))
+    rivals: dict[str, Callable[[], dict[str, Any]]] = {
+        "as released": partial(time_procedure, states, RELEASED, sample),
+        "thin SVD, kthvalue": partial(time_procedure, states, THIN, sample),
+        "svd_lowrank": partial(time_lowrank, states, sample, count),
+    }
+    for name, measure in rivals.items():
+        other = results.record(f"{prefix}: {name}", measure)
+        other["ratio"] = ratio(other["seconds"], mine["seconds"])
+    results.save()
 
 
 def measure_ours(states: States, repeats: int, count: int) -> dict[str, Any]:

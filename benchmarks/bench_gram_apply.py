@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing.cases import SHAPES
 
-from .ops import DTYPES, SHAPES, Inputs, close, copies, make_inputs, time_call
+from .ops import DTYPES, Inputs, close, copies, make_inputs, time_call
 
 BLOCK = 16
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing.cases import SHAPES
 
-from .ops import DENSITY, DTYPES, SHAPES, Inputs, copies, factors, make_inputs, time_call
+from .ops import DENSITY, DTYPES, Inputs, copies, factors, make_inputs, time_call
 
 
 def magnitudes(inputs: Inputs, left: Tensor, right: Tensor) -> Tensor:

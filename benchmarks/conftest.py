@@ -12,6 +12,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--quick"):
         return
-    keep = [item for item in items if "tiny 384x384" in item.name and "float32" in item.name]
+    keep = [item for item in items if "tiny-attn" in item.name and "float32" in item.name]
     config.hook.pytest_deselected(items=[item for item in items if item not in keep])
     items[:] = keep

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,22 +18,13 @@ from torch import Tensor
 
 from .generate import Spec, delta_tensor
 from .machine import cache_sizes
-from .shapes import SIZES
 
 RANK, DENSITY, LAMBDA, EXPERTS = 7, 0.2, 0.2, 5
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def whisper_shapes(*sizes: str) -> dict[str, tuple[int, int]]:
-    """ "small 768x768" -> (768, 768), for every decomposed shape of the named sizes."""
-    return {f"{size} {m}x{n}": (m, n) for size in sizes for m, n in SIZES[size].matrices()}
-
-
-SHAPES = whisper_shapes("tiny", "small", "large-v3")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """base [m, n], `tuned` experts [m, n] in the checkpoint's dtype; deltas as fine-tuning leaves them."""
 
@@ -48,6 +40,7 @@ class Inputs:
         return sum(tensor.nbytes for tensor in (self.base, *self.tuned))
 
 
+@lru_cache(maxsize=1)  # the parameters that change fastest, rivals, share their inputs
 def make_inputs(shape: tuple[int, int], dtype: str, experts: int = 1, deltas: str = "powerlaw") -> Inputs:
     base = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.03
     spec = Spec("tiny", deltas=deltas)
@@ -64,6 +57,7 @@ def copies(inputs: Inputs, cold: bool) -> list[Inputs]:
     return [inputs] + [Inputs(inputs.base.clone(), [each.clone() for each in inputs.tuned]) for _ in range(count - 1)]
 
 
+@lru_cache(maxsize=EXPERTS)
 def factors(inputs: Inputs, rank: int = RANK) -> tuple[Tensor, Tensor]:
     """left [m, rank], right [n, rank] of the delta of the first expert, from LAPACK."""
     left, sigma, right = torch.linalg.svd(inputs.delta, full_matrices=False)
@@ -74,7 +68,7 @@ def time_call(
     benchmark: Any, ring: list[Inputs], call: Callable[[Inputs], object], *, nbytes: int, rounds: int, **facts: object
 ) -> None:
     """Run `call` once per round, each time on the next inputs of the ring; file the counted bytes beside the time."""
-    benchmark.extra_info.update(bytes=nbytes, **facts)
+    benchmark.extra_info.update(shape=list(ring[0].base.shape), bytes=nbytes, **facts)
     following = itertools.cycle(ring)
 
     def setup() -> tuple[tuple[Inputs], dict[str, Any]]:

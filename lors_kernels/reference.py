@@ -103,6 +103,6 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
     if bad:
         raise NonFiniteError(bad)
     u, s, vh = torch.linalg.svd(d.double(), full_matrices=False)
-    left, right = (u[:, :rank] * s[:rank]).float(), vh[:rank].T.contiguous().float()
+    left, right = (u[:, :rank] * s[:rank]).float().contiguous(), vh[:rank].T.contiguous().float()
     energy = float(d.double().square().sum())
     return TruncatedSVD(left, right, s[:rank].float(), 0, 0.0, "svd", energy, NAME)

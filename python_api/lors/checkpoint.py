@@ -217,14 +217,17 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if path.is_dir():
-        return _open_directory(path, name or path.resolve().name, None)
-    if path.exists():
-        directory = path.parent if (path.parent / "config.json").is_file() else None
-        return Checkpoint(name or _file_label(path), path, [path], directory=directory)
-    if isinstance(source, str) and (hub := _HUB_ID.fullmatch(text)):
-        snapshot = _download(hub["repo"], hub["revision"])
-        return _open_directory(snapshot, name or text, hub["repo"])
+    try:
+        if path.is_dir():
+            return _open_directory(path, name or path.resolve().name, None)
+        if path.exists():
+            directory = path.parent if (path.parent / "config.json").is_file() else None
+            return Checkpoint(name or _file_label(path), path, [path], directory=directory)
+        if isinstance(source, str) and (hub := _HUB_ID.fullmatch(text)):
+            snapshot = _download(hub["repo"], hub["revision"])
+            return _open_directory(snapshot, name or text, hub["repo"])
+    except OSError as error:  # a directory that may not be entered, a name that is too long ...
+        raise LorsError(f"cannot read {error.filename or text}: {error.strerror or error}") from error
     raise LorsError(f"{text}: no such file or directory")
 
 

@@ -137,6 +137,9 @@ def naming(names: Iterable[str]) -> str:
     return OTHER
 
 
+_naming_of = naming  # below, `naming` is an argument
+
+
 def compile_patterns(patterns: Iterable[str], where: str) -> list[re.Pattern[str]]:
     """Compile the regexes of a target; `LorsError` names the one that is not a regular expression."""
     compiled = []
@@ -186,7 +189,7 @@ def select(
         found = Selection(_matching(matrices, include), "target.include")
         what = f"target.include: {_listed(include)}"
     else:
-        found = _by_architecture(matrices, naming, config, part)
+        found = _by_architecture(matrices, naming or _naming_of(tensors), config, part)
         what = f"target.select: {part!r}"
     if target is not None and not found.names:
         raise LorsError(f"{what} matches none of the {len(matrices)} matrices")
@@ -202,11 +205,10 @@ def attention_only(names: Iterable[str]) -> set[str]:
 
 
 def _by_architecture(
-    matrices: Mapping[str, tuple[int, ...]], scheme: str | None, config: Mapping[str, Any] | None, part: str
+    matrices: Mapping[str, tuple[int, ...]], naming: str, config: Mapping[str, Any] | None, part: str
 ) -> Selection:
-    scheme = naming(matrices) if scheme is None else scheme
     model_type = str((config or {}).get("model_type", ""))
-    architecture = _BY_NAME.get(scheme) or _BY_MODEL_TYPE.get(model_type)
+    architecture = _BY_NAME.get(naming) or _BY_MODEL_TYPE.get(model_type)
     if architecture is None:
         why = (
             f"no rule for model_type {model_type!r}" if model_type else "the checkpoint has no config with a model_type"

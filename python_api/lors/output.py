@@ -172,9 +172,9 @@ class OutputDirectory:
         self._lock: int | None = None
         self._made: list[Path] = []
         self._committed = False
+        self._check()
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.path = self.target.with_name(f".{self.target.name}.lors-{token}.tmp")
-        self._check()
 
     # -------------------------------------------------------------------------------------------------- checks
 

@@ -514,10 +514,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"{place}: {problem['ctx']['error']}"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{place}: expected one of {', '.join(allowed)}, got {shown(value)}{_suggested(value, allowed)}"
+        return f"{place}: expected one of {', '.join(allowed)}, got {shown(value)}"
     return f"{place}: expected {_EXPECTED.get(kind, problem['msg'])}, got {shown(value)}"
-
-
-def _suggested(value: object, allowed: Sequence[str]) -> str:
-    suggestion = nearest(value, allowed)
-    return suggestion if suggestion.startswith(",") else ""  # the allowed values are already listed

@@ -1,0 +1,49 @@
+"""Merge fine-tuned Whisper experts into one model by low-rank and sparse task vectors (LoRS-Merging).
+
+    import lors
+    lors.merge("openai/whisper-small", {"ca": "whisper-ca", "de": "whisper-de"}, out="merged")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import open_checkpoint
+    from .errors import LorsError
+    from .merging import merge, merge_recipe, merge_state_dicts
+    from .merge_report import MergeReport
+    from .recipe import Recipe
+
+__version__ = "0.1.0"
+
+# name -> module; loaded on first use, so that `import lors` costs nothing
+_EXPORTS = {
+    "LorsError": "errors",
+    "MergeReport": "merge_report",
+    "Recipe": "recipe",
+    "merge": "merging",
+    "merge_recipe": "merging",
+    "merge_state_dicts": "merging",
+    "open_checkpoint": "checkpoint",
+}
+
+__all__ = [
+    "LorsError",
+    "MergeReport",
+    "Recipe",
+    "__version__",
+    "merge",
+    "merge_recipe",
+    "merge_state_dicts",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

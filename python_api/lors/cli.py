@@ -1,0 +1,246 @@
+"""The `lors` command. Only this file and what a sub-command needs is imported, so that `lors --help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import LorsError
+
+if TYPE_CHECKING:
+    from .merge_report import MergeReport
+    from .recipe import Recipe
+
+app = typer.Typer(
+    name="lors",
+    help="Merge fine-tuned Whisper experts into one model: low rank plus sparse, at file speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for what a user can put right, 130 for Ctrl-C."""
+    from .output import terminate_cleanly
+
+    try:
+        with terminate_cleanly():
+            app()
+    except LorsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        print(f"lors {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def merge(
+    paths: Annotated[list[str], typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter.")],
+    base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; repeat for each.")] = None,
+    method: Annotated[str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... [default: lors]")] = None,
+    rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
+    lam: Annotated[float | None, typer.Option("--lambda", help="Factor of the sum over the experts.")] = None,
+    weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
+    rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the written weights [default: the base's].")] = None,
+    out_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Largest weight file [default: 5GB].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Reload the result and compare a sample with the reference.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
+) -> None:
+    """Merge experts into one checkpoint, by a recipe or by options.
+
+    lors merge recipe.yml OUT
+    lors merge --base BASE --expert ca=DIR --expert de=DIR OUT
+    """
+    given = {
+        "rank": rank, "density": density, "lambda": lam, "weight": _pairs(weight, "--weight", float), **_pairs(param, "--param", _scalar)
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "target": {"include": include or [], "exclude": exclude or []} if include or exclude else None,
+        "rest": rest, "out_dtype": dtype, "out_shard_size": out_shard_size, "seed": seed,
+    }  # fmt: skip
+    parameters = {key: value for key, value in given.items() if value not in (None, {})}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if len(paths) > 2:
+        raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {len(paths)} arguments: {' '.join(paths)}")
+    out = paths[-1]
+    recipe = _recipe(paths[:-1], base, _pairs(expert, "--expert", str), method, parameters, settings)
+
+    from .merging import dry_run as rehearse
+    from .merging import merge_recipe
+
+    if dry_run:
+        report = rehearse(recipe, out, backend=backend, threads=threads, force=force)
+    else:
+        with _progress(quiet or as_json) as progress:
+            report = merge_recipe(
+                recipe, out, backend=backend, threads=threads, force=force, durable=fsync, check=check, progress=progress
+            )
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        show_report(report, verbose)
+
+
+def _recipe(
+    path: Sequence[str],
+    base: str | None,
+    experts: dict[str, Any],
+    method: str | None,
+    parameters: dict[str, Any],
+    settings: dict[str, Any],
+) -> Recipe:
+    from .methods import SPECS
+    from .recipe import Recipe
+
+    if path:
+        if base or experts or method or parameters or settings:
+            raise LorsError("merge: expected a recipe or options that describe the merge, got both; put them in the recipe")
+        return Recipe.load(Path(path[0]), SPECS)
+    if not experts:
+        raise LorsError("merge: expected a recipe, or --base and at least one --expert NAME=PATH")
+    return Recipe.from_arguments(base, experts, method or "lors", methods=SPECS, **settings, **parameters)
+
+
+def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise LorsError(f"{option}: expected NAME=VALUE, got {item!r}")
+        if name in pairs:
+            raise LorsError(f"{option}: {name!r} is given twice")
+        try:
+            pairs[name] = convert(value)
+        except ValueError:
+            raise LorsError(f"{option}: expected a number for {name!r}, got {value!r}") from None
+    return pairs
+
+
+def _scalar(text: str) -> Any:
+    import yaml
+
+    value = yaml.safe_load(text)
+    if not isinstance(value, (bool, int, float, str)):
+        raise ValueError(text)
+    return value
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_report(report: MergeReport, verbose: bool = True) -> None:
+    """The report as a table and three lines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rows = [row for row in report.kinds if row.decomposed]
+    if rows and verbose:
+        table = Table("layer kind", *("matrices", "entries", "energy in L", "energy in S", "lost"), box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            shares = (row.low_share, row.sparse_share, 1 - row.low_share - row.sparse_share)
+            table.add_row(row.kind, str(row.tensors), f"{row.entries:,}", *(f"{100 * share:.1f} %" for share in shares))
+        console.print(table)
+    elif rows:
+        energy = sum(row.delta_energy for row in rows) or 1.0
+        low, sparse = (sum(getattr(row, name) for row in rows) / energy for name in ("low_energy", "sparse_energy"))
+        print(f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)")
+    for notice in report.notices:
+        print(f"note: {notice}")
+    print(
+        f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
+        f"backend {report.backend}, {report.threads} threads"
+    )
+    print(
+        f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
+        f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
+    )
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Directory, file or hub id.")],
+    base: Annotated[str | None, typer.Option(help="Describe the difference to this checkpoint.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank whose share of the energy is shown.")] = 7,
+    top: Annotated[int, typer.Option(min=1, help="Singular values shown per matrix.")] = 5,
+    match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only tensors with such names.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra (needs matplotlib).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in a checkpoint; with --base, the spectrum of every task vector."""
+    from .inspect import inspect_command
+
+    inspect_command(checkpoint, base, rank=rank, top=top, match=match, plot=plot, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Backends, each available or why not; threads, vector unit, versions."""
+    from lors_kernels.__main__ import print_diagnosis
+
+    print_diagnosis(as_json=as_json)
+
+
+@app.command()
+def validate(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; repeat [default: all that are available].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check every kernel operation against the reference on this machine; exit code 1 if one is wrong."""
+    from lors_kernels.testing.validate import validate_command
+
+    if not validate_command(backend, quick=quick, as_json=as_json):
+        raise typer.Exit(1)

@@ -1,0 +1,250 @@
+"""The merge engine: a plan of small pieces of work, done by a few threads with a few buffers each.
+
+A piece is one decomposed matrix, or a slab of any other tensor. A worker reads the base's part of it, then one expert
+after the other into the same buffer, and adds what the method keeps to a float32 accumulator: everything that is done
+with one expert's matrix (decomposing, selecting, adding) happens while it is in the cache, and the memory in use does
+not depend on the size of the model or on the number of experts. Experts are added in their order, each by one thread,
+so the result has the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lors_kernels
+import numpy as np
+from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
+
+from .errors import LorsError
+from .layers import kind
+from .merge_report import KindRow, MergeReport
+from .methods import Reduction
+from .parameters import rank_of
+from .sources import Slot, Source, Spec
+
+SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
+COLUMNS = 4096
+AHEAD = 4  # pieces whose tensors are asked for before they are needed
+
+Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
+
+
+@dataclass(frozen=True)
+class Work:
+    """All there is to do for one tensor."""
+
+    name: str
+    spec: Spec  # of the base
+    out_dtype: np.dtype[Any]
+    reductions: tuple[Reduction, ...]  # one per expert; none: the base's values are carried over
+    matrix: bool  # decomposed: treated as a whole
+    relative: bool = True
+
+    def pieces(self) -> Iterator[Piece]:
+        step = max(1, self.spec.numel) if self.matrix else SLAB
+        for start in range(0, max(1, self.spec.numel), step):
+            yield Piece(self, start, min(self.spec.numel, start + step))
+
+
+class Piece(NamedTuple):
+    work: Work
+    start: int
+    stop: int
+
+    def views(self, flat: np.ndarray) -> list[np.ndarray]:
+        """The piece's values as matrices: the tensor itself, or rows of COLUMNS and one shorter row."""
+        if self.work.matrix:
+            return [flat.reshape(self.work.spec.shape)]
+        body = flat.size // COLUMNS * COLUMNS
+        parts = (flat[:body].reshape(-1, COLUMNS), flat[body:].reshape(1, -1))
+        return [part for part in parts if part.size]
+
+
+class Outcome(NamedTuple):
+    """What one expert contributed to one piece."""
+
+    stats: UpdateStats
+    svd: TruncatedSVD | None
+
+
+@dataclass
+class _Worker:
+    """Buffers of one thread."""
+
+    base: Slot = field(default_factory=Slot)
+    tuned: Slot = field(default_factory=Slot)
+    total: Slot = field(default_factory=Slot)
+    out: Slot = field(default_factory=Slot)
+
+
+@dataclass
+class Engine:
+    """Carries out a list of `Work` from sources to a sink and keeps the account in a report."""
+
+    base: Source
+    experts: Sequence[Source]
+    sink: Sink
+    report: MergeReport
+    backend: str | None = None
+    threads: int = 1
+    seed: int = 0
+    progress: Callable[[int], None] = lambda entries: None
+
+    def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
+        """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
+        pieces = [piece for work in works for piece in work.pieces()]
+        self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._local = threading.local()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
+            futures: list[Future[None]] = [pool.submit(task) for task in also]
+            futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        self._account(pieces)
+
+    # --- one piece
+
+    def _do(self, pieces: Sequence[Piece], index: int) -> None:
+        if self._stop.is_set():
+            return
+        if not hasattr(self._local, "worker"):
+            self._local.worker = _Worker()
+        if index + AHEAD < len(pieces):
+            ahead = pieces[index + AHEAD]
+            if ahead.start == 0:
+                for source in (self.base, *self.experts):
+                    source.prefetch(ahead.work.name)
+        piece, worker = pieces[index], self._local.worker
+        if piece.work.reductions:
+            self._outcomes[index] = self._merge(piece, worker)
+        else:
+            values = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)
+            self.sink(piece.work.name, self._converted(values, piece.work, worker), piece.start)
+        with self._lock:
+            self.progress(piece.stop - piece.start)
+
+    def _merge(self, piece: Piece, worker: _Worker) -> list[Outcome]:
+        work = piece.work
+        base = self.base.fetch(work.name, piece.start, piece.stop, worker.base) if work.relative else None
+        total = worker.total.array(piece.stop - piece.start, np.dtype(np.float32))
+        total[:] = 0 if base is None else base
+        outcomes = []
+        for expert, reduction in zip(self.experts, work.reductions, strict=True):
+            if self._stop.is_set():
+                return []
+            if reduction.weight == 0:
+                continue
+            tuned = expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
+            bases = [None, None] if base is None else piece.views(base)
+            for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
+                outcomes.append(self._add(expert, work, w, b, t, reduction))
+        self.sink(work.name, self._converted(total, work, worker), piece.start)
+        return outcomes
+
+    def _add(
+        self, expert: Source, work: Work, total: np.ndarray, base: Any, tuned: np.ndarray, r: Reduction
+    ) -> Outcome:
+        """total += weight * (L + S) of one expert's matrix."""
+        options: dict[str, Any] = {"backend": self.backend, "threads": 1}
+        svd, left, right, threshold = None, None, None, KEEP_ALL
+        try:
+            if r.rank:
+                svd = lors_kernels.truncated_svd(base, tuned, rank_of(r.rank, *tuned.shape), seed=self.seed, **options)
+                left, right = svd.left, svd.right
+            if r.density < 1:
+                k = int(r.density * tuned.size)
+                threshold = lors_kernels.residual_threshold(base, tuned, left, right, k, **options) if k else KEEP_NONE
+            stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
+        except NonFiniteError:
+            raise self._non_finite(expert, work) from None
+        if stats.non_finite:
+            raise self._non_finite(expert, work)
+        return Outcome(stats, svd)
+
+    def _converted(self, values: np.ndarray, work: Work, worker: _Worker) -> np.ndarray:
+        if values.dtype == work.out_dtype:
+            return values
+        out = worker.out.array(values.size, work.out_dtype)
+        with np.errstate(over="ignore"):
+            out[:] = values
+        if work.out_dtype == np.float16 and not np.isfinite(out).all():
+            largest = float(np.abs(values.astype(np.float32)).max())
+            raise LorsError(
+                f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most 65504 for float16; "
+                "choose bfloat16 or float32 as out_dtype"
+            )
+        return out
+
+    def _non_finite(self, expert: Source, work: Work) -> LorsError:
+        """The error for NaN or infinity, after counting them in the whole tensor; says whose values they are."""
+        counts, slot = {}, Slot()
+        for source in (self.base, expert):
+            counts[source.name] = 0
+            for start in range(0, work.spec.numel, SLAB):
+                values = source.fetch(work.name, start, min(work.spec.numel, start + SLAB), slot)
+                counts[source.name] += int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
+        for name in (self.base.name, expert.name):
+            if counts[name]:
+                return LorsError(f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite")
+        return LorsError(f"{expert.name}: tensor {work.name!r}: its difference to {self.base.name} overflows float32")
+
+    # --- the account
+
+    def _account(self, pieces: Sequence[Piece]) -> None:
+        """Adds everything up in the order of the pieces, so that the report does not depend on the threads either."""
+        report, rows = self.report, dict[str, KindRow]()
+        for piece, outcomes in zip(pieces, self._outcomes, strict=True):
+            work, entries = piece.work, piece.stop - piece.start
+            read = [e for e, r in zip(self.experts, work.reductions, strict=False) if r.weight]
+            if work.relative or not read:
+                read.append(self.base)
+            report.bytes_read += entries * sum(source.tensors[work.name].dtype.itemsize for source in read)
+            report.bytes_written += entries * work.out_dtype.itemsize
+            row = rows.setdefault(kind(work.name), KindRow(kind(work.name), work.matrix))
+            row.tensors += piece.start == 0
+            row.entries += entries
+            for stats, svd in outcomes:
+                row.delta_energy += stats.delta_energy
+                row.sparse_energy += stats.kept_energy
+                if svd:
+                    row.low_energy += stats.delta_energy - stats.residual_energy
+                    report.svd_methods[svd.method] += 1
+                    report.svd_passes += svd.passes
+                    report.svd_worst = max(report.svd_worst, svd.residual)
+        report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
+        report.tensors += sum(piece.start == 0 for piece in pieces)
+        report.decomposed += sum(piece.work.matrix for piece in pieces)
+
+
+def plan(
+    specs: Mapping[str, Spec],
+    matrices: set[str],
+    reductions: Callable[[str, bool], list[Reduction]],
+    out_dtype: np.dtype[Any] | None,
+    relative: bool,
+) -> list[Work]:
+    """One `Work` per tensor, in the base's order; every rank is checked against its matrix before any work."""
+    works = []
+    for name, spec in specs.items():
+        matrix = name in matrices
+        chosen = reductions(name, matrix) if spec.floating else []
+        for reduction in chosen:
+            if reduction.rank:
+                try:
+                    rank_of(reduction.rank, *spec.shape)
+                except ValueError as error:
+                    raise LorsError(f"parameters.{error}: tensor {name!r}") from None
+        dtype = out_dtype if out_dtype is not None and spec.floating else spec.dtype
+        works.append(Work(name, spec, dtype, tuple(chosen), matrix, relative))
+    return works

@@ -1,0 +1,371 @@
+"""Merging: checkpoints to a checkpoint, or state dicts to a state dict.
+
+    W = W0 + lambda * sum_t weight_t * (L_t + S_t)        for every decomposed matrix
+    W = W0 + lambda * sum_t weight_t * (W_t - W0)         for everything else (`rest`)
+
+Everything that can be known beforehand (names, shapes, dtypes, parameters, ranks, room on the disk) is checked before
+the first weight is read, and nothing appears under the output's name until all of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lors_kernels
+import numpy as np
+from lors_kernels.arrays import BFLOAT16, is_torch
+
+from . import layers
+from .card import Source as CardSource
+from .card import write_card
+from .checkpoint import Checkpoint, compare, open_checkpoint
+from .engine import Engine, Sink, Work, plan
+from .errors import LorsError
+from .merge_report import MergeReport, peak_memory
+from .methods import METHODS, SPECS, Method, Reduction
+from .output import OpenAIWriter, OutputDirectory, WeightWriter
+from .recipe import Recipe
+from .sources import FileSource, MemorySource, Source
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+SHARD_BYTES = 5_000_000_000
+
+Progress = Callable[[int, int], None]  # entries done, entries in all
+
+
+def merge(
+    base: str | os.PathLike[str],
+    experts: Mapping[str, str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    method: str = "lors",
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    durable: bool = True,
+    check: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> MergeReport:
+    """W = W0 + lambda * sum_t weight_t * (L_t + S_t): merges checkpoints into a new one.
+
+    Args:
+        base: W0: a Hugging Face directory, a hub id, a .safetensors file or an openai-whisper .pt.
+        experts: label -> W_t, fine-tuned from the base: same names and shapes; float32, float16 and bfloat16 may be mixed.
+        out: directory to write; must not exist unless `force`.
+        method: "lors", "task_arithmetic", "linear", "svp" or "magnitude_prune".
+        backend: kernels to use (see `lors_kernels.available_backends`); None chooses.
+        threads: None: LORS_THREADS, else all cores. The output has the same bits for every number.
+        durable: survive a power failure right after the merge (fsync).
+        check: reload the output and compare it with the definition (`verify`).
+        progress: called with (entries done, entries in all).
+        settings: parameters of the method (`rank=7, density=0.2, lam=0.2, weight={"ca": 1.0, "de": 0.5}`, ...) and
+            `target`, `rest`, `seed`, `dtype`, `out_dtype`, `out_shard_size`, as in a recipe.
+
+    Raises:
+        LorsError: anything wrong with the inputs, in one line; then `out` is as it was before.
+    """
+    paths = {label: os.fspath(path) for label, path in experts.items()}
+    recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
+    return merge_recipe(
+        recipe, out, backend=backend, threads=threads, force=force, durable=durable, check=check, progress=progress
+    )
+
+
+def merge_recipe(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    durable: bool = True,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`)."""
+    begun = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        job = _prepare(recipe, out, stack, backend=backend, threads=threads, force=force, durable=durable)
+        stack.enter_context(job.output)
+        writer = stack.enter_context(_writer(recipe, job.base, job.output.path, job.works))
+        hashes: dict[str, dict[str, str]] = {}
+        hashing = [_hasher(checkpoint, hashes) for checkpoint in dict.fromkeys((job.base, *job.experts))]
+        engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
+        engine.run(job.works, hashing)
+        writer.finish()
+        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        job.output.commit()
+    job.report.seconds = time.perf_counter() - begun
+    job.report.peak_memory = peak_memory()
+    if check:
+        from .verify import verify
+
+        job.report.notices.append(verify(recipe, out))
+    return job.report
+
+
+def dry_run(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+) -> MergeReport:
+    """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
+    with contextlib.ExitStack() as stack:
+        job = _prepare(recipe, out, stack, backend=backend, threads=threads, force=force, durable=False)
+        size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
+        job.output.require_space(size)
+        job.report.tensors = len(job.works)
+        job.report.decomposed = sum(work.matrix for work in job.works)
+        job.report.notices.append(f"dry run: nothing was read or written; the result takes {size / 1e6:.1f} MB")
+        return job.report
+
+
+def merge_state_dicts(
+    base: Mapping[str, Any],
+    experts: Mapping[str, Mapping[str, Any]],
+    method: str = "lors",
+    *,
+    config: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`merge` on tensors in memory (numpy arrays or CPU torch tensors); returns new tensors of the base's kind.
+
+    base, experts: name -> tensor. config: the model's configuration, which tells architectures apart that names do not.
+    settings: as for `merge`.
+    """
+    recipe = Recipe.from_arguments("base", {label: label for label in experts}, method, methods=SPECS, **settings)
+    chosen = METHODS[method]
+    sources = [MemorySource("base", base), *(MemorySource(label, state) for label, state in experts.items())]
+    for source in sources[1:]:
+        _compare_specs(sources[0], source)
+    report = MergeReport(method, _backend(backend), None, list(experts), threads=_threads(threads))
+    works = _plan(recipe, chosen, sources[0], layers.naming(base), config, report)
+    merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
+
+    def keep(name: str, values: np.ndarray, start: int) -> None:
+        merged[name][start : start + values.size] = values
+
+    _engine(recipe, sources, keep, report, works, None).run(works)
+    return {work.name: _like(base[work.name], merged[work.name].reshape(work.spec.shape)) for work in works}
+
+
+# --- checks and planning ---------------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """A merge that has passed every check."""
+
+    base: Checkpoint
+    experts: list[Checkpoint]
+    sources: list[FileSource]
+    works: list[Work]
+    output: OutputDirectory
+    report: MergeReport
+
+
+def _prepare(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    stack: contextlib.ExitStack,
+    *,
+    backend: str | None,
+    threads: int | None,
+    force: bool,
+    durable: bool,
+) -> _Job:
+    method = METHODS[recipe.merge_method]
+    report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
+    base, experts = _open(recipe, method, stack)
+    report.experts = [expert.name for expert in experts]
+    sources = [FileSource(checkpoint, list(base.tensors)) for checkpoint in (base, *experts)]
+    works = _plan(recipe, method, sources[0], base.naming, base.config, report)
+    inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
+    output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
+    return _Job(base, experts, sources, works, output, report)
+
+
+def _threads(threads: int | None) -> int:
+    try:
+        return lors_kernels.thread_count(threads)
+    except ValueError as error:
+        raise LorsError(str(error)) from None
+
+
+def _backend(name: str | None) -> str:
+    """The backend that will run, by name; LorsError when the one that was asked for cannot."""
+    from lors_kernels.dispatch import BackendUnavailable, select
+
+    try:
+        return str(select(name, np.empty((1, 1), np.float32)).NAME)
+    except (ValueError, BackendUnavailable) as error:
+        raise LorsError(f"backend: {error}" if isinstance(error, BackendUnavailable) else str(error)) from None
+
+
+def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
+    """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
+    indices = recipe.experts if method.relative else range(len(recipe.models))
+    experts = [
+        stack.enter_context(open_checkpoint(recipe.sources[index], name=recipe.labels[index])) for index in indices
+    ]
+    if method.relative:
+        base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
+    else:
+        base = experts[0]
+    for expert in experts:
+        if expert is not base:
+            compare(base, expert)
+    return base, experts
+
+
+def _plan(
+    recipe: Recipe,
+    method: Method,
+    base: Source,
+    naming: str,
+    config: Mapping[str, Any] | None,
+    report: MergeReport,
+) -> list[Work]:
+    for name, spec in base.tensors.items():
+        if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
+            raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
+    matrices: set[str] = set()
+    if not method.everywhere:
+        selection = layers.select(base.tensors, naming, config, recipe.target)
+        matrices = set(selection.names)
+        if selection.notice:
+            report.notices.append(selection.notice)
+    elif recipe.target is not None:
+        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
+    report.notices += recipe.unmatched_filters(base.tensors)
+    depth = layers.positions(base.tensors)
+    indices = recipe.experts if method.relative else tuple(range(len(recipe.models)))
+
+    def reductions(name: str, matrix: bool) -> list[Reduction]:
+        at = {"tensor": name, "position": depth[name]}
+        models = [recipe.params_for(model=index, **at) for index in indices]
+        chosen = method.reduce(models, recipe.params_for(**at))
+        return chosen if matrix or method.everywhere else _rest(recipe.rest, chosen)
+
+    dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
+    return plan(base.tensors, matrices, reductions, dtype, method.relative)
+
+
+def _rest(rule: str, chosen: Sequence[Reduction]) -> list[Reduction]:
+    """What happens to a tensor that the method does not decompose."""
+    if rule == "base":
+        return []
+    if rule == "average":
+        return [Reduction(1 / len(chosen)) for _ in chosen]
+    return [Reduction(reduction.weight) for reduction in chosen]
+
+
+def _compare_specs(base: MemorySource, expert: MemorySource) -> None:
+    if odd := sorted(base.tensors.keys() ^ expert.tensors.keys()):
+        raise LorsError(f"{expert.name}: expected the tensors of the base, {len(odd)} differ, first {odd[0]!r}")
+    for name, spec in base.tensors.items():
+        got = expert.tensors[name]
+        if got.shape != spec.shape or got.floating != spec.floating:
+            raise LorsError(
+                f"{expert.name}: tensor {name!r}: expected {list(spec.shape)} {spec.dtype} as in the base, "
+                f"got {list(got.shape)} {got.dtype}"
+            )
+
+
+def _engine(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    sink: Sink,
+    report: MergeReport,
+    works: Sequence[Work],
+    progress: Progress | None,
+) -> Engine:
+    base, experts = sources[0], sources[1:]
+    engine = Engine(base, experts, sink, report, report.backend, report.threads, recipe.seed)
+    if progress is not None:
+        done, total = 0, sum(work.spec.numel for work in works)
+
+        def advance(entries: int) -> None:
+            nonlocal done
+            done += entries
+            progress(done, total)
+
+        engine.progress = advance
+    return engine
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _writer(recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work]) -> WeightWriter | OpenAIWriter:
+    tensors = [(work.name, work.out_dtype, work.spec.shape) for work in works]
+    if base.dims is not None:
+        return OpenAIWriter(directory / "model.pt", tensors, base.dims)
+    return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES)
+
+
+def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]]) -> Callable[[], None]:
+    def task() -> None:
+        hashes[checkpoint.name] = checkpoint.sha256()
+
+    return task
+
+
+def _accompany(
+    recipe: Recipe,
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    output: OutputDirectory,
+    hashes: Mapping[str, Mapping[str, str]],
+    report: MergeReport,
+) -> None:
+    """Configuration, tokenizer, processor, model card and recipe."""
+    for path in base.sidecars():
+        output.copy(path)
+    labels = list(recipe.labels)
+    weights = {expert.name: _plain(recipe, "weight", labels.index(expert.name)) for expert in experts}
+    shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
+    write_card(
+        output.path,
+        base=CardSource.of(base, hashes[base.name]),
+        experts=[CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts],
+        method=recipe.merge_method,
+        parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
+        recipe=recipe.to_yaml(),
+        backend=report.backend,
+        naming=base.naming,
+        base_card=base.card(),
+    )
+
+
+def _plain(recipe: Recipe, name: str, model: int | None) -> Any:
+    """A parameter as one value where the recipe gives one; None where it depends on the tensor."""
+    places = [recipe.parameters] if model is None else [recipe.models[model].parameters, recipe.parameters]
+    for parameters in places:
+        if name in parameters:
+            value = parameters[name].data()
+            return None if isinstance(value, list) else value
+    spec = SPECS[recipe.merge_method].parameter(name)
+    return spec.default if spec is not None and isinstance(spec.default, (bool, int, float, str)) else None
+
+
+def _like(original: Any, array: np.ndarray) -> Any:
+    if not is_torch(original):
+        return array
+    from lors_kernels.arrays import to_torch
+
+    return to_torch(array)

@@ -1,0 +1,105 @@
+"""Where the engine reads tensors from: a checkpoint's files, or a state dict in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
+
+from .checkpoint import Checkpoint
+from .errors import LorsError
+
+
+class Slot:
+    """One reusable buffer of a worker. Growing only, so that after a few tensors reading allocates nothing."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """A flat array of `count` elements, 64-byte aligned, contents undefined."""
+        nbytes = count * dtype.itemsize
+        if self._bytes.size < nbytes + 64:
+            self._bytes = np.empty(0, np.uint8)  # let the old one go first
+            self._bytes = np.empty(nbytes + 64, np.uint8)
+        skip = -self._bytes.ctypes.data % 64
+        return self._bytes[skip : skip + nbytes].view(dtype)
+
+
+class Spec(NamedTuple):
+    """dtype and shape of one tensor, and whether it can be merged."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in (np.float32, np.float16, BFLOAT16)
+
+
+class Source(Protocol):
+    """Named tensors that can be read a flat range at a time, from several threads."""
+
+    name: str
+    tensors: Mapping[str, Spec]
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        """Elements [start, stop) of a tensor, row-major; valid until the slot is used again, not to be written to."""
+        ...
+
+    def prefetch(self, name: str) -> None:
+        """A hint that the tensor is wanted soon."""
+        ...
+
+
+class FileSource:
+    """A checkpoint; a tied output projection that only other checkpoints store is read from the embedding."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str] | None = None) -> None:
+        self.name, self._checkpoint = checkpoint.name, checkpoint
+        self._stored = {name: checkpoint.resolve(name) or name for name in (names or checkpoint.tensors)}
+        infos = {name: checkpoint.info(stored) for name, stored in self._stored.items()}
+        self.tensors: dict[str, Spec] = {name: Spec(info.dtype, info.shape) for name, info in infos.items()}
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        out = slot.array(stop - start, self.tensors[name].dtype)
+        return self._checkpoint.read(self._stored[name], out, start, stop)
+
+    def prefetch(self, name: str) -> None:
+        self._checkpoint.prefetch(self._stored[name])
+
+
+class MemorySource:
+    """A state dict of numpy arrays or CPU torch tensors, read in place."""
+
+    def __init__(self, name: str, state: Mapping[str, Any]) -> None:
+        self.name = name
+        self._flat = {key: _flat(name, key, value) for key, value in state.items()}
+        self.tensors: dict[str, Spec] = {
+            key: Spec(self._flat[key].dtype, tuple(value.shape)) for key, value in state.items()
+        }
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        return self._flat[name][start:stop]
+
+    def prefetch(self, name: str) -> None:
+        pass  # it is in memory
+
+
+def _flat(source: str, key: str, value: Any) -> np.ndarray:
+    if is_torch(value):
+        if value.device.type != "cpu":
+            raise LorsError(f"{source}: tensor {key!r}: expected a tensor in main memory, got one on {value.device}")
+        import torch
+
+        flat = value.detach().contiguous().reshape(-1)
+        return flat.view(torch.uint16).numpy().view(BFLOAT16) if dtype_name(flat) == "bfloat16" else flat.numpy()  # type: ignore[no-any-return]
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).reshape(-1)
+    raise LorsError(f"{source}: tensor {key!r}: expected a torch tensor or a numpy array, got {type(value).__name__}")
