@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,7 @@ def run_all(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a measured command ends with us
     try:
         if options.part == "generate":
             spec = Spec(options.size, options.dtype, options.deltas, options.seed)

@@ -29,6 +29,9 @@ RIVALS = ("mergekit task arithmetic", "mergekit TIES", "as released")
 SAME = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 
 
+LORS = [sys.executable, "-c", "from lors.cli import main; main()"]  # what the console script `lors` runs
+
+
 @dataclass(frozen=True)
 class Scene:
     """Inputs on disk, and where outputs go."""
@@ -50,7 +53,7 @@ def lors_command(scene: Scene, out: Path, method: str = "lors", **options: objec
     settings = {"lambda": PAPER["lam"]} | (
         {"rank": PAPER["rank"], "density": PAPER["density"]} if method == "lors" else {}
     )
-    command = [sys.executable, "-m", "lors", "merge", str(out), "--base", str(scene.inputs.base), "--method", method]
+    command = [*LORS, "merge", str(out), "--base", str(scene.inputs.base), "--method", method]
     for name, path in scene.inputs.experts.items():
         command += ["--expert", f"{name}={path}"]
     for option, value in (settings | options).items():

@@ -117,11 +117,13 @@ def contiguous(x: Array) -> Any:
 
 
 def to_torch(x: Any) -> Any:
-    """The same memory as a torch tensor; None stays None."""
+    """The same memory as a torch tensor (a copy of read-only or reversed memory, which torch has not); None stays None."""
     if x is None or is_torch(x):
         return x
     import torch
 
+    if not x.flags.writeable or min(x.strides, default=0) < 0:
+        x = x.copy()
     if x.dtype == BFLOAT16:
         return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(x)

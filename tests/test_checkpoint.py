@@ -291,6 +291,16 @@ def test_a_lying_index_is_named(tmp_path: Path, weight_map: Any, expected: str) 
     assert expected in error_of(sharded(tmp_path / "m", weight_map))
 
 
+def test_safetensors_before_torch_and_one_file_before_shards(tmp_path: Path) -> None:
+    path = sharded(tmp_path / "m", {"a": "s1.safetensors", "b": "s1.safetensors", "c": "s2.safetensors"})
+    (path / "pytorch_model.bin").write_bytes(b"stale")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == {"a", "b", "c"}
+    save_file({"d": np.zeros(1, np.float32)}, path / "model.safetensors")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == {"d"}
+
+
 def test_one_tensor_in_two_shards(tmp_path: Path) -> None:
     path = sharded(tmp_path / "m", {"a": "s1.safetensors", "b": "s1.safetensors", "c": "s2.safetensors"})
     save_file({"a": np.zeros(2, np.float32), "c": np.zeros(4, np.float32)}, path / "s2.safetensors")
@@ -644,8 +654,9 @@ def test_an_error_stops_the_other_hashes(tmp_path: Path, cache: Path) -> None:
     big = tmp_path / "big"
     with big.open("wb") as stream:
         stream.truncate(1 << 40)  # sparse: hashing it would take ten minutes
-    with pytest.raises(LorsError, match="missing"):
-        digest.sha256_files([tmp_path / "missing", big], threads=2)
+    for paths in ([tmp_path / "missing", big], [big, tmp_path / "missing"]):
+        with pytest.raises(LorsError, match="missing"):
+            digest.sha256_files(paths, threads=2)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lors-sha256")]
 
 

@@ -240,7 +240,8 @@ def test_an_unknown_architecture_is_decided_by_shape_with_a_notice() -> None:
     chosen = layers.select(tensors, config={"model_type": "thing"})
     assert chosen.names == {"stem.weight"}
     assert chosen.notice == (
-        "no rule for model_type 'thing'; decomposing 1 matrices: those of 16 x 16 or more that are no embedding, head or norm"
+        "no rule for model_type 'thing'; decomposing 1 matrices: "
+        "those of 16 x 16 or more that are no embedding, head or norm"
     )
     nothing = layers.select({"a.bias": (4,)})
     assert not nothing.names and nothing.notice is not None

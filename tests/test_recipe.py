@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lors import layers, strict_yaml
 from lors.errors import LorsError
+from lors.methods import SPECS
 from lors.recipe import MethodSpec, ParameterSpec, Recipe, parse_size, rank_of
 
 METHODS = {
@@ -68,9 +68,9 @@ def message(text: str, methods: dict[str, MethodSpec] | None = METHODS) -> str:
 
 
 def test_paper_settings_are_what_an_empty_recipe_means() -> None:
-    bound = Recipe.from_yaml(HEAD, METHODS)
+    bound = Recipe.from_yaml(HEAD, SPECS)
     assert bound.params_for(tensor="w", model=1) == {"rank": 7, "density": 0.2, "weight": 1.0}
-    assert bound.params_for(tensor="w") == {"lambda": 0.2, "normalize": False}
+    assert bound.params_for(tensor="w") == {"lambda": 0.2}
 
 
 def test_a_model_comes_before_the_global_value_before_the_default() -> None:
@@ -514,7 +514,8 @@ TOKENIZER = "because the base's tokenizer is kept and all vocabularies must be e
         ),
         (
             "modules: {a: 1}",
-            "modules: not supported by lors, because encoder and decoder are merged together; filters treat them differently",
+            "modules: not supported by lors, because encoder and decoder are merged together; "
+            "filters treat them differently",
         ),
         (
             "chat_template: auto",
@@ -627,7 +628,8 @@ def test_errors_of_a_key(line: str, expected: str) -> None:
         ),
         (
             "merge_method: lors\nbase_model: b\nmodels: [{model: a, parameters: {lambda: 1}}]",
-            "models[0].parameters.lambda: lambda is one value for the whole merge, expected it in the global parameters",
+            "models[0].parameters.lambda: lambda is one value for the whole merge, "
+            "expected it in the global parameters",
         ),
         (
             "merge_method: lors\nbase_model: b\nmodels: [{model: a}, {model: c, parameters: {densty: 1}}]",
@@ -682,7 +684,7 @@ def test_errors_of_a_document(text: str, expected: str) -> None:
         ("a: *b", "recipe:1:4: not valid YAML: found undefined alias 'b'"),
         ("a: &a [*a]", "recipe:1:4: nested deeper than 32 levels"),
         ("[" * 40 + "]" * 40, "recipe:1:34: nested deeper than 32 levels"),
-        ("[" * 5000, "recipe: nested deeper than 32 levels"),
+        ("[" * 1000, "recipe: nested deeper than 32 levels"),
         ("a: 2024-13-45", "recipe: not valid YAML: month must be in 1..12"),
         (
             "a: !!python/object/apply:os.system [ls]",
@@ -743,11 +745,8 @@ def test_strange_model_strings_are_errors_or_names_but_never_tracebacks() -> Non
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.yml")), ids=lambda p: p.name)
 def test_the_examples_are_recipes(path: Path) -> None:
-    loaded = Recipe.load(path)
-    known = METHODS | {"task_arithmetic": METHODS["lors"]}
-    bound = loaded.bind(known)
-    assert bound.to_yaml()
+    bound = Recipe.load(path, SPECS)
+    assert Recipe.from_yaml(bound.to_yaml(), SPECS).to_yaml() == bound.to_yaml()
     whisper = ["model.decoder.layers.0.self_attn.q_proj.weight", "model.encoder.layers.1.fc1.weight"]
     whisper += ["model.decoder.layers.1.encoder_attn.k_proj.weight", "model.decoder.embed_tokens.weight"]
     assert bound.unmatched_filters(whisper) == []
-    assert not os.path.isabs(path.read_text().split("base_model:")[1].split()[0])

@@ -216,7 +216,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     ``org/name@revision``. What exists on disk is never taken for a hub id. Raises LorsError.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     try:
         if path.is_dir():
             return _open_directory(path, name or path.resolve().name, None)
@@ -240,25 +240,23 @@ def _file_label(path: Path) -> str:
 
 
 def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
-    index = next((path / file for file in (_INDEX, _TORCH_INDEX) if (path / file).is_file()), None)
-    for single in (_SINGLE, _TORCH_SINGLE):
-        if (path / single).exists() and (index is None or index.name != f"{single}.index.json"):
+    for single, index in ((_SINGLE, _INDEX), (_TORCH_SINGLE, _TORCH_INDEX)):  # in transformers' order
+        if (path / single).exists():
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
-    if index is None:
-        adapter = (
-            " (it is a PEFT adapter: merge it into its base model first)"
-            if (path / "adapter_config.json").exists()
-            else ""
-        )
-        raise LorsError(
-            f"{path}: no weights in this directory{adapter}: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}"
-        )
+        if (path / index).exists():
+            return _open_sharded(path / index, name, hub_id)
+    adapter = (path / "adapter_config.json").exists()
+    hint = " (it is a PEFT adapter: merge it into its base model first)" if adapter else ""
+    raise LorsError(f"{path}: no weights in this directory{hint}: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
+
+
+def _open_sharded(index: Path, name: str, hub_id: str | None) -> Checkpoint:
     weight_map = _read_index(index)
-    shards = [path / shard for shard in sorted(set(weight_map.values()))]
+    shards = [index.with_name(shard) for shard in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.exists():
             raise LorsError(f"{index}: names the shard {shard.name!r}, which is not there")
-    checkpoint = Checkpoint(name, path, shards, hub_id=hub_id, directory=path)
+    checkpoint = Checkpoint(name, index.parent, shards, hub_id=hub_id, directory=index.parent)
     try:
         _check_index(index, weight_map, checkpoint)
     except LorsError:

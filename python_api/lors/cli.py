@@ -240,7 +240,12 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every kernel operation against the reference on this machine; exit code 1 if one is wrong."""
+    from lors_kernels import BackendUnavailable
     from lors_kernels.testing.validate import validate_command
 
-    if not validate_command(backend, quick=quick, as_json=as_json):
+    try:
+        right = validate_command(backend, quick=quick, as_json=as_json)
+    except (BackendUnavailable, ValueError) as error:
+        raise LorsError(f"validate: {error}") from None
+    if not right:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +66,8 @@ def sha256_files(paths: Sequence[Path], threads: int | None = None) -> dict[Path
     with ThreadPoolExecutor(workers, thread_name_prefix="lors-sha256") as pool:
         futures = {path: pool.submit(sha256_file, path, cancel) for path in dict.fromkeys(paths)}
         try:
+            for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
+                future.result()
             return {path: future.result() for path, future in futures.items()}
         except BaseException:
             cancel.set()
