@@ -81,7 +81,7 @@ def run_part(options: argparse.Namespace) -> None:
         from .bench_scaling import run as run_scaling
 
         run_scaling(results, data, repeats)
-    print(f"results: benchmarks/results/{results.path.name}", flush=True)
+    print(f"results: {results.path.relative_to(ROOT)}", flush=True)
 
 
 def run_all(arguments: list[str]) -> None:
@@ -114,7 +114,7 @@ def main(arguments: list[str]) -> int:
             run_all(arguments[1:])
         else:
             run_part(options)
-    except BenchmarkError as error:
+    except (BenchmarkError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

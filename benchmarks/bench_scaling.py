@@ -46,6 +46,8 @@ def measure_axis(axis: str, data: Path, repeats: int, quick: bool) -> dict[str, 
     # The points of one axis share their files, except along the sizes: those are too many for the page cache at once.
     groups: Sequence[list[Any]] = [[point] for point in scenes] if axis == "size" else [list(scenes)]
     try:
+        for scene, _ in scenes.values():
+            shutil.rmtree(scene.out, ignore_errors=True)  # an earlier run that was killed
         for group in groups:
             cases = [lors_point(*scenes[point], name=str(point), repeats=repeats) for point in group]
             for case in cases:

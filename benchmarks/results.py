@@ -12,6 +12,7 @@ from .errors import BenchmarkError
 from .machine import ROOT, describe_machine
 
 RESULTS = ROOT / "benchmarks" / "results"
+SCRATCH = ROOT / "bench-data" / "results"  # trial runs: ignored by git, never in the tables
 FORMAT = 1
 
 
@@ -30,11 +31,12 @@ class Results:
         quick: bool = False,
         resume: bool = False,
         settings: dict[str, Any] | None = None,
-        directory: Path = RESULTS,
+        directory: Path | None = None,
     ) -> None:
         machine = describe_machine()
         self.quick = quick
-        self.path = directory / f"{part}-{label or machine['date'][:10]}{'-quick' if quick else ''}.json"
+        home = directory or (SCRATCH if quick else RESULTS)
+        self.path = home / f"{part}-{label or machine['date'][:10]}{'-quick' if quick else ''}.json"
         self.data: dict[str, Any] = {
             "format": FORMAT, "part": part, "label": label, "quick": quick,
             "machine": machine, "settings": settings or {}, "results": {},

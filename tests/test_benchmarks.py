@@ -102,7 +102,8 @@ def test_generated_checkpoints_load_in_transformers(made: Checkpoints) -> None:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     path = made.experts["de"]
-    model, info = WhisperForConditionalGeneration.from_pretrained(path, output_loading_info=True)
+    loaded: Any = WhisperForConditionalGeneration.from_pretrained(path, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert torch.equal(
         model.state_dict()["model.encoder.layers.0.fc1.weight"], load(path)["model.encoder.layers.0.fc1.weight"]

@@ -8,29 +8,76 @@
 
 namespace lors {
 
+// Large blocks are kept by the thread that freed them, up to kKeep bytes: the next matrix usually has the same shape, and
+// giving a few megabytes back to the system and faulting them in again costs as much as a fifth of its decomposition.
+class BlockCache {
+  public:
+    static constexpr int64_t kLarge = 1 << 14, kKeep = 1 << 26;
+    static constexpr int kBlocks = 32;
+
+    ~BlockCache() {
+        for (Block& block : blocks_) std::free(block.data);
+    }
+    void* take(int64_t bytes) {
+        for (Block& block : blocks_) {
+            if (block.data && bytes <= block.bytes && block.bytes <= 2 * bytes) {
+                kept_ -= block.bytes;
+                return std::exchange(block.data, nullptr);
+            }
+        }
+        return nullptr;
+    }
+    bool keep(void* data, int64_t bytes) {
+        if (bytes > kKeep / 2) return false;
+        Block* place = nullptr;
+        for (Block& block : blocks_) {
+            if (!block.data) place = &block;
+        }
+        if (!place || kept_ + bytes > kKeep) {  // start over with the shapes that are in use now
+            for (Block& block : blocks_) std::free(std::exchange(block.data, nullptr));
+            kept_ = 0;
+            place = &blocks_[0];
+        }
+        *place = {data, bytes};
+        kept_ += bytes;
+        return true;
+    }
+    static BlockCache& mine() {
+        static thread_local BlockCache cache;
+        return cache;
+    }
+
+  private:
+    struct Block {
+        void* data = nullptr;
+        int64_t bytes = 0;
+    };
+    Block blocks_[kBlocks];
+    int64_t kept_ = 0;
+};
+
 template <class T>
 class Buffer {
   public:
     Buffer() = default;
     explicit Buffer(int64_t size) { allocate(size); }
-    ~Buffer() { std::free(data_); }
-    Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) {
-        other.data_ = nullptr;
-        other.size_ = 0;
-    }
+    ~Buffer() { release(); }
+    Buffer(Buffer&& other) noexcept { *this = std::move(other); }
     Buffer& operator=(Buffer&& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(size_, other.size_);
+        std::swap(bytes_, other.bytes_);
         return *this;
     }
 
     // Forgets what was there; the new contents are undefined.
     void allocate(int64_t size) {
-        std::free(data_);
-        const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes ? bytes : 64)));
-        if (!data_) throw std::bad_alloc();
+        release();
         size_ = size;
+        bytes_ = (size * static_cast<int64_t>(sizeof(T)) + 64) / 64 * 64;
+        if (bytes_ >= BlockCache::kLarge) data_ = static_cast<T*>(BlockCache::mine().take(bytes_));
+        if (!data_) data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
+        if (!data_) throw std::bad_alloc();
     }
     void zero() {
         for (int64_t i = 0; i < size_; ++i) data_[i] = T{};
@@ -42,8 +89,13 @@ class Buffer {
     int64_t size() const { return size_; }
 
   private:
+    void release() {
+        if (data_ && !(bytes_ >= BlockCache::kLarge && BlockCache::mine().keep(data_, bytes_))) std::free(data_);
+        data_ = nullptr;
+    }
+
     T* data_ = nullptr;
-    int64_t size_ = 0;
+    int64_t size_ = 0, bytes_ = 0;
 };
 
 }  // namespace lors

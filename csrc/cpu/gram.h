@@ -54,21 +54,24 @@ inline const float* DeltaRows::fetch(int64_t i, int64_t count, float* buffer) co
 
 template <>
 inline const float* DeltaColumns::fetch(int64_t i, int64_t count, float* buffer) const {
+    constexpr int64_t kStrip = 128;  // columns of delta brought in per visit to a row: 512 bytes are worth the jump
     const int64_t n = padded(cols());
-    alignas(64) float tile[kPad][kPad];
-    for (int64_t j = 0; j < n; j += kPad) {
-        for (int64_t part = 0; part < count; part += kPad) {
-            const int64_t width = std::min(kPad, count - part);
+    alignas(64) float strip[kPad][kStrip];
+    for (int64_t part = 0; part < count; part += kStrip) {
+        const int64_t width = std::min(kStrip, count - part);
+        for (int64_t j = 0; j < n; j += kPad) {
             for (int64_t r = 0; r < kPad; ++r) {
                 if (j + r < cols()) {
-                    delta.row(j + r, i + part, width, tile[r]);
+                    delta.row(j + r, i + part, width, strip[r]);
                 } else {
-                    for (int64_t c = 0; c < width; ++c) tile[r][c] = 0.0f;
+                    std::fill(strip[r], strip[r] + width, 0.0f);
                 }
             }
-            for (int64_t c = 0; c < width; ++c) {
-                float* out = buffer + (part + c) * n + j;
-                for (int64_t r = 0; r < kPad; ++r) out[r] = tile[r][c];
+            float* out = buffer + part * n + j;
+            int64_t c = 0;
+            for (; c + kPad <= width; c += kPad) transpose_tile(&strip[0][c], kStrip, out + c * n, n);
+            for (; c < width; ++c) {
+                for (int64_t r = 0; r < kPad; ++r) out[c * n + r] = strip[r][c];
             }
         }
     }
@@ -91,7 +94,7 @@ inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer)
 // Rows per block: what keeps a block near half of a 48 KiB L1, and full lines when columns are gathered.
 template <class T>
 inline int64_t block_rows(int64_t n) {
-    return std::clamp<int64_t>(24576 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 48);
+    return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);
 }
 
 // z[g, c, :] = A.T @ (A @ x[g, c, :]) for `groups` groups of eight vectors, and A @ x where `product` is not null.

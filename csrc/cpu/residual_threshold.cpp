@@ -1,11 +1,14 @@
-// Radix select over the bits of |delta - L|.
+// Radix select over the bits of |delta - L|, the residual recomputed a row at a time in L1 in every pass.
 //
-// A pass recomputes the residual a row at a time in L1 and counts one digit of its key. The first digit (exponent and
-// three mantissa bits) leaves a few percent of the entries of a real delta; their number is then known, so they are
-// collected into a buffer of exactly that size and finished there. If too many share the digit (constant or few-valued
-// input) the remaining digits are counted in two more passes instead. No size is guessed, so no input can overflow one.
+// A real delta needs one pass: the digits of a sample of rows say between which two keys the k-th largest should lie; the
+// pass counts what is above and collects what is between, a few percent, and the select is finished there. The counts
+// prove whether the guess held. If it did not (rows unlike each other, few distinct values), the digits of all keys are
+// counted from the top, 11, 10 and 10 bits in three passes. No size is assumed, so no input can overflow one, and both
+// ways end at the same key.
 #include <algorithm>
-#include <atomic>
+#include <cmath>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "../lors/ordered_key.h"
@@ -17,6 +20,7 @@ namespace lors {
 namespace {
 
 constexpr int64_t kTaskRows = 64;
+constexpr int64_t kSample = 8192;  // entries; smaller matrices are not worth a sample
 constexpr float kInfinity = __builtin_inff();
 
 class Selector {
@@ -56,26 +60,74 @@ class Selector {
         return counts;
     }
 
-    // All keys in [low, high]; `expected` is how many there are.
-    std::vector<uint32_t> collect(uint32_t low, uint32_t high, int64_t expected) {
-        std::vector<uint32_t> found(static_cast<size_t>(expected));
-        std::vector<uint32_t> row_hits(static_cast<size_t>(workers_) * (stride_ + kPad));
-        std::atomic<int64_t> size{0};
+    // Two keys between which the k-th largest of all should lie, from the digits of some of the rows.
+    std::pair<uint32_t, uint32_t> guess(int64_t k) {
+        constexpr int kShift = 17;  // 8 exponent and 6 mantissa bits: buckets 1.6 % wide
+        const int64_t rows = residual_.rows(), cols = residual_.cols();
+        const int64_t step = std::max<int64_t>(1, std::min(rows / 16, rows * cols / (8 * kSample)));
+        std::vector<uint32_t> counts(size_t{1} << (31 - kShift));
+        int64_t seen = 0;
+        for (int64_t i = step / 2; i < rows; i += step, seen += cols) {
+            const uint32_t* keys = row_keys(i, scratch_.data());
+            for (int64_t j = 0; j < cols; ++j) ++counts[keys[j] >> kShift];
+        }
+        const double share = static_cast<double>(k) / (static_cast<double>(rows) * cols);
+        const double slack = 3 * std::sqrt(static_cast<double>(seen) * share * (1 - share)) + 0.001 * seen + 1;
+        const double from = share * seen - slack, to = share * seen + slack;
+        uint32_t high = static_cast<uint32_t>(counts.size()) - 1;
+        double above = 0;
+        while (high > 0 && above + counts[high] < from) above += counts[high--];
+        uint32_t low = high;
+        while (low > 0 && above + counts[low] < to) above += counts[low--];
+        return {low << kShift, (high << kShift) | ((1u << kShift) - 1)};
+    }
+
+    // One pass: keys above `high`, and those in [low, high], of which more than `most` are given up.
+    struct Bracket {
+        int64_t above = 0, non_finite = 0;
+        bool complete = true;
+        std::vector<uint32_t> between;
+    };
+    Bracket bracket(uint32_t low, uint32_t high, int64_t most) {
+        std::vector<std::vector<uint32_t>> parts(static_cast<size_t>(workers_));
+        std::vector<Bracket> found(static_cast<size_t>(workers_));
+        Buffer<uint32_t> row_hits(workers_ * (stride_ + kPad));
+        const int64_t n = residual_.cols();
         each_row([&](int64_t, const uint32_t* keys, int worker) {
-            uint32_t* hits = row_hits.data() + static_cast<size_t>(worker) * (stride_ + kPad);
+            std::vector<uint32_t>& part = parts[static_cast<size_t>(worker)];
+            Bracket& mine = found[static_cast<size_t>(worker)];
+            if (!mine.complete) return;
+            uint32_t* hits = row_hits.data() + worker * (stride_ + kPad);
             int64_t count = 0, j = 0;
-            for (; j + kLanes<float> <= residual_.cols(); j += kLanes<float>) {
+            VecU32 above = {}, bad = {};
+            for (; j + kLanes<float> <= n; j += kLanes<float>) {
                 VecU32 v;
                 std::memcpy(&v, keys + j, sizeof v);
                 count = append_between(v, low, high, hits, count);
+                above -= reinterpret_cast<VecU32>(v > high);
+                bad -= reinterpret_cast<VecU32>(v >= kNonFiniteKey);
             }
-            for (; j < residual_.cols(); ++j) {
+            for (int lane = 0; lane < kLanes<float>; ++lane) {
+                mine.above += above[lane];
+                mine.non_finite += bad[lane];
+            }
+            for (; j < n; ++j) {
                 hits[count] = keys[j];
                 count += keys[j] - low <= high - low;
+                mine.above += keys[j] > high;
+                mine.non_finite += keys[j] >= kNonFiniteKey;
             }
-            std::copy(hits, hits + count, found.data() + size.fetch_add(count));
+            part.insert(part.end(), hits, hits + count);
+            mine.complete = static_cast<int64_t>(part.size()) <= most;
         });
-        return found;
+        Bracket all;
+        for (size_t worker = 0; worker < parts.size(); ++worker) {
+            all.above += found[worker].above;
+            all.non_finite += found[worker].non_finite;
+            all.complete &= found[worker].complete;
+            all.between.insert(all.between.end(), parts[worker].begin(), parts[worker].end());
+        }
+        return all;
     }
 
     // Row-major index just behind the `ties`-th entry whose key is `key`.
@@ -121,35 +173,55 @@ uint32_t descend(const std::vector<int64_t>& counts, int64_t& k) {
     return digit;
 }
 
+// The k-th largest key, how many entries equal to it are kept, and how many there are.
+struct Found {
+    uint32_t key;
+    int64_t ties, equal, non_finite;
+};
+
+Found by_digits(Selector& selector, int64_t k) {
+    std::vector<int64_t> counts = selector.histogram(0, 0);
+    Found found{0, k, 0, 0};
+    for (uint32_t digit = kNonFiniteKey >> kRadixShift[0]; digit < kRadixBuckets; ++digit) {
+        found.non_finite += counts[digit];
+    }
+    if (k == 0 || found.non_finite) return found;
+    found.key = descend(counts, found.ties) << kRadixShift[0];
+    for (int pass = 1; pass < 3; ++pass) {
+        counts = selector.histogram(pass, found.key >> (kRadixShift[pass] + kRadixBits[pass]));
+        found.key |= descend(counts, found.ties) << kRadixShift[pass];
+    }
+    found.equal = counts[found.key & ((1u << kRadixBits[2]) - 1)];
+    return found;
+}
+
 }  // namespace
 
 Selection residual_threshold(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, int64_t k, int threads) {
     const int64_t size = tuned.rows * tuned.cols;
     Selector selector(base, tuned, low_rank, threads);
-    std::vector<int64_t> counts = selector.histogram(0, 0);
-    int64_t non_finite = 0;
-    for (uint32_t digit = kNonFiniteKey >> kRadixShift[0]; digit < kRadixBuckets; ++digit) non_finite += counts[digit];
-    if (k == 0 || non_finite) return {{kInfinity, 0, 0}, non_finite};
-
-    int64_t rank = k;  // of the wanted key among those still in play
-    uint32_t key = descend(counts, rank) << kRadixShift[0];
-    int64_t equal;
-    const int64_t candidates = counts[key >> kRadixShift[0]];
-    if (candidates <= std::max<int64_t>(4096, size / 4)) {
-        const uint32_t high = key + (1u << kRadixShift[0]) - 1;
-        std::vector<uint32_t> found = selector.collect(key, high, candidates);
-        std::nth_element(found.begin(), found.begin() + (rank - 1), found.end(), std::greater<uint32_t>());
-        key = found[static_cast<size_t>(rank - 1)];
-        rank -= std::count_if(found.begin(), found.end(), [key](uint32_t other) { return other > key; });
-        equal = std::count(found.begin(), found.end(), key);
-    } else {
-        for (int pass = 1; pass < 3; ++pass) {
-            counts = selector.histogram(pass, key >> (kRadixShift[pass] + kRadixBits[pass]));
-            key |= descend(counts, rank) << kRadixShift[pass];
+    Found found{0, 0, 0, 0};
+    bool finished = false;
+    if (k > 0 && size >= kSample) {
+        const auto [low, high] = selector.guess(k);
+        Selector::Bracket bracket = selector.bracket(low, high, size / 4);
+        if (bracket.non_finite) return {{kInfinity, 0, 0}, bracket.non_finite};
+        const int64_t rank = k - bracket.above;
+        if (bracket.complete && 0 < rank && rank <= static_cast<int64_t>(bracket.between.size())) {
+            std::vector<uint32_t>& keys = bracket.between;
+            std::nth_element(keys.begin(), keys.begin() + (rank - 1), keys.end(), std::greater<uint32_t>());
+            found.key = keys[static_cast<size_t>(rank - 1)];
+            // everything before position rank - 1 is at least the key, everything behind at most
+            const auto equal = [&](uint32_t key) { return key == found.key; };
+            found.ties = std::count_if(keys.begin(), keys.begin() + rank, equal);
+            found.equal = found.ties + std::count_if(keys.begin() + rank, keys.end(), equal);
+            finished = true;
         }
-        equal = counts[key & ((1u << kRadixBits[2]) - 1)];
     }
-    return {{key_to_magnitude(key), rank, equal == rank ? size : selector.cut_after(key, rank)}, 0};
+    if (!finished) found = by_digits(selector, k);
+    if (k == 0 || found.non_finite) return {{kInfinity, 0, 0}, found.non_finite};
+    const int64_t cut = found.equal == found.ties ? size : selector.cut_after(found.key, found.ties);
+    return {{key_to_magnitude(found.key), found.ties, cut}, 0};
 }
 
 }  // namespace lors

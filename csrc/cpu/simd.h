@@ -184,6 +184,40 @@ inline void sum_lanes(const Vec<double> (&v)[8], double* sums) {
     }
 }
 
+// --- transposition --------------------------------------------------------------------------------------------------
+
+// out[c, r] = in[r, c] for a 16 x 16 tile; steps are in elements.
+inline void transpose_tile(const float* in, int64_t in_step, float* out, int64_t out_step) {
+#if defined(__AVX512F__)
+    __m512 a[16], b[16];
+    for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(in + r * in_step);
+    for (int r = 0; r < 16; r += 2) {
+        b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 16; r += 4) {
+        for (int h = 0; h < 2; ++h) {
+            const __m512d low = _mm512_castps_pd(b[r + h]), high = _mm512_castps_pd(b[r + h + 2]);
+            a[r + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[r + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int c = 0; c < 4; ++c) {  // a[4 g + c] now holds columns c, c + 4, c + 8, c + 12 of rows 4 g .. 4 g + 3
+        const __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+        _mm512_storeu_ps(out + (c + 0) * out_step, _mm512_shuffle_f32x4(even, even2, 0x88));
+        _mm512_storeu_ps(out + (c + 4) * out_step, _mm512_shuffle_f32x4(odd, odd2, 0x88));
+        _mm512_storeu_ps(out + (c + 8) * out_step, _mm512_shuffle_f32x4(even, even2, 0xdd));
+        _mm512_storeu_ps(out + (c + 12) * out_step, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
+    }
+#else
+    for (int c = 0; c < 16; ++c) {
+        for (int r = 0; r < 16; ++r) out[c * out_step + r] = in[r * in_step + c];
+    }
+#endif
+}
+
 // --- selection ------------------------------------------------------------------------------------------------------
 
 // Appends keys[j] for which low <= keys[j] <= high to out[count...] and returns the new count; at most kLanes<float>
@@ -193,7 +227,6 @@ inline int64_t append_between(const VecU32 keys, uint32_t low, uint32_t high, ui
     const __m512i k = reinterpret_cast<__m512i>(keys);
     const __m512i offset = _mm512_sub_epi32(k, _mm512_set1_epi32(static_cast<int>(low)));
     const __mmask16 hit = _mm512_cmple_epu32_mask(offset, _mm512_set1_epi32(static_cast<int>(high - low)));
-    if (!hit) return count;
     _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(hit, k));
     return count + __builtin_popcount(hit);
 #else

@@ -44,7 +44,7 @@ class Random {
 };
 
 struct Ritz {
-    Buffer<double> theta;  // all values, largest first
+    Buffer<double> theta;  // [rank + 1], largest first; [rank] when the space has no more
     Buffer<double> s;      // [rank, size]
     double error = 0;      // bound on the relative error of L
     double energy = 0;     // bound on the energy lost, relative to what is left out
@@ -148,12 +148,10 @@ class Krylov {
         for (int64_t i = 0; i < size_; ++i) {
             std::copy(t_.data() + i * limit_, t_.data() + i * limit_ + size_, copy.data() + i * size_);
         }
-        Eigen eigen = eigh(copy.data(), size_, rank_);
+        Eigen eigen = eigh(copy.data(), size_, rank_, std::min({rank_ + 1, size_, n_}));
         Ritz ritz;
-        ritz.theta.allocate(std::min(size_, n_));
-        std::copy(eigen.values.data(), eigen.values.data() + ritz.theta.size(), ritz.theta.data());
-        ritz.s.allocate(rank_ * size_);
-        std::copy(eigen.vectors.data(), eigen.vectors.data() + rank_ * size_, ritz.s.data());
+        ritz.theta = std::move(eigen.values);
+        ritz.s = std::move(eigen.vectors);
         std::vector<double> rho(static_cast<size_t>(rank_));
         for (int64_t i = 0; i < rank_; ++i) {
             const double* last = ritz.s.data() + (i + 1) * size_ - width_;
@@ -306,8 +304,8 @@ Factors finish(const PackedRows& a, Krylov<T>& krylov, Ritz& ritz, int64_t rank,
 // Passes until the bound should be met, from how fast it has been falling.
 int64_t passes_to_go(double error, double previous, int64_t since) {
     const double rate = previous > 0 && error < previous ? std::log(previous / error) / static_cast<double>(since) : 0.7;
-    const double wanted = std::log(std::max(1.0, error / (0.3 * kErrorBound))) / std::max(rate, 0.3);
-    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, 6);
+    const double wanted = std::log(std::max(1.0, error / (0.5 * kErrorBound))) / std::max(rate, 0.3);
+    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, 4);
 }
 
 // Grows the basis until the certificate holds, or until it cannot: the limit is reached, or the measured error stays far
