@@ -205,7 +205,7 @@ Selection residual_threshold(const Matrix& base, const Matrix& tuned, const LowR
     if (k > 0 && size >= kSample) {
         const auto [low, high] = selector.guess(k);
         Selector::Bracket bracket = selector.bracket(low, high, size / 4);
-        if (bracket.non_finite) return {{kInfinity, 0, 0}, bracket.non_finite};
+        if (bracket.complete && bracket.non_finite) return {{kInfinity, 0, 0}, bracket.non_finite};
         const int64_t rank = k - bracket.above;
         if (bracket.complete && 0 < rank && rank <= static_cast<int64_t>(bracket.between.size())) {
             std::vector<uint32_t>& keys = bracket.between;

@@ -37,7 +37,7 @@ def checks(backend: str, cases: tuple[Case, ...] = CASES) -> Iterator[Check]:
         for operation, check in _CHECKS.items():
             begun = time.perf_counter()
             error, bound = check(backend, case)
-            yield Check(backend, operation, case.name, error <= bound, error, bound, time.perf_counter() - begun)
+            yield Check(backend, operation, case.name, bool(error <= bound), float(error), float(bound), time.perf_counter() - begun)
 
 
 def _gram_apply(backend: str, case: Case) -> tuple[float, float]:

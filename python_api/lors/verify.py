@@ -15,16 +15,32 @@ from .merge_report import MergeReport
 from .methods import METHODS
 from .recipe import Recipe
 
-# L agrees to about 1e-6, so that an entry or two at the selection's threshold may fall on the other side: their share of
-# the update's norm is below 1e-3, and a wrong selection is far above.
-UPDATE_ERROR = 2e-3
+# Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
+# threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
+ENTRY_ERROR = 2e-5  # of the update's largest entry
+FLIPS = 1e-4  # share of the entries, besides two per expert
+UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def disagreements(got: np.ndarray, want: np.ndarray, base: np.ndarray, unit: float) -> int:
+    """How many entries of a merged tensor differ from the expected one by more than rounding; float64 arrays.
+
+    unit: half a unit in the last place of 1.0 in the written type.
+    """
+    allowed = ENTRY_ERROR * np.abs(want - base).max(initial=0.0) + 2 * unit * np.abs(want)
+    return int(np.count_nonzero(np.abs(got - want) > allowed))
+
+
+def allowed_disagreements(entries: int, experts: int) -> int:
+    """How many may."""
+    return 2 * experts + int(FLIPS * entries * experts)
 
 
 def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
     """Checks every tensor's name, shape, type and finiteness, and one tensor of each kind against the reference.
 
-    The reference merges the tensor by full SVD and sort; ||W - W_ref|| <= 2e-3 ||W_ref - W0|| plus the rounding of the
-    written type is asked for. Returns a line that says what was checked; LorsError if it is not so.
+    The reference merges the tensor by full SVD and sort. Returns a line that says what was checked; LorsError if more
+    entries differ than can lie at the threshold.
     """
     from .merging import _engine, _open, _plan
     from .sources import FileSource
@@ -51,14 +67,19 @@ def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
             expected[name][start : start + values.size] = values
 
         _engine(recipe, sources, keep, report, sample, None).run(sample)
-        worst = 0.0
+        flips = 0
         for work in sample:
             want, got = (x.astype(np.float64).ravel() for x in (expected[work.name], merged.read(work.name)))
-            update = want - (base.read(work.name).astype(np.float64).ravel() if method.relative else 0)
-            # half a unit in the last place of every entry, as a norm
-            rounding = 2.0 ** -{"float32": 24, "float16": 11, "bfloat16": 8}.get(str(work.out_dtype), 60) * np.linalg.norm(want)
-            error, scale = float(np.linalg.norm(got - want)), float(np.linalg.norm(update))
-            if error > UPDATE_ERROR * scale + 2 * rounding:
-                raise LorsError(f"check: tensor {work.name!r}: differs from the reference by {error / (scale or 1):.2g} of the update")
-            worst = max(worst, error / scale if scale else 0.0)
-    return f"checked: {len(works)} tensors reloaded, {len(sample)} compared with the reference, largest difference {worst:.1e} of the update"
+            start = base.read(work.name).astype(np.float64).ravel() if method.relative else np.zeros_like(want)
+            wrong = disagreements(got, want, start, UNITS.get(str(work.out_dtype), 0.0))
+            if wrong > allowed_disagreements(want.size, len(experts)):
+                raise LorsError(
+                    f"check: tensor {work.name!r}: {wrong} of {want.size} entries differ from the reference, "
+                    f"expected at most {allowed_disagreements(want.size, len(experts))}"
+                )
+            flips += wrong
+    entries = sum(work.spec.numel for work in sample)
+    return (
+        f"checked: {len(works)} tensors reloaded, {len(sample)} of them compared with the reference, "
+        f"{flips} of {entries:,} entries at the selection's threshold differ"
+    )

@@ -1,0 +1,215 @@
+"""The `lors` command as a user runs it: a real process, its output, its exit code, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import whispers
+
+COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
+
+
+def run(*arguments: object, check: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})}
+    )
+    assert check is None or done.returncode == check, done.stderr
+    return done
+
+
+def options(root: Path, *experts: str) -> list[str]:
+    return ["--base", str(root / "base"), *(f"--expert={name}={root / name}" for name in experts or ("ca", "de"))]
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+    assert not done.stdout
+
+
+def test_merge_by_options(tiny_whisper: Path, tmp_path: Path) -> None:
+    done = run("merge", *options(tiny_whisper), "--rank", 3, "--density", 0.1, "--lambda", 0.4, "--weight", "ca=0.5", "-v", tmp_path / "out")
+    assert "energy in L" in done.stdout and "encoder mlp fc1" in done.stdout and "backend cpu" in done.stdout
+    base, ca, de = (whispers.load(tiny_whisper / name) for name in ("base", "ca", "de"))
+    expected = whispers.by_definition(base, [ca, de], 3, 0.1, 0.4, [0.5, 1.0])
+    merged = whispers.load(tmp_path / "out")
+    from test_merging import assert_close
+
+    assert_close(merged, expected, base)
+
+
+def test_merge_by_recipe_relative_to_the_recipe(tiny_whisper: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(tiny_whisper)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        "merge_method: lors\nbase_model: models/base\n"
+        "models:\n- model: models/ca\n- model: models/de\n  parameters: {weight: 0.5}\n"
+        "parameters: {rank: [2, 6], density: [{filter: fc1, value: 0.3}, {value: 0.1}], lambda: 0.3}\nout_dtype: bfloat16\n"
+    )
+    report = json.loads(run("merge", recipe, tmp_path / "out", "--json").stdout)
+    assert report["experts"] == ["ca", "de"] and report["out"] == str(tmp_path / "out")
+    assert {str(x.dtype) for x in whispers.load(tmp_path / "out").values()} == {"bfloat16"}
+
+
+def test_quiet_prints_nothing(tiny_whisper: Path, tmp_path: Path) -> None:
+    done = run("merge", *options(tiny_whisper), "--quiet", tmp_path / "out")
+    assert done.stdout == done.stderr == ""
+
+
+def test_check_and_dry_run(tiny_whisper: Path, tmp_path: Path) -> None:
+    dry = run("merge", *options(tiny_whisper), "--dry-run", tmp_path / "out")
+    assert "nothing was read or written" in dry.stdout and not (tmp_path / "out").exists()
+    assert "compared with the reference" in run("merge", *options(tiny_whisper), "--check", tmp_path / "out").stdout
+
+
+def test_existing_output_needs_force(tiny_whisper: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("merge", *options(tiny_whisper), out)
+    old = (out / "model.safetensors").read_bytes()
+    refused(run("merge", *options(tiny_whisper), out, check=None), "exists already", "--force")
+    assert (out / "model.safetensors").read_bytes() == old
+    run("merge", *options(tiny_whisper), "--force", "--density", 0.5, out)
+    assert (out / "model.safetensors").read_bytes() != old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["OUT"], ["expected a recipe, or --base"]),
+        (["--base", "BASE", "--expert", "ca", "OUT"], ["--expert: expected NAME=VALUE, got 'ca'"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--expert", "ca=CA", "OUT"], ["'ca' is given twice"]),
+        (["--base", "/nowhere", "--expert", "ca=CA", "OUT"], ["/nowhere", "no such file or directory"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--weight", "ca=heavy", "OUT"], ["expected a number for 'ca', got 'heavy'"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--weight", "de=1", "OUT"], ["unknown expert 'de'"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--rank", "0.0", "OUT"], ["rank: expected an integer >= 1"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--density", "-1", "OUT"], ["density: expected"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--method", "tie", "OUT"], ["unknown method 'tie'"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--dtype", "int8", "OUT"], ["out_dtype: expected one of float32, float16, bfloat16"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--include", "[", "OUT"], ["is not a regular expression"]),
+        (["--base", "BASE", "--expert", "ca=CA", "BASE/inside"], ["inside the input"]),
+        (["--base", "BASE", "--expert", "ca=CA", "--force", "BASE"], ["would replace the input"]),
+        (["/nowhere.yml", "OUT"], ["/nowhere.yml", "cannot read the recipe"]),
+        (["a", "b", "c"], ["expected [RECIPE.yml] OUT, got 3 arguments"]),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], parts: list[str], tiny_whisper: Path, tmp_path: Path) -> None:
+    places = {"BASE": str(tiny_whisper / "base"), "CA": str(tiny_whisper / "ca"), "OUT": str(tmp_path / "out")}
+    for key, value in places.items():
+        arguments = [argument.replace(key, value) for argument in arguments]
+    refused(run("merge", *arguments, check=None), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_size_limit_leaves_nothing(tiny_whisper: Path, tmp_path: Path) -> None:
+    limit = (tiny_whisper / "base/model.safetensors").stat().st_size // 2
+    done = subprocess.run(
+        [*COMMAND, "merge", *options(tiny_whisper), str(tmp_path / "out")],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    refused(done, "too large")
+    assert not list(tmp_path.iterdir())
+
+
+def _slow_recipe(root: Path, tmp_path: Path) -> list[str]:
+    """Many experts on one thread: long enough to be interrupted."""
+    return [*COMMAND, "merge", "--base", str(root / "base"), "--threads", "1", *(f"--expert=e{i}={root / 'ca'}" for i in range(200)), str(tmp_path / "out")]  # fmt: skip
+
+
+def _start_and_wait_for_work(command: list[str], tmp_path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(path.name.endswith(".tmp") for path in tmp_path.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_merge_leaves_nothing(how: signal.Signals, tiny_whisper: Path, tmp_path: Path) -> None:
+    process = _start_and_wait_for_work(_slow_recipe(tiny_whisper, tmp_path), tmp_path)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (130, 128 + how) and "Traceback" not in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_merge_leaves_the_old_output_and_the_next_one_cleans_up(tiny_whisper: Path, tmp_path: Path) -> None:
+    run("merge", *options(tiny_whisper), tmp_path / "out")
+    old = (tmp_path / "out/model.safetensors").read_bytes()
+    process = _start_and_wait_for_work([*_slow_recipe(tiny_whisper, tmp_path), "--force"], tmp_path)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == old
+    run("merge", *options(tiny_whisper), "--force", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_inspect(tiny_whisper: Path, tmp_path: Path) -> None:
+    assert "hf-whisper" in run("inspect", tiny_whisper / "ca").stdout
+    tensors = json.loads(run("inspect", tiny_whisper / "ca", "--json").stdout)["tensors"]
+    assert len(tensors) == len(whispers.load(tiny_whisper / "ca"))
+    spectra = json.loads(run("inspect", tiny_whisper / "ca", "--base", tiny_whisper / "base", "--match", "fc1", "--rank", 2, "--json").stdout)
+    import numpy as np
+
+    base, ca = whispers.load(tiny_whisper / "base"), whispers.load(tiny_whisper / "ca")
+    for row in spectra:
+        sigma = np.linalg.svd(ca[row["name"]] - base[row["name"]], compute_uv=False)
+        assert row["norm"] == pytest.approx(float(np.linalg.norm(sigma)), rel=1e-5)
+        assert row["energy"] == pytest.approx(float((sigma[:2] ** 2).sum() / (sigma**2).sum()), rel=1e-4)
+    plot = tmp_path / "spectra.png"
+    pytest.importorskip("matplotlib")
+    run("inspect", tiny_whisper / "ca", "--base", tiny_whisper / "base", "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    refused(run("inspect", tiny_whisper / "ca", "--match", "(", check=None), "not a regular expression")
+    refused(run("inspect", tiny_whisper / "ca", "--plot", plot, check=None), "expected --base too")
+
+
+def test_doctor_and_module() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["backends"]["cpu"]["ok"] and found["backends"]["reference"]["ok"]
+    module = subprocess.run([sys.executable, "-m", "lors_kernels"], capture_output=True, text=True, check=True)
+    assert "cpu        available" in module.stdout
+    wrong = json.loads(run("doctor", "--json", env={"LORS_ISA": "mmx"}).stdout)
+    assert not wrong["backends"]["cpu"]["ok"] and "LORS_ISA: expected one of" in wrong["backends"]["cpu"]["reason"]
+
+
+def test_a_named_backend_never_falls_back(tiny_whisper: Path, tmp_path: Path) -> None:
+    done = run("merge", *options(tiny_whisper), "--backend", "cpu", tmp_path / "out", check=None, env={"LORS_ISA": "mmx"})
+    refused(done, "cpu: ValueError: LORS_ISA")
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_validate_every_instruction_set(isa: str) -> None:
+    from lors_kernels.backends.cpu import instruction_set
+
+    if instruction_set() == "portable" and isa == "avx2":
+        pytest.skip("avx2: this processor has no AVX2")
+    done = run("validate", "--quick", "--backend", "cpu", "--json", env={"LORS_ISA": isa})
+    results = json.loads(done.stdout)
+    assert len(results) > 100 and all(check["ok"] for check in results)
+
+
+def test_validate_reports_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check must be able to fail: a backend whose sums are off by a hundredth is caught."""
+    from lors_kernels.backends import cpu
+    from lors_kernels.testing.validate import validate_command
+
+    honest = cpu.gram_apply
+    monkeypatch.setattr(cpu, "gram_apply", lambda *args, **options: honest(*args, **options) * 1.01)
+    assert not validate_command(["cpu"], quick=True)
+
+
+def test_help_is_fast_and_version_is_told() -> None:
+    assert "merge" in run("--help").stdout
+    assert run("--version").stdout.startswith("lors ")
+    assert run("merge", "--densty", "1", "x", check=2).stderr
