@@ -26,7 +26,7 @@ class BackendUnavailable(RuntimeError):
 _MODULES = {
     "cpu": "lors_kernels.backends.cpu",
     "cuda": "lors_kernels.backends.cuda",
-    "triton": "lors_kernels.backends.triton",
+    "triton": "lors_kernels.backends.triton.backend",
     "reference": "lors_kernels.reference",
 }
 _ORDER = {"cpu": ("cpu", "reference")}
