@@ -12,7 +12,7 @@ from ...grouped import GroupStats, GroupThreshold, MatrixGroup, is_aligned, row_
 from .launch import TL_DTYPES, on_device
 from .residual import NON_FINITE, delta_tile, low_rank_tile, magnitude_key, matrix
 
-BLOCK = {"BM": 8, "BN": 256}
+BLOCK = {"BM": 4, "BN": 256}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
