@@ -38,7 +38,7 @@ __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t 
 }
 
 template <Kind K>
-__global__ void __launch_bounds__(kThreads) histogram_kernel(GroupArgs g, int64_t chunks, int shift, int bits,
+__global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int64_t chunks, int shift, int bits,
                                                               const int32_t* prefix, unsigned long long* counts) {
     __shared__ uint32_t table[kReplicas][kRadixBuckets];
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
