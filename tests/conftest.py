@@ -1,0 +1,67 @@
+"""Shared fixtures, and the rule that no skip may hide what was asked for.
+
+LORS_REQUIRE=cpu,triton,... names backends (and other optional things) whose absence is a failure instead of a skip.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from lors_kernels.dispatch import availability
+
+settings.register_profile(
+    "lors", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("lors")
+
+BACKENDS = ("cpu", "reference")
+REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
+
+
+def require(name: str, available: bool, reason: str) -> None:
+    """Skips the test when something optional is missing, with the reason; fails if LORS_REQUIRE names it."""
+    if available:
+        return
+    if name in REQUIRED:
+        pytest.fail(f"{name} is required by LORS_REQUIRE and missing: {reason}")
+    pytest.skip(f"{name}: {reason}")
+
+
+def require_backend(name: str) -> str:
+    status = availability(name)
+    require(name, status.ok, status.reason)
+    return name
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return require_backend(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test does reaches the user's cache or the hub."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `base` and the experts `ca`, `de`, `es`: complete tiny Whispers in the Hugging Face format."""
+    from benchmarks.generate import Spec, generate
+
+    return generate(tmp_path_factory.mktemp("whisper"), Spec("micro", seed=3), 3).base.parent
+
+
+def ringed(array: np.ndarray, ring: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of a matrix with strided rows inside a larger buffer of sentinels: (view, whole buffer)."""
+    rows, cols = array.shape
+    whole = np.full((rows + 2, cols + 2 * ring), 77, dtype=array.dtype)
+    view = whole[1:-1, ring : ring + cols]
+    view[...] = array
+    return view, whole
