@@ -25,9 +25,18 @@ class BackendUnavailable(RuntimeError):
 
 _MODULES = {
     "cpu": "lors_kernels.backends.cpu",
+    "cuda": "lors_kernels.backends.cuda",
+    "triton": "lors_kernels.backends.triton.backend",
     "reference": "lors_kernels.reference",
 }
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_ORDER = {"cpu": ("cpu", "reference")}
+# Tensors on a GPU, by operation. Not yet measured: compiled code first because it needs no compiler at run time, and
+# both compute the same thing. `python -m benchmarks.gpu` is what decides; put its answer here.
+_GPU_ORDER = {
+    "gram_apply": ("cuda", "triton", "reference"),
+    "residual_threshold": ("cuda", "triton", "reference"),
+    "merge_update": ("cuda", "triton", "reference"),
+}
 
 
 @cache
@@ -44,7 +53,7 @@ def available_backends() -> dict[str, Availability]:
     return {name: availability(name) for name in _MODULES}
 
 
-def select(backend: str | None, like: Array) -> ModuleType:
+def select(backend: str | None, like: Array, operation: str = "gram_apply") -> ModuleType:
     """The module that runs an operation on tensors placed like `like`."""
     device = device_of(like)
     if backend is not None:
@@ -52,7 +61,7 @@ def select(backend: str | None, like: Array) -> ModuleType:
             raise ValueError(f"backend: expected one of {', '.join(_MODULES)} or None, got {backend!r}")
         order: tuple[str, ...] = (backend,)
     else:
-        order = _ORDER.get(device, ("reference",))
+        order = _GPU_ORDER[operation] if device == "cuda" else _ORDER.get(device, ("reference",))
     reasons = []
     for name in order:
         status = availability(name)

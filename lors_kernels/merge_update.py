@@ -59,7 +59,7 @@ def merge_update(
     if m * n == 0:
         stats = [UpdateStats(0.0, 0.0, 0.0, 0, 0)] * len(experts)
     else:
-        module = dispatch.select(backend, experts[0])
+        module = dispatch.select(backend, experts[0], "merge_update")
         if module.NAME != "cpu":
             out, base = to_torch(out), to_torch(base)
             experts, lefts, rights = ([to_torch(x) for x in xs] for xs in (experts, lefts, rights))

@@ -46,7 +46,7 @@ def residual_threshold(
         raise ValueError(f"k: expected 0 to {m * n} for a matrix {[m, n]}, got {k}")
     if m * n == 0:
         return KEEP_NONE
-    module = dispatch.select(backend, tuned)
+    module = dispatch.select(backend, tuned, "residual_threshold")
     args = (base, tuned, left, right)
     if module.NAME != "cpu":
         args = tuple(to_torch(x) for x in args)  # type: ignore[assignment]

@@ -97,9 +97,7 @@ class Engine:
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
         pieces = [piece for work in works for piece in work.pieces()]
-        self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._local = threading.local()
+        self._prepare(pieces)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [pool.submit(task) for task in also]
             futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
@@ -112,6 +110,11 @@ class Engine:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         self._account(pieces)
+
+    def _prepare(self, pieces: Sequence[Piece]) -> None:
+        self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._local = threading.local()
 
     # --- one piece
 

@@ -50,6 +50,8 @@ def merge(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    device_memory: int | None = None,
     force: bool = False,
     durable: bool = True,
     check: bool = False,
@@ -65,6 +67,9 @@ def merge(
         method: "lors", "task_arithmetic", "linear", "svp" or "magnitude_prune".
         backend: kernels to use (see `lors_kernels.available_backends`); None chooses.
         threads: None: LORS_THREADS, else all cores. The output has the same bits for every number.
+        device: "cuda", "cuda:1" or "cuda:0,cuda:1": decompose on GPUs, tensors split by bytes; None: the CPU. `backend` then
+            names the GPU's kernels.
+        device_memory: bytes to use on each GPU; None: 80 % of what is free.
         durable: survive a power failure right after the merge (fsync).
         check: reload the output and compare it with the definition (`verify`).
         progress: called with (entries done, entries in all).
@@ -77,8 +82,9 @@ def merge(
     paths = {label: os.fspath(path) for label, path in experts.items()}
     recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
     return merge_recipe(
-        recipe, out, backend=backend, threads=threads, force=force, durable=durable, check=check, progress=progress
-    )
+        recipe, out, backend=backend, threads=threads, device=device, device_memory=device_memory, force=force,
+        durable=durable, check=check, progress=progress,
+    )  # fmt: skip
 
 
 def merge_recipe(
@@ -87,6 +93,8 @@ def merge_recipe(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    device_memory: int | None = None,
     force: bool = False,
     durable: bool = True,
     check: bool = False,
@@ -95,12 +103,15 @@ def merge_recipe(
     """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`)."""
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        job = _prepare(recipe, out, stack, backend=backend, threads=threads, force=force, durable=durable)
+        kernels = None if device else backend
+        job = _prepare(recipe, out, stack, backend=kernels, threads=threads, force=force, durable=durable)
         stack.enter_context(job.output)
         writer = stack.enter_context(_writer(recipe, job.base, job.output.path, job.works))
         hashes: dict[str, dict[str, str]] = {}
         hashing = [_hasher(checkpoint, hashes) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
+        if device:
+            engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
         writer.finish()
         _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
@@ -141,6 +152,8 @@ def merge_state_dicts(
     config: Mapping[str, Any] | None = None,
     backend: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
+    device_memory: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """`merge` on tensors in memory (numpy arrays or CPU torch tensors); returns new tensors of the base's kind.
@@ -153,14 +166,18 @@ def merge_state_dicts(
     sources = [MemorySource("base", base), *(MemorySource(label, state) for label, state in experts.items())]
     for source in sources[1:]:
         _compare_specs(sources[0], source)
-    report = MergeReport(method, _backend(backend), None, list(experts), threads=_threads(threads))
+    kernels = _backend(None if device else backend)
+    report = MergeReport(method, kernels, None, list(experts), threads=_threads(threads))
     works = _plan(recipe, chosen, sources[0], layers.naming(base), config, report)
     merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
 
     def keep(name: str, values: np.ndarray, start: int) -> None:
         merged[name][start : start + values.size] = values
 
-    _engine(recipe, sources, keep, report, works, None).run(works)
+    engine = _engine(recipe, sources, keep, report, works, None)
+    if device:
+        engine = _on_devices(engine, device, device_memory, backend)
+    engine.run(works)
     return {work.name: _like(base[work.name], merged[work.name].reshape(work.spec.shape)) for work in works}
 
 
@@ -306,6 +323,26 @@ def _engine(
 
         engine.progress = advance
     return engine
+
+
+def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:
+    """The same engine with its matrices on GPUs; LorsError if a device or the backend is not there."""
+    from lors_kernels.dispatch import BackendUnavailable, select
+
+    from .engine_gpu import GpuEngine, parse_devices
+
+    devices = parse_devices(device)
+    import torch
+
+    try:
+        kernels = select(backend, torch.empty((1, 1), device=devices[0])).NAME
+    except (ValueError, BackendUnavailable) as error:
+        raise LorsError(f"backend: {error}") from None
+    engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
+    return GpuEngine(
+        engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,
+        engine.progress, devices, device_memory, kernels,
+    )  # fmt: skip
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

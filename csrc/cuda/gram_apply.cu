@@ -1,0 +1,300 @@
+// z = A.T @ (A @ x) in one pass over A = delta or its transpose, [outer, inner] with inner the short side.
+//
+// A block takes some rows of A. A thread owns inner indices i = thread + 256 k and holds x[i, 0..8) and its part of
+// z[i, 0..8) in registers, so a row is read once: y = A x is summed over the block (a shuffle that leaves each lane one of
+// 32 sums, then the warps in order), and z += A.T y follows from the row still in shared memory. While one stage of rows is
+// worked on, the next is copied there asynchronously. The blocks' sums are added in order by the caller.
+#include <cuda_pipeline.h>
+
+#include <algorithm>
+
+#include "residual.cuh"
+
+namespace lors {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kWidth = 8;       // vectors at a time
+constexpr int kBatch = 4;       // rows reduced at a time: 4 rows x 8 vectors = 32 sums, one per lane
+constexpr int kMaxPerThread = 5;
+constexpr int kRowsPerBlock = 256;  // float32 sums stay short, and the partial sums stay a few percent of the reads
+constexpr int kCopy = 16;       // bytes of one asynchronous copy
+
+template <Kind K>
+struct Item {
+    using type = uint16_t;
+};
+template <>
+struct Item<Kind::kFloat32> {
+    using type = float;
+};
+
+template <Kind K>
+__device__ __forceinline__ float widen(typename Item<K>::type v) {
+    if constexpr (K == Kind::kFloat32) return v;
+    if constexpr (K == Kind::kFloat16) return __half2float(__ushort_as_half(v));
+    return __uint_as_float(static_cast<unsigned>(v) << 16);
+}
+
+struct Gram {
+    GroupArgs g;
+    int64_t outer, inner, rows, chunks, b;
+    const float* x;  // [P, inner, b]
+    float* y;        // [P, outer, b] or null
+    float* partial;  // [P, chunks, inner, b]
+};
+
+// Halves the list of sums and pairs up lanes until lane l holds the warp's total of v[l]; Half is a template argument so
+// that v stays in registers.
+template <int Half>
+__device__ __forceinline__ void halve(float* v) {
+    const bool upper = (threadIdx.x & Half) != 0;
+#pragma unroll
+    for (int j = 0; j < Half; ++j) {
+        const float send = upper ? v[j] : v[j + Half];
+        const float keep = upper ? v[j + Half] : v[j];
+        v[j] = keep + __shfl_xor_sync(~0u, send, Half);
+    }
+}
+
+__device__ __forceinline__ float transpose_sum(float* v) {
+    halve<16>(v), halve<8>(v), halve<4>(v), halve<2>(v), halve<1>(v);
+    return v[0];
+}
+
+// A stage holds kCopy / sizeof(item) rows of A, raw, base and tuned: [row][inner], or [inner][row] when transposed.
+template <Kind K, bool Transposed>
+struct Stage {
+    using T = typename Item<K>::type;
+    static constexpr int kRows = kCopy / static_cast<int>(sizeof(T));
+
+    static __host__ __device__ int64_t bytes(int64_t inner) { return 2 * inner * kCopy; }
+
+    static __device__ __forceinline__ void copy(const Gram& a, const PairView& view, int64_t row, int64_t end, char* stage) {
+        const int64_t segments = a.inner;  // per matrix: kRows rows of inner / kRows copies, or inner rows of one
+        for (int64_t s = threadIdx.x; s < segments; s += kThreads) {
+            int64_t i, j;  // of delta
+            bool there;
+            if constexpr (Transposed) {
+                i = s, j = row, there = row < end;
+            } else {
+                const int64_t each = a.inner / kRows;
+                i = row + s / each, j = s % each * kRows, there = i < end;
+            }
+            char* to = stage + s * kCopy;
+            const size_t skip = there ? 0 : kCopy;
+            const char* tuned = static_cast<const char*>(view.tuned);
+            if (there) tuned += (i * view.tuned_stride + j) * static_cast<int64_t>(sizeof(T));
+            __pipeline_memcpy_async(to + segments * kCopy, tuned, kCopy, skip);
+            if (view.base) {
+                const char* base = static_cast<const char*>(view.base);
+                if (there) base += (i * view.base_stride + j) * static_cast<int64_t>(sizeof(T));
+                __pipeline_memcpy_async(to, base, kCopy, skip);
+            } else {
+                *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+
+    // A[row of the stage, i .. ) for kBatch rows from `first`
+    static __device__ __forceinline__ void fetch(const char* stage, int64_t inner, int64_t i, int first, float (&d)[kBatch]) {
+        const T* base = reinterpret_cast<const T*>(stage);
+        const T* tuned = base + inner * kRows;
+#pragma unroll
+        for (int r = 0; r < kBatch; ++r) {
+            const int64_t at = Transposed ? i * kRows + first + r : (first + r) * inner + i;
+            d[r] = __fsub_rn(widen<K>(tuned[at]), widen<K>(base[at]));
+        }
+    }
+};
+
+template <Kind K, bool Transposed, int PerThread>
+__global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
+    using S = Stage<K, Transposed>;
+    extern __shared__ __align__(16) char memory[];
+    __shared__ float parts[kWarps][32];
+    __shared__ __align__(16) float sums[32];
+    const int64_t p = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks, column = blockIdx.y * int64_t{kWidth};
+    const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth);
+    const PairView view = pair_view(a.g.table, p, a.g.pairs);
+    const int64_t first = chunk * a.rows, end = a.outer < first + a.rows ? a.outer : first + a.rows;
+    const int64_t bytes = S::bytes(a.inner);
+
+    S::copy(a, view, first, end, memory);
+    __pipeline_commit();
+    float x[PerThread][kWidth], z[PerThread][kWidth];
+#pragma unroll
+    for (int k = 0; k < PerThread; ++k) {
+        const int64_t i = threadIdx.x + k * kThreads;
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) {
+            x[k][c] = i < a.inner && c < width ? a.x[(p * a.inner + i) * a.b + column + c] : 0.0f;
+            z[k][c] = 0.0f;
+        }
+    }
+    int now = 0;
+    for (int64_t row = first; row < end; row += S::kRows, now ^= 1) {
+        if (row + S::kRows < end) S::copy(a, view, row + S::kRows, end, memory + (now ^ 1) * bytes);
+        __pipeline_commit();
+        __pipeline_wait_prior(1);
+        __syncthreads();
+#pragma unroll 1
+        for (int batch = 0; batch < S::kRows; batch += kBatch) {
+            float y[32] = {};
+#pragma unroll
+            for (int k = 0; k < PerThread; ++k) {
+                const int64_t i = threadIdx.x + k * kThreads;
+                float d[kBatch] = {};
+                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
+#pragma unroll
+                for (int r = 0; r < kBatch; ++r) {
+#pragma unroll
+                    for (int c = 0; c < kWidth; ++c) y[r * kWidth + c] += d[r] * x[k][c];
+                }
+            }
+            parts[threadIdx.x / 32][threadIdx.x % 32] = transpose_sum(y);
+            __syncthreads();
+            if (threadIdx.x < 32) {
+                float total = 0;
+#pragma unroll
+                for (int warp = 0; warp < kWarps; ++warp) total += parts[warp][threadIdx.x];
+                sums[threadIdx.x] = total;
+                const int64_t o = row + batch + threadIdx.x / kWidth;
+                const int c = static_cast<int>(threadIdx.x) % kWidth;
+                if (a.y && o < end && c < width) a.y[(p * a.outer + o) * a.b + column + c] = total;
+            }
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < PerThread; ++k) {
+                const int64_t i = threadIdx.x + k * kThreads;
+                float d[kBatch] = {};
+                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
+#pragma unroll
+                for (int r = 0; r < kBatch; ++r) {
+#pragma unroll
+                    for (int c = 0; c < kWidth; ++c) z[k][c] += d[r] * sums[r * kWidth + c];
+                }
+            }
+        }
+        __syncthreads();  // the stage is copied over next
+    }
+#pragma unroll
+    for (int k = 0; k < PerThread; ++k) {
+        const int64_t i = threadIdx.x + k * kThreads;
+#pragma unroll
+        for (int c = 0; c < kWidth; ++c) {
+            if (i < a.inner && c < width) a.partial[((p * a.chunks + chunk) * a.inner + i) * a.b + column + c] = z[k][c];
+        }
+    }
+}
+
+// Any dtype, alignment and length, an element at a time: y = A x, a block per row and vector.
+__device__ __forceinline__ float entry(const GroupArgs& g, const PairView& v, int64_t i, int64_t j) {
+    const float t = load_any(v.tuned, g.tuned_dtype, i * v.tuned_stride + j);
+    return v.base ? __fsub_rn(t, load_any(v.base, g.base_dtype, i * v.base_stride + j)) : t;
+}
+
+template <bool Transposed>
+__global__ void __launch_bounds__(kThreads, 1) plain_y_kernel(Gram a) {
+    __shared__ double parts[kWarps];
+    const int64_t p = blockIdx.x / a.outer, o = blockIdx.x % a.outer;
+    const PairView view = pair_view(a.g.table, p, a.g.pairs);
+    for (int64_t c = 0; c < a.b; ++c) {
+        double sum = 0;
+        for (int64_t i = threadIdx.x; i < a.inner; i += kThreads) {
+            const float d = Transposed ? entry(a.g, view, i, o) : entry(a.g, view, o, i);
+            sum += static_cast<double>(d) * static_cast<double>(a.x[(p * a.inner + i) * a.b + c]);
+        }
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            double total = 0;
+            for (int warp = 0; warp < kWarps; ++warp) total += parts[warp];
+            a.y[(p * a.outer + o) * a.b + c] = static_cast<float>(total);
+        }
+        __syncthreads();
+    }
+}
+
+// z = A.T y, a thread per inner index and vector.
+template <bool Transposed>
+__global__ void __launch_bounds__(kThreads) plain_z_kernel(Gram a) {
+    const int64_t slices = (a.inner + kThreads - 1) / kThreads;
+    const int64_t p = blockIdx.x / slices, i = blockIdx.x % slices * kThreads + threadIdx.x;
+    if (i >= a.inner) return;
+    const PairView view = pair_view(a.g.table, p, a.g.pairs);
+    for (int64_t c = 0; c < a.b; ++c) {
+        double sum = 0;
+        for (int64_t o = 0; o < a.outer; ++o) {
+            const float d = Transposed ? entry(a.g, view, i, o) : entry(a.g, view, o, i);
+            sum += static_cast<double>(d) * static_cast<double>(a.y[(p * a.outer + o) * a.b + c]);
+        }
+        a.partial[(p * a.inner + i) * a.b + c] = static_cast<float>(sum);
+    }
+}
+
+template <bool Transposed>
+void launch_plain(const Launch& launch, const Group& group, const Gram& a) {
+    const unsigned rows = blocks(a.g.pairs * a.outer, "gram_apply", group);
+    plain_y_kernel<Transposed><<<rows, kThreads, 0, launch.stream>>>(a);
+    finished("gram_apply (plain y)", group);
+    const unsigned slices = blocks(a.g.pairs * ceil_div(a.inner, kThreads), "gram_apply", group);
+    plain_z_kernel<Transposed><<<slices, kThreads, 0, launch.stream>>>(a);
+    finished("gram_apply (plain z)", group);
+}
+
+template <Kind K, bool Transposed, int PerThread>
+void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    const auto kernel = gram_kernel<K, Transposed, PerThread>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)), "gram_apply",
+          group);
+    const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
+    kernel<<<grid, kThreads, static_cast<size_t>(plan.shared), launch.stream>>>(a);
+    finished("gram_apply", group);
+}
+
+template <Kind K, bool Transposed>
+void choose_per_thread(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    switch (plan.per_thread) {
+        case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
+        case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
+        case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
+        case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
+        default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
+    }
+}
+
+}  // namespace
+
+GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors) {
+    if (!vectors || inner > kMaxPerThread * kThreads) return {outer, 1, 0, 0};
+    const int64_t stage = kCopy / item_size;
+    // Fewer rows per block where there are too few pairs to fill the device twice.
+    const int64_t wanted = ceil_div(2 * processors, pairs);
+    const int64_t rows = std::clamp<int64_t>(outer / wanted, 8 * stage, kRowsPerBlock) / stage * stage;
+    return {rows, ceil_div(outer, rows), static_cast<int>(ceil_div(inner, kThreads)), 2 * 2 * inner * kCopy};
+}
+
+void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x, int64_t b,
+                float* y, float* partial) {
+    begin(launch, "gram_apply", group);
+    const int64_t outer = transposed ? group.n : group.m, inner = transposed ? group.m : group.n;
+    const Gram a{arguments(group, nullptr, nullptr, 0), outer, inner, plan.rows, plan.chunks, b, x, y, partial};
+    if (plan.per_thread == 0) {
+        return transposed ? launch_plain<true>(launch, group, a) : launch_plain<false>(launch, group, a);
+    }
+    with_kind(kind_of(group), [&](auto tag) {
+        constexpr Kind kind = decltype(tag)::kind;
+        if constexpr (kind == Kind::kAny) {
+            throw CudaError(describe("gram_apply", group) + ": this plan needs 16-byte rows of one dtype");
+        } else if (transposed) {
+            choose_per_thread<kind, true>(launch, group, plan, a);
+        } else {
+            choose_per_thread<kind, false>(launch, group, plan, a);
+        }
+    });
+}
+
+}  // namespace lors

@@ -1,0 +1,156 @@
+"""The compiled CUDA backend: csrc/cuda, on the current stream of the tensors' device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ..arrays import FLOATS, dtype_name
+from ..grouped import GroupStats, GroupThreshold, MatrixGroup, is_aligned, row_stride, upload
+from .single import Single
+
+NAME = "cuda"
+DEVICES = ("cuda",)
+RADIX_BUCKETS = 2048
+PASSES = 3
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@cache
+def library() -> ModuleType:
+    return import_module("lors_kernels._cuda")
+
+
+def probe() -> tuple[bool, str]:
+    try:
+        built = library()
+    except ModuleNotFoundError:
+        return False, "not built (no nvcc at build time, or LORS_BUILD_CUDA=0)"
+    import torch
+
+    count, why = built.device_count()
+    if torch.version.cuda is None:
+        kind = "HIP" if torch.version.hip else "CPU-only"
+        return False, f"built for {built.arches}; no device: this torch is a {kind} build"
+    if not count or not torch.cuda.is_available():
+        return False, f"built for {built.arches}; no device{f' ({why})' if why else ''}"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"built for {built.arches}; the device has compute capability {major}.{minor}"
+    return True, f"{torch.cuda.get_device_name()}, built for {built.arches}"
+
+
+def is_fast(group: MatrixGroup) -> bool:
+    """Whether kernels read 16 bytes at a time: one dtype, aligned rows, a multiple of 8 columns (csrc/cuda/launch.h)."""
+    base, tuned = _dtypes(group)
+    return group.aligned and base == tuned and group.n % 8 == 0
+
+
+def _dtypes(group: MatrixGroup) -> tuple[int, int]:
+    """Codes of base and tuned; a base that is not there counts as tuned's, so that it costs no mixed kernel."""
+    tuned = FLOATS.index(group.dtypes[1])
+    return (tuned if group.bases is None else FLOATS.index(group.dtypes[0])), tuned
+
+
+def _group(group: MatrixGroup) -> tuple[Any, ...]:
+    sizes = (group.matrices, group.experts, group.m, group.n)
+    return (group.table.data_ptr(), *_dtypes(group), group.aligned, *sizes)
+
+
+def _launch(group: MatrixGroup) -> tuple[int, int]:
+    import torch
+
+    return group.device.index or 0, torch.cuda.current_stream(group.device).cuda_stream
+
+
+def _factors(left: Any, right: Any) -> tuple[tuple[int, int, int], Any]:
+    """Addresses of left and of right transposed, so that neighbouring columns are neighbours, and what keeps it alive."""
+    if left is None:
+        return (0, 0, 0), None
+    transposed = right.mT.contiguous()
+    return (left.data_ptr(), transposed.data_ptr(), left.shape[2]), transposed
+
+
+class Grouped:
+    name = NAME
+    width = 8  # fused multiply-adds, not tensor cores: a wider block would cost in proportion
+
+    def gram_apply(self, group: MatrixGroup, x: Any, *, side: str, product: bool = False) -> tuple[Any, Any]:
+        import torch
+
+        pairs, inner, b = x.shape
+        outer = group.m if side == "right" else group.n
+        processors = torch.cuda.get_device_properties(group.device).multi_processor_count
+        size = ITEM_SIZE[group.dtypes[1]]
+        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), processors)
+        _, chunks, per_thread, _ = plan
+        y = x.new_empty((pairs, outer, b)) if product or per_thread == 0 else None
+        partial = x.new_empty((pairs, chunks, inner, b))
+        library().gram_apply(
+            _launch(group), _group(group), side == "left", plan, x.data_ptr(), b,
+            0 if y is None else y.data_ptr(), partial.data_ptr(),
+        )  # fmt: skip
+        return (partial[:, 0] if chunks == 1 else partial.sum(1)), (y if product else None)
+
+    def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
+        import torch
+
+        tiles = library().merge_tiles(group.m, group.n)
+        energy = torch.empty((group.pairs, tiles), dtype=torch.float32, device=group.device)
+        counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=group.device)
+        library().measure(_launch(group), _group(group), energy.data_ptr(), counts.data_ptr())
+        return energy.double().sum(1), counts[:, :, 0].sum(1), counts[:, :, 1].amax(1).view(torch.float32)
+
+    def residual_threshold(self, group: MatrixGroup, left: Any, right: Any, k: int) -> GroupThreshold:
+        import torch
+
+        built, pairs, device = library(), group.pairs, group.device
+        launch, view = _launch(group), _group(group)
+        factors, keep = _factors(left, right)
+        prefix = torch.zeros(pairs, dtype=torch.int32, device=device)
+        wanted = torch.full((pairs,), max(k, 1), dtype=torch.int64, device=device)
+        equal, non_finite, cut = (torch.empty_like(wanted) for _ in range(3))
+        state = [x.data_ptr() for x in (prefix, wanted, equal, non_finite)]
+        for number in range(PASSES):
+            counts = torch.zeros((pairs, RADIX_BUCKETS), dtype=torch.int64, device=device)
+            built.threshold_pass(launch, view, factors, number, counts.data_ptr(), *state)
+            if k == 0:  # only the count of non-finite entries was wanted
+                none = torch.zeros_like(wanted)
+                return GroupThreshold(torch.full((pairs,), float("inf"), device=device), none, none, non_finite)
+        scratch = torch.empty((pairs, built.tie_chunks(group.m)), dtype=torch.int64, device=device)
+        addresses = [x.data_ptr() for x in (prefix, wanted, equal, scratch, cut)]
+        built.threshold_cut(launch, view, factors, *addresses)
+        del keep  # freed behind the launches on the same stream: the allocator hands it out only after them
+        return GroupThreshold(prefix.view(torch.float32), wanted, cut, non_finite)
+
+    def merge_update(
+        self, group: MatrixGroup, out: Sequence[Any], left: Any, right: Any, threshold: GroupThreshold, weight: list[float]
+    ) -> GroupStats:
+        import torch
+
+        device, tiles = group.device, library().merge_tiles(group.m, group.n)
+        factors, keep = _factors(left, right)
+        energy = torch.empty((group.pairs, tiles, 3), dtype=torch.float32, device=device)
+        counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
+        weights = torch.tensor(weight, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
+        out_table = upload([[x.data_ptr(), row_stride(x)] for x in out], device)
+        value, cut = threshold.value.contiguous(), threshold.cut.contiguous()
+        library().merge_update(
+            _launch(group), _group(group), out_table.data_ptr(), FLOATS.index(dtype_name(out[0])),
+            all(is_aligned(x) for x in out), factors, value.data_ptr(), cut.data_ptr(), weights.data_ptr(),
+            energy.data_ptr(), counts.data_ptr(),
+        )  # fmt: skip
+        del keep
+        sums = counts.sum(1)
+        return GroupStats(energy.double().sum(1), sums[:, 0], sums[:, 1])
+
+
+GROUPED = Grouped()
+_single = Single(GROUPED)
+gram_apply = _single.gram_apply
+residual_threshold = _single.residual_threshold
+merge_update = _single.merge_update
+truncated_svd = _single.truncated_svd

@@ -1,0 +1,389 @@
+"""The merge engine on GPUs: decomposed matrices in groups on devices, every other tensor on the CPU beside them.
+
+A batch is a few same-shaped matrices. Its tensors are read into page-locked memory by threads, copied on a stream of
+their own while the batch before is computed, merged in float32 on the device, and written behind. Experts come in slices
+that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are.
+A device that runs out of memory gets smaller batches, then an error; nothing of a failed batch has been written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from lors_kernels import NonFiniteError, TruncatedSVD, UpdateStats
+from lors_kernels.grouped import (
+    MatrixGroup,
+    merge_update_group,
+    operations,
+    residual_threshold_group,
+    truncated_svd_group,
+)
+
+from .engine import Engine, Outcome, Piece, Work
+from .errors import LorsError
+from .parameters import rank_of
+from .sources import Slot
+
+BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
+READERS = 4
+BASIS = 128  # columns of a Krylov basis to reckon with; convergence usually needs 80
+
+
+def parse_devices(text: str) -> list[str]:
+    """ "cuda" or "cuda:0,cuda:1" -> devices that exist; LorsError otherwise. "cpu" runs the same code without a GPU."""
+    import torch
+
+    devices = []
+    for part in text.replace(" ", "").split(","):
+        kind, _, number = part.partition(":")
+        if kind not in ("cuda", "cpu") or (number and not number.isdigit()):
+            raise LorsError(f"device: expected cpu, cuda or cuda:N, got {part!r}")
+        if kind == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(number or 0) >= count:
+                raise LorsError(f"device: expected one of the {count} GPUs PyTorch sees here, got {part!r}")
+            part = f"cuda:{number or 0}"
+        if part in devices:
+            raise LorsError(f"device: expected each device once, got {part!r} twice")
+        devices.append(part)
+    return devices
+
+
+class PinnedSlot(Slot):
+    """A reusable buffer in page-locked memory, from which copies to a device run beside everything else."""
+
+    def array(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        import torch
+
+        nbytes = count * dtype.itemsize
+        if self._bytes.size < nbytes:
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        return self._bytes[:nbytes].view(dtype)
+
+
+class Device:
+    """Streams and page-locked memory of one device; on "cpu" all of it is nothing, and the rest of the code the same."""
+
+    def __init__(self, name: str) -> None:
+        import torch
+
+        self.torch, self.device = torch, torch.device(name)
+        self.real = self.device.type == "cuda"
+        self.copies = torch.cuda.Stream(self.device) if self.real else None
+        self.slots: list[Slot] = []
+
+    def slot(self) -> Slot:
+        return self.slots.pop() if self.slots else (PinnedSlot() if self.real else Slot())
+
+    def copying(self) -> AbstractContextManager[Any]:
+        return self.torch.cuda.stream(self.copies) if self.real else nullcontext()
+
+    def upload(self, values: np.ndarray) -> Any:
+        """A copy of `values` on the device; on the copy stream, the caller has to wait for it."""
+        from lors_kernels.arrays import to_torch
+
+        tensor = to_torch(values)
+        return tensor.to(self.device, non_blocking=True) if self.real else tensor.clone()
+
+    def ready(self, tensors: Sequence[Any]) -> None:
+        """Lets the computing stream wait for the copies, and keeps their memory from being reused before it is done."""
+        if not self.real:
+            return
+        stream = self.torch.cuda.current_stream(self.device)
+        stream.wait_stream(self.copies)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+    def download(self, tensor: Any) -> Any:
+        """A host copy under way; call the second of the returned pair before reading the first."""
+        if not self.real:
+            return tensor, lambda: None
+        host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = self.torch.cuda.Event()
+        event.record()
+        return host, event.synchronize
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, self.torch.cuda.OutOfMemoryError)
+
+
+class Kind(NamedTuple):
+    """What the matrices of one batch have in common."""
+
+    shape: tuple[int, ...]
+    base: str | None  # dtype
+    rules: tuple[tuple[float, float, bool, str], ...]  # per expert: rank, density, used, dtype
+
+
+class Slice(NamedTuple):
+    """Consecutive experts with one rank, density and dtype."""
+
+    experts: tuple[int, ...]
+    rank: float
+    density: float
+
+
+class Loaded(NamedTuple):
+    """Host memory of one batch and slice: bases, and tuned by matrix and expert."""
+
+    bases: list[np.ndarray]
+    tuned: list[list[np.ndarray]]
+    slots: list[Slot]
+
+
+def slices(kind: Kind, most: int) -> list[Slice]:
+    """The experts in order, cut where the rule changes and at `most` experts."""
+    found = []
+    used = [(rank, density, dtype, e) for e, (rank, density, use, dtype) in enumerate(kind.rules) if use]
+    for (rank, density, _), run in groupby(used, key=lambda rule: rule[:3]):
+        experts = [rule[3] for rule in run]
+        found += [Slice(tuple(experts[i : i + most]), rank, density) for i in range(0, len(experts), most)]
+    return found
+
+
+def bytes_on_device(work: Work, experts: int, sizes: tuple[int, int]) -> int:
+    """What one matrix with so many experts takes: inputs (twice: the next ones are copied meanwhile), sum, workspace."""
+    m, n = work.spec.shape
+    inputs = m * n * (sizes[0] + experts * sizes[1])
+    workspace = experts * (min(m, n) * BASIS * 4 * 2 + BASIS * BASIS * 16 + max(m, n) * 64)
+    return 2 * inputs + m * n * (4 + work.out_dtype.itemsize) + workspace
+
+
+@dataclass
+class GpuEngine(Engine):
+    """`Engine` with the decomposed matrices on `devices`.
+
+    device_memory: bytes to use on each device; None: 80 % of what is free.
+    device_backend: kernels for the matrices (`backend` is for the rest); None: the fastest.
+    """
+
+    devices: Sequence[str] = ("cuda:0",)
+    device_memory: int | None = None
+    device_backend: str | None = None
+
+    def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
+        """Does all work; matrices go to the devices, pieces of other tensors to threads as in `Engine`."""
+        pieces = [piece for work in works for piece in work.pieces()]
+        grouped = [i for i, piece in enumerate(pieces) if piece.work.matrix and any(r.weight for r in piece.work.reductions)]
+        chosen = set(grouped)
+        self._prepare(pieces)
+        with ThreadPoolExecutor(self.threads + len(self.devices), thread_name_prefix="lors") as pool:
+            futures: list[Future[None]] = [
+                pool.submit(_DeviceRun(self, name, pieces, indices).run) for name, indices in self.shares(pieces, grouped)
+            ]
+            futures += [pool.submit(task) for task in also]
+            futures += [pool.submit(self._do, pieces, i) for i in range(len(pieces)) if i not in chosen]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        self._account(pieces)
+
+    def shares(self, pieces: Sequence[Piece], indices: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Splits the matrices by bytes: the largest first, each to the device with the least so far."""
+        loads = dict.fromkeys(self.devices, 0)
+        shares: dict[str, list[int]] = {name: [] for name in self.devices}
+        for i in sorted(indices, key=lambda i: (-pieces[i].work.spec.numel, i)):
+            name = min(self.devices, key=lambda name: loads[name])
+            loads[name] += pieces[i].work.spec.numel
+            shares[name].append(i)
+        return [(name, sorted(share)) for name, share in shares.items() if share]
+
+    def kind_of(self, work: Work) -> Kind:
+        rules = tuple(
+            (r.rank, r.density, r.weight != 0, str(expert.tensors[work.name].dtype))
+            for expert, r in zip(self.experts, work.reductions, strict=True)
+        )
+        base = str(self.base.tensors[work.name].dtype) if work.relative else None
+        return Kind(tuple(work.spec.shape), base, rules)
+
+
+class _DeviceRun:
+    """One device's share of the matrices."""
+
+    def __init__(self, engine: GpuEngine, name: str, pieces: Sequence[Piece], indices: Sequence[int]) -> None:
+        self.engine, self.pieces, self.indices = engine, pieces, indices
+        self.device = Device(name)
+        self.name = name
+
+    def run(self) -> None:
+        batches = list(self.batches())
+        with ThreadPoolExecutor(READERS) as self.readers, ThreadPoolExecutor(1) as self.writer:
+            ahead: Future[Loaded] | None = None
+            written: list[Future[None]] = []
+            for number, (kind, most, batch) in enumerate(batches):
+                if self.engine._stop.is_set():
+                    return
+                first = slices(kind, most)[0]
+                loaded = ahead.result() if ahead else self.load(kind, batch, first)
+                following = batches[number + 1] if number + 1 < len(batches) else None
+                if following:
+                    ahead = self.readers.submit(self.load, following[0], following[2], slices(following[0], following[1])[0])
+                for future in written:
+                    future.result()  # at most one batch waits to be written
+                written = self.merge(kind, batch, most, loaded)
+            for future in written:
+                future.result()
+
+    def budget(self) -> int:
+        limit = self.engine.device_memory
+        if limit is None:
+            limit = int(0.8 * self.device.torch.cuda.mem_get_info(self.device.device)[0]) if self.device.real else 1 << 30
+        return limit
+
+    def batches(self) -> Iterator[tuple[Kind, int, list[int]]]:
+        """(what they share, experts at a time, pieces) within the budget."""
+        kinds: dict[Kind, list[int]] = defaultdict(list)
+        for index in self.indices:
+            kinds[self.engine.kind_of(self.pieces[index].work)].append(index)
+        budget = self.budget()
+        for kind, indices in kinds.items():
+            work = self.pieces[indices[0]].work
+            sizes = (work.spec.dtype.itemsize, max(e.tensors[work.name].dtype.itemsize for e in self.engine.experts))
+            experts = max(1, len(self.engine.experts))
+            while experts > 1 and bytes_on_device(work, experts, sizes) > budget:
+                experts = (experts + 1) // 2
+            one = bytes_on_device(work, experts, sizes)
+            if one > budget:
+                raise LorsError(
+                    f"device memory: expected at least {one / 1e6:.3g} MB for tensor {work.name!r}, got {budget / 1e6:.3g} MB"
+                )
+            inputs = work.spec.numel * (sizes[0] + experts * sizes[1])
+            count = max(1, min(budget // one, BATCH_BYTES // inputs))
+            for start in range(0, len(indices), count):
+                yield kind, experts, indices[start : start + count]
+
+    def load(self, kind: Kind, batch: Sequence[int], part: Slice) -> Loaded:
+        """Reads what one slice needs into page-locked memory."""
+        engine, slots = self.engine, list[Slot]()
+
+        def fetch(source: Any, index: int) -> np.ndarray:
+            work = self.pieces[index].work
+            slots.append(slot := self.device.slot())
+            return source.fetch(work.name, 0, work.spec.numel, slot).reshape(kind.shape)  # type: ignore[no-any-return]
+
+        bases = [fetch(engine.base, i) for i in batch] if kind.base else []
+        tuned = [[fetch(engine.experts[e], i) for e in part.experts] for i in batch]
+        return Loaded(bases, tuned, slots)
+
+    def merge(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+        """Merges a batch; where memory runs out, in halves, then with fewer experts at a time."""
+        try:
+            return self.attempt(kind, batch, most, loaded)
+        except Exception as error:
+            if not self.device.out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        self.device.torch.cuda.empty_cache()
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return [f for half in (batch[:middle], batch[middle:]) for f in self.merge(kind, half, most, None)]
+        if most > 1:
+            return self.merge(kind, batch, (most + 1) // 2, None)
+        work = self.pieces[batch[0]].work
+        raise LorsError(f"{self.name}: out of memory for tensor {work.name!r} {list(kind.shape)} alone: {reason}")
+
+    def attempt(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+        device, torch = self.device, self.device.torch
+        outcomes: list[list[Outcome]] = [[] for _ in batch]
+        totals: list[Any] | None = None
+        bases: list[Any] | None = None
+        for part in slices(kind, most):
+            source = loaded or self.load(kind, batch, part)
+            loaded = None
+            with device.copying():
+                if kind.base and bases is None:
+                    bases = [device.upload(x) for x in source.bases]
+                tuned = [[device.upload(x) for x in row] for row in source.tuned]
+            device.ready([*(bases or []), *(x for row in tuned for x in row)])
+            if totals is None:
+                like = bases or [row[0] for row in tuned]
+                totals = [x.float().clone() if bases else torch.zeros_like(x, dtype=torch.float32) for x in like]
+            found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)  # waits for the device: slots are free
+            device.slots += source.slots
+            for row, new in zip(outcomes, found, strict=True):
+                row += new
+        assert totals is not None
+        return [self.store(i, total, row) for i, total, row in zip(batch, totals, outcomes, strict=True)]
+
+    def reduce(self, batch: Sequence[int], part: Slice, group: MatrixGroup, totals: list[Any]) -> list[list[Outcome]]:
+        """totals += the slice's experts."""
+        options: dict[str, Any] = {"backend": self.engine.device_backend}
+        works = [self.pieces[i].work for i in batch]
+        svd, left, right, threshold = None, None, None, None
+        try:
+            if part.rank:
+                svd = truncated_svd_group(group, rank_of(part.rank, group.m, group.n), seed=self.engine.seed, **options)
+                left, right = svd.left, svd.right
+        except NonFiniteError:
+            bad = operations("gram_apply", group, self.engine.device_backend).measure(group)[1]
+            raise self.non_finite(bad.tolist(), works, part) from None
+        if part.density < 1:
+            threshold = residual_threshold_group(group, left, right, int(part.density * group.m * group.n), **options)
+        weights = [work.reductions[e].weight for work in works for e in part.experts]
+        stats = merge_update_group(group, totals, left, right, threshold, weights, **options).stats()
+        if any(s.non_finite for s in stats):
+            raise self.non_finite([s.non_finite for s in stats], works, part)
+        return _by_matrix(stats, svd, len(part.experts))
+
+    def non_finite(self, counts: Sequence[int], works: Sequence[Work], part: Slice) -> LorsError:
+        p = next(p for p, count in enumerate(counts) if count)
+        i, t = divmod(p, len(part.experts))
+        return self.engine._non_finite(self.engine.experts[part.experts[t]], works[i])
+
+    def store(self, index: int, total: Any, outcomes: list[Outcome]) -> Future[None]:
+        """Rounds one sum to the output's dtype and hands it to the writer."""
+        from lors_kernels.arrays import dtype_name
+
+        piece, torch, engine = self.pieces[index], self.device.torch, self.engine
+        out = total.to(getattr(torch, str(piece.work.out_dtype)))
+        largest = float(total.abs().max()) if dtype_name(out) == "float16" else 0.0
+        if largest >= 65520:
+            engine._converted(total.cpu().numpy().ravel(), piece.work, _scratch())  # raises the engine's own error
+        host, arrived = self.device.download(out)
+
+        def write() -> None:
+            arrived()
+            values = _numpy(host, piece.work.out_dtype)
+            engine.sink(piece.work.name, values.reshape(-1), 0)
+            engine._outcomes[index] = outcomes
+            with engine._lock:
+                engine.progress(piece.work.spec.numel)
+
+        return self.writer.submit(write)
+
+
+def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Outcome]]:
+    outcomes = []
+    for p, found in enumerate(stats):
+        certificate = None
+        if svd:
+            certificate = TruncatedSVD(
+                None, None, None, svd.passes[p], svd.residual[p], svd.method[p], svd.energy[p], svd.backend
+            )
+        outcomes.append(Outcome(found, certificate))
+    return [outcomes[p : p + experts] for p in range(0, len(outcomes), experts)]
+
+
+def _numpy(host: Any, dtype: np.dtype[Any]) -> np.ndarray:
+    import torch
+
+    return host.view(torch.uint16).numpy().view(dtype) if host.dtype == torch.bfloat16 else host.numpy()  # type: ignore[no-any-return]
+
+
+def _scratch() -> Any:
+    from .engine import _Worker
+
+    return _Worker()

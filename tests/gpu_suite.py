@@ -1,0 +1,218 @@
+"""What a GPU backend has to do, on the shared cases. Not collected by its name:
+
+`test_gpu_backends.py` runs it on a device, `test_triton_interpreted.py` runs the Triton kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import require_backend
+
+import lors_kernels as kernels
+from lors_kernels import KEEP_NONE, NonFiniteError, Threshold, reference
+from lors_kernels.arrays import to_torch
+from lors_kernels.grouped import (
+    GroupThreshold,
+    MatrixGroup,
+    gram_apply_group,
+    merge_update_group,
+    residual_threshold_group,
+    truncated_svd_group,
+)
+from lors_kernels.testing.cases import CASES, Case, by_name
+from lors_kernels.testing.numerics import delta_of, exact_selection, judge_low_rank, selected
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter takes 10 ms per tile: the cases that differ in kind, and only small ones.
+FEW = ("1x1", "2x3", "odd", "bit-ladder", "all-equal", "few-values", "denormals", "signed-zeros", "fp16-bf16", "bf16-fp32")
+SELECTED = [by_name(name) for name in FEW] if INTERPRETED else [case for case in CASES if not case.large]
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return require_backend(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer, larger tiles under the interpreter, where a tile costs the same whatever its size."""
+    if INTERPRETED:
+        from lors_kernels.backends.triton import merge_update, residual_threshold
+
+        monkeypatch.setitem(residual_threshold.BLOCK, "BM", 32)
+        monkeypatch.setitem(residual_threshold.BLOCK, "BN", 128)
+        monkeypatch.setitem(merge_update.BLOCK, "BM", 32)
+        monkeypatch.setitem(merge_update.BLOCK, "BN", 128)
+
+
+def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    base, tuned = (to_torch(x.copy()).to(DEVICE) for x in case.matrices())
+    return base, tuned
+
+
+def factors(base: torch.Tensor, tuned: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    svd = reference.truncated_svd(base, tuned, rank)
+    return svd.left.contiguous(), svd.right.contiguous()
+
+
+def residual(base: torch.Tensor, tuned: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
+    """delta - L with the kernels' bits: fused multiply-adds in the order of the rank (exact products in float64)."""
+    low = torch.zeros(tuned.shape, dtype=torch.float32, device=tuned.device)
+    for r in range(left.shape[1]):
+        product = left[:, r : r + 1].double() * right[:, r].double()
+        low = (low.double() + product).float()
+    return (reference.delta(base, tuned) - low).cpu().numpy()
+
+
+@pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_gram_apply(case: Case, side: str, backend: str) -> None:
+    base, tuned = tensors(case)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tuned.shape[1 if side == "right" else 0], 9, generator=generator).to(DEVICE)
+    found = kernels.gram_apply(base, tuned, x, side=side, backend=backend).double()
+    delta = reference.delta(base, tuned).double()
+    truth = delta.T @ (delta @ x.double()) if side == "right" else delta @ (delta.T @ x.double())
+    naive = delta.float().T @ (delta.float() @ x) if side == "right" else delta.float() @ (delta.float().T @ x)
+    error, allowed = (found - truth).norm(), 4 * (naive.double() - truth).norm() + 1e-6 * truth.norm() + 1e-44
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
+def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backend: str) -> None:
+    base, tuned = tensors(case)
+    m, n = tuned.shape
+    left, right = factors(base, tuned, case.rank)
+    plain = delta_of(*case.matrices())
+    reduced = residual(base, tuned, left, right)
+    for k in sorted({0, 1, m * n // 5, m * n}):
+        mask = selected(plain, kernels.residual_threshold(base, tuned, k=k, backend=backend))
+        assert (mask == exact_selection(plain, k)).all()
+        threshold = kernels.residual_threshold(base, tuned, left, right, k, backend=backend)
+        assert threshold.cut <= m * n
+        if backend != "triton" or not INTERPRETED:  # rounding of a float64 sum is that of a fused multiply-add but for ties
+            assert (selected(reduced, threshold) != exact_selection(reduced, k)).sum() <= 2
+        out = torch.zeros(m, n, device=DEVICE)
+        stats = kernels.merge_update(out, base, tuned, left, right, threshold, 1.0, backend=backend)
+        assert stats.kept == k and stats.non_finite == 0
+        if k == m * n and k > 1:
+            torch.testing.assert_close(out, reference.delta(base, tuned), rtol=1e-5, atol=1e-6 * float(out.abs().max()))
+
+
+def test_update_of_several_experts_in_every_dtype(backend: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        base = (torch.randn(37, 130, generator=generator) * 0.05).to(dtype).to(DEVICE)
+        tuned = [(base.float() + 0.01 * torch.randn(37, 130, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)]
+        pairs = [factors(base, t, 5) for t in tuned]
+        lefts, rights = [p[0] for p in pairs], [p[1] for p in pairs]
+        thresholds = [kernels.residual_threshold(base, t, *p, 481, backend=backend) for t, p in zip(tuned, pairs, strict=True)]
+        out, weights = base.clone(), [0.2, -1.5, 0.7]
+        kernels.merge_update(out, base, tuned, lefts, rights, thresholds, weights, backend=backend)
+        truth = base.double()
+        for t, (left, right), threshold, weight in zip(tuned, pairs, thresholds, weights, strict=True):
+            rest = torch.from_numpy(residual(base, t, left, right)).to(DEVICE)
+            kept = torch.where(reference.keep_mask(rest, threshold), rest, 0)
+            truth += weight * (left.double() @ right.double().T + kept.double())
+        # Half a unit in the last place; the interpreter cuts float32 off to bfloat16 where a device rounds.
+        step = {torch.float32: 2e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8 * (2 if INTERPRETED else 1)}[dtype]
+        wrong = int(((out.double() - truth).abs() > 1.01 * step * truth.abs() + 1e-6).sum())
+        assert wrong <= 2, dtype  # an entry on the threshold, where the emulated residual rounds the other way
+
+
+def test_strided_and_misaligned_rows_leave_their_surroundings_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    whole = torch.randn(40, 200, generator=generator).to(DEVICE)
+    base, tuned = whole[:30, 3:68], whole[5:35, 71:136]
+    room = torch.full((32, 99), 77.0, device=DEVICE)
+    out = room[1:31, 17:82]
+    out.zero_()
+    k = 400
+    delta = (tuned - base).cpu().numpy()
+    threshold = kernels.residual_threshold(base, tuned, k=k, backend=backend)
+    mask = exact_selection(delta, k)
+    assert (selected(delta, threshold) == mask).all()
+    kernels.merge_update(out, base, tuned, threshold=threshold, weight=2.0, backend=backend)
+    np.testing.assert_array_equal(out.cpu().numpy(), np.where(mask, 2 * delta, 0))
+    out.fill_(77.0)
+    assert (room == 77.0).all()
+
+
+def test_group_of_matrices_and_experts_equals_each_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shape, rank, k = (48, 40), 3, 300
+    bases = [torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2)]
+    tuned = [[b + 0.1 * torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3)] for b in bases]
+    group = MatrixGroup(bases, tuned)
+    x = torch.randn(6, 40, 8, generator=generator).to(DEVICE)
+    z = gram_apply_group(group, x, backend=backend)
+    stack = [factors(*group.pair(p), rank) for p in range(6)]  # type: ignore[arg-type]
+    left, right = (torch.stack([pair[side] for pair in stack]) for side in (0, 1))
+    threshold = residual_threshold_group(group, left, right, k, backend=backend)
+    out = [b.clone() for b in bases]
+    stats = merge_update_group(group, out, left, right, threshold, [1.0, 2.0, 3.0], backend=backend)
+    assert stats.kept.tolist() == [k] * 6
+    for p, found in enumerate(threshold.thresholds()):
+        base, mine = group.pair(p)
+        alone = kernels.gram_apply(base, mine, x[p], backend=backend)
+        torch.testing.assert_close(z[p], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+        assert found == kernels.residual_threshold(base, mine, left[p], right[p], k, backend=backend)
+    for i, base in enumerate(bases):
+        alone, span = base.clone(), slice(3 * i, 3 * i + 3)
+        kernels.merge_update(
+            alone, base, tuned[i], list(left[span]), list(right[span]), threshold.thresholds()[span], [1.0, 2.0, 3.0],
+            backend=backend,
+        )  # fmt: skip
+        assert torch.equal(alone, out[i])
+
+
+def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:
+    tuned = torch.zeros(150, 8, device=DEVICE)
+    tuned[3::5] = 0.5
+    tuned[::2] *= -1
+    values = tuned.cpu().numpy()
+    for k in (1, 7, 8, 120, 239, 240, 241):
+        threshold = kernels.residual_threshold(None, tuned, k=k, backend=backend)
+        assert (selected(values, threshold) == exact_selection(values, k)).all(), k
+
+
+def test_non_finite_entries_are_counted(backend: str) -> None:
+    tuned = torch.ones(20, 24, device=DEVICE)
+    tuned[3, 4], tuned[5, 6], tuned[19, 23] = math.nan, math.inf, -math.inf
+    for k in (0, 10):
+        with pytest.raises(NonFiniteError) as caught:
+            kernels.residual_threshold(None, tuned, k=k, backend=backend)
+        assert caught.value.count == 3
+    out = torch.zeros(20, 24, device=DEVICE)
+    assert kernels.merge_update(out, None, tuned, threshold=KEEP_NONE, backend=backend).non_finite == 3
+    with pytest.raises(NonFiniteError):
+        kernels.truncated_svd(None, tuned, 2, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED else [case.name for case in CASES])
+def test_svd_contract(name: str, backend: str) -> None:
+    case = by_name(name)
+    base, tuned = tensors(case)
+    svd = kernels.truncated_svd(base, tuned, case.rank, backend=backend)
+    low = (svd.left.double() @ svd.right.double().T).cpu().numpy()
+    verdict = judge_low_rank(delta_of(*case.matrices()), low, case.rank)
+    assert verdict.ok, f"{svd.method} after {svd.passes} passes: {verdict}"
+    assert svd.backend == backend
+
+
+def test_same_bits_on_every_run(backend: str) -> None:
+    base, tuned = tensors(by_name("fp16"))
+    group = MatrixGroup([base], [[tuned]])
+    first, second = (truncated_svd_group(group, 5, backend=backend) for _ in range(2))
+    assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)
+    threshold = GroupThreshold.of([Threshold(0.0, 0, 0)], group.device)
+    outs = [torch.zeros(192, 128, device=DEVICE) for _ in range(2)]
+    for out in outs:
+        merge_update_group(group, [out], first.left, first.right, threshold, [1.0], backend=backend)
+    assert torch.equal(*outs)

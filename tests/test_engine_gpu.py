@@ -1,0 +1,155 @@
+"""The engine's GPU path with the device "cpu": the same batches, slices, budget and account, without streams.
+
+What needs a device (page-locked memory, overlap, real exhaustion) is not shown here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lors
+import numpy as np
+import pytest
+import torch
+from lors import engine_gpu
+from lors.errors import LorsError
+
+PREFIX = "model.encoder.layers.{}."
+
+
+def states(experts: int = 3, layers: int = 2, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    rng = np.random.default_rng(4)
+    shapes: dict[str, tuple[int, ...]] = {"model.encoder.conv1.weight": (16, 8, 3), "model.decoder.embed_tokens.weight": (50, 16)}
+    for layer in range(layers):
+        for name in ("q", "out"):
+            shapes[PREFIX.format(layer) + f"self_attn.{name}_proj.weight"] = (16, 16)
+        shapes[PREFIX.format(layer) + "fc1.weight"] = (64, 16)
+        shapes[PREFIX.format(layer) + "fc2.weight"] = (16, 64)
+    base = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    tuned = {
+        f"e{number}": {
+            name: (x.astype(np.float32) + 0.01 * rng.standard_normal(x.shape)).astype(dtype) for name, x in base.items()
+        }
+        for number in range(experts)
+    }
+    return base, tuned
+
+
+def merge(base: Any, experts: Any, **options: Any) -> dict[str, Any]:
+    settings = {"rank": 3, "density": 0.25, "lam": 0.5, **options}
+    merged: dict[str, Any] = lors.merge_state_dicts(base, experts, **settings)
+    return merged
+
+
+def close(found: dict[str, Any], expected: dict[str, Any], base: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        moved = np.linalg.norm(expected[name].astype(np.float64) - base[name])
+        apart = np.linalg.norm(x.astype(np.float64) - expected[name])
+        assert apart <= 2e-5 * moved, name
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_same_result_as_on_the_cpu(backend: str | None) -> None:
+    base, experts = states()
+    close(merge(base, experts, device="cpu", backend=backend), merge(base, experts), base)
+
+
+def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = states(experts=5)
+    seen = []
+    attempt = engine_gpu._DeviceRun.attempt
+
+    def watch(self: Any, kind: Any, batch: Any, most: int, loaded: Any) -> Any:
+        seen.append((len(batch), most))
+        return attempt(self, kind, batch, most, loaded)
+
+    monkeypatch.setattr(engine_gpu._DeviceRun, "attempt", watch)
+    whole = merge(base, experts, device="cpu")
+    assert max(seen) == (4, 5)
+    seen.clear()
+    tight = merge(base, experts, device="cpu", device_memory=700_000)
+    assert max(most for _, most in seen) < 5
+    for name in base:
+        np.testing.assert_array_equal(whole[name], tight[name])
+
+
+def test_running_out_of_memory_halves_the_work_and_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = states()
+    whole = merge(base, experts, device="cpu")
+    reduce, limit = engine_gpu._DeviceRun.reduce, [2]
+
+    def scarce(self: Any, batch: Any, part: Any, group: Any, totals: Any) -> Any:
+        if group.pairs > limit[0]:
+            totals[0].fill_(float("nan"))  # what a failed attempt leaves behind must not matter
+            raise torch.cuda.OutOfMemoryError("tried to allocate")
+        return reduce(self, batch, part, group, totals)
+
+    monkeypatch.setattr(engine_gpu._DeviceRun, "reduce", scarce)
+    found = merge(base, experts, device="cpu")
+    for name in base:
+        np.testing.assert_array_equal(found[name], whole[name])
+    limit[0] = 0
+    with pytest.raises(LorsError, match=r"cpu: out of memory for tensor .* alone"):
+        merge(base, experts, device="cpu")
+
+
+def test_budget_below_one_matrix_is_an_error() -> None:
+    base, experts = states()
+    with pytest.raises(LorsError, match="device memory: expected at least"):
+        merge(base, experts, device="cpu", device_memory=1000)
+
+
+def test_different_rules_per_expert_and_experts_left_out() -> None:
+    base, experts = states()
+    options: dict[str, Any] = {"rank": {"e0": 2, "e1": 0.5, "e2": 2}, "weight": {"e0": 1.0, "e1": 0.0, "e2": -2.0}}
+    close(merge(base, experts, device="cpu", **options), merge(base, experts, **options), base)
+    options = {"density": {"e0": 1.0, "e1": 0.0, "e2": 0.5}}
+    close(merge(base, experts, device="cpu", **options), merge(base, experts, **options), base)
+
+
+def test_non_finite_values_are_blamed_on_their_expert() -> None:
+    base, experts = states()
+    name = PREFIX.format(1) + "fc1.weight"
+    experts["e1"][name][3, 4] = np.inf
+    with pytest.raises(LorsError, match=r"e1: tensor '.*1\.fc1\.weight': expected finite values, got 1"):
+        merge(base, experts, device="cpu")
+
+
+def test_half_precision_overflow_is_an_error() -> None:
+    base, experts = states(dtype=np.float16)
+    name = PREFIX.format(0) + "fc1.weight"
+    base[name][0, 0] = 6e4
+    for state in experts.values():
+        state[name][0, 0] = 6.5e4
+    with pytest.raises(LorsError, match="float16"):
+        merge(base, experts, device="cpu", lam=3.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("tpu", "expected cpu, cuda or cuda:N, got 'tpu'"), ("cuda:x", "got 'cuda:x'"), ("cpu,cpu", "each device once")],
+)
+def test_devices_that_make_no_sense(device: str, message: str) -> None:
+    with pytest.raises(LorsError, match=message):
+        engine_gpu.parse_devices(device)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(LorsError, match=r"expected one of the \d+ GPUs PyTorch sees here, got 'cuda:99'"):
+        engine_gpu.parse_devices("cuda:99")
+
+
+def test_devices_share_by_bytes() -> None:
+    base, experts = states(layers=4)
+    engine: Any = engine_gpu.GpuEngine.__new__(engine_gpu.GpuEngine)
+    engine.devices = ("cuda:0", "cuda:1")
+    from lors.engine import Work
+    from lors.sources import Spec
+
+    works = [Work(name, Spec(np.dtype(np.float32), x.shape), np.dtype(np.float32), (), True) for name, x in base.items()]
+    pieces = [next(iter(work.pieces())) for work in works]
+    shares = dict(engine.shares(pieces, range(len(pieces))))
+    loads = [sum(pieces[i].work.spec.numel for i in share) for share in shares.values()]
+    assert sorted(i for share in shares.values() for i in share) == list(range(len(pieces)))
+    assert max(loads) - min(loads) <= 64 * 16
