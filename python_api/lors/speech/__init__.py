@@ -1,0 +1,1 @@
+"""Speech: corpora, fine-tuning, scoring and the whole merging experiment."""
