@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "transcribe"]
+__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "result", "transcribe"]
 
 _CHUNK = 1024  # utterances whose features are held at once when there is no cache
 
@@ -116,7 +116,7 @@ def evaluate(
                 part = by_task((u for u in corpus if u.language == language), task)
                 if not part:
                     raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
-                results.append(_result(name, model, processor, part, task, batch_size, beams, cache))
+                results.append(result(name, model, processor, part, task, batch_size, beams, cache))
                 if progress is not None:
                     progress(len(part))
     return Evaluation(tuple(results))
@@ -132,9 +132,10 @@ def _names(sources: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def _result(
+def result(
     name: str, model: Any, processor: Any, part: Corpus, task: str, batch_size: int, beams: int, cache: Path | None
 ) -> Result:
+    """Decodes and scores utterances of one language (`part`) for one task."""
     language = part[0].language
     hypotheses, seconds = [], 0.0
     step = len(part) if cache is not None else _CHUNK

@@ -20,6 +20,7 @@ from .domain import concepts, sentence
 from .features import features
 from .languages import LANGUAGES
 from .tiny import Size, build_model, build_processor
+from .tokens import labels
 
 __all__ = ["main", "pretrain"]
 
@@ -84,9 +85,7 @@ def _items(corpus: Corpus, tokenizer: Any) -> list[tuple[int, list[int], list[in
         # Every second one is also trained as X -> English.
         tasks = ["transcribe"] + (["translate"] if row % 2 == 0 else [])
         for task in tasks:
-            tokenizer.set_prefix_tokens(language=utterance.language, task=task, predict_timestamps=False)
-            labels = tokenizer(utterance.reference(task)).input_ids[1:]  # the model itself puts the start token first
-            items.append((row, labels, spoken))
+            items.append((row, labels(tokenizer, utterance, task), spoken))
     return items
 
 
@@ -112,8 +111,8 @@ def _loss(model: Any, head: Any, mel: Any, items: list[tuple[int, list[int], lis
     from torch.nn.utils.rnn import pad_sequence
 
     batch = torch.from_numpy(mel[[row for row, *_ in items]]).float()
-    labels = pad_sequence([torch.tensor(ids) for _, ids, _ in items], batch_first=True, padding_value=-100)
-    output = model(input_features=batch, labels=labels)
+    targets = pad_sequence([torch.tensor(ids) for _, ids, _ in items], batch_first=True, padding_value=-100)
+    output = model(input_features=batch, labels=targets)
     spoken = [torch.tensor(ids) for *_, ids in items]
     scores = log_softmax(head(output.encoder_last_hidden_state), -1).transpose(0, 1)
     lengths = torch.full((len(items),), scores.shape[0])
