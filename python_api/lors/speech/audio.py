@@ -32,12 +32,17 @@ class AudioSource(Protocol):
     @property
     def key(self) -> str: ...
 
+    @property
+    def span(self) -> tuple[float, float | None]: ...  # start and length in seconds; None: to the end
+
 
 @dataclass(frozen=True, slots=True)
 class AudioFile:
-    """An audio file on disk."""
+    """An audio file on disk, or `seconds` of it from `start` on."""
 
     path: Path
+    start: float = 0.0
+    seconds: float | None = None
 
     def open(self) -> str:
         return str(self.path)
@@ -52,7 +57,11 @@ class AudioFile:
             stat = self.path.stat()
         except OSError as error:
             raise LorsError(f"cannot read audio {self.path}: {error.strerror or error}") from error
-        return f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        return f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{self.start}:{self.seconds}"
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        return self.start, self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,10 @@ class AudioBytes:
         import hashlib
 
         return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        return 0.0, None
 
 
 def require(module: str) -> Any:
@@ -90,7 +103,11 @@ def read_audio(source: AudioSource) -> NDArray[np.float32]:
     numpy = require("numpy")
     soundfile = require("soundfile")
     try:
-        samples, rate = soundfile.read(source.open(), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(source.open()) as file:
+            rate = file.samplerate
+            start, seconds = source.span
+            file.seek(min(round(start * rate), file.frames))
+            samples = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
         raise LorsError(f"cannot read audio {source.name}: {error}") from error
     if samples.shape[0] == 0:
@@ -106,6 +123,8 @@ def read_audio(source: AudioSource) -> NDArray[np.float32]:
 def duration(source: AudioSource) -> float:
     """Length in seconds, from the header alone."""
     soundfile = require("soundfile")
+    if source.span[1] is not None:
+        return source.span[1]
     try:
         info = soundfile.info(source.open())
     except (OSError, RuntimeError) as error:

@@ -161,12 +161,24 @@ def _manifest(path: Path, split: str) -> Iterator[Utterance]:
             raise LorsError(f"{path}: row {number}: expected a language, got {language!r}")
         yield Utterance(
             id=str(row.get("id") or audio),
-            audio=AudioFile(path.parent / audio),
+            audio=_audio(path, row, audio, number),
             text=text,
             translation=row.get("translation") or None,
             language=whisper_code(str(language)),
             split=row.get("split") or None,
         )
+
+
+def _audio(manifest: Path, row: dict[str, Any], audio: str, number: int) -> AudioFile:
+    """The recording of a row; with columns `start` and `seconds`, a part of it."""
+    file = manifest.parent / audio
+    if not row.get("seconds"):
+        return AudioFile(file)
+    try:
+        return AudioFile(file, float(row.get("start") or 0), float(row["seconds"]))
+    except ValueError:
+        where = f"{manifest}: row {number}"
+        raise LorsError(f"{where}: expected seconds, got {row.get('start')!r} and {row['seconds']!r}") from None
 
 
 def _column(path: Path, row: dict[str, Any], names: tuple[str, ...], number: int) -> str:
@@ -200,16 +212,15 @@ def _clip(root: Path, name: str, text: str, translation: str | None, language: s
 def _covost2(place: str, language: str, split: str) -> Iterator[Utterance]:
     """X -> English. With the release's own table (``covost_v2.ca_en.tsv``) splits follow its ``split`` column.
 
-    That table holds every row of CoVoST with ``split`` in train, dev, test, and ``train_covost``: rows that are in
-    CoVoST's extended training set only. The official rule for train is train or train_covost. Sentences come from
-    ``validated.tsv``, joined by ``path``.
+    The official rule: a row belongs to split s when its column says s or ``s_covost`` (CoVoST's own additions), and
+    sentences come from Common Voice's ``validated.tsv`` by an inner join on ``path``.
     """
     root = _common_voice_root(place, language)
     code = common_voice_code(language)
     ready = _first_file([d / f"covost_v2.{code}_en.{split}.tsv" for d in (root, Path(place))])
     if ready is not None:
         for row in _rows(ready, ["path", "sentence", "translation"]):
-            yield _clip(root, row["path"], row["sentence"], row["translation"], language, split)
+            yield _clip(root, row["path"], row["sentence"], row["translation"] or None, language, split)
         return
     table = _first_file([d / f"covost_v2.{code}_en.tsv" for d in (root, Path(place))])
     if table is None:
@@ -217,10 +228,8 @@ def _covost2(place: str, language: str, split: str) -> Iterator[Utterance]:
     sentences = {row["path"]: row["sentence"] for row in _rows(root / "validated.tsv", ["path", "sentence"])}
     accepted = {split, f"{split}_covost"}
     for row in _rows(table, ["path", "translation", "split"]):
-        if row["split"] in accepted:
-            if row["path"] not in sentences:
-                raise LorsError(f"{root / 'validated.tsv'}: expected a row for {row['path']} of {table}, got none")
-            yield _clip(root, row["path"], sentences[row["path"]], row["translation"], language, split)
+        if row["split"] in accepted and row["path"] in sentences:
+            yield _clip(root, row["path"], sentences[row["path"]], row["translation"] or None, language, split)
 
 
 def _first_file(paths: Iterable[Path]) -> Path | None:
@@ -245,6 +254,10 @@ class ParquetAudio:
     @property
     def key(self) -> str:
         return f"{AudioFile(self.path).key}:{self.group}:{self.row}"
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        return 0.0, None
 
 
 _GROUPS: dict[tuple[Path, int], list[Any]] = {}

@@ -64,19 +64,24 @@ class Evaluation:
         """Language -> result."""
         return {r.language: r for r in self.results if r.model == model and r.task == task}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Model, language, task and the scores of each result, as plain data."""
+        return [
+            {"model": r.model, "language": r.language, "task": r.task, **asdict(r.score),
+             "real_time_factor": r.real_time_factor}
+            for r in self.results
+        ]  # fmt: skip
+
     def write(self, out: Path) -> None:
         """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance."""
         (out / "answers").mkdir(parents=True, exist_ok=True)
-        rows = []
         for r in self.results:
-            rows.append({"model": r.model, "language": r.language, "task": r.task, **asdict(r.score),
-                         "real_time_factor": r.real_time_factor})  # fmt: skip
             name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
             with (out / "answers" / name).open("w", encoding="utf-8") as stream:
                 for answer, errors, words in zip(r.answers, r.statistics.errors, r.statistics.words, strict=True):
                     line = {**asdict(answer), "errors": int(errors), "words": int(words)}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (out / "scores.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (out / "scores.json").write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def evaluate(

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..digest import sha256_file
 from ..errors import LorsError
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .stages import Stage, exclusive, run_stage, run_stages
+from .whisper import resolve_model
 
 __all__ = ["build_stages", "run_experiment"]
 
@@ -62,7 +64,8 @@ def build_stages(config: Config) -> list[Stage]:
         "batch_size": config.batch_size,
         "device": config.device,
     }
-    stages.append(Stage("test-base", _test_model, {**evaluated, "model": config.base}, first))
+    identity = _identity(config)
+    stages.append(Stage("test-base", _test_model, {**evaluated, "model": config.base}, first, identity))
     for seed in config.seeds:
         experts = [_training(config, f"expert-{language}-s{seed}", (language,), seed, first) for language in config.experts]
         baselines = []
@@ -86,13 +89,21 @@ def build_stages(config: Config) -> list[Stage]:
                 "rest": config.rest,
                 "compare_rest": config.compare_rest and seed == config.seeds[0],
             }
-            stages.append(Stage(f"dev-{label}-s{seed}", _search, parameters, (*first, *experts)))
+            stages.append(Stage(f"dev-{label}-s{seed}", _search, parameters, (*first, *experts), identity))
             parameters = {**evaluated, "base": config.base, "method": grid.method, "rest": config.rest}
             parameters["check_reference"] = label == "lors" and seed == config.seeds[0]
-            stages.append(Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1])))
+            stages.append(Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1]), identity))
         stages += baselines
         stages += [Stage(f"test-{s.name}", _test_model, {**evaluated, "model": None}, (*first, s)) for s in (*experts, *baselines)]
     return stages
+
+
+def _identity(config: Config) -> str:
+    """Digests of what the configuration names: the base's weights and the manifest, where they are local files."""
+    base, source = Path(resolve_model(config.base)), Path(config.data.source or "")
+    manifest = [source / "manifest.tsv" if source.is_dir() else source]
+    files = [path for path in [*sorted(base.glob("*.safetensors")), *manifest] if path.is_file()]
+    return " ".join(sha256_file(path) for path in files)
 
 
 def _synthesis(config: Config) -> dict[str, Any]:
@@ -126,7 +137,7 @@ def _training(
         "training": asdict(config.make_training(seed, **changes)),
         "sequential": sequential,
     }
-    return Stage(name, _finetune, parameters, needs)
+    return Stage(name, _finetune, parameters, needs, _identity(config))
 
 
 # ---------------------------------------------------------------------------------------------------- the stages

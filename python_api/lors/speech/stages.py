@@ -28,21 +28,32 @@ from ..messages import nearest
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
 _VERSION = 1  # raise it when a stage's code changes what it writes
-_PRELOAD = ["torch", "transformers.models.whisper.modeling_whisper", "lors.speech.training", "lors.speech.evaluation"]
+_PRELOAD = [
+    "torch",
+    "transformers.models.whisper.modeling_whisper",
+    "transformers.trainer_seq2seq",
+    "lors.merging",
+    "lors.speech.training",
+    "lors.speech.evaluation",
+]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`work(directory, inputs)` fills its directory; `inputs` are the directories of `needs`, by name."""
+    """`work(directory, inputs, **parameters)` fills its directory; `inputs` are the directories of `needs`, by name.
+
+    `identity` says what else the result depends on: digests of the files that parameters name.
+    """
 
     name: str
     work: Callable[..., None]
     parameters: Mapping[str, Any]
     needs: tuple[Stage, ...] = field(default=())
+    identity: str = ""
 
     @property
     def key(self) -> str:
-        what = [_VERSION, self.work.__name__, self.parameters, [stage.key for stage in self.needs]]
+        what = [_VERSION, self.work.__name__, self.parameters, self.identity, [stage.key for stage in self.needs]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: Path) -> Path:
