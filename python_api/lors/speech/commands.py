@@ -169,10 +169,11 @@ def _show_comparison(evaluation: Evaluation, pair: str, tasks: tuple[str, ...]) 
 
 def show_evaluation(evaluation: Evaluation) -> None:
     """One table per task: models down, languages across."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from .report import wide_console
+
+    console = wide_console()
     for task in dict.fromkeys(r.task for r in evaluation.results):
         rows = [r for r in evaluation.results if r.task == task]
         metric = "WER %" if task == "transcribe" else "BLEU"

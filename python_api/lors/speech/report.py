@@ -11,7 +11,7 @@ from typing import Any
 from .config import Config
 from .results import METRIC, summarise
 
-__all__ = ["print_tables", "write_report"]
+__all__ = ["print_tables", "wide_console", "write_report"]
 
 _COLOURS = ("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276")
 _UNIT = {"transcribe": "WER, %; lower is better", "translate": "BLEU; higher is better"}
@@ -37,13 +37,21 @@ def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path
 # -------------------------------------------------------------------------------------------------------- terminal
 
 
+def wide_console() -> Any:
+    """A console that does not cut a table of ten languages where the output is no terminal."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def print_tables(root: Path) -> None:
     """The test tables of a finished experiment."""
-    from rich.console import Console
     from rich.table import Table
 
     results = json.loads((root / "results.json").read_text("utf-8"))
-    console = Console()
+    console = wide_console()
     for task in results["config"]["tasks"]:
         header, *rows = _task_table(results, task)
         table = Table(*header, box=None, title=f"{task}: {_UNIT[task]}", title_justify="left")
