@@ -106,8 +106,8 @@ def _model(config: Config, runs: Mapping[int, Tested], tested: Mapping[str, Mapp
     groups = {}
     for task in config.tasks:
         for group, languages in (("experts", config.experts), ("others", others)):
-            values = [_group(run, task, languages) for run in runs.values()]
-            if languages and None not in values:
+            values = [_group(run, task, languages) for run in runs.values()] if languages else [None]
+            if None not in values:
                 groups[f"{task}/{group}"] = _spread([v for v in values if v is not None])
     normalised = [_normalised(config, runs[seed], tested["base"][seed], tested["own expert"][seed]) for seed in runs]
     return {"cells": cells, "means": groups, "normalised": _spread(normalised)}

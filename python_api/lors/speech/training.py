@@ -232,14 +232,14 @@ class _Job:
         import torch
         from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-        job, t = self, self.training
+        t, dev = self.training, _DevSet(self.dev, self.tasks, processor, self.cache)
 
         class Trainer(Seq2SeqTrainer):  # type: ignore[misc]
             """Measures dev WER the way `evaluate` does instead of looping over a data loader."""
 
             def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
                 unwrapped = self.accelerator.unwrap_model(self.model).eval()
-                metrics = {"eval_wer": _dev_wer(unwrapped, processor, job.dev, job.tasks, job.cache)}
+                metrics = {"eval_wer": dev.wer(unwrapped)}
                 self.log(metrics)
                 self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
                 return metrics
@@ -308,6 +308,8 @@ def _last_checkpoint(scratch: Path) -> Path | None:
 
 def _trainable(model: Any, training: Training) -> Any:
     """Freezes what is not trained; with LoRA the model is wrapped."""
+    # The encoder's positions are a fixed sinusoid; from_pretrained of transformers 5 forgets that it is not trained.
+    model.model.encoder.embed_positions.requires_grad_(False)
     if training.train == "matrices":
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         chosen = decomposed(shapes, config=model.config.to_dict())
@@ -325,19 +327,31 @@ def _trainable(model: Any, training: Training) -> Any:
     return model
 
 
-def _dev_wer(model: Any, processor: Any, dev: Corpus, tasks: Sequence[str], cache: Path | None) -> float:
-    """Mean of WER over languages and tasks."""
-    from .evaluation import transcribe
+class _DevSet:
+    """Dev utterances and their features, computed when first needed and kept for the next measurement."""
 
-    scores = []
-    for task in tasks:
-        for language in dict.fromkeys(u.language for u in dev):
-            part = by_task((u for u in dev if u.language == language), task)
-            mel = features(part, processor.feature_extractor, cache)
-            said = transcribe(model, processor, mel, language, task)
+    def __init__(self, corpus: Corpus, tasks: Sequence[str], processor: Any, cache: Path | None) -> None:
+        self._parts = [
+            (task, language, by_task((u for u in corpus if u.language == language), task))
+            for task in tasks
+            for language in dict.fromkeys(u.language for u in corpus)
+        ]
+        self._processor, self._cache = processor, cache
+        self._features: dict[tuple[str, str], NDArray[np.float16]] = {}
+
+    def wer(self, model: Any) -> float:
+        """Mean of WER over languages and tasks."""
+        from .evaluation import transcribe
+
+        scores = []
+        for task, language, part in self._parts:
+            if (task, language) not in self._features:
+                self._features[task, language] = features(part, self._processor.feature_extractor, self._cache)
+            said = transcribe(model, self._processor, self._features[task, language], language, task)
+            references = [u.reference(task) or "" for u in part]
             target = language if task == "transcribe" else "en"
-            scores.append(score([u.reference(task) or "" for u in part], said, language=target, task=task)[0].wer)
-    return sum(scores) / len(scores)
+            scores.append(score(references, said, language=target, task=task)[0].wer)
+        return sum(scores) / len(scores)
 
 
 # ----------------------------------------------------------------------------------------------------------- data
