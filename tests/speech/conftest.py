@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="the speech extra is not installed")
-for module in ("soundfile", "soxr", "jiwer", "sacrebleu", "accelerate"):
-    pytest.importorskip(module, reason="the speech extra is not installed")
-
 from lors.speech.config import Config, Data, Grid
 from lors.speech.corpus import Corpus, load_corpus
 from lors.speech.demo import RECORDINGS
+
+for module in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):
+    pytest.importorskip(module, reason="the speech extra is not installed")
 
 # One thread: a 128-wide model is slower on two, and much slower on two that others use. Child processes too.
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")

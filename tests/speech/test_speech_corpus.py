@@ -189,7 +189,10 @@ def test_covost_by_the_official_rule(common_voice: Path) -> None:
         "common_voice_sv-SE_99.mp3|not validated|train",
     )
     source = f"covost2:{common_voice}"
-    assert [(u.id, u.translation) for u in load_corpus(source, languages="sv")] == [(names[0], "zero"), (names[2], "two")]
+    assert [(u.id, u.translation) for u in load_corpus(source, languages="sv")] == [
+        (names[0], "zero"),
+        (names[2], "two"),
+    ]
     assert [u.translation for u in load_corpus(source, languages="sv", split="dev")] == ["one"]
     assert [u.translation for u in load_corpus(source, languages="sv", split="test")] == ["three"]
 

@@ -60,7 +60,9 @@ def test_report_shows_every_number(finished: Path, results: dict[str, Any], caps
     assert f"{_wer(results, 'base'):.2f}" in capsys.readouterr().out
 
 
-def test_merging_the_files_gives_the_words_of_the_experiment(finished: Path, results: dict[str, Any], tmp_path: Path) -> None:
+def test_merging_the_files_gives_the_words_of_the_experiment(
+    finished: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
     config = cut_config()
     stages = {stage.name: stage.directory(finished) for stage in build_stages(config)}
     setting = results["grids"]["lors"]["chosen"][0]["setting"]
@@ -94,7 +96,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
         "    from conftest import cut_config\n"
         "    from lors.speech import run_experiment\n"
         "    c = cut_config()\n"
-        "    c = c.model_copy(update={'experts': ('ca',), 'languages': ('ca',), 'grids': {}, 'against': 'task_arithmetic'})\n"
+        "    c = c.model_copy(update={'experts': ('ca',), 'languages': ('ca',), 'grids': {}})\n"
         "    run_experiment(c, sys.argv[1], jobs=2, report=lambda line: print(line, flush=True))\n"
     )
     (tmp_path / "run.py").write_text(script)
@@ -102,7 +104,9 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out" / "stages").glob("expert-*.partial/model.checkpoints/*/checkpoint-30/trainer_state.json")):
+    while not list(
+        (tmp_path / "out" / "stages").glob("expert-*.partial/model.checkpoints/*/checkpoint-30/trainer_state.json")
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
@@ -128,7 +132,10 @@ def test_shipped_configurations_are_valid() -> None:
     [
         ("name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [de]", "'ca' is missing"),
         ("name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\nspeed: 9", "speed: Extra inputs"),
-        ("name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ntraining: {steps: 9}", "training: .*steps"),
+        (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ntraining: {steps: 9}",
+            "training: .*steps",
+        ),
         (
             "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ngrids:\n"
             "  task_arithmetic: {method: task_arithmetic, parameters: {lam: [1, 2, 3]}}\n"

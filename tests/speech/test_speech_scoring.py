@@ -12,7 +12,9 @@ from lors.speech.scoring import Statistics, metric, normaliser, paired_bootstrap
 
 def test_wer_by_hand() -> None:
     # "Eins zwei drei" / "eins zwo drei vier": 1 substitution + 1 insertion; "fünf!" / "": 1 deletion; 4 words in all.
-    result, statistics = score(["Eins, zwei drei.", "fünf!"], ["eins zwo drei vier", ""], language="de", task="transcribe")
+    result, statistics = score(
+        ["Eins, zwei drei.", "fünf!"], ["eins zwo drei vier", ""], language="de", task="transcribe"
+    )
     assert result.wer == pytest.approx(100 * 3 / 4)
     assert statistics.errors.tolist() == [2, 1] and statistics.words.tolist() == [3, 1]
     # Raw: "Eins," "drei." and "zwei" differ, "vier" is inserted, "fünf!" is deleted.
@@ -60,7 +62,11 @@ def test_against_jiwer_and_sacrebleu() -> None:
     bleu = sacrebleu.corpus_bleu(hypotheses, [references])
     assert result.bleu == pytest.approx(bleu.score)
     assert result.chrf == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references], word_order=2).score)
-    assert result.bleu_signature is not None and "tok:13a" in result.bleu_signature and "case:mixed" in result.bleu_signature
+    assert (
+        result.bleu_signature is not None
+        and "tok:13a" in result.bleu_signature
+        and "case:mixed" in result.bleu_signature
+    )
     # The per-utterance counts add up to the corpus score, so resampling them resamples BLEU itself.
     assert metric(statistics, "bleu")[0] == pytest.approx(bleu.score)
     twice = metric(statistics, "bleu", np.array([[2.0, 0.0, 1.0]]))[0]

@@ -35,7 +35,8 @@ def _changed(path: Path) -> set[str]:
 
 
 def test_train_matrices_changes_exactly_what_is_decomposed(tmp_path: Path, recordings: Path) -> None:
-    result = finetune("tiny", tmp_path / "ca", data=recordings, languages="ca", training=replace(SHORT, train="matrices"))
+    training = replace(SHORT, train="matrices")
+    result = finetune("tiny", tmp_path / "ca", data=recordings, languages="ca", training=training)
     shapes = {name: value.shape for name, value in _weights(tmp_path / "ca").items()}
     assert _changed(tmp_path / "ca") == decomposed(shapes)
     assert (result.steps, result.items, result.resumed_from) == (4, 100, 0)

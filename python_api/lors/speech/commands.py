@@ -31,7 +31,9 @@ def synth(
     condition: Annotated[str, typer.Option(help="clean or hard (other voices, faster, 0 to 10 dB SNR).")] = "clean",
     seed: Annotated[int, typer.Option(help="Of sentences and voices.")] = 0,
     audio_format: Annotated[str, typer.Option("--format", help="flac or wav.")] = "flac",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes of espeak-ng at a time [default: cores].")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of espeak-ng at a time [default: cores].")
+    ] = None,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
     from .languages import parse_languages
@@ -52,29 +54,52 @@ def _names(name: str) -> tuple[str, str]:
 
 
 def finetune(
-    model: Annotated[str, typer.Option(*_names("model"), "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")],
+    model: Annotated[
+        str, typer.Option(*_names("model"), "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
+    ],
     data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
     language: Annotated[str, typer.Option(help="One code: an expert; several with commas: multi-task.")],
     out: Annotated[Path, typer.Option("-o", "--out", "--output_dir", help="Directory to write.")],
     task: Annotated[str, typer.Option(help="transcribe, translate or both.")] = "transcribe",
     train: Annotated[str, typer.Option(help="Weights trained: all, matrices or lora.")] = "all",
-    sequential: Annotated[bool, typer.Option("--sequential", help="One language after another instead of mixed.")] = False,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="One language after another instead of mixed.")
+    ] = False,
     max_steps: Annotated[int, typer.Option(*_names("max-steps"), min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(*_names("per-device-train-batch-size"), min=1)] = 16,
     accumulation: Annotated[int, typer.Option(*_names("gradient-accumulation-steps"), min=1)] = 1,
     learning_rate: Annotated[float, typer.Option(*_names("learning-rate"), min=0)] = 1e-5,
     warmup_steps: Annotated[int, typer.Option(*_names("warmup-steps"), min=0)] = 0,
-    scheduler: Annotated[str, typer.Option(*_names("lr-scheduler-type"), help="linear, cosine, constant ...")] = "linear",
+    scheduler: Annotated[
+        str, typer.Option(*_names("lr-scheduler-type"), help="linear, cosine, constant ...")
+    ] = "linear",
     weight_decay: Annotated[float, typer.Option(*_names("weight-decay"), min=0)] = 0.0,
     save_steps: Annotated[int, typer.Option(*_names("save-steps"), min=1)] = 500,
-    eval_steps: Annotated[int | None, typer.Option(*_names("eval-steps"), min=1, help="Measure dev WER this often; keep the best.")] = None,
-    patience: Annotated[int | None, typer.Option("--patience", *_names("early-stopping-patience"), min=1, help="Stop after so many measurements without a better one.")] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(*_names("eval-steps"), min=1, help="Measure dev WER this often; keep the best.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            "--patience",
+            *_names("early-stopping-patience"),
+            min=1,
+            help="Stop after so many measurements without a better one.",
+        ),
+    ] = None,
     dev: Annotated[str | None, typer.Option(help="Corpus whose split dev is used [default: --data].")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", *_names("max-train-samples"), min=1, help="Utterances per language.")] = None,
-    max_seconds: Annotated[float | None, typer.Option("--max-seconds", *_names("max-duration-in-seconds"), min=0, help="Leave out longer recordings.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", *_names("max-train-samples"), min=1, help="Utterances per language.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option("--max-seconds", *_names("max-duration-in-seconds"), min=0, help="Leave out longer recordings."),
+    ] = None,
     lora_rank: Annotated[int, typer.Option(*_names("lora-rank"), min=1)] = 8,
     lora_alpha: Annotated[int, typer.Option(*_names("lora-alpha"), min=1)] = 16,
-    gradient_checkpointing: Annotated[bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")
+    ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
@@ -90,7 +115,8 @@ def finetune(
     from .training import finetune as run
 
     training = Training(
-        train=train, max_steps=max_steps, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        train=train, max_steps=max_steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
@@ -124,7 +150,9 @@ def evaluate(
     beams: Annotated[int, typer.Option(min=1, help="1: greedy.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    compare: Annotated[str | None, typer.Option(metavar="A,B", help="Paired bootstrap between two of the models.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Paired bootstrap between two of the models.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write scores.json and every answer here.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -195,7 +223,9 @@ def show_evaluation(evaluation: Evaluation) -> None:
 def experiment(
     config: Annotated[str, typer.Argument(help="A YAML file, or quick, clean, hard, covost-small, fleurs.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of all stages and the report.")],
-    data: Annotated[str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the configuration's].")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time [default: one per core].")] = None,

@@ -124,7 +124,9 @@ def load_config(source: str | Path, **changes: Any) -> Config:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise LorsError(f"cannot read {source}: {error}; shipped configurations: {', '.join(shipped_configs())}") from error
+        raise LorsError(
+            f"cannot read {source}: {error}; shipped configurations: {', '.join(shipped_configs())}"
+        ) from error
     document = strict_yaml.parse(text, str(path))
     if not isinstance(document, dict):
         raise LorsError(f"{path}: expected a mapping, got {type(document).__name__}")

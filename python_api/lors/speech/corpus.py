@@ -315,7 +315,9 @@ def _fleurs_hub(code: str, stem: str) -> Path:
     try:
         # The hub keeps a Parquet conversion of script data sets beside them, in this revision.
         return Path(
-            snapshot_download("google/fleurs", repo_type="dataset", revision="refs/convert/parquet", allow_patterns=patterns)
+            snapshot_download(
+                "google/fleurs", repo_type="dataset", revision="refs/convert/parquet", allow_patterns=patterns
+            )
         )
     except (OSError, ValueError) as error:
         raise LorsError(f"fleurs: cannot fetch google/fleurs from the hub: {error}") from error
@@ -326,5 +328,3 @@ _LOADERS: dict[str, Callable[[str, str, str], Iterable[Utterance]]] = {
     "common_voice": _common_voice,
     "fleurs": _fleurs,
 }
-
-

@@ -38,7 +38,7 @@ class Concept:
 
 @functools.cache
 def concepts(split: str) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
-    """(dates, numbers) of a split. Twenty-eight years hold every weekday of every day of the year exactly once or more."""
+    """(dates, numbers) of a split. Twenty-eight years hold every day of the year on every weekday."""
     days = (datetime.date(2000, 1, 1) + datetime.timedelta(n) for n in range(28 * 365 + 7))
     dates = list({(d.weekday(), d.month, d.day): Concept(d, 0) for d in days}.values())
     numbers = [Concept(None, n) for n in range(1000)]

@@ -53,7 +53,9 @@ def build_stages(config: Config) -> list[Stage]:
     """All stages, each after the ones it needs."""
     data = config.data
     if (data.synth is None) == (data.source is None):
-        raise LorsError(f"{config.name}: expected data.synth or data.source (--data), got {'both' if data.synth else 'neither'}")
+        raise LorsError(
+            f"{config.name}: expected data.synth or data.source (--data), got {'both' if data.synth else 'neither'}"
+        )
     corpus = Stage("corpus", _synthesise, _synthesis(config)) if data.synth else None
     first = (corpus,) if corpus else ()
     stages: list[Stage] = list(first)
@@ -67,7 +69,9 @@ def build_stages(config: Config) -> list[Stage]:
     identity = _identity(config)
     stages.append(Stage("test-base", _test_model, {**evaluated, "model": config.base}, first, identity))
     for seed in config.seeds:
-        experts = [_training(config, f"expert-{language}-s{seed}", (language,), seed, first) for language in config.experts]
+        experts = [
+            _training(config, f"expert-{language}-s{seed}", (language,), seed, first) for language in config.experts
+        ]
         baselines = []
         if config.multi_task_steps is not None:
             baselines.append(
@@ -92,9 +96,14 @@ def build_stages(config: Config) -> list[Stage]:
             stages.append(Stage(f"dev-{label}-s{seed}", _search, parameters, (*first, *experts), identity))
             parameters = {**evaluated, "base": config.base, "method": grid.method, "rest": config.rest}
             parameters["check_reference"] = label == "lors" and seed == config.seeds[0]
-            stages.append(Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1]), identity))
+            stages.append(
+                Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1]), identity)
+            )
         stages += baselines
-        stages += [Stage(f"test-{s.name}", _test_model, {**evaluated, "model": None}, (*first, s)) for s in (*experts, *baselines)]
+        stages += [
+            Stage(f"test-{s.name}", _test_model, {**evaluated, "model": None}, (*first, s))
+            for s in (*experts, *baselines)
+        ]
     return stages
 
 
@@ -269,7 +278,9 @@ def _write_answers(
         for language in dict.fromkeys(u.language for u in corpus):
             part = by_task((u for u in corpus if u.language == language), task)
             r = result("", network, processor, part, task, batch_size, 1, cache)
-            scores.append({"task": task, "language": language, **asdict(r.score), "real_time_factor": r.real_time_factor})
+            scores.append(
+                {"task": task, "language": language, **asdict(r.score), "real_time_factor": r.real_time_factor}
+            )
             for i, answer in enumerate(r.answers):
                 bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
                 counted = {"errors": int(r.statistics.errors[i]), "words": int(r.statistics.words[i]), "bleu": bleu}

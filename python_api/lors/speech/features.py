@@ -35,8 +35,8 @@ def log_mel(utterances: Sequence[Utterance], extractor: Any) -> NDArray[np.float
         audio = read_audio(utterance.audio)
         if len(audio) > extractor.n_samples:
             raise LorsError(
-                f"{utterance.audio.name}: expected at most {extractor.n_samples / SAMPLE_RATE:g} s, the model's window, "
-                f"got {len(audio) / SAMPLE_RATE:.1f} s (--max-seconds drops longer ones)"
+                f"{utterance.audio.name}: expected at most {extractor.n_samples / SAMPLE_RATE:g} s, "
+                f"the model's window, got {len(audio) / SAMPLE_RATE:.1f} s (--max-seconds drops longer ones)"
             )
         samples.append(audio)
     mel = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="np")["input_features"]

@@ -37,7 +37,12 @@ def pack(corpus: Corpus, out: Path, compression: float) -> Path:
             pieces += [samples, gap]
             position += len(samples) + len(gap)
         require("soundfile").write(
-            out / f"{language}.opus", np.concatenate(pieces), SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=compression
+            out / f"{language}.opus",
+            np.concatenate(pieces),
+            SAMPLE_RATE,
+            format="OGG",
+            subtype="OPUS",
+            compression_level=compression,
         )
     with (out / "manifest.tsv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)

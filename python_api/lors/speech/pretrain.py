@@ -33,7 +33,7 @@ _SNAPSHOT = 500  # steps
 
 
 def pretrain(corpus: Corpus, out: Path, *, steps: int, early: int, size: Size, seed: int, cache: Path) -> None:
-    """Writes ``out/final`` and ``out/early`` (the model after `early` steps), fp16 safetensors, and ``out/log.jsonl``."""
+    """Writes ``out/final``, ``out/early`` (the model after `early` steps), both in fp16, and ``out/log.jsonl``."""
     import torch
 
     torch.set_num_threads(1)
@@ -61,7 +61,12 @@ def pretrain(corpus: Corpus, out: Path, *, steps: int, early: int, size: Size, s
         optimizer.step()
         step += 1
         if step % 100 == 0:
-            record = {"step": step, "loss": round(loss.item(), 4), "lr": rate, "seconds": round(time.monotonic() - began, 1)}
+            record = {
+                "step": step,
+                "loss": round(loss.item(), 4),
+                "lr": rate,
+                "seconds": round(time.monotonic() - began, 1),
+            }
             log.write(json.dumps(record) + "\n")
             log.flush()
         if step == early:
@@ -117,7 +122,12 @@ def _loss(model: Any, head: Any, mel: Any, items: list[tuple[int, list[int], lis
     scores = log_softmax(head(output.encoder_last_hidden_state), -1).transpose(0, 1)
     lengths = torch.full((len(items),), scores.shape[0])
     ctc = ctc_loss(
-        scores, torch.cat(spoken), lengths, torch.tensor([len(s) for s in spoken]), scores.shape[-1] - 1, zero_infinity=True
+        scores,
+        torch.cat(spoken),
+        lengths,
+        torch.tensor([len(s) for s in spoken]),
+        scores.shape[-1] - 1,
+        zero_infinity=True,
     )
     return (1 - _CTC_WEIGHT) * output.loss + _CTC_WEIGHT * ctc
 

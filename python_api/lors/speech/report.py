@@ -69,7 +69,9 @@ def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
     header = ["model", *config["languages"], "experts' mean", "others' mean"]
     rows = [header]
     for label, model in results["models"].items():
-        cells = [_number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]]
+        cells = [
+            _number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]
+        ]
         means = [_pm(model["means"].get(f"{task}/{group}")) for group in ("experts", "others")]
         rows.append([label, *cells, *means])
     return rows
@@ -128,7 +130,8 @@ def _setting(results: Mapping[str, Any]) -> str:
     config = results["config"]
     data = config["data"]
     speech = (
-        f"synthetic speech (espeak-ng, condition {data['synth']['condition']}), {data['train']} training utterances per language"
+        f"synthetic speech (espeak-ng, condition {data['synth']['condition']}), {data['train']} training "
+        f"utterances per language"
         if data["synth"]
         else html.escape(str(data["source"]))
     )
@@ -142,9 +145,11 @@ def _setting(results: Mapping[str, Any]) -> str:
         )
     return (
         f"<p>Base <code>{html.escape(config['base'])}</code>; {speech}; experts {', '.join(config['experts'])}; tasks "
-        f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; {sum(results['utterances'].values())} test "
+        f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
+        f"{sum(results['utterances'].values())} test "
         f"answers per model, {results['dropped']} empty references dropped. Every method was tried with "
-        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, once.{words}</p>"
+        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
+        f"once.{words}</p>"
     )
 
 
@@ -159,7 +164,12 @@ def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
 
 
 def _tests(results: Mapping[str, Any], task: str) -> str:
-    labels = ["base", "own expert", *results["grids"], *(n for n in ("multi_task", "sequential") if n in results["models"])]
+    labels = [
+        "base",
+        "own expert",
+        *results["grids"],
+        *(n for n in ("multi_task", "sequential") if n in results["models"]),
+    ]
     bars = _bars(results, task, labels)
     return (
         f"<h2>Test: {task} ({_UNIT[task]})</h2>{_table(_task_table(results, task), results['grids'])}{bars}"
@@ -191,18 +201,27 @@ def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
                 tall = (height - 20) * value / top
                 parts.append(
                     f'<rect x="{x + row * bar}" y="{height - tall:.1f}" width="{bar - 1}" height="{tall:.1f}" '
-                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{html.escape(label)} {language}: {value:.1f}</title></rect>'
+                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{html.escape(label)} {language}: '
+                    f"{value:.1f}</title></rect>"
                 )
-    parts.append(f'<text x="2" y="16" font-size="11">{top:.0f}</text><text x="2" y="{height}" font-size="11">0</text></svg>')
+    parts.append(
+        f'<text x="2" y="16" font-size="11">{top:.0f}</text><text x="2" y="{height}" font-size="11">0</text></svg>'
+    )
     return '<div class="wrap">' + "".join(parts) + "</div>"
 
 
 def _normalised(results: Mapping[str, Any]) -> str:
     rows = [["model", "normalised performance"]]
-    rows += [[label, _pm(model["normalised"])] for label, model in results["models"].items() if not label.startswith("expert ")]
+    rows += [
+        [label, _pm(model["normalised"])]
+        for label, model in results["models"].items()
+        if not label.startswith("expert ")
+    ]
     return (
-        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>Mean over the experts' languages and "
-        "the tasks of (score − base) / (own expert − base): 0 is the base, 1 is as good as a model for each language. A "
+        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>Mean over the "
+        f"experts' languages and "
+        "the tasks of (score − base) / (own expert − base): 0 is the base, 1 is as good as a model for each "
+        "language. A "
         "language on which the expert gained little weighs as much as one on which it gained a lot.</p>"
     )
 
@@ -212,8 +231,10 @@ def _comparisons(results: Mapping[str, Any]) -> str:
         return ""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in _verdicts(results))
     return (
-        f"<h2>Against {html.escape(results['config']['against'])}</h2><ul>{items}</ul><p class='note'>95 % intervals of a "
-        "paired bootstrap over test utterances, means over the experts' languages, seeds pooled. They do not contain the "
+        f"<h2>Against {html.escape(results['config']['against'])}</h2><ul>{items}</ul><p class='note'>95 % "
+        f"intervals of a "
+        "paired bootstrap over test utterances, means over the experts' languages, seeds pooled. They do not "
+        "contain the "
         "spread over trainings; that is the ± of the tables.</p>"
     )
 
@@ -261,11 +282,22 @@ def _curves(results: Mapping[str, Any]) -> str:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in line:
             cx, cy = place(x, y).split(",")
-            parts.append(f'<circle cx="{cx}" cy="{cy}" r="3" fill="{colour}"><title>{html.escape(label)}: lambda {x}, WER {y:.2f}</title></circle>')
-        parts.append(f'<text x="{width}" y="{30 + 16 * row}" font-size="12" fill="{colour}">{html.escape(label)}</text>')
-    parts.append(f'<text x="4" y="26" font-size="11">{y_max:.1f}</text><text x="4" y="{height - 38}" font-size="11">{y_min:.1f}</text>')
+            parts.append(
+                f'<circle cx="{cx}" cy="{cy}" r="3" fill="{colour}"><title>{html.escape(label)}: lambda {x}, '
+                f"WER {y:.2f}</title></circle>"
+            )
+        parts.append(
+            f'<text x="{width}" y="{30 + 16 * row}" font-size="12" fill="{colour}">{html.escape(label)}</text>'
+        )
+    parts.append(
+        f'<text x="4" y="26" font-size="11">{y_max:.1f}</text><text x="4" y="{height - 38}" '
+        f'font-size="11">{y_min:.1f}</text>'
+    )
     parts.append(f'<text x="{width // 2}" y="{height - 8}" font-size="12">lambda</text>')
-    parts.append(f'<text x="50" y="{height - 22}" font-size="11">0</text><text x="{width - 40}" y="{height - 22}" font-size="11">{x_max:g}</text>')
+    parts.append(
+        f'<text x="50" y="{height - 22}" font-size="11">0</text><text x="{width - 40}" y="{height - 22}" '
+        f'font-size="11">{x_max:g}</text>'
+    )
     parts.append('<text x="4" y="12" font-size="11">dev WER</text></svg>')
     return "".join(parts)
 
@@ -279,21 +311,40 @@ def _rest(results: Mapping[str, Any]) -> str:
     if len(rows) == 1:
         return ""
     return (
-        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, norms and biases "
-        "merged by task arithmetic, averaged, or left at the base; each method at its best setting, first seed, dev.</p>"
+        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, "
+        f"norms and biases "
+        "merged by task arithmetic, averaged, or left at the base; each method at its best setting, first "
+        "seed, dev.</p>"
     )
 
 
 def _spectra(results: Mapping[str, Any]) -> str:
-    rows = []
+    rows: list[list[str]] = []
     for language, s in results["spectra"].items():
         if not rows:
-            rows.append(["expert", *(f"energy r={r}" for r in s["energy"]), *(f"σ(r+1)/σ(r) r={r}" for r in s["ratio"]), "share of |δ|² in matrices"])
-        rows.append([language, *(f"{v:.2f}" for v in s["energy"].values()), *(f"{v:.2f}" for v in s["ratio"].values()), f"{s['matrices_share']:.2f}"])
+            rows.append(
+                [
+                    "expert",
+                    *(f"energy r={r}" for r in s["energy"]),
+                    *(f"σ(r+1)/σ(r) r={r}" for r in s["ratio"]),
+                    "share of |δ|² in matrices",
+                ]
+            )
+        rows.append(
+            [
+                language,
+                *(f"{v:.2f}" for v in s["energy"].values()),
+                *(f"{v:.2f}" for v in s["ratio"].values()),
+                f"{s['matrices_share']:.2f}",
+            ]
+        )
     return (
-        f"<h2>Spectra of the task vectors</h2>{_table(rows)}<p class='note'>Share of a matrix's |δ|² in its first r singular "
-        "triplets and the ratio of neighbouring singular values, means over matrices; a ratio near 1 means that rank r cuts "
-        "through a slope, not at a gap. Last column: how much of the whole |δ|² low rank and sparsity act on at all.</p>"
+        f"<h2>Spectra of the task vectors</h2>{_table(rows)}<p class='note'>Share of a matrix's |δ|² in its "
+        f"first r singular "
+        "triplets and the ratio of neighbouring singular values, means over matrices; a ratio near 1 means "
+        "that rank r cuts "
+        "through a slope, not at a gap. Last column: how much of the whole |δ|² low rank and sparsity act on "
+        "at all.</p>"
         if rows
         else ""
     )
@@ -302,16 +353,22 @@ def _spectra(results: Mapping[str, Any]) -> str:
 def _reading(results: Mapping[str, Any]) -> str:
     synthetic = bool(results["config"]["data"]["synth"])
     limits = (
-        "<p>The speech is synthetic, the vocabulary closed (dates and numbers), the model three orders of magnitude smaller than "
-        "those in use: the experiment shows that the machinery works and how methods differ <em>here</em>, not what they do on "
+        "<p>The speech is synthetic, the vocabulary closed (dates and numbers), the model three orders of "
+        "magnitude smaller than "
+        "those in use: the experiment shows that the machinery works and how methods differ <em>here</em>, not "
+        "what they do on "
         "real speech.</p>"
         if synthetic
         else ""
     )
-    signatures = "".join(f"<li>{name}: <code>{html.escape(text)}</code></li>" for name, text in results["signatures"].items())
+    signatures = "".join(
+        f"<li>{name}: <code>{html.escape(text)}</code></li>" for name, text in results["signatures"].items()
+    )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and reference words summed over "
-        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in <code>stages/test-*/answers.jsonl</code>."
+        f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and "
+        f"reference words summed over "
+        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in "
+        f"<code>stages/test-*/answers.jsonl</code>."
         f"</li>{signatures}<li>{html.escape(versions)}</li></ul>"
     )

@@ -145,26 +145,35 @@ def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> 
     for label in config.grids:
         if label == config.against:
             continue
-        compared[label] = {task: _comparison(config, tested[label], tested[config.against], task) for task in config.tasks}
+        pair = tested[label], tested[config.against]
+        compared[label] = {task: _comparison(config, *pair, task) for task in config.tasks}
     return compared
 
 
 def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int, Tested], task: str) -> dict[str, Any]:
-    sides = [
+    first, second = (
         {language: _pool([run.statistics[task, language] for run in side.values()]) for language in config.experts}
         for side in (runs, others)
-    ]
+    )
     differences = []
     for seed in config.seeds:
         one, two = (_group(side[seed], task, config.experts) for side in (runs, others))
         differences.append((one or 0.0) - (two or 0.0))
-    return {"metric": METRIC[task], **asdict(paired_bootstrap(*sides, METRIC[task])), "seeds": _spread(differences)}
+    return {
+        "metric": METRIC[task],
+        **asdict(paired_bootstrap(first, second, METRIC[task])),
+        "seeds": _spread(differences),
+    }
 
 
 def _pool(parts: list[Statistics]) -> Statistics:
     """The same utterances answered by every seed's model: counts add up, so a resample takes an utterance from all."""
-    bleu = None if parts[0].bleu is None else sum(part.bleu for part in parts)
-    return Statistics(sum(part.errors for part in parts), sum(part.words for part in parts), bleu)  # type: ignore[arg-type]
+    import numpy as np
+
+    def total(name: str) -> Any:
+        return np.sum([getattr(part, name) for part in parts], axis=0)
+
+    return Statistics(total("errors"), total("words"), None if parts[0].bleu is None else total("bleu"))
 
 
 def _grid(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, Any]:
@@ -173,7 +182,10 @@ def _grid(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, A
         {"setting": records[0]["setting"], **_spread([record["wer"] for record in records])}
         for records in zip(*(search["grid"] for search in searches), strict=True)
     ]
-    chosen = [{"seed": s, "setting": g["best"]["setting"], "wer": g["best"]["wer"]} for s, g in zip(config.seeds, searches, strict=True)]
+    chosen = [
+        {"seed": seed, "setting": search["best"]["setting"], "wer": search["best"]["wer"]}
+        for seed, search in zip(config.seeds, searches, strict=True)
+    ]
     rest = [{"setting": r["setting"], "wer": r["wer"]} for r in searches[0]["rest"]]
     return {"tried": tried, "chosen": chosen, "rest": rest}
 
@@ -191,7 +203,7 @@ def _versions() -> dict[str, str]:
 
 
 def _spectra(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
-    """Per expert of the first seed: share of |delta|^2 in the first r triplets, sigma_{r+1} / sigma_r, share by kind."""
+    """Per expert of the first seed: share of |delta|^2 in r triplets, sigma_{r+1} / sigma_r, share in matrices."""
     import numpy as np
 
     from ..checkpoint import open_checkpoint

@@ -62,14 +62,16 @@ def normaliser(language: str) -> Callable[[str], str]:
     """
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
+    split = language in CHARACTER_LANGUAGES
+    normalise: Any = BasicTextNormalizer(remove_diacritics=False, split_letters=split)
     if language == "en":
-        normalise = EnglishTextNormalizer({})
-    else:
-        normalise = BasicTextNormalizer(remove_diacritics=False, split_letters=language in CHARACTER_LANGUAGES)
+        normalise = EnglishTextNormalizer({})  # type: ignore[no-untyped-call]
     return lambda text: normalise(text).strip()
 
 
-def score(references: Sequence[str], hypotheses: Sequence[str], *, language: str, task: str) -> tuple[Score, Statistics]:
+def score(
+    references: Sequence[str], hypotheses: Sequence[str], *, language: str, task: str
+) -> tuple[Score, Statistics]:
     """`language` is that of the text: English for a translation into English. LorsError when no reference has words."""
     import numpy as np
 
@@ -161,7 +163,7 @@ def metric(statistics: Statistics, name: str, weights: NDArray[Any] | None = Non
     if weights is None:
         weights = np.ones((1, len(statistics.words)))
     if name == "wer":
-        return 100 * (weights @ statistics.errors) / np.maximum(weights @ statistics.words, 1)  # type: ignore[no-any-return]
+        return 100 * (weights @ statistics.errors) / np.maximum(weights @ statistics.words, 1)
     if name != "bleu" or statistics.bleu is None:
         raise LorsError(f"metric: expected wer, or bleu for a translation, got {name!r}")
     compute = require("sacrebleu").metrics.BLEU.compute_bleu

@@ -53,12 +53,33 @@ class Condition:
 
 CONDITIONS: Mapping[str, Condition] = {
     "clean": Condition(
-        voices=("", *(f"f{i}" for i in range(1, 6)), *(f"m{i}" for i in range(1, 9)), "klatt", "Andy", "grandma", "Annie"),
+        voices=(
+            "",
+            *(f"f{i}" for i in range(1, 6)),
+            *(f"m{i}" for i in range(1, 9)),
+            "klatt",
+            "Andy",
+            "grandma",
+            "Annie",
+        ),
         speed=(165, 225),
         snr=(15.0, 40.0),
     ),
     "hard": Condition(
-        voices=("Alicia", "Denis", "Gene", "iven", "linda", "Michael", "pedro", "quincy", "Storm", "zac", "anika", "travis"),
+        voices=(
+            "Alicia",
+            "Denis",
+            "Gene",
+            "iven",
+            "linda",
+            "Michael",
+            "pedro",
+            "quincy",
+            "Storm",
+            "zac",
+            "anika",
+            "travis",
+        ),
         speed=(190, 270),
         snr=(0.0, 10.0),
     ),
@@ -163,7 +184,7 @@ def _utterance(program: str, job: _Job, condition: Condition, seed: str) -> NDAr
     signal = np.concatenate([np.zeros(int(lead_in * SAMPLE_RATE), np.float32), speech])
     power = float(np.mean(np.square(speech))) / 10 ** (snr / 10)
     noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(len(signal), np.float32) * np.float32(power**0.5)
-    return (np.clip(signal + noise, -1, 1) * 32767).astype(np.int16)
+    return (np.clip(signal + noise, -1, 1) * 32767).astype(np.int16)  # type: ignore[no-any-return]
 
 
 def _speak(program: str, text: str, voice: str, speed: int, pitch: int, amplitude: int) -> NDArray[Any]:

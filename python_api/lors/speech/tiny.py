@@ -58,8 +58,8 @@ def build_processor(texts: Iterable[str], size: Size) -> Any:
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": specials[1:]})
     tokenizer.set_prefix_tokens(language="english", task="transcribe")  # the ids exist only now
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=_WINDOW)
-    return WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=_WINDOW)  # type: ignore[no-untyped-call]
+    return WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer)  # type: ignore[no-untyped-call]
 
 
 def _tables(bpe: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -99,7 +99,7 @@ def build_model(processor: Any, languages: Iterable[str], size: Size) -> Any:
             **special,
         )
     )
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         **special,
         max_length=32,
         is_multilingual=True,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["TRAIN", "Training", "Trained", "finetune"]
+__all__ = ["TRAIN", "Trained", "Training", "finetune"]
 
 TRAIN = ("all", "matrices", "lora")
 _LORA_TARGETS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj|.*\.fc[12]"
@@ -107,7 +107,7 @@ def finetune(
 ) -> Trained:
     """Trains on the utterances of all `languages` and `tasks` mixed (one language: an expert; more: multi-task).
 
-    `sequential` trains one language after another, each with `training.max_steps`, from the weights the one before left.
+    `sequential` trains one language after another, `training.max_steps` each, from the weights the one before left.
     Checkpoints stand in ``OUT.checkpoints`` until the end; the same call continues from the last complete one. `dev`
     defaults to the split "dev" of `data`. LorsError for bad input of any kind.
     """
@@ -234,7 +234,7 @@ class _Job:
 
         t, dev = self.training, _DevSet(self.dev, self.tasks, processor, self.cache)
 
-        class Trainer(Seq2SeqTrainer):  # type: ignore[misc]
+        class Trainer(Seq2SeqTrainer):
             """Measures dev WER the way `evaluate` does instead of looping over a data loader."""
 
             def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -245,6 +245,8 @@ class _Job:
                 return metrics
 
         evaluating = t.eval_steps is not None
+        # Named here only when asked for: transformers 5 warns of the old name even when it is off.
+        optional: dict[str, Any] = {"gradient_checkpointing": True} if t.gradient_checkpointing else {}
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.scratch),
             max_steps=t.max_steps,
@@ -257,14 +259,13 @@ class _Job:
             max_grad_norm=t.max_grad_norm,
             optim="adamw_torch_fused",
             save_strategy="steps",
-            save_steps=t.eval_steps if evaluating else t.save_steps,
+            save_steps=t.eval_steps or t.save_steps,
             save_total_limit=2,
             eval_strategy="steps" if evaluating else "no",
             eval_steps=t.eval_steps,
             load_best_model_at_end=evaluating,
             metric_for_best_model="wer",
             greater_is_better=False,
-            **({"gradient_checkpointing": True} if t.gradient_checkpointing else {}),
             bf16=t.bf16,
             seed=t.seed,
             data_seed=t.seed,
@@ -275,15 +276,18 @@ class _Job:
             logging_steps=_LOG_STEPS,
             disable_tqdm=not self.progress,
             dataloader_pin_memory=torch.cuda.is_available(),
+            **optional,
         )
-        callbacks = []
+        callbacks: list[Any] = []
+        # A dataset is anything with __len__ and __getitem__; the annotation of Trainer knows torch's class only.
+        dataset: Any = data
         if t.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(t.early_stopping_patience))
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=data,
-            eval_dataset=data if evaluating else None,  # only looked at to see that there is one
+            train_dataset=dataset,
+            eval_dataset=dataset if evaluating else None,  # only looked at to see that there is one
             data_collator=_collate,
             callbacks=callbacks,
         )

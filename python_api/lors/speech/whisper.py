@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import LorsError
 from ..messages import nearest
 
-__all__ = ["SHIPPED", "load_model", "load_processor", "resolve_model", "torch_device", "require_languages"]
+__all__ = ["SHIPPED", "load_model", "load_processor", "require_languages", "resolve_model", "torch_device"]
 
 # Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
 SHIPPED = {"tiny": Path(__file__).parent / "bases" / "final", "tiny-early": Path(__file__).parent / "bases" / "early"}
@@ -90,5 +90,5 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
