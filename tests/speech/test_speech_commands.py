@@ -55,7 +55,7 @@ def test_finetune_and_evaluate(tmp_path: Path, recordings: Path) -> None:
 def test_experiment_lists_its_stages(tmp_path: Path) -> None:
     said = _run("experiment", "quick", "-o", tmp_path, "--list", "--seeds", "5")
     assert "test-lors-s5" in said and "done" not in said
-    with pytest.raises(LorsError, match="expected data.synth or data.source"):
+    with pytest.raises(LorsError, match=r"expected data\.synth or data\.source"):
         _run("experiment", "covost-small", "-o", tmp_path, "--list")
     assert "expert-it-s0" in _run(
         "experiment", "covost-small", "-o", tmp_path, "--list", "--data", "covost2:x", "--device", "cpu"

@@ -14,6 +14,7 @@ from ..messages import nearest
 from ..methods import SPECS
 from .languages import whisper_code
 from .training import Training
+from .variants import VARIANTS
 
 __all__ = ["Config", "Grid", "Setting", "load_config", "shipped_configs"]
 
@@ -59,8 +60,9 @@ class Grid(_Section):
     @field_validator("method")
     @classmethod
     def _known(cls, method: str) -> str:
-        if method not in SPECS:
-            raise ValueError(f"unknown method {method!r}{nearest(method, SPECS)}")
+        known = [*SPECS, *VARIANTS]
+        if method not in known:
+            raise ValueError(f"unknown method {method!r}{nearest(method, known)}")
         return method
 
     def settings(self) -> list[Setting]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..layers import decomposed
 from ..merging import merge_state_dicts
+from .variants import VARIANTS
 from .whisper import load_model, load_processor
 
 __all__ = ["Merger"]
@@ -30,19 +32,28 @@ class Merger:
 
     def merge(self, method: str, setting: Mapping[str, Any], backend: str | None = None) -> Any:
         """The network with the merged weights; the same object every time."""
-        weights = merge_state_dicts(
-            self.base,
-            self.experts,
-            method,
-            config=self.network.config.to_dict(),
-            backend=backend,
-            threads=1,
-            **setting,
-        )
+        variant = VARIANTS.get(method)
+        weights = variant(self, **setting) if variant else self.weights(method, setting, backend)
         tied = self.network.load_state_dict(weights, strict=False)
         if tied.unexpected_keys or tied.missing_keys != ["proj_out.weight"]:
             raise RuntimeError(f"the merge does not fit the network: {tied}")
         return self.network
+
+    def weights(
+        self,
+        method: str,
+        setting: Mapping[str, Any],
+        backend: str | None = None,
+        experts: Mapping[str, dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """The merged state dict, of all experts or of `experts`."""
+        chosen = self.experts if experts is None else experts
+        config = self.network.config.to_dict()
+        return merge_state_dicts(self.base, chosen, method, config=config, backend=backend, threads=1, **setting)
+
+    def matrices(self) -> list[str]:
+        """Names of the matrices that are decomposed."""
+        return sorted(decomposed({name: tuple(value.shape) for name, value in self.base.items()}))
 
 
 def _weights(source: str | Path) -> dict[str, Any]:

@@ -260,8 +260,8 @@ def _curves(results: Mapping[str, Any]) -> str:
     for label, grid in results["grids"].items():
         best: dict[float, float] = {}
         for record in grid["tried"]:
-            if "lam" in record["setting"]:
-                lam = float(record["setting"]["lam"])
+            lam = record["setting"].get("lam")
+            if isinstance(lam, (int, float)):  # no list over the depth
                 best[lam] = min(best.get(lam, float("inf")), record["mean"])
         if len(best) > 1:
             lines[label] = sorted(best.items())
