@@ -1,0 +1,110 @@
+"""Speech: decoding speed of `evaluate`, and `finetune` against a bare training loop.
+
+One thread, and processor time instead of wall time, so that a busy machine does not change the ratio. A training
+step's time is the difference of a long and a short run, so loading and saving cancel.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .machine import describe_machine
+
+_UTTERANCES = 1000
+_BATCH = 16
+_SHORT, _LONG = 10, 60  # steps
+_REPEATS = 3
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    print(json.dumps({"machine": describe_machine(), **decoding(), **training()}, indent=1))
+
+
+def decoding() -> dict[str, Any]:
+    """Processor and wall seconds to decode 1,000 two-second utterances, features at hand."""
+    import numpy as np
+    from lors.speech.corpus import load_corpus
+    from lors.speech.demo import RECORDINGS
+    from lors.speech.evaluation import transcribe
+    from lors.speech.features import features
+    from lors.speech.whisper import load_model, load_processor, quiet
+
+    quiet()
+    model, processor = load_model("tiny"), load_processor("tiny")
+    mel = features(load_corpus(RECORDINGS, languages="ca", split="train"), processor.feature_extractor)
+    mel = np.tile(mel, (_UTTERANCES // len(mel), 1, 1))
+    transcribe(model, processor, mel[:64], "ca", "transcribe")
+    seconds, wall = _timed(lambda: transcribe(model, processor, mel, "ca", "transcribe"))
+    return {"utterances": len(mel), "decoding_cpu_seconds": seconds, "decoding_wall_seconds": wall}
+
+
+def training() -> dict[str, Any]:
+    """Processor milliseconds of one step of 16 utterances in `finetune` and in a bare loop, the best of three each."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = [_step(lambda steps: _finetune(Path(scratch), steps)) for _ in range(_REPEATS)]
+        bare = [_step(lambda steps: _bare(Path(scratch), steps)) for _ in range(_REPEATS)]
+    return {
+        "finetune_ms_per_step": 1e3 * min(trainer),
+        "bare_loop_ms_per_step": 1e3 * min(bare),
+        "throughput_of_bare_loop": min(bare) / min(trainer),
+    }
+
+
+def _step(run: Callable[[int], None]) -> float:
+    run(_SHORT)
+    return (_timed(lambda: run(_LONG))[0] - _timed(lambda: run(_SHORT))[0]) / (_LONG - _SHORT)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _finetune(scratch: Path, steps: int) -> None:
+    from lors.speech.demo import RECORDINGS
+    from lors.speech.training import Training, finetune
+
+    settings = Training(max_steps=steps, per_device_train_batch_size=_BATCH, learning_rate=1e-4)
+    finetune("tiny", scratch / "out", data=RECORDINGS, languages="ca", training=settings, cache=scratch, force=True)
+
+
+def _bare(scratch: Path, steps: int) -> None:
+    """The least that trains the same way: batches, loss, gradients, clipping, AdamW, schedule."""
+    import torch
+    from lors.speech.corpus import load_corpus
+    from lors.speech.demo import RECORDINGS
+    from lors.speech.features import features
+    from lors.speech.tokens import labels
+    from lors.speech.whisper import load_model, load_processor
+
+    model, processor = load_model("tiny").train(), load_processor("tiny")
+    corpus = load_corpus(RECORDINGS, languages="ca", split="train")
+    mel = torch.tensor(features(corpus, processor.feature_extractor, scratch))
+    targets = [torch.tensor(labels(processor.tokenizer, u, "transcribe")) for u in corpus]
+    parameters = [p for n, p in model.named_parameters() if "encoder.embed_positions" not in n]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    rng = random.Random(0)
+    for _ in range(steps):
+        rows = rng.sample(range(len(corpus)), _BATCH)
+        batch = torch.nn.utils.rnn.pad_sequence([targets[i] for i in rows], batch_first=True, padding_value=-100)
+        loss = model(input_features=mel[rows].float(), labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

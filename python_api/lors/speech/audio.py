@@ -1,0 +1,132 @@
+"""Audio files to what Whisper hears: mono float32 at 16 kHz.
+
+Reading is lazy: a corpus holds sources, and samples exist only while features are computed.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import LorsError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["SAMPLE_RATE", "AudioFile", "AudioSource", "duration", "read_audio", "require"]
+
+SAMPLE_RATE = 16000
+
+
+class AudioSource(Protocol):
+    """Where samples come from. `key` changes when the content does (for caches)."""
+
+    def open(self) -> Any: ...  # a path or a binary stream for soundfile
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def span(self) -> tuple[float, float | None]: ...  # start and length in seconds; None: to the end
+
+
+@dataclass(frozen=True, slots=True)
+class AudioFile:
+    """An audio file on disk, or `seconds` of it from `start` on."""
+
+    path: Path
+    start: float = 0.0
+    seconds: float | None = None
+
+    def open(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def key(self) -> str:
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise LorsError(f"cannot read audio {self.path}: {error.strerror or error}") from error
+        return f"{self.path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{self.start}:{self.seconds}"
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        return self.start, self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class AudioBytes:
+    """An encoded audio file held in memory."""
+
+    name: str
+    data: bytes
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+    @property
+    def key(self) -> str:
+        import hashlib
+
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        return 0.0, None
+
+
+def require(module: str) -> Any:
+    """Imports a module of the `speech` extra; LorsError that says what to install when it is absent."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LorsError(f"speech needs {module}: pip install 'lors-merging[speech]' ({error})") from error
+
+
+def read_audio(source: AudioSource) -> NDArray[np.float32]:
+    """Mono float32 samples at 16 kHz: channels are averaged, other rates resampled (soxr, high quality).
+
+    LorsError for a file that is missing, unreadable, has no samples, or holds NaN or infinity.
+    """
+    numpy = require("numpy")
+    soundfile = require("soundfile")
+    try:
+        with soundfile.SoundFile(source.open()) as file:
+            rate = file.samplerate
+            start, seconds = source.span
+            file.seek(min(round(start * rate), file.frames))
+            samples = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
+        raise LorsError(f"cannot read audio {source.name}: {error}") from error
+    if samples.shape[0] == 0:
+        raise LorsError(f"cannot read audio {source.name}: expected samples, got a file of length 0")
+    mono = samples.mean(axis=1)
+    if not numpy.isfinite(mono).all():
+        raise LorsError(f"cannot read audio {source.name}: expected finite samples, got NaN or infinity")
+    if rate != SAMPLE_RATE:
+        mono = require("soxr").resample(mono, rate, SAMPLE_RATE)
+    return numpy.ascontiguousarray(mono, dtype=numpy.float32)  # type: ignore[no-any-return]
+
+
+def duration(source: AudioSource) -> float:
+    """Length in seconds, from the header alone."""
+    soundfile = require("soundfile")
+    if source.span[1] is not None:
+        return source.span[1]
+    try:
+        info = soundfile.info(source.open())
+    except (OSError, RuntimeError) as error:
+        raise LorsError(f"cannot read audio {source.name}: {error}") from error
+    return float(info.frames / info.samplerate)

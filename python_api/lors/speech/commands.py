@@ -1,0 +1,309 @@
+"""The `lors` sub-commands on speech. Imported by the command line only when one of them is called.
+
+Options of `finetune` carry the names of transformers' example script; ``--learning-rate`` and ``--learning_rate`` are
+the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import LorsError
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+
+__all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "synth"]
+
+
+def synth(
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    languages: Annotated[str, typer.Option(help="Codes, separated by commas.")] = "ca,de,es,fr,it,id,nl,pt,ru,sv",
+    train: Annotated[int, typer.Option(min=0, help="Utterances per language.")] = 1000,
+    dev: Annotated[int, typer.Option(min=0, help="Utterances per language.")] = 100,
+    test: Annotated[int, typer.Option(min=0, help="Utterances per language.")] = 200,
+    condition: Annotated[str, typer.Option(help="clean or hard (other voices, faster, 0 to 10 dB SNR).")] = "clean",
+    seed: Annotated[int, typer.Option(help="Of sentences and voices.")] = 0,
+    audio_format: Annotated[str, typer.Option("--format", help="flac or wav.")] = "flac",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of espeak-ng at a time [default: cores].")
+    ] = None,
+) -> None:
+    """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
+    from .languages import parse_languages
+    from .synth import synthesise
+
+    codes = parse_languages(languages)
+    sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
+    with _bar("speaking", len(codes) * sum(sizes.values())) as progress:
+        manifest = synthesise(
+            out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format,
+            workers=workers, progress=progress,
+        )  # fmt: skip
+    print(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
+
+
+def _names(name: str) -> tuple[str, str]:
+    return f"--{name}", f"--{name.replace('-', '_')}"
+
+
+def finetune(
+    model: Annotated[
+        str, typer.Option(*_names("model"), "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
+    ],
+    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    language: Annotated[str, typer.Option(help="One code: an expert; several with commas: multi-task.")],
+    out: Annotated[Path, typer.Option("-o", "--out", "--output_dir", help="Directory to write.")],
+    task: Annotated[str, typer.Option(help="transcribe, translate or both.")] = "transcribe",
+    train: Annotated[str, typer.Option(help="Weights trained: all, matrices or lora.")] = "all",
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="One language after another instead of mixed.")
+    ] = False,
+    max_steps: Annotated[int, typer.Option(*_names("max-steps"), min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(*_names("per-device-train-batch-size"), min=1)] = 16,
+    accumulation: Annotated[int, typer.Option(*_names("gradient-accumulation-steps"), min=1)] = 1,
+    learning_rate: Annotated[float, typer.Option(*_names("learning-rate"), min=0)] = 1e-5,
+    warmup_steps: Annotated[int, typer.Option(*_names("warmup-steps"), min=0)] = 0,
+    scheduler: Annotated[
+        str, typer.Option(*_names("lr-scheduler-type"), help="linear, cosine, constant ...")
+    ] = "linear",
+    weight_decay: Annotated[float, typer.Option(*_names("weight-decay"), min=0)] = 0.0,
+    save_steps: Annotated[int, typer.Option(*_names("save-steps"), min=1)] = 500,
+    eval_steps: Annotated[
+        int | None, typer.Option(*_names("eval-steps"), min=1, help="Measure dev WER this often; keep the best.")
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            "--patience",
+            *_names("early-stopping-patience"),
+            min=1,
+            help="Stop after so many measurements without a better one.",
+        ),
+    ] = None,
+    dev: Annotated[str | None, typer.Option(help="Corpus whose split dev is used [default: --data].")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", *_names("max-train-samples"), min=1, help="Utterances per language.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option("--max-seconds", *_names("max-duration-in-seconds"), min=0, help="Leave out longer recordings."),
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(*_names("lora-rank"), min=1)] = 8,
+    lora_alpha: Annotated[int, typer.Option(*_names("lora-alpha"), min=1)] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")
+    ] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fine-tune Whisper into an expert or a multi-task model; a killed run continues when started again.
+
+    lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
+    """
+    from .training import Training
+    from .training import finetune as run
+
+    training = Training(
+        train=train, max_steps=max_steps, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
+        save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
+        lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
+        device=_device(device),
+    )  # fmt: skip
+    result = run(
+        model, out, data=data, languages=language, tasks=_tasks(task), training=training, dev=dev, limit=limit,
+        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=not as_json,
+    )  # fmt: skip
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps({**asdict(result), "path": str(result.path)}))
+        return
+    wer = "" if result.dev_wer is None else f", dev WER {result.dev_wer:.2f} %"
+    resumed = f" (continued from step {result.resumed_from})" if result.resumed_from else ""
+    skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
+    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}, loss {result.train_loss:.3f}{wer}, "
+          f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, tiny or tiny-early.")],
+    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    languages: Annotated[str, typer.Option(help="Codes, separated by commas.")],
+    tasks: Annotated[str, typer.Option(help="transcribe, translate or transcribe,translate.")] = "transcribe",
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Utterances per language.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0, help="Leave out longer recordings.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded at a time.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="1: greedy.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    compare: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Paired bootstrap between two of the models.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write scores.json and every answer here.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score models on languages and tasks: WER, CER, BLEU, chrF++.
+
+    lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
+    """
+    from .evaluation import evaluate as run
+    from .languages import parse_languages
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
+    wanted = parse_languages(languages)
+    with _bar("decoding", None) as progress:
+        evaluation = run(
+            models, data=data, languages=wanted, tasks=_tasks(tasks), split=split, limit=limit, max_seconds=max_seconds,
+            batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=progress,
+        )  # fmt: skip
+    if out is not None:
+        evaluation.write(out)
+    if as_json:
+        print(json.dumps(evaluation.rows(), indent=1, ensure_ascii=False))
+    else:
+        show_evaluation(evaluation)
+    if compare is not None:
+        _show_comparison(evaluation, compare, _tasks(tasks))
+
+
+def _show_comparison(evaluation: Evaluation, pair: str, tasks: tuple[str, ...]) -> None:
+    from .evaluation import compare
+
+    first, comma, second = pair.partition(",")
+    if not comma:
+        raise LorsError(f"--compare: expected A,B, got {pair!r}")
+    for task in tasks:
+        metric = "wer" if task == "transcribe" else "bleu"
+        interval = compare(evaluation, first, second, task=task, metric=metric)
+        print(f"{task}: {metric.upper()} of {first} minus {second}: {interval.difference:+.2f} "
+              f"[{interval.low:+.2f}, {interval.high:+.2f}] (95 %, paired bootstrap)")  # fmt: skip
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """One table per task: models down, languages across."""
+    from rich.table import Table
+
+    from .report import wide_console
+
+    console = wide_console()
+    for task in dict.fromkeys(r.task for r in evaluation.results):
+        rows = [r for r in evaluation.results if r.task == task]
+        metric = "WER %" if task == "transcribe" else "BLEU"
+        languages = list(dict.fromkeys(r.language for r in rows))
+        table = Table(f"{task}: {metric}", *languages, "mean", box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for model in dict.fromkeys(r.model for r in rows):
+            values = [r.score.wer if task == "transcribe" else r.score.bleu or 0.0 for r in rows if r.model == model]
+            table.add_row(model, *(f"{value:.2f}" for value in (*values, sum(values) / len(values))))
+        console.print(table)
+        dropped = sum(r.score.dropped for r in rows)
+        speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
+        signature = f"; {rows[0].score.bleu_signature}" if task == "translate" else ""
+        print(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
+              f"real-time factor {speed:.4f}{signature}")  # fmt: skip
+
+
+def experiment(
+    config: Annotated[str, typer.Argument(help="A YAML file, or quick, clean, hard, covost-small, fleurs.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of all stages and the report.")],
+    data: Annotated[
+        str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the configuration's].")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time [default: one per core].")] = None,
+    stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Print the stages and which are done, run nothing.")] = False,
+) -> None:
+    """Fine-tune, merge by every method, score, compare; writes report.html and results.json.
+
+    lors experiment quick -o quick
+    """
+    from .config import load_config
+    from .experiment import build_stages, run_experiment
+
+    changes: dict[str, Any] = {}
+    if seeds is not None:
+        changes["seeds"] = _integers(seeds)
+    if device is not None:
+        changes["device"] = device
+    settings = load_config(config, **changes)
+    if data is not None:
+        section = settings.data.model_copy(update={"source": data, "synth": None})
+        settings = settings.model_copy(update={"data": section})
+    if show:
+        for item in build_stages(settings):
+            print(f"{'done' if item.done(out) else '    '}  {item.name}")
+        return
+    path = run_experiment(settings, out, jobs=jobs, stage=stage, report=lambda line: print(line, flush=True))
+    if stage is None:
+        from .report import print_tables
+
+        print_tables(out)
+        print(f"report: {path}")
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LorsError(f"--seeds: expected numbers separated by commas, got {text!r}") from None
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    tasks = ("transcribe", "translate") if text == "both" else tuple(dict.fromkeys(text.split(",")))
+    for task in tasks:
+        if task not in ("transcribe", "translate"):
+            raise LorsError(f"task: expected transcribe, translate or both, got {task!r}")
+    return tasks
+
+
+def _device(device: str | None) -> str:
+    if device is not None:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _bar(label: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+# What the command line registers, by name.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "synth": synth,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "experiment": experiment,
+}

@@ -1,0 +1,199 @@
+"""Models x languages x tasks -> scores, and every single answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LorsError
+from .audio import SAMPLE_RATE, duration
+from .corpus import Corpus, Utterance, by_task, load_corpus
+from .features import features
+from .languages import parse_languages
+from .scoring import Interval, Score, Statistics, paired_bootstrap, score
+from .whisper import load_model, load_processor, quiet, require_languages
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "result", "transcribe"]
+
+_CHUNK = 1024  # utterances whose features are held at once when there is no cache
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One decoded utterance."""
+
+    id: str
+    reference: str
+    hypothesis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One model, language and task."""
+
+    model: str
+    language: str
+    task: str
+    score: Score
+    statistics: Statistics
+    answers: tuple[Answer, ...]
+    audio_seconds: float
+    decode_seconds: float
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of decoding per second of audio; features are not counted."""
+        return self.decode_seconds / self.audio_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All results, in the order models, tasks, languages."""
+
+    results: tuple[Result, ...]
+
+    def select(self, model: str, task: str) -> dict[str, Result]:
+        """Language -> result."""
+        return {r.language: r for r in self.results if r.model == model and r.task == task}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Model, language, task and the scores of each result, as plain data."""
+        return [
+            {"model": r.model, "language": r.language, "task": r.task, **asdict(r.score),
+             "real_time_factor": r.real_time_factor}
+            for r in self.results
+        ]  # fmt: skip
+
+    def write(self, out: Path) -> None:
+        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance."""
+        (out / "answers").mkdir(parents=True, exist_ok=True)
+        for r in self.results:
+            name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
+            with (out / "answers" / name).open("w", encoding="utf-8") as stream:
+                for answer, errors, words in zip(r.answers, r.statistics.errors, r.statistics.words, strict=True):
+                    line = {**asdict(answer), "errors": int(errors), "words": int(words)}
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        (out / "scores.json").write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def evaluate(
+    models: str | Path | Sequence[str | Path],
+    *,
+    data: str | Path | Corpus,
+    languages: str | Iterable[str],
+    tasks: Sequence[str] = ("transcribe",),
+    split: str = "test",
+    limit: int | None = None,
+    max_seconds: float | None = None,
+    batch_size: int = 64,
+    beams: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+    cache: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Decodes `data` with every model and scores it. Models are named by directory name, or path where two agree.
+
+    Greedy decoding (``beams`` > 1: beam search) by ``generate(language=, task=)`` without timestamps. With `cache`,
+    features are kept on disk there. LorsError for bad input of any kind.
+    """
+    quiet()
+    sources = [models] if isinstance(models, (str, Path)) else list(models)
+    wanted = parse_languages(languages)
+    if isinstance(data, list):
+        corpus = [u for u in data if u.language in wanted]
+    else:
+        corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
+    results = []
+    for name, source in zip(_names(sources), sources, strict=True):
+        processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
+        require_languages(model, wanted, source)
+        for task in tasks:
+            for language in wanted:
+                part = by_task((u for u in corpus if u.language == language), task)
+                if not part:
+                    raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
+                results.append(result(name, model, processor, part, task, batch_size, beams, cache))
+                if progress is not None:
+                    progress(len(part))
+    return Evaluation(tuple(results))
+
+
+def _names(sources: Sequence[str | Path]) -> list[str]:
+    short = [Path(source).name for source in sources]
+    if len(set(short)) == len(short):
+        return short
+    names = [str(source) for source in sources]
+    if len(set(names)) != len(names):
+        raise LorsError(f"evaluate: expected models that differ, got {', '.join(names)}")
+    return names
+
+
+def result(
+    name: str, model: Any, processor: Any, part: Corpus, task: str, batch_size: int, beams: int, cache: Path | None
+) -> Result:
+    """Decodes and scores utterances of one language (`part`) for one task."""
+    language = part[0].language
+    hypotheses, seconds = [], 0.0
+    step = len(part) if cache is not None else _CHUNK
+    for start in range(0, len(part), step):
+        chunk = part[start : start + step]
+        mel = features(chunk, processor.feature_extractor, cache)
+        began = time.perf_counter()
+        hypotheses += transcribe(model, processor, mel, language, task, batch_size=batch_size, beams=beams)
+        seconds += time.perf_counter() - began
+    references = [u.reference(task) or "" for u in part]
+    target = language if task == "transcribe" else "en"
+    summary, statistics = score(references, hypotheses, language=target, task=task)
+    answers = tuple(Answer(u.id, r, h) for u, r, h in zip(part, references, hypotheses, strict=True))
+    return Result(name, language, task, summary, statistics, answers, _audio_seconds(part), seconds)
+
+
+def _audio_seconds(part: Sequence[Utterance]) -> float:
+    return max(sum(duration(u.audio) for u in part), 1 / SAMPLE_RATE)
+
+
+def transcribe(
+    model: Any,
+    processor: Any,
+    mel: NDArray[np.float16],
+    language: str,
+    task: str,
+    *,
+    batch_size: int = 64,
+    beams: int = 1,
+) -> list[str]:
+    """mel [n, bins, frames] -> n texts."""
+    import torch
+
+    texts: list[str] = []
+    with torch.inference_mode():
+        for start in range(0, len(mel), batch_size):
+            batch = torch.tensor(mel[start : start + batch_size]).to(model.device, model.dtype)
+            tokens = model.generate(
+                batch,
+                attention_mask=torch.ones(batch.shape[0], batch.shape[2], dtype=torch.long, device=model.device),
+                language=language,
+                task=task,
+                num_beams=beams,
+            )
+            texts += processor.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def compare(evaluation: Evaluation, first: str, second: str, *, task: str, metric: str) -> Interval:
+    """Paired bootstrap between two of the models: mean over languages of the metric, first minus second."""
+    sides = [{k: r.statistics for k, r in evaluation.select(model, task).items()} for model in (first, second)]
+    for model, side in zip((first, second), sides, strict=True):
+        if not side:
+            known = dict.fromkeys(r.model for r in evaluation.results)
+            raise LorsError(f"compare: no results of {model!r} for {task}; evaluated: {', '.join(known)}")
+    return paired_bootstrap(sides[0], sides[1], metric)

@@ -1,0 +1,291 @@
+"""The whole experiment: corpus -> experts and baselines -> merges chosen on dev -> test -> report.
+
+Rules that make it a fair comparison: every method is tried with the same number of settings, its best is chosen by mean
+dev WER over the experts' languages and the tasks, and only the chosen models (and base, experts, baselines) see test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..digest import sha256_file
+from ..errors import LorsError
+from .config import Config, Setting, load_config
+from .corpus import Corpus, by_task, load_corpus
+from .stages import Stage, exclusive, run_stage, run_stages
+from .whisper import resolve_model
+
+__all__ = ["build_stages", "run_experiment"]
+
+_RESTS = ("task_arithmetic", "average", "base")
+
+
+def run_experiment(
+    config: str | Path | Config,
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    stage: str | None = None,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Runs what is missing of the experiment in directory `out` and returns its ``report.html``.
+
+    `jobs` stages run at a time (default: one per core, one thread each). `stage` runs that one alone, in this process.
+    """
+    settings = config if isinstance(config, Config) else load_config(config)
+    root = Path(out)
+    stages = build_stages(settings)
+    with exclusive(root):
+        if stage is not None:
+            run_stage(stages, stage, root)
+            return root / "report.html"
+        run_stages(stages, root, jobs or os.cpu_count() or 1, report)
+        from .report import write_report
+
+        return write_report(settings, root, {s.name: s.directory(root) for s in stages})
+
+
+def build_stages(config: Config) -> list[Stage]:
+    """All stages, each after the ones it needs."""
+    data = config.data
+    if (data.synth is None) == (data.source is None):
+        raise LorsError(
+            f"{config.name}: expected data.synth or data.source (--data), got {'both' if data.synth else 'neither'}"
+        )
+    corpus = Stage("corpus", _synthesise, _synthesis(config)) if data.synth else None
+    first = (corpus,) if corpus else ()
+    stages: list[Stage] = list(first)
+    evaluated = {
+        "data": data.model_dump(),
+        "languages": config.languages,
+        "tasks": config.tasks,
+        "batch_size": config.batch_size,
+        "device": config.device,
+    }
+    identity = _identity(config)
+    stages.append(Stage("test-base", _test_model, {**evaluated, "model": config.base}, first, identity))
+    for seed in config.seeds:
+        experts = [
+            _training(config, f"expert-{language}-s{seed}", (language,), seed, first) for language in config.experts
+        ]
+        baselines = []
+        if config.multi_task_steps is not None:
+            baselines.append(
+                _training(config, f"multi_task-s{seed}", config.experts, seed, first, steps=config.multi_task_steps)
+            )
+        if config.sequential_steps is not None:
+            steps = config.sequential_steps
+            name = f"sequential-s{seed}"
+            baselines.append(_training(config, name, config.experts, seed, first, steps=steps, sequential=True))
+        # Dev grids before the slow baselines and tests: with several jobs the longest chain starts first.
+        stages += experts
+        for label, grid in config.grids.items():
+            parameters = {
+                **evaluated,
+                "languages": config.experts,
+                "base": config.base,
+                "method": grid.method,
+                "settings": grid.settings(),
+                "rest": config.rest,
+                "compare_rest": config.compare_rest and seed == config.seeds[0],
+            }
+            stages.append(Stage(f"dev-{label}-s{seed}", _search, parameters, (*first, *experts), identity))
+            parameters = {**evaluated, "base": config.base, "method": grid.method, "rest": config.rest}
+            parameters["check_reference"] = label == "lors" and seed == config.seeds[0]
+            stages.append(
+                Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1]), identity)
+            )
+        stages += baselines
+        stages += [
+            Stage(f"test-{s.name}", _test_model, {**evaluated, "model": None}, (*first, s))
+            for s in (*experts, *baselines)
+        ]
+    return stages
+
+
+def _identity(config: Config) -> str:
+    """Digests of what the configuration names: the base's weights and the manifest, where they are local files."""
+    base, source = Path(resolve_model(config.base)), Path(config.data.source or "")
+    manifest = [source / "manifest.tsv" if source.is_dir() else source]
+    files = [path for path in [*sorted(base.glob("*.safetensors")), *manifest] if path.is_file()]
+    return " ".join(sha256_file(path) for path in files)
+
+
+def _synthesis(config: Config) -> dict[str, Any]:
+    data = config.data
+    assert data.synth is not None
+    return {
+        "experts": config.experts,
+        "languages": config.languages,
+        "sizes": {"train": data.train, "dev": data.dev, "test": data.test},
+        **data.synth.model_dump(),
+    }
+
+
+def _training(
+    config: Config,
+    name: str,
+    languages: Sequence[str],
+    seed: int,
+    needs: tuple[Stage, ...],
+    steps: int | None = None,
+    sequential: bool = False,
+) -> Stage:
+    changes = {"max_steps": steps} if steps is not None else {}
+    from dataclasses import asdict
+
+    parameters = {
+        "base": config.base,
+        "data": config.data.model_dump(),
+        "languages": languages,
+        "tasks": config.tasks,
+        "training": asdict(config.make_training(seed, **changes)),
+        "sequential": sequential,
+    }
+    return Stage(name, _finetune, parameters, needs, _identity(config))
+
+
+# ---------------------------------------------------------------------------------------------------- the stages
+
+
+def _synthesise(
+    out: Path, _: Mapping[str, Path], *, experts: Sequence[str], languages: Sequence[str], sizes: Mapping[str, int],
+    condition: str, seed: int,
+) -> None:  # fmt: skip
+    from .synth import synthesise
+
+    # Only the experts' languages need training speech.
+    others = [language for language in languages if language not in experts]
+    parts = [(list(experts), dict(sizes)), (others, {"test": sizes["test"]})]
+    lines: list[str] = []
+    for chosen, split_sizes in parts:
+        if chosen:
+            manifest = synthesise(out, languages=chosen, sizes=split_sizes, condition=condition, seed=seed, workers=2)
+            lines += manifest.read_text("utf-8").splitlines(keepends=True)[bool(lines) :]
+    (out / "manifest.tsv").write_text("".join(lines), "utf-8")
+
+
+def _finetune(
+    out: Path, inputs: Mapping[str, Path], *, base: str, data: Setting, languages: Sequence[str], tasks: Sequence[str],
+    training: Setting, sequential: bool,
+) -> None:  # fmt: skip
+    from .training import Training, finetune
+
+    finetune(
+        base,
+        out / "model",
+        data=_load(data, inputs, languages, "train"),
+        dev=_load(data, inputs, languages, "dev") if training["eval_steps"] else None,
+        languages=languages,
+        tasks=tasks,
+        training=Training(**training),
+        sequential=sequential,
+        cache=out.parent.parent / "features",
+        force=True,
+    )
+
+
+def _load(data: Setting, inputs: Mapping[str, Path], languages: Sequence[str], split: str) -> Corpus:
+    source = inputs.get("corpus", data["source"])
+    return load_corpus(source, languages=languages, split=split, limit=data[split], max_seconds=data["max_seconds"])
+
+
+def _test_model(
+    out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
+    batch_size: int, device: str, model: str | None,
+) -> None:  # fmt: skip
+    from .whisper import load_model, load_processor
+
+    trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
+    source = str(trained) if model is None else model
+    network, processor = load_model(source, device=device), load_processor(source)
+    _write_answers(out, network, processor, _load(data, inputs, languages, "test"), tasks, batch_size)
+
+
+def _search(
+    out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
+    batch_size: int, device: str, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
+) -> None:  # fmt: skip
+    """``grid.json``: mean dev WER of every setting; the best is first in the list of ties."""
+    from .merged import Merger
+
+    merger = Merger.load(base, inputs, device)
+    corpus = _load(data, inputs, languages, "dev")
+
+    def tried(setting: Setting) -> Setting:
+        path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
+        if not path.exists():
+            network = merger.merge(method, setting)
+            cells = _dev_cells(network, merger.processor, corpus, tasks, batch_size, out.parent.parent / "features")
+            record = {"setting": setting, "wer": sum(cells.values()) / len(cells), "cells": cells}
+            path.write_text(json.dumps(record), "utf-8")
+        return dict(json.loads(path.read_text("utf-8")))
+
+    grid = [tried({**setting, "rest": rest}) for setting in settings]
+    best = min(grid, key=lambda record: record["wer"])
+    others = [tried({**best["setting"], "rest": r}) for r in _RESTS if r != rest] if compare_rest else []
+    (out / "grid.json").write_text(json.dumps({"grid": grid, "best": best, "rest": others}, indent=1) + "\n", "utf-8")
+
+
+def _dev_cells(
+    network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int, cache: Path
+) -> dict[str, float]:
+    from .evaluation import result
+
+    cells = {}
+    for task in tasks:
+        for language in dict.fromkeys(u.language for u in corpus):
+            part = by_task((u for u in corpus if u.language == language), task)
+            cells[f"{task} {language}"] = result("", network, processor, part, task, batch_size, 1, cache).score.wer
+    return cells
+
+
+def _test_merge(
+    out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
+    batch_size: int, device: str, base: str, method: str, rest: str, check_reference: bool,
+) -> None:  # fmt: skip
+    from .merged import Merger
+
+    merger = Merger.load(base, {name: path for name, path in inputs.items() if name.startswith("expert-")}, device)
+    search = next(path for name, path in inputs.items() if name.startswith("dev-"))
+    setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
+    corpus = _load(data, inputs, languages, "test")
+    answers = _write_answers(out, merger.merge(method, setting), merger.processor, corpus, tasks, batch_size)
+    if check_reference:
+        network = merger.merge(method, setting, backend="reference")
+        again = _write_answers(out / "reference", network, merger.processor, corpus, tasks, batch_size)
+        differing = sum(a != b for a, b in zip(answers, again, strict=True))
+        record = {"utterances": len(answers), "differing": differing}
+        (out / "reference.json").write_text(json.dumps(record) + "\n", "utf-8")
+
+
+def _write_answers(
+    out: Path, network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int
+) -> list[str]:
+    """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``. Returns the answers."""
+    from dataclasses import asdict
+
+    from .evaluation import result
+
+    out.mkdir(exist_ok=True)
+    cache = next(parent for parent in out.parents if parent.name == "stages").parent / "features"
+    scores, lines = [], []
+    for task in tasks:
+        for language in dict.fromkeys(u.language for u in corpus):
+            part = by_task((u for u in corpus if u.language == language), task)
+            r = result("", network, processor, part, task, batch_size, 1, cache)
+            scores.append(
+                {"task": task, "language": language, **asdict(r.score), "real_time_factor": r.real_time_factor}
+            )
+            for i, answer in enumerate(r.answers):
+                bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
+                counted = {"errors": int(r.statistics.errors[i]), "words": int(r.statistics.words[i]), "bleu": bleu}
+                lines.append({"task": task, "language": language, **asdict(answer), **counted})
+    with (out / "answers.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
+    return [line["hypothesis"] for line in lines]

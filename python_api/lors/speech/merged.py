@@ -1,0 +1,62 @@
+"""Merges in memory for the experiment: experts read once, any number of settings tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..layers import decomposed
+from ..merging import merge_state_dicts
+from .variants import VARIANTS
+from .whisper import load_model, load_processor
+
+__all__ = ["Merger"]
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Base and experts as float32 state dicts, and a network that takes a merge's weights."""
+
+    base: dict[str, Any]
+    experts: dict[str, dict[str, Any]]
+    network: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, base: str, inputs: Mapping[str, Path], device: str) -> Merger:
+        """`inputs`: stage name -> directory; those named ``expert-...`` hold ``model``."""
+        experts = {name: _weights(path / "model") for name, path in inputs.items() if name.startswith("expert-")}
+        return cls(_weights(base), experts, load_model(base, device=device), load_processor(base))
+
+    def merge(self, method: str, setting: Mapping[str, Any], backend: str | None = None) -> Any:
+        """The network with the merged weights; the same object every time."""
+        variant = VARIANTS.get(method)
+        weights = variant(self, **setting) if variant else self.weights(method, setting, backend)
+        tied = self.network.load_state_dict(weights, strict=False)
+        if tied.unexpected_keys or tied.missing_keys != ["proj_out.weight"]:
+            raise RuntimeError(f"the merge does not fit the network: {tied}")
+        return self.network
+
+    def weights(
+        self,
+        method: str,
+        setting: Mapping[str, Any],
+        backend: str | None = None,
+        experts: Mapping[str, dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """The merged state dict, of all experts or of `experts`."""
+        chosen = self.experts if experts is None else experts
+        config = self.network.config.to_dict()
+        return merge_state_dicts(self.base, chosen, method, config=config, backend=backend, threads=1, **setting)
+
+    def matrices(self) -> list[str]:
+        """Names of the matrices that are decomposed."""
+        return sorted(decomposed({name: tuple(value.shape) for name, value in self.base.items()}))
+
+
+def _weights(source: str | Path) -> dict[str, Any]:
+    state = load_model(source).state_dict()
+    state.pop("proj_out.weight")  # tied to the embedding; files do not hold it either
+    return dict(state)

@@ -1,0 +1,374 @@
+"""``report.html`` and ``results.json`` of an experiment, and its tables on a terminal."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .results import METRIC, summarise
+
+__all__ = ["print_tables", "wide_console", "write_report"]
+
+_COLOURS = ("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276")
+_UNIT = {"transcribe": "WER, %; lower is better", "translate": "BLEU; higher is better"}
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#1c2833}
+table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .65rem;text-align:right;border-bottom:1px solid #e5e8e8}th{background:#f4f6f6}
+td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weight:600}
+.note{color:#566573}svg{background:#fff;border:1px solid #e5e8e8;margin:.3rem .6rem .3rem 0}
+.wrap{overflow-x:auto}code{background:#f4f6f6;padding:0 .2rem}
+"""
+
+
+def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
+    """Writes both files into `root` and returns the HTML one."""
+    results = summarise(config, stages)
+    (root / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    page = root / "report.html"
+    page.write_text(_page(results), "utf-8")
+    return page
+
+
+# -------------------------------------------------------------------------------------------------------- terminal
+
+
+def wide_console() -> Any:
+    """A console that does not cut a table of ten languages where the output is no terminal."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_tables(root: Path) -> None:
+    """The test tables of a finished experiment."""
+    from rich.table import Table
+
+    results = json.loads((root / "results.json").read_text("utf-8"))
+    console = wide_console()
+    for task in results["config"]["tasks"]:
+        header, *rows = _task_table(results, task)
+        table = Table(*header, box=None, title=f"{task}: {_UNIT[task]}", title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in _verdicts(results):
+        print(line)
+
+
+def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
+    config = results["config"]
+    header = ["model", *config["languages"], "experts' mean", "others' mean"]
+    rows = [header]
+    for label, model in results["models"].items():
+        cells = [
+            _number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]
+        ]
+        means = [_pm(model["means"].get(f"{task}/{group}")) for group in ("experts", "others")]
+        rows.append([label, *cells, *means])
+    return rows
+
+
+def _verdicts(results: Mapping[str, Any]) -> list[str]:
+    """One sentence per comparison; it says better, worse, or that the difference may be chance."""
+    lines = []
+    against = results["config"]["against"]
+    for label, tasks in results["comparisons"].items():
+        for task, c in tasks.items():
+            better = c["high"] < 0 if c["metric"] == "wer" else c["low"] > 0
+            worse = c["low"] > 0 if c["metric"] == "wer" else c["high"] < 0
+            verdict = "better" if better else "worse" if worse else "no difference beyond chance"
+            lines.append(
+                f"{label} minus {against}, {task}: {c['difference']:+.2f} {c['metric'].upper()} "
+                f"[{c['low']:+.2f}, {c['high']:+.2f}]: {verdict}"
+            )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _pm(spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread['mean']:.2f}" + (f" ± {spread['sd']:.2f}" if spread["sd"] is not None else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ HTML
+
+
+def _page(results: Mapping[str, Any]) -> str:
+    config = results["config"]
+    body = [
+        f"<h1>Merging experiment <em>{html.escape(config['name'])}</em></h1>",
+        _setting(results),
+        *(_tests(results, task) for task in config["tasks"]),
+        _normalised(results),
+        _comparisons(results),
+        _grids(results),
+        _rest(results),
+        _spectra(results),
+        _reading(results),
+    ]
+    title = html.escape(f"LoRS experiment {config['name']}")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
+    )
+
+
+def _setting(results: Mapping[str, Any]) -> str:
+    config = results["config"]
+    data = config["data"]
+    speech = (
+        f"synthetic speech (espeak-ng, condition {data['synth']['condition']}), {data['train']} training "
+        f"utterances per language"
+        if data["synth"]
+        else html.escape(str(data["source"]))
+    )
+    settings = {len(grid["tried"]) for grid in results["grids"].values()}
+    reference = results.get("reference")
+    words = ""
+    if reference:
+        words = (
+            f" The merge by the fast kernels and by the reference gave different words in {reference['differing']} of "
+            f"{reference['utterances']} test answers."
+        )
+    return (
+        f"<p>Base <code>{html.escape(config['base'])}</code>; {speech}; experts {', '.join(config['experts'])}; tasks "
+        f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
+        f"{sum(results['utterances'].values())} test "
+        f"answers per model, {results['dropped']} empty references dropped. Every method was tried with "
+        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
+        f"once.{words}</p>"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    chosen = set(merges)
+    lines = []
+    for row in rows[1:]:
+        kind = ' class="merge"' if row[0] in chosen else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="wrap"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _tests(results: Mapping[str, Any], task: str) -> str:
+    labels = [
+        "base",
+        "own expert",
+        *results["grids"],
+        *(n for n in ("multi_task", "sequential") if n in results["models"]),
+    ]
+    bars = _bars(results, task, labels)
+    return (
+        f"<h2>Test: {task} ({_UNIT[task]})</h2>{_table(_task_table(results, task), results['grids'])}{bars}"
+        '<p class="note">“own expert” answers each language with the expert of that language; “others” are languages '
+        "without an expert. ± is the standard deviation over seeds.</p>"
+    )
+
+
+def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
+    languages = results["config"]["languages"]
+    values = {
+        (label, language): results["models"][label]["cells"].get(f"{task}/{language}", {}).get(METRIC[task])
+        for label in labels
+        for language in languages
+    }
+    top = max([v for v in values.values() if v is not None] or [1.0]) or 1.0
+    width, height, bar = 60 + len(languages) * (len(labels) * 9 + 14), 210, 9
+    parts = [f'<svg width="{width}" height="{height + 20 + 16 * len(labels)}" role="img">']
+    for row, label in enumerate(labels):
+        y = height + 22 + 16 * row
+        parts.append(f'<rect x="10" y="{y}" width="10" height="10" fill="{_COLOURS[row % len(_COLOURS)]}"/>')
+        parts.append(f'<text x="26" y="{y + 9}" font-size="11">{html.escape(label)}</text>')
+    for i, language in enumerate(languages):
+        x = 40 + i * (len(labels) * bar + 14)
+        parts.append(f'<text x="{x}" y="{height + 12}" font-size="11">{language}</text>')
+        for row, label in enumerate(labels):
+            value = values[label, language]
+            if value is not None:
+                tall = (height - 20) * value / top
+                parts.append(
+                    f'<rect x="{x + row * bar}" y="{height - tall:.1f}" width="{bar - 1}" height="{tall:.1f}" '
+                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{html.escape(label)} {language}: '
+                    f"{value:.1f}</title></rect>"
+                )
+    parts.append(
+        f'<text x="2" y="16" font-size="11">{top:.0f}</text><text x="2" y="{height}" font-size="11">0</text></svg>'
+    )
+    return '<div class="wrap">' + "".join(parts) + "</div>"
+
+
+def _normalised(results: Mapping[str, Any]) -> str:
+    rows = [["model", "normalised performance"]]
+    rows += [
+        [label, _pm(model["normalised"])]
+        for label, model in results["models"].items()
+        if not label.startswith("expert ")
+    ]
+    return (
+        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>Mean over the "
+        f"experts' languages and "
+        "the tasks of (score − base) / (own expert − base): 0 is the base, 1 is as good as a model for each "
+        "language. A "
+        "language on which the expert gained little weighs as much as one on which it gained a lot.</p>"
+    )
+
+
+def _comparisons(results: Mapping[str, Any]) -> str:
+    if not results["comparisons"]:
+        return ""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in _verdicts(results))
+    return (
+        f"<h2>Against {html.escape(results['config']['against'])}</h2><ul>{items}</ul><p class='note'>95 % "
+        f"intervals of a "
+        "paired bootstrap over test utterances, means over the experts' languages, seeds pooled. They do not "
+        "contain the "
+        "spread over trainings; that is the ± of the tables.</p>"
+    )
+
+
+def _grids(results: Mapping[str, Any]) -> str:
+    if not results["grids"]:
+        return ""
+    rows = [["method", "setting", "dev WER", "chosen by seed"]]
+    for label, grid in results["grids"].items():
+        for record in sorted(grid["tried"], key=lambda r: r["mean"]):
+            seeds = [str(c["seed"]) for c in grid["chosen"] if c["setting"] == record["setting"]]
+            rows.append([label, _words(record["setting"]), _pm(record), ", ".join(seeds)])
+    return f"<h2>What was tried on dev</h2>{_curves(results)}{_table(rows)}"
+
+
+def _words(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{'lambda' if name == 'lam' else name} {value}" for name, value in setting.items()) or "–"
+
+
+def _curves(results: Mapping[str, Any]) -> str:
+    """Dev WER over lambda, for each method the best of its other parameters at every lambda."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for label, grid in results["grids"].items():
+        best: dict[float, float] = {}
+        for record in grid["tried"]:
+            lam = record["setting"].get("lam")
+            if isinstance(lam, (int, float)):  # no list over the depth
+                best[lam] = min(best.get(lam, float("inf")), record["mean"])
+        if len(best) > 1:
+            lines[label] = sorted(best.items())
+    if not lines:
+        return ""
+    points = [point for line in lines.values() for point in line]
+    x_max, y_min, y_max = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+    width, height = 560, 300
+
+    def place(x: float, y: float) -> str:
+        span = (y_max - y_min) or 1.0
+        return f"{50 + (width - 70) * x / x_max:.1f},{20 + (height - 60) * (y_max - y) / span:.1f}"
+
+    parts = [f'<svg width="{width + 180}" height="{height}" role="img">']
+    for row, (label, line) in enumerate(lines.items()):
+        colour = _COLOURS[row % len(_COLOURS)]
+        path = " ".join(place(x, y) for x, y in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y in line:
+            cx, cy = place(x, y).split(",")
+            parts.append(
+                f'<circle cx="{cx}" cy="{cy}" r="3" fill="{colour}"><title>{html.escape(label)}: lambda {x}, '
+                f"WER {y:.2f}</title></circle>"
+            )
+        parts.append(
+            f'<text x="{width}" y="{30 + 16 * row}" font-size="12" fill="{colour}">{html.escape(label)}</text>'
+        )
+    parts.append(
+        f'<text x="4" y="26" font-size="11">{y_max:.1f}</text><text x="4" y="{height - 38}" '
+        f'font-size="11">{y_min:.1f}</text>'
+    )
+    parts.append(f'<text x="{width // 2}" y="{height - 8}" font-size="12">lambda</text>')
+    parts.append(
+        f'<text x="50" y="{height - 22}" font-size="11">0</text><text x="{width - 40}" y="{height - 22}" '
+        f'font-size="11">{x_max:g}</text>'
+    )
+    parts.append('<text x="4" y="12" font-size="11">dev WER</text></svg>')
+    return "".join(parts)
+
+
+def _rest(results: Mapping[str, Any]) -> str:
+    rows = [["method", "rest", "dev WER"]]
+    for label, grid in results["grids"].items():
+        if grid["rest"]:
+            rows += [[label, grid["chosen"][0]["setting"]["rest"], f"{grid['chosen'][0]['wer']:.2f}"]]
+            rows += [[label, record["setting"]["rest"], f"{record['wer']:.2f}"] for record in grid["rest"]]
+    if len(rows) == 1:
+        return ""
+    return (
+        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, "
+        f"norms and biases "
+        "merged by task arithmetic, averaged, or left at the base; each method at its best setting, first "
+        "seed, dev.</p>"
+    )
+
+
+def _spectra(results: Mapping[str, Any]) -> str:
+    rows: list[list[str]] = []
+    for language, s in results["spectra"].items():
+        if not rows:
+            rows.append(
+                [
+                    "expert",
+                    *(f"energy r={r}" for r in s["energy"]),
+                    *(f"σ(r+1)/σ(r) r={r}" for r in s["ratio"]),
+                    "share of |δ|² in matrices",
+                ]
+            )
+        rows.append(
+            [
+                language,
+                *(f"{v:.2f}" for v in s["energy"].values()),
+                *(f"{v:.2f}" for v in s["ratio"].values()),
+                f"{s['matrices_share']:.2f}",
+            ]
+        )
+    return (
+        f"<h2>Spectra of the task vectors</h2>{_table(rows)}<p class='note'>Share of a matrix's |δ|² in its "
+        f"first r singular "
+        "triplets and the ratio of neighbouring singular values, means over matrices; a ratio near 1 means "
+        "that rank r cuts "
+        "through a slope, not at a gap. Last column: how much of the whole |δ|² low rank and sparsity act on "
+        "at all.</p>"
+        if rows
+        else ""
+    )
+
+
+def _reading(results: Mapping[str, Any]) -> str:
+    synthetic = bool(results["config"]["data"]["synth"])
+    limits = (
+        "<p>The speech is synthetic, the vocabulary closed (dates and numbers), the model three orders of "
+        "magnitude smaller than "
+        "those in use: the experiment shows that the machinery works and how methods differ <em>here</em>, not "
+        "what they do on "
+        "real speech.</p>"
+        if synthetic
+        else ""
+    )
+    signatures = "".join(
+        f"<li>{name}: <code>{html.escape(text)}</code></li>" for name, text in results["signatures"].items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and "
+        f"reference words summed over "
+        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in "
+        f"<code>stages/test-*/answers.jsonl</code>."
+        f"</li>{signatures}<li>{html.escape(versions)}</li></ul>"
+    )

@@ -1,0 +1,200 @@
+"""WER, CER, BLEU and chrF++ of a list of answers, with what a paired bootstrap needs.
+
+WER is corpus level, 100 * (substitutions + deletions + insertions summed) / (reference words summed), after Whisper's
+normaliser: `EnglishTextNormalizer` for English, `BasicTextNormalizer(remove_diacritics=False)` otherwise. Utterances
+whose reference normalises to nothing are dropped and counted. Languages without word spaces are split into characters
+first, and `unit` says CER. Raw WER splits the untouched text at white space.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LorsError
+from .audio import require
+from .languages import CHARACTER_LANGUAGES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Interval", "Score", "Statistics", "metric", "normaliser", "paired_bootstrap", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Percentages over one language and task. The text metrics of a translation are None for a transcription."""
+
+    utterances: int
+    dropped: int  # references that were empty after normalisation
+    unit: str  # "WER", or "CER" where words are not separated
+    wer: float
+    wer_raw: float
+    cer: float
+    bleu: float | None
+    chrf: float | None
+    bleu_signature: str | None
+    chrf_signature: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Per utterance, in order: what corpus-level metrics are sums of.
+
+    `errors`, `words`: [n] int64, zero for a dropped reference. `bleu`: [n, 10] int64 (hypothesis length, reference
+    length, four n-gram matches, four n-gram totals), None for a transcription.
+    """
+
+    errors: NDArray[np.int64]
+    words: NDArray[np.int64]
+    bleu: NDArray[np.int64] | None
+
+
+@functools.cache
+def normaliser(language: str) -> Callable[[str], str]:
+    """Text -> words separated by single spaces, for comparison. English spelling variants are left as they are.
+
+    Whisper's table of British spellings is a file of its checkpoints, not of the library; both sides go through the
+    same function, so only a model that answers in the other spelling pays for it.
+    """
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    split = language in CHARACTER_LANGUAGES
+    normalise: Any = BasicTextNormalizer(remove_diacritics=False, split_letters=split)
+    if language == "en":
+        normalise = EnglishTextNormalizer({})  # type: ignore[no-untyped-call]
+    return lambda text: normalise(text).strip()
+
+
+def score(
+    references: Sequence[str], hypotheses: Sequence[str], *, language: str, task: str
+) -> tuple[Score, Statistics]:
+    """`language` is that of the text: English for a translation into English. LorsError when no reference has words."""
+    import numpy as np
+
+    if len(references) != len(hypotheses):
+        raise LorsError(f"score: expected as many answers as references, got {len(hypotheses)} and {len(references)}")
+    normalise = normaliser(language)
+    pairs = [(normalise(r), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
+    kept = [pair for pair in pairs if pair[0]]
+    if not kept:
+        raise LorsError(f"score: expected references with words in {language!r}, got {len(references)} empty ones")
+    errors, words = _word_errors(pairs)
+    raw_errors, raw_words = _word_errors(list(zip(references, hypotheses, strict=True)))
+    characters = require("jiwer").process_characters(*map(list, zip(*kept, strict=True)))
+
+    bleu, chrf, bleu_statistics = None, None, None
+    if task == "translate":
+        bleu, chrf, bleu_statistics = _translation(references, hypotheses, language)
+    return Score(
+        utterances=len(references),
+        dropped=len(references) - len(kept),
+        unit="CER" if language in CHARACTER_LANGUAGES else "WER",
+        wer=_percent(errors, words),
+        wer_raw=_percent(raw_errors, raw_words),
+        cer=100 * characters.cer,
+        bleu=bleu and bleu[0],
+        chrf=chrf and chrf[0],
+        bleu_signature=bleu and bleu[1],
+        chrf_signature=chrf and chrf[1],
+    ), Statistics(np.asarray(errors, np.int64), np.asarray(words, np.int64), bleu_statistics)
+
+
+def _word_errors(pairs: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """(errors, reference words) per utterance; (0, 0) for an empty reference."""
+    process = require("jiwer").process_words
+    errors, words = [], []
+    for reference, hypothesis in pairs:
+        if not reference.split():
+            errors.append(0)
+            words.append(0)
+            continue
+        out = process(reference, hypothesis)
+        errors.append(out.substitutions + out.deletions + out.insertions)
+        words.append(out.hits + out.substitutions + out.deletions)
+    return errors, words
+
+
+def _percent(errors: Sequence[int], words: Sequence[int]) -> float:
+    return 100 * sum(errors) / sum(words) if sum(words) else float("nan")
+
+
+def _translation(references: Sequence[str], hypotheses: Sequence[str], language: str) -> tuple[Any, Any, Any]:
+    """((BLEU, signature), (chrF++, signature), statistics) on the raw, cased text."""
+    import numpy as np
+
+    metrics = require("sacrebleu").metrics
+    bleu = metrics.BLEU(tokenize=_bleu_tokenizer(language))
+    chrf = metrics.CHRF(word_order=2)
+    corpus = list(hypotheses), [list(references)]
+    bleu_score, chrf_score = bleu.corpus_score(*corpus).score, chrf.corpus_score(*corpus).score
+    sentence = metrics.BLEU(tokenize=_bleu_tokenizer(language), effective_order=True).sentence_score
+    rows = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        one = sentence(hypothesis, [reference])
+        rows.append([one.sys_len, one.ref_len, *one.counts, *one.totals])
+    signatures = str(bleu.get_signature()), str(chrf.get_signature())
+    return (bleu_score, signatures[0]), (chrf_score, signatures[1]), np.asarray(rows, np.int64)
+
+
+def _bleu_tokenizer(language: str) -> str:
+    return "char" if language in CHARACTER_LANGUAGES else "13a"
+
+
+# ---------------------------------------------------------------------------------------------------- bootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A difference (first minus second) and the 2.5 and 97.5 percentiles of its resamples."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def metric(statistics: Statistics, name: str, weights: NDArray[Any] | None = None) -> NDArray[Any]:
+    """`wer` or `bleu` of the utterances taken `weights` times each ([resamples, n], default: once) -> [resamples]."""
+    import numpy as np
+
+    if weights is None:
+        weights = np.ones((1, len(statistics.words)))
+    if name == "wer":
+        return 100 * (weights @ statistics.errors) / np.maximum(weights @ statistics.words, 1)
+    if name != "bleu" or statistics.bleu is None:
+        raise LorsError(f"metric: expected wer, or bleu for a translation, got {name!r}")
+    compute = require("sacrebleu").metrics.BLEU.compute_bleu
+    sums = np.rint(weights @ statistics.bleu).astype(int).tolist()
+    return np.array([compute(s[2:6], s[6:10], s[0], s[1], smooth_method="exp").score for s in sums])
+
+
+def paired_bootstrap(
+    first: Mapping[str, Statistics],
+    second: Mapping[str, Statistics],
+    name: str,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of the metric's mean over languages, utterances resampled within each language, both models alike.
+
+    Keys are languages and must agree; so must the utterances behind them.
+    """
+    import numpy as np
+
+    if first.keys() != second.keys() or not first:
+        raise LorsError(f"bootstrap: expected the same languages, got {', '.join(first)} and {', '.join(second)}")
+    generator = np.random.default_rng(seed)
+    point, spread = 0.0, np.zeros(resamples)
+    for language, one in first.items():
+        other, n = second[language], len(one.words)
+        if not np.array_equal(one.words, other.words):
+            raise LorsError(f"bootstrap: expected the same utterances of {language!r} from both models")
+        weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+        point += float(metric(one, name)[0] - metric(other, name)[0])
+        spread += metric(one, name, weights) - metric(other, name, weights)
+    low, high = np.percentile(spread / len(first), [2.5, 97.5])
+    return Interval(point / len(first), float(low), float(high))

@@ -1,0 +1,160 @@
+"""Stages: pieces of work with named inputs, each done once, each in a process of its own.
+
+A stage's key is a hash of its kind, its parameters and the keys of the stages it needs, so a changed parameter redoes
+exactly what depends on it. A finished stage is a directory ``stages/<name>-<key>``; an unfinished one ends in
+``.partial`` and is continued. Killing any process at any time costs at most the work since its last own checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from ..errors import LorsError
+from ..messages import nearest
+
+__all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
+
+_VERSION = 1  # raise it when a stage's code changes what it writes
+_PRELOAD = [
+    "torch",
+    "transformers.models.whisper.modeling_whisper",
+    "transformers.trainer_seq2seq",
+    "lors.merging",
+    "lors.speech.training",
+    "lors.speech.evaluation",
+]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work(directory, inputs, **parameters)` fills its directory; `inputs` are the directories of `needs`, by name.
+
+    `identity` says what else the result depends on: digests of the files that parameters name.
+    """
+
+    name: str
+    work: Callable[..., None]
+    parameters: Mapping[str, Any]
+    needs: tuple[Stage, ...] = field(default=())
+    identity: str = ""
+
+    @property
+    def key(self) -> str:
+        what = [_VERSION, self.work.__name__, self.parameters, self.identity, [stage.key for stage in self.needs]]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+    def directory(self, root: Path) -> Path:
+        return root / "stages" / f"{self.name}-{self.key}"
+
+    def done(self, root: Path) -> bool:
+        return self.directory(root).is_dir()
+
+    def run(self, root: Path) -> None:
+        """Does the work here and now; its needs must be done."""
+        final = self.directory(root)
+        partial = final.with_name(f"{final.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        began = time.time()
+        self.work(partial, {stage.name: stage.directory(root) for stage in self.needs}, **self.parameters)
+        record = {"name": self.name, "seconds": round(time.time() - began, 1), "parameters": dict(self.parameters)}
+        (partial / "stage.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        partial.rename(final)
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """One run at a time in a directory; the lock dies with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LorsError(f"{root}: another experiment is running here") from None
+        yield
+
+
+def run_stage(stages: Sequence[Stage], name: str, root: Path) -> None:
+    """Runs one stage alone, in this process."""
+    by_name = {stage.name: stage for stage in stages}
+    if name not in by_name:
+        raise LorsError(f"stage: no {name!r}{nearest(name, by_name)}")
+    stage = by_name[name]
+    missing = [need.name for need in stage.needs if not need.done(root)]
+    if missing:
+        raise LorsError(f"stage {name}: needs {', '.join(missing)} first")
+    if not stage.done(root):
+        stage.run(root)
+
+
+def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
+    """Runs what is not done yet, `jobs` processes at a time. The first failure lets the others finish and is raised."""
+    # A fork server imports torch and transformers once; stages start in milliseconds and share no state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    waiting = [stage for stage in stages if not stage.done(root)]
+    done = len(stages) - len(waiting)
+    if done:
+        report(f"{done} of {len(stages)} stages were already done")
+    running: dict[Any, tuple[Stage, Any, float]] = {}
+    failure: str | None = None
+    try:
+        while waiting or running:
+            while failure is None and len(running) < jobs and (stage := _ready(waiting, root)) is not None:
+                waiting.remove(stage)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(stage, root, sender), daemon=True)
+                process.start()
+                sender.close()
+                running[process.sentinel] = (stage, (process, receiver), time.monotonic())
+            if not running:
+                break
+            for sentinel in wait(list(running)):
+                stage, (process, receiver), began = running.pop(sentinel)
+                process.join()
+                if process.exitcode == 0:
+                    done += 1
+                    report(f"[{done}/{len(stages)}] {stage.name}: {time.monotonic() - began:.0f} s")
+                elif failure is None:
+                    said = receiver.recv() if receiver.poll() else f"killed (exit code {process.exitcode})"
+                    failure = f"stage {stage.name}: {said}; run the same command again to continue"
+    finally:
+        for _, (process, _), _ in running.values():
+            process.terminate()
+    if failure is not None:
+        raise LorsError(failure)
+
+
+def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
+    return next((stage for stage in waiting if all(need.done(root) for need in stage.needs)), None)
+
+
+def _child(stage: Stage, root: Path, sender: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    (root / "logs").mkdir(exist_ok=True)
+    with (root / "logs" / f"{stage.name}.log").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            stage.run(root)
+        except LorsError as error:
+            sender.send(str(error))
+            sys.exit(2)
+        except BaseException as error:
+            traceback.print_exc()
+            sender.send(f"{type(error).__name__}: {error} (see {log.name})")
+            sys.exit(1)

@@ -1,0 +1,56 @@
+"""Speech tests use the recordings and bases that come with the package: no network, no espeak-ng, no mocks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lors.speech.config import Config, Data, Grid
+from lors.speech.corpus import Corpus, load_corpus
+from lors.speech.demo import RECORDINGS
+
+for module in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):
+    pytest.importorskip(module, reason="the speech extra is not installed")
+
+# One thread: a 128-wide model is slower on two, and much slower on two that others use. Child processes too.
+os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def catalan(recordings: Path) -> Corpus:
+    """Twenty-five hard test utterances."""
+    return load_corpus(recordings, languages="ca", split="test")
+
+
+def cut_config() -> Config:
+    """`quick` on the shipped recordings, cut to fit a test run: two experts, three languages."""
+    return Config(
+        name="cut",
+        base="tiny",
+        data=Data(source=str(RECORDINGS), dev=8, test=25),
+        experts=("ca", "es"),
+        languages=("ca", "es", "pt"),
+        training={"max_steps": 60, "learning_rate": 4e-4, "warmup_steps": 5, "save_steps": 30},
+        grids={
+            "task_arithmetic": Grid(method="task_arithmetic", parameters={"lam": [0.3, 0.6]}),
+            "lors": Grid(method="lors", parameters={"rank": [4], "density": [0.3], "lam": [0.5, 0.9]}),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cut experiment, run once for all tests."""
+    from lors.speech import run_experiment
+
+    root = tmp_path_factory.mktemp("experiment")
+    run_experiment(cut_config(), root, jobs=2, report=lambda line: None)
+    return root

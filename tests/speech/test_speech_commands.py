@@ -1,0 +1,86 @@
+"""The sub-commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from lors.errors import LorsError
+from lors.speech.commands import COMMANDS
+from typer.testing import CliRunner
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    return app
+
+
+def _run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(_app(), [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_importing_the_commands_is_light() -> None:
+    code = "import sys, lors.speech.commands; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
+
+
+def test_finetune_and_evaluate(tmp_path: Path, recordings: Path) -> None:
+    common = ("--data", recordings, "--device", "cpu")
+    said = _run(
+        *("finetune", "--model_name_or_path", "tiny", "--language", "ca", "--task", "both", "-o", tmp_path / "ca"),
+        *(*common, "--max_steps", 3, "--learning-rate", "4e-4", "--train", "matrices", "--json"),
+    )
+    assert json.loads(said)["steps"] == 3 and json.loads(said)["tasks"] == ["transcribe", "translate"]
+    said = _run(
+        *("evaluate", "tiny", tmp_path / "ca", "--languages", "ca,es", "--tasks", "transcribe,translate", *common),
+        *("--limit", 8, "--compare", "ca,tiny", "-o", tmp_path / "scores"),
+    )
+    assert "WER of ca minus tiny" in said and "BLEU of ca minus tiny" in said and "tok:13a" in said
+    assert len(json.loads((tmp_path / "scores" / "scores.json").read_text())) == 8
+    assert len(list((tmp_path / "scores" / "answers").iterdir())) == 8
+
+
+def test_experiment_lists_its_stages(tmp_path: Path) -> None:
+    said = _run("experiment", "quick", "-o", tmp_path, "--list", "--seeds", "5")
+    assert "test-lors-s5" in said and "done" not in said
+    with pytest.raises(LorsError, match=r"expected data\.synth or data\.source"):
+        _run("experiment", "covost-small", "-o", tmp_path, "--list")
+    assert "expert-it-s0" in _run(
+        "experiment", "covost-small", "-o", tmp_path, "--list", "--data", "covost2:x", "--device", "cpu"
+    )
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_synth(tmp_path: Path) -> None:
+    said = _run(
+        "synth", tmp_path / "c", "--languages", "ca,sv", "--train", 0, "--dev", 1, "--test", 2, "--format", "wav"
+    )
+    assert said.startswith("6 utterances") and len(list((tmp_path / "c").rglob("*.wav"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca"), "cannot read x.tsv"),
+        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--tasks", "sing"), "task: expected transcribe"),
+        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--dtype", "int8"), "--dtype: expected float32"),
+        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--device", "tpux"), "cannot read x.tsv|device"),
+        (("experiment", "quick", "-o", "x", "--list", "--seeds", "a"), "--seeds: expected numbers"),
+        (("synth", "x", "--languages", "eo", "--dev", "0", "--test", "0"), "no sentences in 'eo'"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(LorsError, match=said):
+        _run(*arguments)

@@ -1,0 +1,254 @@
+"""Loaders on miniature corpora in the formats they have on disk, and audio files of every kind."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lors.errors import LorsError
+from lors.speech.audio import AudioFile, duration, read_audio
+from lors.speech.corpus import Corpus, by_task, load_corpus
+from lors.speech.features import features, log_mel
+from lors.speech.languages import fleurs_code, parse_languages, whisper_code
+from lors.speech.whisper import load_processor
+
+
+def _tsv(path: Path, *rows: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(row.replace("|", "\t") for row in rows) + "\n", "utf-8")
+    return path
+
+
+def _tone(seconds: float = 0.5, rate: int = 16000) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ languages
+
+
+def test_codes() -> None:
+    assert whisper_code("sv-SE") == whisper_code("sv_se") == "sv" and whisper_code("cmn_hans_cn") == "zh"
+    assert fleurs_code("es") == "es_419" and parse_languages("ca, sv-SE,ca") == ("ca", "sv")
+    with pytest.raises(LorsError, match="at least one code"):
+        parse_languages(" , ")
+
+
+# ---------------------------------------------------------------------------------------------------------- audio
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        ("wav", {}),
+        ("flac", {}),
+        ("mp3", {"format": "MP3"}),
+        ("ogg", {"format": "OGG", "subtype": "VORBIS"}),
+        ("opus", {"format": "OGG", "subtype": "OPUS"}),
+    ],
+)
+def test_formats_give_the_same_tone(tmp_path: Path, suffix: str, options: dict[str, str]) -> None:
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, _tone(1.0), 16000, **options)
+    samples = read_audio(AudioFile(path))
+    assert samples.dtype == np.float32 and abs(len(samples) - 16000) < 1600
+    assert np.argmax(np.abs(np.fft.rfft(samples[2000:10000]))) == 220  # 440 Hz in half a second
+
+
+def test_48_khz_stereo_is_mixed_and_resampled(tmp_path: Path) -> None:
+    left = _tone(1.0, 48000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, np.zeros_like(left)], 1), 48000)
+    samples = read_audio(AudioFile(tmp_path / "a.wav"))
+    assert len(samples) == 16000 and np.abs(samples[4000:12000]).max() == pytest.approx(0.15, rel=0.02)
+    assert duration(AudioFile(tmp_path / "a.wav")) == pytest.approx(1.0)
+
+
+def test_a_part_of_a_file(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.arange(16000, dtype=np.int16), 16000)
+    part = read_audio(AudioFile(tmp_path / "a.wav", start=0.25, seconds=0.5)) * 32768
+    assert part.tolist() == list(range(4000, 12000))
+
+
+def test_unusable_audio(tmp_path: Path) -> None:
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.mp3").write_text("not audio at all")
+    soundfile.write(tmp_path / "zero.wav", np.zeros(0, np.float32), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
+    for name, said in [
+        ("absent.wav", "cannot read audio"),
+        ("empty.wav", "cannot read audio"),
+        ("text.mp3", "cannot read audio"),
+        ("zero.wav", "expected samples, got a file of length 0"),
+        ("nan.wav", "expected finite samples"),
+    ]:
+        with pytest.raises(LorsError, match=said) as error:
+            read_audio(AudioFile(tmp_path / name))
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- manifest
+
+
+def test_tsv_manifest(tmp_path: Path) -> None:
+    rows = ["id|audio|text|translation|language|split", 'a|a.wav|una "cita|a quote|ca|train', "b|b.wav|zwei||de|train",
+            "c|c.wav|tres|three|ca|test"]  # fmt: skip
+    path = _tsv(tmp_path / "m.tsv", *rows)
+    corpus = load_corpus(path, languages="ca,de")
+    assert [(u.id, u.text, u.translation, u.language) for u in corpus] == [
+        ("a", 'una "cita', "a quote", "ca"),
+        ("b", "zwei", None, "de"),
+    ]
+    assert corpus[0].audio == AudioFile(tmp_path / "a.wav")
+    assert [u.id for u in by_task(corpus, "translate")] == ["a"]
+    assert [u.id for u in load_corpus(path, languages="ca", split="test")] == ["c"]
+
+
+def test_jsonl_manifest(tmp_path: Path) -> None:
+    lines = [{"audio": f"{i}.wav", "sentence": str(i), "language": "sv-SE"} for i in range(3)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv", limit=2)] == ["0.wav", "1.wav"]
+
+
+def test_length_filter(tmp_path: Path) -> None:
+    for name, seconds in (("a", 0.2), ("b", 3.0), ("c", 0.4)):
+        soundfile.write(tmp_path / f"{name}.wav", _tone(seconds), 16000)
+    path = _tsv(tmp_path / "m.tsv", "audio|text|language", *(f"{n}.wav|x|ca" for n in "abc"))
+    assert [u.id for u in load_corpus(path, languages="ca", max_seconds=1, limit=2)] == ["a.wav", "c.wav"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["id|audio|language", "a|a.wav|ca"], "expected a column 'text' or 'sentence' or 'transcription'"),
+        (["id|audio|text", "a|a.wav|x"], "expected a column 'language'"),
+        (["id|audio|text|language", "a|a.wav|x|ca", "a|b.wav|y|ca"], "expected ids that differ, got 'a' twice"),
+        (["id|audio|text|language", "a|a.wav|x"], "m.tsv:2: expected 4 columns"),
+        (["id|audio|text|language", "a|a.wav|x|ca|de"], "m.tsv:2: expected 4 columns"),
+        (["id|audio|text|language", "a|a.wav|x|da"], "no 'ca' in split 'train', did you mean 'da'|no 'ca'"),
+        (["id|audio|text|language|seconds", "a|a.wav|x|ca|long"], "row 1: expected seconds"),
+    ],
+)
+def test_wrong_manifests(tmp_path: Path, rows: list[str], said: str) -> None:
+    with pytest.raises(LorsError, match=said):
+        load_corpus(_tsv(tmp_path / "m.tsv", *rows), languages="ca")
+
+
+def test_wrong_files(tmp_path: Path) -> None:
+    (tmp_path / "latin.tsv").write_bytes("audio\ttext\tlanguage\na.wav\tñ\tca\n".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"audio": \n')
+    for name, said in [
+        ("latin.tsv", "expected UTF-8 text, got byte 0xf1"),
+        ("broken.jsonl", "one JSON object per line"),
+        ("absent.tsv", "cannot read"),
+        ("x.csv", "expected a .tsv or .jsonl manifest"),
+    ]:
+        with pytest.raises(LorsError, match=said):
+            load_corpus(tmp_path / name, languages="ca")
+
+
+# ------------------------------------------------------------------------------------------------- public corpora
+
+
+@pytest.fixture
+def common_voice(tmp_path: Path, catalan: Corpus) -> Path:
+    """cv/<code>/{clips/*.mp3, train.tsv, validated.tsv} with the columns of Common Voice 4 and later."""
+    root = tmp_path / "cv" / "sv-SE"
+    (root / "clips").mkdir(parents=True)
+    header = "client_id|path|sentence|up_votes|down_votes|age|gender|accent"
+    rows = [f"0a{i}|common_voice_sv-SE_{i}.mp3|{u.text}|2|0||| " for i, u in enumerate(catalan[:4])]
+    for i, u in enumerate(catalan[:4]):
+        soundfile.write(root / "clips" / f"common_voice_sv-SE_{i}.mp3", read_audio(u.audio), 16000, format="MP3")
+    _tsv(root / "train.tsv", header, *rows[:2])
+    _tsv(root / "validated.tsv", header, *rows)
+    return tmp_path / "cv"
+
+
+def test_common_voice(common_voice: Path, catalan: Corpus) -> None:
+    for place in (common_voice, common_voice / "sv-SE"):
+        corpus = load_corpus(f"common_voice:{place}", languages="sv")
+        assert [u.text for u in corpus] == [u.text for u in catalan[:2]] and corpus[0].translation is None
+        assert len(read_audio(corpus[0].audio)) > 8000
+    with pytest.raises(LorsError, match="expected ca/clips or clips"):
+        load_corpus(f"common_voice:{common_voice}", languages="ca")
+    with pytest.raises(LorsError, match=r"cannot read .*test.tsv"):
+        load_corpus(f"common_voice:{common_voice}", languages="sv", split="test")
+
+
+def test_covost_by_the_official_rule(common_voice: Path) -> None:
+    names = [f"common_voice_sv-SE_{i}.mp3" for i in range(4)]
+    _tsv(
+        common_voice / "covost_v2.sv-SE_en.tsv",
+        "path|translation|split",
+        f"{names[0]}|zero|train",
+        f"{names[1]}|one|dev",
+        f"{names[2]}|two|train_covost",
+        f"{names[3]}|three|test",
+        "common_voice_sv-SE_99.mp3|not validated|train",
+    )
+    source = f"covost2:{common_voice}"
+    assert [(u.id, u.translation) for u in load_corpus(source, languages="sv")] == [
+        (names[0], "zero"),
+        (names[2], "two"),
+    ]
+    assert [u.translation for u in load_corpus(source, languages="sv", split="dev")] == ["one"]
+    assert [u.translation for u in load_corpus(source, languages="sv", split="test")] == ["three"]
+
+
+def test_covost_ready_split(common_voice: Path) -> None:
+    rows = ["path|sentence|translation|client_id", "common_voice_sv-SE_1.mp3|ett|one|0a"]
+    _tsv(common_voice / "sv-SE" / "covost_v2.sv-SE_en.dev.tsv", *rows)
+    assert [u.text for u in load_corpus(f"covost2:{common_voice}", languages="sv", split="dev")] == ["ett"]
+    with pytest.raises(LorsError, match=r"covost_v2.sv-SE_en.test.tsv or covost_v2.sv-SE_en.tsv, got neither"):
+        load_corpus(f"covost2:{common_voice}", languages="sv", split="test")
+
+
+def test_fleurs(tmp_path: Path, catalan: Corpus) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def write(code: str, ids: list[int], texts: list[str]) -> None:
+        audio = []
+        for utterance in catalan[: len(ids)]:
+            stream = io.BytesIO()
+            soundfile.write(stream, read_audio(utterance.audio), 16000, format="WAV")
+            audio.append({"bytes": stream.getvalue(), "path": f"{utterance.id}.wav"})
+        (tmp_path / code).mkdir()
+        columns = {"id": ids, "raw_transcription": texts, "audio": audio, "num_samples": [1] * len(ids)}
+        pq.write_table(pa.table(columns), tmp_path / code / "validation-00000-of-00001.parquet", row_group_size=2)
+
+    write("ca_es", [7, 7, 9], [u.text for u in catalan[:3]])
+    write("en_us", [9, 11], ["Nine.", "Eleven."])
+    corpus = load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
+    assert [u.translation for u in corpus] == [None, None, "Nine."] and len({u.id for u in corpus}) == 3
+    for read, original in zip(corpus, catalan, strict=False):
+        assert read.text == original.text
+        np.testing.assert_allclose(read_audio(read.audio), np.clip(read_audio(original.audio), -1, 1), atol=2**-14)
+    with pytest.raises(LorsError, match=r"expected de_de/validation-\*.parquet, got none"):
+        load_corpus(f"fleurs:{tmp_path}", languages="de", split="dev")
+
+
+# ------------------------------------------------------------------------------------------------------- features
+
+
+def test_features_are_cached_by_content(tmp_path: Path) -> None:
+    extractor = load_processor("tiny").feature_extractor
+    path = _tsv(tmp_path / "m.tsv", "audio|text|language", "a.wav|x|ca")
+    soundfile.write(tmp_path / "a.wav", _tone(), 16000)
+    corpus = load_corpus(path, languages="ca")
+    first = features(corpus, extractor, tmp_path / "cache")
+    assert np.array_equal(first, log_mel(corpus, extractor)) and first.shape == (1, 80, 200)
+    stamp = next((tmp_path / "cache").iterdir()).stat().st_mtime_ns
+    features(corpus, extractor, tmp_path / "cache")
+    assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
+    soundfile.write(tmp_path / "a.wav", 0.1 * _tone(0.7), 16000)
+    assert not np.array_equal(first, features(corpus, extractor, tmp_path / "cache"))
+
+
+def test_overlong_audio_is_an_error(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", _tone(2.5), 16000)
+    path = _tsv(tmp_path / "m.tsv", "audio|text|language", "a.wav|x|ca")
+    with pytest.raises(LorsError, match=r"expected at most 2 s, the model's window, got 2.5 s"):
+        log_mel(load_corpus(path, languages="ca"), load_processor("tiny").feature_extractor)

@@ -1,0 +1,174 @@
+"""The cut `quick` experiment: what it finds, that kernels and reference agree in every word, that it can be cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import cut_config
+from lors import merge
+from lors.errors import LorsError
+from lors.speech import evaluate, run_experiment
+from lors.speech.config import Grid, load_config, shipped_configs
+from lors.speech.experiment import build_stages
+from lors.speech.report import print_tables
+
+
+@pytest.fixture(scope="session")
+def results(finished: Path) -> dict[str, Any]:
+    return dict(json.loads((finished / "results.json").read_text()))
+
+
+def _wer(results: dict[str, Any], model: str, group: str = "experts") -> float:
+    return float(results["models"][model]["means"][f"transcribe/{group}"]["mean"])
+
+
+def test_experts_beat_the_base_by_a_wide_margin(results: dict[str, Any]) -> None:
+    assert 50 < _wer(results, "base") < 80
+    assert _wer(results, "own expert") < 0.7 * _wer(results, "base")
+
+
+def test_merges_beat_the_base_and_lose_to_each_languages_own_expert(results: dict[str, Any]) -> None:
+    for method in ("task_arithmetic", "lors"):
+        assert _wer(results, method) < 0.9 * _wer(results, "base"), method
+        assert _wer(results, method, "others") < _wer(results, "base", "others"), method
+        assert 0 < results["models"][method]["normalised"]["mean"] < 1.1, method
+
+
+def test_kernels_and_reference_give_the_same_words(results: dict[str, Any]) -> None:
+    assert results["reference"] == {"utterances": 75, "differing": 0}
+
+
+def test_chosen_on_dev_with_equal_budgets(results: dict[str, Any]) -> None:
+    assert {len(grid["tried"]) for grid in results["grids"].values()} == {2}
+    for grid in results["grids"].values():
+        assert grid["chosen"][0]["wer"] == min(record["mean"] for record in grid["tried"])
+
+
+def test_report_shows_every_number(finished: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    page = (finished / "report.html").read_text()
+    for text in (f"{_wer(results, 'lors'):.2f}", "lambda 0.5", "paired bootstrap", "σ(r+1)/σ(r)", "<svg"):
+        assert text in page
+    print_tables(finished)
+    assert f"{_wer(results, 'base'):.2f}" in capsys.readouterr().out
+
+
+def test_merging_the_files_gives_the_words_of_the_experiment(
+    finished: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    config = cut_config()
+    stages = {stage.name: stage.directory(finished) for stage in build_stages(config)}
+    setting = results["grids"]["lors"]["chosen"][0]["setting"]
+    experts = {language: stages[f"expert-{language}-s0"] / "model" for language in config.experts}
+    from lors.speech.whisper import SHIPPED
+
+    merge(SHIPPED["tiny"], experts, tmp_path / "merged", "lors", out_dtype="float32", durable=False, **setting)
+    evaluation = evaluate(tmp_path / "merged", data=config.data.source or "", languages=config.languages)
+    lines = (stages["test-lors-s0"] / "answers.jsonl").read_text().splitlines()
+    assert [a.hypothesis for r in evaluation.results for a in r.answers] == [json.loads(x)["hypothesis"] for x in lines]
+
+
+def test_a_finished_experiment_does_nothing_and_a_new_method_only_itself(finished: Path, tmp_path: Path) -> None:
+    config = cut_config()
+    said: list[str] = []
+    run_experiment(config, finished, jobs=1, report=said.append)
+    assert said == ["9 of 9 stages were already done"]
+    grids = {**config.grids, "svp": Grid(method="svp", parameters={"rank": [4], "lam": [0.5, 0.9]})}
+    changed = config.model_copy(update={"grids": grids})
+    todo = [stage.name for stage in build_stages(changed) if not stage.done(finished)]
+    assert todo == ["dev-svp-s0", "test-svp-s0"]
+    other = config.model_copy(update={"training": {**config.training, "learning_rate": 1e-4}})
+    assert [stage.name for stage in build_stages(other) if stage.done(finished)] == ["test-base"]
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    """SIGKILL to the whole group while experts train; the second run keeps what was finished and completes."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "if __name__ == '__main__':\n"
+        "    from conftest import cut_config\n"
+        "    from lors.speech import run_experiment\n"
+        "    c = cut_config()\n"
+        "    c = c.model_copy(update={'experts': ('ca',), 'languages': ('ca',), 'grids': {}})\n"
+        "    run_experiment(c, sys.argv[1], jobs=2, report=lambda line: print(line, flush=True))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(
+        (tmp_path / "out" / "stages").glob("expert-*.partial/model.checkpoints/*/checkpoint-30/trainer_state.json")
+    ):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out" / "report.html").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "1 of 3 stages were already done" in done.stdout and (tmp_path / "out" / "report.html").exists()
+    trained = next((tmp_path / "out" / "stages").glob("expert-ca-s0-*/model/training.json"))
+    assert json.loads(trained.read_text())["resumed_from"] >= 30
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_shipped_configurations_are_valid() -> None:
+    assert shipped_configs() == ["clean", "covost-small", "fleurs", "hard", "quick"]
+    for name in shipped_configs():
+        load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [de]", "'ca' is missing"),
+        ("name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\nspeed: 9", "speed: Extra inputs"),
+        (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ntraining: {steps: 9}",
+            "training: .*steps",
+        ),
+        (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ngrids:\n"
+            "  task_arithmetic: {method: task_arithmetic, parameters: {lam: [1, 2, 3]}}\n"
+            "  lors: {method: lors, parameters: {rank: [1, 2], lam: [1, 2]}}",
+            "expected the same number of settings for every method",
+        ),
+        (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ngrids: {a: {method: lorz}}",
+            "unknown method 'lorz', did you mean 'lors'",
+        ),
+        ("- 1", "expected a mapping"),
+    ],
+)
+def test_wrong_configurations(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "x.yml").write_text(text)
+    with pytest.raises(LorsError, match=said) as error:
+        load_config(tmp_path / "x.yml")
+    assert "x.yml" in str(error.value)
+
+
+def test_configuration_that_is_not_there() -> None:
+    with pytest.raises(LorsError, match="shipped configurations: clean, covost-small"):
+        load_config("quik")
+
+
+def test_failing_stage_is_one_line_and_names_the_stage(tmp_path: Path) -> None:
+    config = cut_config().model_copy(update={"languages": ("ca", "es", "fi")})
+    with pytest.raises(LorsError, match=r"stage test-base: .*no 'fi' in split 'test'.*run the same command again"):
+        run_experiment(config, tmp_path / "x", jobs=1, report=lambda line: None)
+
+
+def test_stages_alone(tmp_path: Path) -> None:
+    with pytest.raises(LorsError, match="stage test-lors-s0: needs expert-ca-s0, expert-es-s0, dev-lors-s0 first"):
+        run_experiment(cut_config(), tmp_path / "x", stage="test-lors-s0")
+    with pytest.raises(LorsError, match="no 'test-bass', did you mean 'test-base'"):
+        run_experiment(cut_config(), tmp_path / "x", stage="test-bass")

@@ -1,0 +1,103 @@
+"""Scores against numbers worked out by hand, and against jiwer and sacrebleu called directly."""
+
+from __future__ import annotations
+
+import jiwer
+import numpy as np
+import pytest
+import sacrebleu
+from lors.errors import LorsError
+from lors.speech.scoring import Statistics, metric, normaliser, paired_bootstrap, score
+
+
+def test_wer_by_hand() -> None:
+    # "Eins zwei drei" / "eins zwo drei vier": 1 substitution + 1 insertion; "fünf!" / "": 1 deletion; 4 words in all.
+    result, statistics = score(
+        ["Eins, zwei drei.", "fünf!"], ["eins zwo drei vier", ""], language="de", task="transcribe"
+    )
+    assert result.wer == pytest.approx(100 * 3 / 4)
+    assert statistics.errors.tolist() == [2, 1] and statistics.words.tolist() == [3, 1]
+    # Raw: "Eins," "drei." and "zwei" differ, "vier" is inserted, "fünf!" is deleted.
+    assert result.wer_raw == pytest.approx(100 * 5 / 4)
+    assert result.unit == "WER" and result.bleu is None and result.bleu_signature is None
+
+
+def test_corpus_level_is_not_a_mean_of_utterances() -> None:
+    result, _ = score(["a b c d e f g h i", "x"], ["a b c d e f g h i", "y"], language="es", task="transcribe")
+    assert result.wer == pytest.approx(10.0)  # the mean of 0 % and 100 % would be 50
+
+
+def test_cer_by_hand() -> None:
+    result, _ = score(["abcd"], ["abxd"], language="ca", task="transcribe")
+    assert result.cer == pytest.approx(25.0)
+
+
+def test_empty_references_are_dropped_and_counted() -> None:
+    result, statistics = score(["...", "sí", ""], ["noise", "sí", "no"], language="es", task="transcribe")
+    assert (result.utterances, result.dropped, result.wer) == (3, 2, 0.0)
+    assert statistics.words.tolist() == [0, 1, 0] and statistics.errors.tolist() == [0, 0, 0]
+    with pytest.raises(LorsError, match="expected references with words in 'es', got 1 empty"):
+        score(["—"], ["x"], language="es", task="transcribe")
+
+
+def test_diacritics_count_and_case_does_not() -> None:
+    assert score(["mañana"], ["manana"], language="es", task="transcribe")[0].wer == 100
+    assert score(["Mañana"], ["mañana"], language="es", task="transcribe")[0].wer == 0
+
+
+def test_languages_without_spaces_are_scored_by_character() -> None:
+    result, statistics = score(["你好世界"], ["你好世間"], language="zh", task="transcribe")
+    assert result.unit == "CER" and result.wer == pytest.approx(25.0) and statistics.words.tolist() == [4]
+
+
+def test_english_uses_whispers_english_normaliser() -> None:
+    assert normaliser("en")("It's twenty-one, isn't it?") == normaliser("en")("it is 21 is not it")
+
+
+def test_against_jiwer_and_sacrebleu() -> None:
+    references = ["Monday January fifth", "three hundred and twelve", "Friday May the first"]
+    hypotheses = ["Monday January sixth", "three hundred twelve", "Friday May first"]
+    result, statistics = score(references, hypotheses, language="en", task="translate")
+    assert result.wer_raw == pytest.approx(100 * jiwer.wer(references, hypotheses))
+    bleu = sacrebleu.corpus_bleu(hypotheses, [references])
+    assert result.bleu == pytest.approx(bleu.score)
+    assert result.chrf == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references], word_order=2).score)
+    assert (
+        result.bleu_signature is not None
+        and "tok:13a" in result.bleu_signature
+        and "case:mixed" in result.bleu_signature
+    )
+    # The per-utterance counts add up to the corpus score, so resampling them resamples BLEU itself.
+    assert metric(statistics, "bleu")[0] == pytest.approx(bleu.score)
+    twice = metric(statistics, "bleu", np.array([[2.0, 0.0, 1.0]]))[0]
+    again = sacrebleu.corpus_bleu([hypotheses[0]] * 2 + hypotheses[2:], [[references[0]] * 2 + references[2:]])
+    assert twice == pytest.approx(again.score)
+
+
+def _counts(errors: list[int], words: int = 4) -> Statistics:
+    return Statistics(np.array(errors), np.full(len(errors), words), None)
+
+
+def test_bootstrap_tells_a_real_difference_from_chance() -> None:
+    rng = np.random.default_rng(0)
+    worse, better = rng.integers(1, 4, 200).tolist(), rng.integers(0, 2, 200).tolist()
+    interval = paired_bootstrap({"ca": _counts(worse)}, {"ca": _counts(better)}, "wer")
+    assert interval.difference == pytest.approx(100 * (sum(worse) - sum(better)) / 800)
+    assert 0 < interval.low < interval.difference < interval.high
+    shuffled = rng.permutation(worse).tolist()
+    chance = paired_bootstrap({"ca": _counts(worse)}, {"ca": _counts(shuffled)}, "wer")
+    assert chance.difference == pytest.approx(0) and chance.low < 0 < chance.high
+
+
+def test_bootstrap_is_paired() -> None:
+    # One error more on every utterance: whatever is drawn, the difference is the same.
+    errors = np.random.default_rng(1).integers(0, 4, 50)
+    interval = paired_bootstrap({"ca": _counts((errors + 1).tolist())}, {"ca": _counts(errors.tolist())}, "wer")
+    assert interval.low == pytest.approx(25) and interval.high == pytest.approx(25)
+
+
+def test_bootstrap_refuses_other_utterances() -> None:
+    with pytest.raises(LorsError, match="same utterances of 'ca'"):
+        paired_bootstrap({"ca": _counts([1, 2])}, {"ca": _counts([1, 2], words=5)}, "wer")
+    with pytest.raises(LorsError, match="same languages"):
+        paired_bootstrap({"ca": _counts([1])}, {"de": _counts([1])}, "wer")

@@ -1,0 +1,81 @@
+"""Variations of LoRS against what they must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lors.speech.merged import Merger
+from lors.speech.whisper import load_model, load_processor
+
+SETTING = {"rank": 4, "density": 0.2, "rest": "task_arithmetic"}
+
+
+@pytest.fixture(scope="module")
+def merger() -> Merger:
+    """The base, and three experts that differ from it by a low rank and noise."""
+    network = load_model("tiny")
+    base = {name: value.clone() for name, value in network.state_dict().items() if name != "proj_out.weight"}
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        noise = 0.01 * torch.randn(value.shape, generator=generator)
+        if value.ndim == 2:
+            left, right = (torch.randn(size, 3, generator=generator) for size in value.shape)
+            noise += 0.02 * left @ right.T
+        return value + noise
+
+    experts = {f"expert-{i}": {name: moved(value) for name, value in base.items()} for i in range(3)}
+    return Merger(base, experts, network, load_processor("tiny"))
+
+
+def _merged(merger: Merger, method: str, **setting: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in merger.merge(method, {**SETTING, **setting}).state_dict().items()}
+
+
+def _apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+def test_equal_factors_are_lors(merger: Merger) -> None:
+    plain = _merged(merger, "lors", lam=0.4)
+    assert _apart(plain, _merged(merger, "lors_scaled", low=0.4, sparse=0.4)) < 1e-6
+    assert _apart(plain, _merged(merger, "lors_scaled", low=0.4, sparse=0.8)) > 1e-3
+
+
+def test_no_sparse_part_is_svp(merger: Merger) -> None:
+    svp = merger.weights("svp", {"rank": 4, "lam": 0.4, "rest": "task_arithmetic"})
+    scaled = _merged(merger, "lors_scaled", low=0.4, sparse=0.0)
+    assert max(float((scaled[name] - svp[name]).abs().max()) for name in svp) < 1e-6
+
+
+def test_one_expert_elects_itself(merger: Merger) -> None:
+    name = "expert-0"
+    alone = Merger(merger.base, {name: merger.experts[name]}, merger.network, merger.processor)
+    assert _apart(_merged(alone, "lors", lam=0.4), _merged(alone, "lors_elect", lam=0.4)) < 1e-6
+
+
+def test_election_drops_the_minority(merger: Merger) -> None:
+    first = merger.experts["expert-0"]
+    mirror = {n: merger.base[n] - 0.5 * (first[n] - merger.base[n]) for n in first}
+    pair = Merger(merger.base, {"expert-0": first, "expert-1": mirror}, merger.network, merger.processor)
+    alone = Merger(merger.base, {"expert-0": first}, merger.network, merger.processor)
+    # The mirror's entries have the other sign and half the size everywhere: only the first expert's S remains.
+    elected, low = _merged(pair, "lors_elect", lam=0.4), pair.weights("svp", {"rank": 4, "lam": 0.4})
+    single, single_low = _merged(alone, "lors", lam=0.4), alone.weights("svp", {"rank": 4, "lam": 0.4})
+    name = "model.encoder.layers.0.fc1.weight"
+    torch.testing.assert_close(elected[name] - low[name], single[name] - single_low[name], atol=1e-6, rtol=0)
+
+
+def test_rank_by_energy(merger: Merger) -> None:
+    setting = {"density": 0.0, "lam": 1.0, "rest": "base"}
+    one = {"expert-0": merger.experts["expert-0"]}
+    alone = Merger(merger.base, one, merger.network, merger.processor)
+    merged = alone.merge("lors_energy", {"energy": 0.9, **setting}).state_dict()
+    for name in alone.matrices():
+        delta = one["expert-0"][name] - merger.base[name]
+        change = merged[name] - merger.base[name]
+        rank = int((torch.linalg.svdvals(change) > 1e-3).sum())
+        held = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
+        assert held[rank - 1] >= 0.9 and (rank == 1 or held[rank - 2] < 0.9), name
