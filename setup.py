@@ -20,10 +20,14 @@ from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 X86_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    # the last two: GCC 12 warns about its own intrinsics' headers
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mpopcnt"),
+        *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
     "portable": [],
 }
@@ -112,6 +116,7 @@ class BuildExt(build_ext):
 
 
 setup(
+    packages=find_packages("python_api") + find_packages(".", include=["lors_kernels*"]),
     cmdclass={"build_ext": BuildExt},
     ext_modules=[
         Pybind11Extension(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import LorsError
+from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
     from .merge_report import MergeReport
@@ -249,3 +250,7 @@ def validate(
         raise LorsError(f"validate: {error}") from None
     if not right:
         raise typer.Exit(1)
+
+
+for _name, _command in SPEECH_COMMANDS.items():
+    app.command(_name)(_command)

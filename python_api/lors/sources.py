@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
@@ -28,7 +29,8 @@ class Slot:
         return self._bytes[skip : skip + nbytes].view(dtype)
 
 
-class Spec(NamedTuple):
+@dataclass(frozen=True)
+class Spec:
     """dtype and shape of one tensor, and whether it can be merged."""
 
     dtype: np.dtype[Any]

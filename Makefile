@@ -1,0 +1,62 @@
+# `make demo` and `make test` need Python >= 3.10, make and a C++ compiler; each prepares its own .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := dev
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo demo-merge test bench check format native sanitize clean espeak
+
+demo: $(VENV)/.installed espeak
+	$(BIN)/python -m lors.speech.demo demo-out
+
+demo-merge: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(MODELS)
+
+test: $(VENV)/.installed espeak
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks all
+
+# torch first and alone: a range in somebody's requirements must not bring another one
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q torch==2.13.0 numpy
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
+	touch $@
+
+# Speech for the demonstration and the tests. Where it cannot be installed, the recordings in the package are used.
+espeak:
+	@command -v espeak-ng >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends espeak-ng >/dev/null; } || \
+	  echo "espeak-ng is not installed (Debian: apt-get install espeak-ng); going on without it"
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernels without Python: plain, and under the sanitizers.
+NATIVE := $(wildcard csrc/cpu/*.cpp csrc/lors/*.cpp) tests/native/native_test.cpp
+build/native-%: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+	mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
+
+native: build/native-plain
+	build/native-plain
+
+sanitize: build/native-address,undefined build/native-thread
+	UBSAN_OPTIONS=halt_on_error=1 build/native-address,undefined
+	build/native-thread
+
+clean:
+	rm -rf build $(VENV) demo-out bench-data lors_kernels/*.so python_api/*.egg-info

@@ -1,0 +1,136 @@
+// The kernels without Python, for the sanitizers: every operation on awkward shapes in buffers of exactly the needed size,
+// on one and on several threads, from several callers at once, against plain loops.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/ops.h"
+#include "cpu/simd.h"
+#include "lors/ordered_key.h"
+
+namespace {
+
+using lors::DType;
+using lors::Matrix;
+
+std::atomic<int> failures{0};
+
+void expect(bool ok, const char* what, int64_t m, int64_t n) {
+    if (ok) return;
+    ++failures;
+    std::fprintf(stderr, "FAILED %s at %lld x %lld\n", what, static_cast<long long>(m), static_cast<long long>(n));
+}
+
+// A matrix in a heap block that ends with its last element, so that reading past it is seen.
+struct Owned {
+    Owned(int64_t m, int64_t n, DType dtype, std::mt19937& random) : bytes(m * n * lors::item_size(dtype)) {
+        std::normal_distribution<float> normal;
+        for (int64_t i = 0; i < m * n; ++i) {
+            const float value = normal(random);
+            const uint16_t half = dtype == DType::kFloat16 ? lors::float_to_half(value) : lors::float_to_bfloat(value);
+            if (dtype == DType::kFloat32) {
+                std::memcpy(bytes.data() + 4 * i, &value, 4);
+            } else {
+                std::memcpy(bytes.data() + 2 * i, &half, 2);
+            }
+        }
+        matrix = {bytes.data(), dtype, m, n, n};
+    }
+    float at(int64_t i, int64_t j) const {
+        switch (matrix.dtype) {
+            case DType::kFloat16: return lors::load_one<DType::kFloat16>(matrix.at(i, 0), j);
+            case DType::kBFloat16: return lors::load_one<DType::kBFloat16>(matrix.at(i, 0), j);
+            default: return lors::load_one<DType::kFloat32>(matrix.at(i, 0), j);
+        }
+    }
+    std::vector<char> bytes;
+    Matrix matrix;
+};
+
+void check(int64_t m, int64_t n, DType base_type, DType tuned_type, int threads, std::mt19937& random) {
+    const Owned base(m, n, base_type, random), tuned(m, n, tuned_type, random);
+    std::vector<float> delta(m * n);
+    for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) delta[i * n + j] = tuned.at(i, j) - base.at(i, j);
+    }
+
+    const int64_t width = 3;
+    std::vector<float> x(n * width), z(n * width);
+    for (float& value : x) value = std::normal_distribution<float>()(random);
+    lors::gram_apply(base.matrix, tuned.matrix, false, x.data(), width, z.data(), threads);
+    double energy = 0, wrong = 0;
+    for (float value : delta) energy += double{value} * value;
+    for (int64_t c = 0; c < width; ++c) {
+        std::vector<double> y(m);
+        for (int64_t i = 0; i < m; ++i) {
+            for (int64_t j = 0; j < n; ++j) y[i] += double{delta[i * n + j]} * x[j * width + c];
+        }
+        for (int64_t j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int64_t i = 0; i < m; ++i) sum += delta[i * n + j] * y[i];
+            wrong = std::max(wrong, std::fabs(sum - z[j * width + c]));
+        }
+    }
+    expect(wrong <= 1e-5 * energy * std::sqrt(double(n)) + 1e-6, "gram_apply", m, n);
+
+    const int64_t rank = std::min<int64_t>({m, n, 5});
+    std::vector<float> left(m * rank), right(n * rank), sigma(rank);
+    const lors::SvdResult svd =
+        lors::truncated_svd(base.matrix, tuned.matrix, rank, 1, left.data(), right.data(), sigma.data(), threads);
+    expect(svd.non_finite == 0, "truncated_svd counts", m, n);
+    expect(std::fabs(svd.energy - energy) <= 1e-4 * energy + 1e-9, "truncated_svd energy", m, n);
+    const lors::LowRank low{left.data(), right.data(), rank};
+
+    for (int64_t k : {int64_t{0}, int64_t{1}, m * n / 3, m * n}) {
+        const lors::Selection found = lors::residual_threshold(base.matrix, tuned.matrix, low, k, threads);
+        std::vector<float> out(m * n);
+        const lors::Expert expert{tuned.matrix, low, found.threshold, 0.5f};
+        lors::UpdateStats stats;
+        lors::merge_update({out.data(), DType::kFloat32, m, n, n}, base.matrix, &expert, 1, &stats, threads);
+        expect(stats.kept == k, "exactly k", m, n);
+        expect(std::fabs(stats.delta_energy - energy) <= 1e-4 * energy + 1e-9, "merge_update energy", m, n);
+        if (k == m * n) {
+            double error = 0;
+            for (int64_t i = 0; i < m * n; ++i) error = std::max(error, std::fabs(double{out[i]} - 0.5 * delta[i]));
+            expect(error <= 1e-5, "merge_update of everything", m, n);
+        }
+    }
+}
+
+void check_ties() {
+    const std::vector<float> equal(30 * 40, -0.25f);
+    const Matrix tuned{equal.data(), DType::kFloat32, 30, 40, 40}, zeros{nullptr, DType::kFloat32, 30, 40, 40};
+    const lors::LowRank none{nullptr, nullptr, 0};
+    for (int64_t k = 1; k <= 1200; k += 37) {
+        const lors::Threshold t = lors::residual_threshold(zeros, tuned, none, k, 2).threshold;
+        expect(t.value == 0.25f && t.ties == k && (t.cut == k || k == 1200), "ties in row-major order", 30, 40);
+    }
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(7);
+    const std::pair<int64_t, int64_t> shapes[] = {{1, 1},   {1, 50},   {50, 1},   {2, 3},    {15, 17},
+                                                  {16, 16}, {33, 129}, {129, 33}, {300, 64}, {64, 300}};
+    const DType types[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+    int step = 0;
+    for (const auto& [m, n] : shapes) {
+        for (int threads : {1, 3}) check(m, n, types[step % 3], types[step / 3 % 3], threads, random), ++step;
+    }
+    check_ties();
+    std::vector<std::thread> callers;  // the pool serves one caller at a time; the others work alone
+    std::vector<std::mt19937> generators(4, random);
+    for (std::mt19937& generator : generators) {
+        callers.emplace_back([&generator] { check(200, 90, DType::kFloat32, DType::kFloat32, 2, generator); });
+    }
+    for (std::thread& caller : callers) caller.join();
+    std::printf("native tests (%s): %d failures\n", lors::kIsa, failures.load());
+    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}
