@@ -51,7 +51,7 @@ def find_cuda() -> Path | None:
             raise SystemExit("LORS_BUILD_CUDA=1: expected nvcc on the PATH, found none")
         return None
     # nvcc may be a link or a script: it says itself where it lives
-    said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
     return next((Path(line.split("TOP=")[1]).resolve() for line in said.splitlines() if "TOP=" in line), None)
 
 
@@ -67,7 +67,7 @@ def compile_cuda(folder: Path) -> list[str]:
         target = folder / f"{Path(source).stem}.cu.o"
         if not target.exists() or target.stat().st_mtime < newest:
             command = ["nvcc", *flags, *codes, f'-DLORS_CUDA_ARCHS="{CUDA_NAME}"', "-c", source, "-o", str(target)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             (folder / f"{Path(source).stem}.resources.txt").write_text(done.stderr)
             if done.returncode:
                 target.unlink(missing_ok=True)

@@ -128,7 +128,7 @@ class GroupStats(NamedTuple):
 
     def stats(self) -> list[UpdateStats]:
         rows = zip(self.energy.tolist(), self.kept.tolist(), self.non_finite.tolist(), strict=True)
-        return [UpdateStats(*energy, kept, bad) for energy, kept, bad in rows]
+        return [UpdateStats(energy[0], energy[1], energy[2], kept, bad) for energy, kept, bad in rows]
 
 
 class GroupSVD(NamedTuple):

@@ -25,7 +25,12 @@ from lors_kernels.grouped import (
     truncated_svd_group,
 )
 from lors_kernels.testing.cases import CASES, Case, by_name
-from lors_kernels.testing.numerics import delta_of, exact_selection, judge_low_rank, selected
+from lors_kernels.testing.numerics import (
+    delta_of,
+    exact_selection,
+    judge_low_rank,
+    selected,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -141,7 +141,7 @@ def test_a_device_that_is_not_there() -> None:
 
 
 def test_devices_share_by_bytes() -> None:
-    base, experts = states(layers=4)
+    base, _ = states(layers=4)
     engine: Any = engine_gpu.GpuEngine.__new__(engine_gpu.GpuEngine)
     engine.devices = ("cuda:0", "cuda:1")
     from lors.engine import Work

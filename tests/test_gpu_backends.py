@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from gpu_suite import *  # noqa: F403
+from gpu_suite import *

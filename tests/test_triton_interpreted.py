@@ -22,7 +22,8 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     require("triton-interpreter", find_spec("triton") is not None, "triton is not installed")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     environment.pop("LORS_REQUIRE", None)
-    return subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    command = (sys.executable, *command)
+    return subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_shared_cases_under_the_interpreter() -> None:
@@ -40,4 +41,5 @@ def test_every_kernel_compiles_without_spills(capsys: pytest.CaptureFixture[str]
     assert all(any(f"sm_{arch:3d}" in row for row in rows) for arch in (80, 90, 100))
     gram = [row for row in rows if row.startswith("gram_apply")]
     assert gram and all("mma" in row for row in gram)
-    assert all("128b" in row for row in rows if not row.startswith("descend")), "loads narrower than 16 bytes"
+    streaming = [row for row in rows if not row.startswith(("descend", "cut"))]  # those two read a few kilobytes per matrix
+    assert all("128b" in row for row in streaming), "loads narrower than 16 bytes"

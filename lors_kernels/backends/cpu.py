@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import FLOATS, address_of, contiguous, dtype_name, is_torch, new, strides_of, to_torch
+from ..arrays import (
+    FLOATS,
+    address_of,
+    contiguous,
+    dtype_name,
+    is_torch,
+    new,
+    strides_of,
+    to_torch,
+)
 from ..threads import thread_count
 from ..types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 

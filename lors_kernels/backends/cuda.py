@@ -9,7 +9,14 @@ from types import ModuleType
 from typing import Any
 
 from ..arrays import FLOATS, dtype_name
-from ..grouped import GroupStats, GroupThreshold, MatrixGroup, is_aligned, row_stride, upload
+from ..grouped import (
+    GroupStats,
+    GroupThreshold,
+    MatrixGroup,
+    is_aligned,
+    row_stride,
+    upload,
+)
 from .single import Single
 
 NAME = "cuda"

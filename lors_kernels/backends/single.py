@@ -67,7 +67,6 @@ def _same_dtype(tuned: Sequence[Any]) -> Sequence[Any]:
 
 def _stack(left: Sequence[Any], right: Sequence[Any]) -> tuple[Any, Any]:
     """Factors of every expert, padded with zero columns to one rank; a zero term does not change the sum's bits."""
-    import torch
 
     ranks = [0 if l is None else l.shape[1] for l in left]
     rank = max(ranks)

@@ -74,6 +74,8 @@ def merge(
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    device: Annotated[str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")] = None,
+    device_memory: Annotated[float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU [default: 80 % of what is free].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the written weights [default: the base's].")] = None,
     out_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Largest weight file [default: 5GB].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -108,12 +110,14 @@ def merge(
     from .merging import merge_recipe
 
     if dry_run:
-        report = rehearse(recipe, out, backend=backend, threads=threads, force=force)
+        report = rehearse(recipe, out, backend=None if device else backend, threads=threads, force=force)
     else:
         with _progress(quiet or as_json) as progress:
             report = merge_recipe(
-                recipe, out, backend=backend, threads=threads, force=force, durable=fsync, check=check, progress=progress
-            )
+                recipe, out, backend=backend, threads=threads, device=device,
+                device_memory=None if device_memory is None else int(device_memory * 1e9),
+                force=force, durable=fsync, check=check, progress=progress,
+            )  # fmt: skip
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

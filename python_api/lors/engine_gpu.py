@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from lors_kernels import NonFiniteError, TruncatedSVD, UpdateStats
 from lors_kernels.grouped import (
     MatrixGroup,
@@ -94,7 +95,7 @@ class Device:
 
     def ready(self, tensors: Sequence[Any]) -> None:
         """Lets the computing stream wait for the copies, and keeps their memory from being reused before it is done."""
-        if not self.real:
+        if self.copies is None:
             return
         stream = self.torch.cuda.current_stream(self.device)
         stream.wait_stream(self.copies)

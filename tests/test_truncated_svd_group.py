@@ -1,0 +1,221 @@
+"""The batched driver on every shared case. The products with delta come from the CPU; the driver is what a GPU runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import require_backend
+
+from lors_kernels import NonFiniteError, reference
+from lors_kernels.arrays import to_torch
+from lors_kernels.backends import cpu
+from lors_kernels.backends.loop import Loop
+from lors_kernels.grouped import (
+    GroupSVD,
+    MatrixGroup,
+    merge_update_group,
+    residual_threshold_group,
+    truncated_svd_group,
+)
+from lors_kernels.svd import (
+    ERROR_BOUND,
+    certify,
+    decompose,
+    krylov_limit,
+    krylov_pays,
+    orthonormalise,
+)
+from lors_kernels.testing.cases import CASES, Case, by_name, gaussian, with_spectrum
+from lors_kernels.testing.numerics import delta_of, judge_low_rank
+
+
+def group_of(*cases: Case, seed: int = 0) -> MatrixGroup:
+    pairs = [[to_torch(x.copy()) for x in case.matrices(seed)] for case in cases]
+    return MatrixGroup([base for base, _ in pairs], [[tuned] for _, tuned in pairs])
+
+
+def judge(group: MatrixGroup, svd: GroupSVD, rank: int) -> None:
+    for p, (base, tuned) in enumerate(group.each()):
+        delta = reference.delta(base, tuned).numpy()
+        verdict = judge_low_rank(delta, (svd.left[p].double() @ svd.right[p].double().T).numpy(), rank)
+        assert verdict.ok, f"pair {p}: {svd.method[p]} after {svd.passes[p]} passes: {verdict}"
+        assert svd.residual[p] <= ERROR_BOUND or not verdict.unique
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.large or case.name == "small-attn-power"], ids=lambda case: case.name)
+def test_contract(case: Case) -> None:
+    require_backend("cpu")
+    group = group_of(case)
+    svd = truncated_svd_group(group, case.rank, backend="cpu")
+    judge(group, svd, case.rank)
+    delta = delta_of(*case.matrices()).astype(np.float64)
+    assert svd.energy[0] == pytest.approx(float((delta**2).sum()), rel=1e-5, abs=1e-80)
+    assert (svd.sigma[0].diff() <= 1e-6 * svd.sigma[0, 0]).all()
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_pairs_of_one_group_stop_each_on_its_own(width: int) -> None:
+    """Spectra that need 4 and 20 passes, one that needs float64, one that is zero: all certified, none disturbed."""
+    rng = np.random.default_rng(8)
+    builds = [
+        with_spectrum(224, 256, lambda i: i**-0.5), gaussian(224, 256), with_spectrum(224, 256, lambda i: 2.0**-i),
+        with_spectrum(224, 256, lambda i: np.where(i <= 9, 1 - 1e-4 * i, 0.3 / i)), lambda _: np.zeros((224, 256)),
+    ]  # fmt: skip
+    deltas = [torch.from_numpy(build(rng).astype(np.float32)) for build in builds]
+    group = MatrixGroup(None, [[x] for x in deltas])
+    ops = Loop(cpu)
+    ops.width = width
+    svd = decompose(ops, group, 7, 0)
+    judge(group, svd, 7)
+    assert svd.method[0] == svd.method[2] == "krylov" and svd.method[3] == "krylov64"
+    assert svd.passes[2] < svd.passes[1]
+    assert not svd.left[4].any() and not svd.sigma[4].any()
+
+
+def test_wide_and_transposed_agree() -> None:
+    case = by_name("clustered")
+    base, tuned = (to_torch(x.copy()) for x in case.matrices())
+    upright = truncated_svd_group(MatrixGroup([base.T.contiguous()], [[tuned.T.contiguous()]]), 7, backend="reference")
+    lying = truncated_svd_group(MatrixGroup([base], [[tuned]]), 7, backend="reference")
+    torch.testing.assert_close(upright.left[0] @ upright.right[0].T, (lying.left[0] @ lying.right[0].T).T, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e15, 1e18])
+def test_magnitudes_whose_squares_leave_float32(scale: float) -> None:
+    x = torch.from_numpy(with_spectrum(192, 200, lambda i: i**-1.0, 1.0)(np.random.default_rng(3)) * scale).float()
+    group = MatrixGroup(None, [[x]])
+    judge(group, truncated_svd_group(group, 5, backend="cpu"), 5)
+
+
+def test_same_bits_again_and_another_seed_the_same_answer() -> None:
+    group = group_of(by_name("power-0.3"))
+    first, again, other = (truncated_svd_group(group, 7, seed=seed, backend="cpu") for seed in (0, 0, 1))
+    assert torch.equal(first.left, again.left) and torch.equal(first.right, again.right)
+    assert not torch.equal(first.left, other.left)
+    torch.testing.assert_close(first.sigma, other.sigma, rtol=1e-6, atol=0)
+
+
+def test_non_finite() -> None:
+    x = torch.ones(200, 180)
+    x[4, 5] = float("nan")
+    with pytest.raises(NonFiniteError, match="got 1 "):
+        truncated_svd_group(MatrixGroup(None, [[torch.ones(200, 180)], [x]]), 3, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthonormalise_fills_directions_that_vanish(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 300, 24, generator=generator, dtype=torch.float64))[0].to(dtype)
+    w = torch.randn(2, 300, 8, generator=generator, dtype=torch.float64).to(dtype)
+    w[0, :, 3] = w[0, :, 1]  # dependent
+    w[0, :, 5] = 0
+    w[1] = 0
+    w = w - basis @ (basis.mT @ w)
+    noise = torch.randn(300, 8, generator=generator, dtype=torch.float64)
+    q, below = orthonormalise(w, basis, torch.tensor([1.0, 1.0], dtype=torch.float64), noise)
+    whole = torch.cat([basis, q], 2).double()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    assert (whole.mT @ whole - torch.eye(32, dtype=torch.float64)).abs().max() < tolerance
+    assert (q.double() @ below - w.double()).abs().max() < tolerance
+
+
+def test_certificate_bounds_the_error_of_a_turned_vector() -> None:
+    """theta 4, 1 | 0.5 and a right vector turned by an angle: the bound is not below the true error of L."""
+    theta = torch.tensor([[4.0, 1.0, 0.5]], dtype=torch.float64)
+    for angle in (1e-2, 1e-4, 1e-6):
+        rho = torch.tensor([[0.0, (1.0 - 0.5) * angle]], dtype=torch.float64)
+        error, accepted = certify(theta, rho, 2, torch.tensor([6.0], dtype=torch.float64))
+        true = np.sqrt((1.0 + 0.5) * angle**2 / 5.0)
+        assert true <= float(error) * (1 + 1e-9) and bool(accepted) == (float(error) <= ERROR_BOUND)
+    equal = torch.tensor([[4.0, 1.0, 1.0 - 1e-7]], dtype=torch.float64)
+    rho = torch.tensor([[0.0, 1e-8]], dtype=torch.float64)
+    assert certify(equal, rho, 2, torch.tensor([6.0], dtype=torch.float64))[1]  # L is not unique, its energy is optimal
+
+
+def test_small_spaces_are_not_iterated() -> None:
+    assert not krylov_pays(128, 7, 8) and krylov_pays(192, 7, 8) and not krylov_pays(256, 40, 8)
+    assert all(krylov_limit(n, r) + 16 <= n for n, r in ((384, 7), (768, 64), (1280, 64)) if krylov_pays(n, r, 16))
+
+
+def test_the_users_matmul_precision_is_ignored_and_restored() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        group = group_of(by_name("spikes"))
+        judge(group, truncated_svd_group(group, 7, backend="cpu"), 7)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to the 10 stored mantissa bits of tf32."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, terms: int) -> torch.Tensor:
+    """a @ b as tensor cores form it: exact products of tf32 factors; three terms: the roundings' remainders as well."""
+    a1, b1 = _tf32(a), _tf32(b)
+    total = a1.double() @ b1.double()
+    if terms == 3:
+        total += _tf32(a - a1).double() @ b1.double() + a1.double() @ _tf32(b - b1).double()
+    return total.float()
+
+
+@pytest.mark.parametrize(("terms", "holds"), [(1, False), (3, True)])
+def test_one_tf32_product_breaks_the_contract_and_three_keep_it(terms: int, holds: bool) -> None:
+    """Why the Triton kernels ask for tf32x3: iterating on rounded products converges to the wrong L."""
+    case = by_name("power-0.5")
+    base, tuned = (to_torch(x.copy()) for x in case.matrices())
+    delta = tuned - base
+    x = torch.linalg.qr(torch.randn(delta.shape[1], 16, generator=torch.Generator().manual_seed(0)))[0]
+    for _ in range(90):
+        y = _product(delta, x, terms)
+        x = torch.linalg.qr(_product(delta.T, y, terms))[0]
+    y = _product(delta, x, terms)
+    _, vectors = torch.linalg.eigh(y.double().T @ y.double())
+    v = x.double() @ vectors[:, -7:]
+    low = _product(delta, v.float(), terms).double() @ v.T
+    verdict = judge_low_rank(delta.numpy(), low.numpy(), 7)
+    assert verdict.ok == holds, verdict
+    if not holds:
+        assert verdict.error > 5e-5
+
+
+def test_groups_equal_their_members() -> None:
+    cases = [by_name("power-0.5")] * 1
+    group = group_of(*cases)
+    svd = truncated_svd_group(group, 7, backend="cpu")
+    threshold = residual_threshold_group(group, svd.left, svd.right, 1000, backend="cpu")
+    out = [torch.zeros(384, 384)]
+    stats = merge_update_group(group, out, svd.left, svd.right, threshold, [2.0], backend="cpu").stats()
+    assert stats[0].kept == 1000
+    residual = delta_of(*cases[0].matrices()) - (svd.left[0] @ svd.right[0].T).numpy()
+    kept = np.abs(residual) >= threshold.thresholds()[0].value * (1 + 1e-5)
+    expected = 2.0 * ((svd.left[0] @ svd.right[0].T).numpy() + np.where(kept, residual, 0))
+    assert (np.abs(out[0].numpy() - expected) > 1e-6).sum() <= 3
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MatrixGroup(None, []), "expected at least one matrix"),
+        (lambda: MatrixGroup(None, [[torch.ones(2, 3)], [torch.ones(3, 2)]]), r"tuned: expected a matrix \[2, 3\]"),
+        (lambda: MatrixGroup([torch.ones(2, 3)], [[torch.ones(2, 3)]] * 2), "bases: expected 2, one per row"),
+        (lambda: MatrixGroup(None, [[torch.ones(2, 3)] * 2, [torch.ones(2, 3)]]), r"tuned\[1\]: expected 2 experts"),
+        (lambda: MatrixGroup(None, [[torch.ones(2, 3)], [torch.ones(2, 3).half()]]), "of dtype float32, got"),
+        (lambda: MatrixGroup(None, [[torch.ones(4, 4).T[:, ::2]]]), "contiguous rows"),
+    ],
+)
+def test_groups_that_do_not_fit(build: object, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        build()  # type: ignore[operator]
+
+
+def test_empty_matrices_are_fine() -> None:
+    group = MatrixGroup(None, [[torch.ones(0, 5)], [torch.ones(0, 5)]])
+    threshold = residual_threshold_group(group, None, None, 0, backend="cpu")
+    assert threshold.cut.tolist() == [0, 0]
+    stats = merge_update_group(group, [torch.ones(0, 5)] * 2, None, None, threshold, [1.0], backend="cpu")
+    assert stats.kept.tolist() == [0, 0]
