@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import cut_config
+from cut import cut_config
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
@@ -93,7 +93,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "if __name__ == '__main__':\n"
-        "    from conftest import cut_config\n"
+        "    from cut import cut_config\n"
         "    from lors.speech import run_experiment\n"
         "    c = cut_config()\n"
         "    c = c.model_copy(update={'experts': ('ca',), 'languages': ('ca',), 'grids': {}})\n"
