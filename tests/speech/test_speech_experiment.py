@@ -122,7 +122,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 
 def test_shipped_configurations_are_valid() -> None:
-    assert shipped_configs() == ["clean", "covost-small", "fleurs", "hard", "quick"]
+    assert shipped_configs() == ["clean", "clean-variants", "covost-small", "fleurs", "hard", "quick"]
     for name in shipped_configs():
         load_config(name)
 
@@ -157,7 +157,7 @@ def test_wrong_configurations(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_configuration_that_is_not_there() -> None:
-    with pytest.raises(LorsError, match="shipped configurations: clean, covost-small"):
+    with pytest.raises(LorsError, match="shipped configurations: clean, clean-variants"):
         load_config("quik")
 
 
