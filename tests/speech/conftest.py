@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lors.speech.config import Config, Data, Grid
+from cut import cut_config
 from lors.speech.corpus import Corpus, load_corpus
 from lors.speech.demo import RECORDINGS
 
@@ -28,22 +28,6 @@ def recordings() -> Path:
 def catalan(recordings: Path) -> Corpus:
     """Twenty-five hard test utterances."""
     return load_corpus(recordings, languages="ca", split="test")
-
-
-def cut_config() -> Config:
-    """`quick` on the shipped recordings, cut to fit a test run: two experts, three languages."""
-    return Config(
-        name="cut",
-        base="tiny",
-        data=Data(source=str(RECORDINGS), dev=8, test=25),
-        experts=("ca", "es"),
-        languages=("ca", "es", "pt"),
-        training={"max_steps": 60, "learning_rate": 4e-4, "warmup_steps": 5, "save_steps": 30},
-        grids={
-            "task_arithmetic": Grid(method="task_arithmetic", parameters={"lam": [0.3, 0.6]}),
-            "lors": Grid(method="lors", parameters={"rank": [4], "density": [0.3], "lam": [0.5, 0.9]}),
-        },
-    )
 
 
 @pytest.fixture(scope="session")

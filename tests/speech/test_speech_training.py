@@ -114,6 +114,20 @@ def test_killed_training_continues_to_the_same_weights(tmp_path: Path, recording
         np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
 
 
+def test_two_processes_train_one_model(tmp_path: Path, recordings: Path) -> None:
+    """As `accelerate launch` starts them; each step takes a batch in each process, one of them writes."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lors.speech"),
+        *("finetune", "--model", "tiny", "--data", str(recordings), "--language", "ca", "--max-steps", "4"),
+        *("--train", "matrices", "--device", "cpu", "--json", "-o", str(tmp_path / "ca")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["steps"] for line in done.stdout.splitlines() if line.startswith("{")] == [4]
+    assert _changed(tmp_path / "ca") == decomposed({n: v.shape for n, v in _weights(tmp_path / "ca").items()})
+
+
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 

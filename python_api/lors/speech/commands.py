@@ -111,7 +111,7 @@ def finetune(
 
     lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
     """
-    from .training import Training
+    from .training import Training, first_process
     from .training import finetune as run
 
     training = Training(
@@ -126,6 +126,8 @@ def finetune(
         model, out, data=data, languages=language, tasks=_tasks(task), training=training, dev=dev, limit=limit,
         max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=not as_json,
     )  # fmt: skip
+    if not first_process():
+        return
     if as_json:
         from dataclasses import asdict
 

@@ -109,8 +109,9 @@ def build_stages(config: Config) -> list[Stage]:
 
 def _identity(config: Config) -> str:
     """Digests of what the configuration names: the base's weights and the manifest, where they are local files."""
-    base, source = Path(resolve_model(config.base)), Path(config.data.source or "")
-    manifest = [source / "manifest.tsv" if source.is_dir() else source]
+    base = Path(resolve_model(config.base))
+    source = Path(config.data.source) if config.data.source else None
+    manifest = [] if source is None else [source / "manifest.tsv" if source.is_dir() else source]
     files = [path for path in [*sorted(base.glob("*.safetensors")), *manifest] if path.is_file()]
     return " ".join(sha256_file(path) for path in files)
 

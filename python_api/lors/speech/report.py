@@ -311,10 +311,9 @@ def _rest(results: Mapping[str, Any]) -> str:
     if len(rows) == 1:
         return ""
     return (
-        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, "
-        f"norms and biases "
-        "merged by task arithmetic, averaged, or left at the base; each method at its best setting, first "
-        "seed, dev.</p>"
+        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, norms and "
+        "biases merged by task arithmetic, averaged, or left at the base; each method at its best setting, first seed, "
+        "dev. Task arithmetic decomposes nothing, so there is nothing for this option to act on.</p>"
     )
 
 

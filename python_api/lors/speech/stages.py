@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,6 +109,8 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
     done = len(stages) - len(waiting)
     if done:
         report(f"{done} of {len(stages)} stages were already done")
+    # Nothing is ever written: its end tells a stage that the run is gone, however it went.
+    lifeline, held = context.Pipe(duplex=False)
     running: dict[Any, tuple[Stage, Any, float]] = {}
     failure: str | None = None
     try:
@@ -115,7 +118,7 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
             while failure is None and len(running) < jobs and (stage := _ready(waiting, root)) is not None:
                 waiting.remove(stage)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(stage, root, sender), daemon=True)
+                process = context.Process(target=_child, args=(stage, root, sender, lifeline), daemon=True)
                 process.start()
                 sender.close()
                 running[process.sentinel] = (stage, (process, receiver), time.monotonic())
@@ -133,6 +136,7 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
     finally:
         for _, (process, _), _ in running.values():
             process.terminate()
+        held.close()
     if failure is not None:
         raise LorsError(failure)
 
@@ -141,10 +145,11 @@ def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
     return next((stage for stage in waiting if all(need.done(root) for need in stage.needs)), None)
 
 
-def _child(stage: Stage, root: Path, sender: Any) -> None:
+def _child(stage: Stage, root: Path, sender: Any, lifeline: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=_die_with_the_run, args=(lifeline,), daemon=True).start()
     (root / "logs").mkdir(exist_ok=True)
     with (root / "logs" / f"{stage.name}.log").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -158,3 +163,9 @@ def _child(stage: Stage, root: Path, sender: Any) -> None:
             traceback.print_exc()
             sender.send(f"{type(error).__name__}: {error} (see {log.name})")
             sys.exit(1)
+
+
+def _die_with_the_run(lifeline: Any) -> None:
+    """An orphan would write into the directory that the next run continues."""
+    lifeline.poll(None)
+    os._exit(1)

@@ -8,9 +8,11 @@ continues by itself after a kill.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["TRAIN", "Trained", "Training", "finetune"]
+__all__ = ["TRAIN", "Trained", "Training", "finetune", "first_process"]
 
 TRAIN = ("all", "matrices", "lora")
 _LORA_TARGETS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj|.*\.fc[12]"
@@ -120,25 +122,46 @@ def finetune(
         held_out = _corpus(data if dev is None else dev, wanted, "dev", None, max_seconds)
     torch_device(training.device)
     out = Path(out)
-    with OutputDirectory(out, force=force, inputs=[Path(model)] if Path(model).exists() else []) as output:
-        scratch = out.with_name(f"{out.name}.checkpoints")
-        groups = [(language,) for language in wanted] if sequential else [wanted]
-        stages, source = [], str(model)
+    scratch = out.with_name(f"{out.name}.checkpoints")
+    groups = [(language,) for language in wanted] if sequential else [wanted]
+    stages, source = [], str(model)
+    with _output(out, force, model) as output:
         for number, group in enumerate(groups):
-            last = number == len(groups) - 1
             place = scratch / f"{number}-{'-'.join(group)}"
-            target = output.path if last else place / "final"
+            target = output.path if number == len(groups) - 1 else place / "final"
             if not (place / "final" / "training.json").exists():
                 part = [[u for u in side if u.language in group] for side in (corpus, held_out)]
                 job = _Job(source, place, target, part[0], part[1], tuple(tasks), training, cache, progress)
                 stages.append(job.run())
             source = str(place / "final")
         result = _summary(out, wanted, tuple(tasks), stages)
-        record = {**asdict(result), "path": out.name, "model": str(model), "training": asdict(training)}
-        (output.path / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        output.commit()
-    shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(output, OutputDirectory):
+            record = {**asdict(result), "path": out.name, "model": str(model), "training": asdict(training)}
+            (output.path / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+            output.commit()
+            shutil.rmtree(scratch, ignore_errors=True)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Nowhere:
+    """What the other processes of a distributed run have instead of the output: only the first one writes."""
+
+    path: Path
+
+
+def first_process() -> bool:
+    """True in the process that writes and prints: every one but the others that accelerate or torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _output(out: Path, force: bool, model: str | Path) -> Iterator[OutputDirectory | _Nowhere]:
+    if not first_process():
+        yield _Nowhere(out)
+        return
+    with OutputDirectory(out, force=force, inputs=[Path(model)] if Path(model).exists() else []) as output:
+        yield output
 
 
 def _corpus(
@@ -204,6 +227,7 @@ class _Job:
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         wer = trainer.evaluate()["eval_wer"] if self.dev else None
         self._save(trainer, processor)
+        trainer.accelerator.wait_for_everyone()
         return _Stage(
             items=len(data),
             skipped=data.skipped,
@@ -276,6 +300,7 @@ class _Job:
             logging_steps=_LOG_STEPS,
             disable_tqdm=not self.progress,
             dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
             **optional,
         )
         callbacks: list[Any] = []

@@ -1,0 +1,29 @@
+"""``python -m lors.speech COMMAND``: the speech commands alone, for launchers that start a module.
+
+accelerate launch --num_processes 4 -m lors.speech finetune --model openai/whisper-small ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import LorsError
+from .commands import COMMANDS
+
+
+def main() -> None:
+    """As `lors`: one line and exit code 2 for what a user can put right."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    try:
+        app()
+    except LorsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
