@@ -245,12 +245,13 @@ def _listed(patterns: Iterable[re.Pattern[str]]) -> str:
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor) if isinstance(tensor, (tuple, list)) else tuple(tensor.shape)
+    # not by type: the engine's specs are named tuples that have a shape
+    return tuple(tensor.shape if hasattr(tensor, "shape") else tensor)
 
 
 def _floating(tensor: Any) -> bool:
     # By name, because the dtype may be numpy's, ml_dtypes' (whose bfloat16 has numpy kind "V") or torch's.
-    return isinstance(tensor, (tuple, list)) or "float" in str(tensor.dtype)
+    return not hasattr(tensor, "dtype") or "float" in str(tensor.dtype)
 
 
 # --- depth -----------------------------------------------------------------------------------------------------------

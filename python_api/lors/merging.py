@@ -28,6 +28,7 @@ from .engine import Engine, Sink, Work, plan
 from .errors import LorsError
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
+from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .recipe import Recipe
 from .sources import FileSource, MemorySource, Source
@@ -261,34 +262,35 @@ def _plan(
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
             raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
     matrices: set[str] = set()
-    if not method.everywhere:
+    everywhere = method.everywhere and recipe.target is None
+    if recipe.target is not None and not method.targets:
+        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
+    if not everywhere:
         selection = layers.select(base.tensors, naming, config, recipe.target)
         matrices = set(selection.names)
         if selection.notice:
             report.notices.append(selection.notice)
-    elif recipe.target is not None:
-        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
     report.notices += recipe.unmatched_filters(base.tensors)
     depth = layers.positions(base.tensors)
     indices = recipe.experts if method.relative else tuple(range(len(recipe.models)))
 
-    def reductions(name: str, matrix: bool) -> list[Reduction]:
+    def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
         at = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
-        chosen = method.reduce(models, recipe.params_for(**at))
-        return chosen if matrix or method.everywhere else _rest(recipe.rest, chosen)
+        shared = recipe.params_for(**at)
+        return method.treatment(models, shared) if matrix or everywhere else _rest(recipe.rest, models, shared)
 
     dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
-    return plan(base.tensors, matrices, reductions, dtype, method.relative)
+    return plan(base.tensors, matrices, treatments, dtype, method.relative)
 
 
-def _rest(rule: str, chosen: Sequence[Reduction]) -> list[Reduction]:
-    """What happens to a tensor that the method does not decompose."""
+def _rest(rule: str, models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[Reduction]:
+    """What happens to a tensor that the method does not treat."""
     if rule == "base":
         return []
     if rule == "average":
-        return [Reduction(1 / len(chosen)) for _ in chosen]
-    return [Reduction(reduction.weight) for reduction in chosen]
+        return [Reduction(1 / len(models)) for _ in models]
+    return [Reduction(shared.get("lambda", 1.0) * model.get("weight", 1.0)) for model in models]
 
 
 def _compare_specs(base: MemorySource, expert: MemorySource) -> None:

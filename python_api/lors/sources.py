@@ -12,6 +12,16 @@ from .checkpoint import Checkpoint
 from .errors import LorsError
 
 
+COLUMNS = 4096
+
+
+def rows_of(flat: np.ndarray, columns: int = COLUMNS) -> list[np.ndarray]:
+    """Flat values as matrices: rows of `columns` entries and one shorter row."""
+    body = flat.size // columns * columns
+    parts = (flat[:body].reshape(-1, columns), flat[body:].reshape(1, -1))
+    return [part for part in parts if part.size]
+
+
 class Slot:
     """One reusable buffer of a worker. Growing only, so that after a few tensors reading allocates nothing."""
 
