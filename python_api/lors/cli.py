@@ -249,3 +249,11 @@ def validate(
         raise LorsError(f"validate: {error}") from None
     if not right:
         raise typer.Exit(1)
+
+
+@app.command("mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def mergekit_yaml(ctx: typer.Context) -> None:
+    """mergekit's own command, CONFIG OUT [its flags], with our methods and kernels under it."""
+    from .integrations.mergekit import mergekit_yaml as run
+
+    run(ctx.args)

@@ -199,6 +199,15 @@ def select(
     return Selection(kept, found.rule, found.notice)
 
 
+def is_projection(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is decomposed where only its name and shape are known, not its model: it is a projection of some
+    architecture of the table (openai-whisper's short names aside), or `select` would take it by its shape."""
+    if len(shape) != 2:
+        return False
+    known = (part for a in ARCHITECTURES if a.name != OPENAI_WHISPER for part in (a.attention, a.mlp))
+    return any(re.search(part, name) for part in known) or bool(_by_shape({name: shape}, "projections", "").names)
+
+
 def attention_only(names: Iterable[str]) -> set[str]:
     """Those of the (already selected) names that belong to an attention block: `select: attention` for any model."""
     return {name for name in names if _ATTENTION_NAME.search(name)}

@@ -30,7 +30,7 @@ from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
-from .recipe import Recipe
+from .recipe import BASE, Recipe
 from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -236,9 +236,14 @@ def _backend(name: str | None) -> str:
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
-    indices = recipe.experts if method.relative else range(len(recipe.models))
+    indices = recipe.experts if method.relative else recipe.inputs
     experts = [
-        stack.enter_context(open_checkpoint(recipe.sources[index], name=recipe.labels[index])) for index in indices
+        stack.enter_context(
+            open_checkpoint(str(recipe.base_source), name="base")
+            if index == BASE
+            else open_checkpoint(recipe.sources[index], name=recipe.labels[index])
+        )
+        for index in indices
     ]
     if method.relative:
         base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
@@ -272,7 +277,7 @@ def _plan(
             report.notices.append(selection.notice)
     report.notices += recipe.unmatched_filters(base.tensors)
     depth = layers.positions(base.tensors)
-    indices = recipe.experts if method.relative else tuple(range(len(recipe.models)))
+    indices = recipe.experts if method.relative else recipe.inputs
 
     def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
         at = {"tensor": name, "position": depth[name]}
@@ -376,7 +381,8 @@ def _accompany(
     for path in base.sidecars():
         output.copy(path)
     labels = list(recipe.labels)
-    weights = {expert.name: _plain(recipe, "weight", labels.index(expert.name)) for expert in experts}
+    listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
+    weights = {expert.name: _plain(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
     write_card(
         output.path,
