@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import lors_kernels
 import numpy as np
-from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError
+from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
+from .factors import Factors
 from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
@@ -143,11 +144,36 @@ class Engine:
                 return []
             if reduction.weight == 0:
                 continue
+            factors = expert.factors(work.name) if work.relative else None
+            if factors is not None:
+                outcomes += self._add_factors(expert, piece, total, factors, reduction)
+                continue
             tuned = expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
             bases = [None, None] if base is None else piece.views(base)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
                 outcomes.append(self._add(expert, work, w, b, t, reduction))
         self.sink(work.name, self._converted(total, work, worker), piece.start)
+        return outcomes
+
+    def _add_factors(
+        self, expert: Source, piece: Piece, total: np.ndarray, factors: Factors, r: Reduction
+    ) -> list[Outcome]:
+        """The same for an adapter: L comes from its factors, and a matrix is formed only of what S is selected from."""
+        if not factors.rank:
+            return []
+        if not piece.work.matrix:
+            total += np.float32(r.weight) * factors.flat(piece.start, piece.stop)
+            return []
+        shape, outcomes = piece.work.spec.shape, []
+        low, remaining = factors.split(rank_of(r.rank, *shape)) if r.rank else (None, factors)
+        if remaining.rank and r.density:
+            outcomes = [self._add(expert, piece.work, total.reshape(shape), None, remaining.matrix(), r._replace(rank=0))]
+        if low is not None:
+            total += np.float32(r.weight) * low.flat(0, total.size)
+            energy, rest = (float(np.square(part.sigma()).sum()) for part in (factors, remaining))
+            svd = TruncatedSVD(low.left, low.right, low.sigma(), 0, 0.0, "factors", energy, "numpy")
+            kept = sum(outcome.stats.kept_energy for outcome in outcomes)
+            outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), svd)]
         return outcomes
 
     def _combine(self, work: Work, worker: _Worker) -> list[Outcome]:

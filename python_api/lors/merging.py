@@ -21,6 +21,7 @@ import numpy as np
 from lors_kernels.arrays import BFLOAT16, is_torch
 
 from . import layers
+from .adapters import source_of
 from .card import Source as CardSource
 from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
@@ -31,7 +32,7 @@ from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .recipe import BASE, Recipe
-from .sources import FileSource, MemorySource, Source
+from .sources import MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -170,16 +171,43 @@ def merge_state_dicts(
     kernels = _backend(None if device else backend)
     report = MergeReport(method, kernels, None, list(experts), threads=_threads(threads))
     works = _plan(recipe, chosen, sources[0], layers.naming(base), config, report)
+
+    def engine(sink: Sink) -> Engine:
+        made = _engine(recipe, sources, sink, report, works, None)
+        return _on_devices(made, device, device_memory, backend) if device else made
+
+    return {name: _like(base[name], array) for name, array in _collect(works, engine).items()}
+
+
+def merge_in_memory(
+    base: str | os.PathLike[str],
+    experts: Mapping[str, str | os.PathLike[str]],
+    method: str = "lors",
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> tuple[dict[str, np.ndarray], Checkpoint]:
+    """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
+    paths = {label: os.fspath(path) for label, path in experts.items()}
+    recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
+    report = MergeReport(method, _backend(backend), None, list(paths), threads=_threads(threads))
+    with contextlib.ExitStack() as stack:
+        opened, others = _open(recipe, METHODS[method], stack)
+        sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
+        works = _plan(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
+        return _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None)), opened
+
+
+def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
+    """Runs an engine that writes into arrays."""
     merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
 
     def keep(name: str, values: np.ndarray, start: int) -> None:
         merged[name][start : start + values.size] = values
 
-    engine = _engine(recipe, sources, keep, report, works, None)
-    if device:
-        engine = _on_devices(engine, device, device_memory, backend)
-    engine.run(works)
-    return {work.name: _like(base[work.name], merged[work.name].reshape(work.spec.shape)) for work in works}
+    engine(keep).run(works)
+    return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
 
 
 # --- checks and planning ---------------------------------------------------------------------------------------------
@@ -190,7 +218,7 @@ class _Job(NamedTuple):
 
     base: Checkpoint
     experts: list[Checkpoint]
-    sources: list[FileSource]
+    sources: list[Source]
     works: list[Work]
     output: OutputDirectory
     report: MergeReport
@@ -210,7 +238,7 @@ def _prepare(
     report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
-    sources = [FileSource(checkpoint, list(base.tensors)) for checkpoint in (base, *experts)]
+    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
@@ -249,8 +277,10 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
     else:
         base = experts[0]
+    if base.adapter is not None:
+        raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     for expert in experts:
-        if expert is not base:
+        if expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
 

@@ -130,15 +130,25 @@ class Operands:
             raise self.blame(self.experts[t]) from None
 
     def svd(self, t: int, rank: int) -> TruncatedSVD:
-        """The `rank` largest singular triplets of expert t's delta."""
+        """The (at most) `rank` largest singular triplets of expert t's delta."""
+        factors = self.experts[t].factors(self.name)
+        if factors is not None:
+            low = factors.split(rank)[0]
+            energy = float(np.square(factors.sigma()).sum())
+            sigma = low.sigma().astype(np.float32)[: low.rank]
+            svd = TruncatedSVD(low.left, low.right, sigma, 0, 0.0, "factors", energy, "numpy")
+        else:
+            svd = self._decomposed(t, rank)
+        low_energy = float(np.square(svd.sigma, dtype=np.float64).sum())
+        self.outcomes.append(Outcome(UpdateStats(svd.energy, max(0.0, svd.energy - low_energy), 0.0, 0, 0), svd))
+        return svd
+
+    def _decomposed(self, t: int, rank: int) -> TruncatedSVD:
         base, tuned = self.pair(t)
         try:
-            svd = lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **self.kernels)
+            return lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **self.kernels)
         except NonFiniteError:
             raise self.blame(self.experts[t]) from None
-        low = float(np.square(svd.sigma, dtype=np.float64).sum())
-        self.outcomes.append(Outcome(UpdateStats(svd.energy, max(0.0, svd.energy - low), 0.0, 0, 0), svd))
-        return svd
 
     def account(self, t: int, keep: Keep) -> KeepStats:
         """What `keep` keeps of expert t's delta, before anything is merged."""
