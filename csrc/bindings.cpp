@@ -19,6 +19,10 @@ using MatrixTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;
 // (left address, right address, rank)
 using LowRankTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
 using ThresholdTuple = std::tuple<float, int64_t, int64_t>;
+// (low, high, key, limit, factor)
+using KeepTuple = std::tuple<ThresholdTuple, ThresholdTuple, uint64_t, uint64_t, float>;
+// (elect, normalize, scale)
+using ConsensusTuple = std::tuple<bool, bool, float>;
 
 Matrix matrix(const MatrixTuple& t) {
     return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<lors::DType>(std::get<1>(t)), std::get<2>(t),
@@ -27,6 +31,12 @@ Matrix matrix(const MatrixTuple& t) {
 
 lors::LowRank low_rank(const LowRankTuple& t) {
     return {reinterpret_cast<const float*>(std::get<0>(t)), reinterpret_cast<const float*>(std::get<1>(t)), std::get<2>(t)};
+}
+
+lors::Threshold threshold(const ThresholdTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
+
+lors::Keep keep(const KeepTuple& t) {
+    return {threshold(std::get<0>(t)), threshold(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
 }
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
@@ -52,8 +62,7 @@ auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::ve
         py::gil_scoped_release release;
         std::vector<lors::Expert> experts;
         for (size_t t = 0; t < tuned.size(); ++t) {
-            const auto& [value, ties, cut] = thresholds[t];
-            experts.push_back({matrix(tuned[t]), low_rank(factors[t]), {value, ties, cut}, weights[t]});
+            experts.push_back({matrix(tuned[t]), low_rank(factors[t]), threshold(thresholds[t]), weights[t]});
         }
         lors::merge_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()), stats.data(),
                            threads);
@@ -61,6 +70,24 @@ auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::ve
     py::list result;
     for (const lors::UpdateStats& s : stats) {
         result.append(py::make_tuple(s.delta_energy, s.residual_energy, s.kept_energy, s.kept, s.non_finite));
+    }
+    return result;
+}
+
+auto ties_update(const MatrixTuple& out, const MatrixTuple& base, const std::vector<MatrixTuple>& tuned,
+                 const std::vector<KeepTuple>& keeps, const std::vector<float>& weights, const ConsensusTuple& rule,
+                 int64_t start, int threads) {
+    std::vector<lors::KeepStats> stats(tuned.size());
+    {
+        py::gil_scoped_release release;
+        std::vector<lors::TiesExpert> experts;
+        for (size_t t = 0; t < tuned.size(); ++t) experts.push_back({matrix(tuned[t]), keep(keeps[t]), weights[t]});
+        lors::ties_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()),
+                          {std::get<0>(rule), std::get<1>(rule), std::get<2>(rule)}, start, stats.data(), threads);
+    }
+    py::list result;
+    for (const lors::KeepStats& s : stats) {
+        result.append(py::make_tuple(s.delta_energy, s.kept_energy, s.delta_sum, s.kept_sum, s.kept, s.non_finite));
     }
     return result;
 }
@@ -80,5 +107,6 @@ PYBIND11_MODULE(LORS_MODULE, module) {
     module.def("gram_apply", gram_apply);
     module.def("residual_threshold", residual_threshold);
     module.def("merge_update", merge_update);
+    module.def("ties_update", ties_update);
     module.def("truncated_svd", truncated_svd);
 }

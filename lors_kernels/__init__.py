@@ -11,25 +11,32 @@ from .gram_apply import gram_apply
 from .merge_update import merge_update
 from .residual_threshold import residual_threshold
 from .threads import thread_count
+from .ties_update import keep_limit, random_key, ties_update
 from .topk_mask import lors_delta, topk_mask
 from .truncated_svd import truncated_svd
-from .types import KEEP_ALL, KEEP_NONE, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from .types import ALWAYS, KEEP_ALL, KEEP_NONE, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 __all__ = [
+    "ALWAYS",
     "KEEP_ALL",
     "KEEP_NONE",
     "Availability",
     "BackendUnavailable",
+    "Keep",
+    "KeepStats",
     "NonFiniteError",
     "Threshold",
     "TruncatedSVD",
     "UpdateStats",
     "available_backends",
     "gram_apply",
+    "keep_limit",
     "lors_delta",
     "merge_update",
+    "random_key",
     "residual_threshold",
     "thread_count",
+    "ties_update",
     "topk_mask",
     "truncated_svd",
 ]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from .types import ALWAYS, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()  # any
@@ -92,6 +92,70 @@ def merge_update(
         energy = [float(x.double().square().sum()) for x in (d, residual, kept)]
         stats.append(UpdateStats(energy[0], energy[1], energy[2], int(mask.sum()), int((~torch.isfinite(d)).sum())))
     out.copy_(total)
+    return stats
+
+
+def random_bits(key: int, start: int, count: int) -> Any:
+    """Numbers start .. start + count - 1 of a stream: SplitMix64 entered at any place, its upper 32 bits, as uint64."""
+    import numpy as np
+
+    z = np.uint64(key) + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+
+
+def kept_entries(d: Any, rule: Keep, start: int) -> Any:
+    """Boolean [m, n]: which entries of a delta survive a `Keep` rule."""
+    import torch
+
+    mask = torch.ones_like(d, dtype=torch.bool)
+    for threshold, wanted in ((rule.low, True), (rule.high, False)):
+        mask &= keep_mask(d, threshold._replace(cut=threshold.cut - start)) == wanted
+    if rule.limit < ALWAYS:
+        drawn = random_bits(rule.key, start, d.numel()) < rule.limit
+        mask &= torch.from_numpy(drawn).to(d.device).view(d.shape)
+    return mask
+
+
+def ties_update(
+    out: Any,
+    base: Any,
+    tuned: Sequence[Any],
+    keep: Sequence[Keep],
+    weight: Sequence[float],
+    *,
+    elect: bool,
+    normalize: bool,
+    scale: float,
+    start: int,
+    threads: int | None = None,
+) -> list[KeepStats]:
+    import torch
+
+    values, stats = [], []
+    for tuned_t, rule, weight_t in zip(tuned, keep, weight, strict=True):
+        d = delta(base, tuned_t)
+        mask = kept_entries(d, rule, start)
+        kept = torch.where(mask, d, 0.0)
+        values.append(kept * rule.factor * weight_t)
+        sums = [float(x.double().sum()) for x in (d.double().square(), kept.double().square(), d.abs(), kept.abs())]
+        stats.append(KeepStats(*sums, int(mask.sum()), int((~torch.isfinite(d)).sum())))
+    if out is None:
+        return stats
+    total, divisor = torch.zeros_like(values[0]), torch.tensor(sum(weight), device=values[0].device)
+    divisor = torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+    for v in values:
+        total = total + v
+    if elect:
+        sign = torch.where(total >= 0, 1.0, -1.0)
+        total, divisor = torch.zeros_like(total), torch.zeros_like(total)
+        for v, weight_t in zip(values, weight, strict=True):
+            agrees = v.sign() == sign
+            total = total + torch.where(agrees, v, 0.0)
+            divisor = divisor + torch.where(agrees, weight_t, 0.0)
+        divisor = torch.where(divisor == 0, 1.0, divisor)
+    out.copy_(out.float() + scale * (total / divisor if normalize else total))
     return stats
 
 

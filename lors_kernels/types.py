@@ -29,6 +29,34 @@ KEEP_NONE = Threshold(math.inf, 0, 0)
 KEEP_ALL = Threshold(0.0, 0, 2**62)
 
 
+ALWAYS = 2**32
+
+
+class Keep(NamedTuple):
+    """Which entries of one expert's delta survive, and their factor.
+
+    Entry i (row-major in its tensor) survives when `low` selects it, `high` does not, and
+    random_bits(key, i) < limit, which has probability limit / 2^32.
+    """
+
+    low: Threshold = KEEP_ALL
+    high: Threshold = KEEP_NONE
+    key: int = 0  # of the random numbers, see `random_key`
+    limit: int = ALWAYS
+    factor: float = 1.0
+
+
+class KeepStats(NamedTuple):
+    """What one expert contributed to a ties_update, summed in float64 over the matrix."""
+
+    delta_energy: float  # sum of delta^2
+    kept_energy: float  # sum of the kept delta^2
+    delta_sum: float  # sum of |delta|
+    kept_sum: float  # sum of the kept |delta|
+    kept: int
+    non_finite: int  # NaN or infinite entries of delta
+
+
 class UpdateStats(NamedTuple):
     """What one expert contributed to a merge_update, summed in float64 over the matrix."""
 

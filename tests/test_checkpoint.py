@@ -311,7 +311,7 @@ def test_what_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert "no such file or directory" in error_of(tmp_path / "nothing")
     assert "expected model.safetensors" in error_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "PEFT adapter" in error_of(tmp_path)
+    assert "no weights beside adapter_config.json" in error_of(tmp_path)
     os.mkfifo(tmp_path / "pipe.safetensors")
     assert "expected a file" in error_of(tmp_path / "pipe.safetensors")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")

@@ -5,47 +5,12 @@
 #include "../lors/parallel.h"
 #include "ops.h"
 #include "residual.h"
+#include "rows.h"
 
 namespace lors {
 namespace {
 
 constexpr int64_t kTaskRows = 16;
-
-template <DType D>
-void read_row(const void* from, int64_t n, float* row) {
-    const int64_t body = n / kLanes<float> * kLanes<float>;
-    for (int64_t j = 0; j < body; j += kLanes<float>) store(row + j, load_vector<D>(from, j));
-    for (int64_t j = body; j < n; ++j) row[j] = load_one<D>(from, j);
-}
-
-void read_row(const Matrix& m, int64_t i, float* row) {
-    switch (m.dtype) {
-        case DType::kFloat16: return read_row<DType::kFloat16>(m.at(i, 0), m.cols, row);
-        case DType::kBFloat16: return read_row<DType::kBFloat16>(m.at(i, 0), m.cols, row);
-        default: return read_row<DType::kFloat32>(m.at(i, 0), m.cols, row);
-    }
-}
-
-void write_row(const Matrix& m, int64_t i, const float* row) {
-    void* to = const_cast<void*>(m.at(i, 0));
-    if (m.dtype == DType::kFloat32) {
-        std::memcpy(to, row, static_cast<size_t>(m.cols) * 4);
-    } else {
-        uint16_t* out = static_cast<uint16_t*>(to);
-        if (m.dtype == DType::kFloat16) {
-            int64_t j = 0;
-#if defined(__AVX512F__) || defined(__AVX2__)
-            for (; j + 8 <= m.cols; j += 8) {
-                _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j),
-                                 _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT));
-            }
-#endif
-            for (; j < m.cols; ++j) out[j] = float_to_half(row[j]);
-        } else {
-            for (int64_t j = 0; j < m.cols; ++j) out[j] = float_to_bfloat(row[j]);
-        }
-    }
-}
 
 struct RowStats {
     float delta = 0, residual = 0, kept_energy = 0;
@@ -114,7 +79,7 @@ void merge_update(const Matrix& out, const Matrix& base, const Expert* experts, 
         std::fill(row, row + stride, 0.0f);
         const int64_t end = std::min(out.rows, (task + 1) * kTaskRows);
         for (int64_t i = task * kTaskRows; i < end; ++i) {
-            read_row(out, i, row);
+            read_row(out, i, 0, out.cols, row);
             for (int64_t t = 0; t < count; ++t) {
                 const Threshold& threshold = experts[t].threshold;
                 residuals[static_cast<size_t>(t)]->row(i, delta, low, residual);
@@ -127,7 +92,7 @@ void merge_update(const Matrix& out, const Matrix& base, const Expert* experts, 
                 sum.kept += r.kept;
                 sum.non_finite += r.non_finite;
             }
-            write_row(out, i, row);
+            write_row(out, i, 0, out.cols, row);
         }
     });
     for (int64_t t = 0; t < count; ++t) {

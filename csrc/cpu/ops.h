@@ -39,6 +39,38 @@ void merge_update(const Matrix& out, const Matrix& base, const Expert* experts, 
                   UpdateStats* stats,  // [count]
                   int threads);
 
+// Which entries of one expert's delta survive: those that `low` selects and `high` does not, each with probability
+// limit / 2^32 by the random numbers of `key`; survivors are multiplied by `factor`.
+struct Keep {
+    Threshold low, high;
+    uint64_t key, limit;
+    float factor;
+};
+struct KeepStats {
+    double delta_energy;  // sum of delta^2
+    double kept_energy;   // sum of the kept delta^2
+    double delta_sum;     // sum of |delta|
+    double kept_sum;      // sum of the kept |delta|
+    int64_t kept;
+    int64_t non_finite;  // entries of delta that are NaN or infinite
+};
+struct TiesExpert {
+    Matrix tuned;
+    Keep keep;
+    float weight;
+};
+struct Consensus {
+    bool elect;      // sum only the values with the sign of their sum
+    bool normalize;  // divide by the sum of the weights that went in
+    float scale;
+};
+// out += scale * consensus_t(weight[t] * factor[t] * keep_t(delta_t)). A null `out` leaves only the account. `start` is
+// the row-major index of the first entry in its tensor: thresholds and random numbers count from there.
+void ties_update(const Matrix& out, const Matrix& base, const TiesExpert* experts, int64_t count, const Consensus& rule,
+                 int64_t start,
+                 KeepStats* stats,  // [count]
+                 int threads);
+
 // L = left @ right.T, the truncated SVD of delta, with a certificate of its accuracy.
 enum class SvdMethod : int { kKrylov = 0, kKrylovDouble = 1, kNotConverged = 2 };
 struct SvdResult {

@@ -23,7 +23,7 @@ from ..arrays import (
     to_torch,
 )
 from ..threads import thread_count
-from ..types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from ..types import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 NAME = "cpu"
 DEVICES = ("cpu",)
@@ -123,6 +123,33 @@ def merge_update(
         thread_count(threads),
     )
     return [UpdateStats(*s) for s in stats]
+
+
+def ties_update(
+    out: Any,
+    base: Any,
+    tuned: Sequence[Any],
+    keep: Sequence[Keep],
+    weight: Sequence[float],
+    *,
+    elect: bool,
+    normalize: bool,
+    scale: float,
+    start: int,
+    threads: int | None = None,
+) -> list[KeepStats]:
+    b, like = _pair(base, tuned[0])
+    stats = library().ties_update(
+        (0, *like[1:]) if out is None else _matrix(out),
+        b,
+        [_matrix(t) for t in tuned],
+        [(tuple(k.low), tuple(k.high), k.key, k.limit, k.factor) for k in keep],
+        list(weight),
+        (elect, normalize, scale),
+        start,
+        thread_count(threads),
+    )
+    return [KeepStats(*s) for s in stats]
 
 
 def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:

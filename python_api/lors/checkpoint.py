@@ -36,6 +36,7 @@ SIDECARS = (
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMPARE_ELEMENTS = 1 << 20
 
@@ -53,6 +54,7 @@ class Checkpoint:
         tensors: name -> TensorInfo, in the order of the files and of the data in them.
         naming: ``"hf-whisper"``, ``"openai-whisper"`` or ``"other"``.
         config: config.json beside the weights, or None.
+        adapter: adapter_config.json of a PEFT adapter, whose tensors are its factors; None for a model.
         dims: openai-whisper's dimensions from a ``.pt``, or None.
         metadata: the strings of the safetensors header.
     """
@@ -66,6 +68,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.dims: dict[str, Any] | None = None
+        self.adapter: dict[str, Any] | None = None
         self._directory = directory
         with contextlib.ExitStack() as stack:
             self._streams = [stack.enter_context(_open(file)) for file in files]
@@ -189,6 +192,11 @@ class Checkpoint:
         """SHA-256 of each weight file, by file name."""
         return {file.name: sha256_file(file) for file in self.files}
 
+    @property
+    def directory(self) -> Path | None:
+        """Where configuration and tokenizer lie, None for a bare file."""
+        return self._directory
+
     def sidecars(self) -> list[Path]:
         """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
         if self._directory is None:
@@ -245,9 +253,18 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
         if (path / index).exists():
             return _open_sharded(path / index, name, hub_id)
-    adapter = (path / "adapter_config.json").exists()
-    hint = " (it is a PEFT adapter: merge it into its base model first)" if adapter else ""
-    raise LorsError(f"{path}: no weights in this directory{hint}: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
+    if (path / _ADAPTER_CONFIG).exists():
+        return _open_adapter(path, name, hub_id)
+    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
+
+
+def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
+    for file in _ADAPTERS:
+        if (path / file).exists():
+            checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id)
+            checkpoint.adapter = _read_json(path / _ADAPTER_CONFIG, required=True)
+            return checkpoint
+    raise LorsError(f"{path}: no weights beside {_ADAPTER_CONFIG}: expected {' or '.join(_ADAPTERS)}")
 
 
 def _open_sharded(index: Path, name: str, hub_id: str | None) -> Checkpoint:

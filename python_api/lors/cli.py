@@ -256,5 +256,13 @@ def validate(
         raise typer.Exit(1)
 
 
+@app.command("mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def mergekit_yaml(ctx: typer.Context) -> None:
+    """mergekit's own command, CONFIG OUT [its flags], with our methods and kernels under it."""
+    from .integrations.mergekit import mergekit_yaml as run
+
+    run(ctx.args)
+
+
 for _name, _command in SPEECH_COMMANDS.items():
     app.command(_name)(_command)

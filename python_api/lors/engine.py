@@ -22,14 +22,15 @@ import numpy as np
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
+from .factors import Factors
 from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
+from .operands import Buffers, Combination, Operands, Outcome
 from .parameters import rank_of
-from .sources import Slot, Source, Spec
+from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
-COLUMNS = 4096
 LARGE = 1 << 20  # entries of a piece that does not share the last cache well
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
@@ -46,9 +47,10 @@ class Work:
     reductions: tuple[Reduction, ...]  # one per expert; none: the base's values are carried over
     matrix: bool  # decomposed: treated as a whole
     relative: bool = True
+    combination: Combination | None = None  # instead of reductions: all experts together
 
     def pieces(self) -> Iterator[Piece]:
-        step = max(1, self.spec.numel) if self.matrix else SLAB
+        step = max(1, self.spec.numel) if self.matrix or self.combination else SLAB
         for start in range(0, max(1, self.spec.numel), step):
             yield Piece(self, start, min(self.spec.numel, start + step))
 
@@ -62,16 +64,7 @@ class Piece(NamedTuple):
         """The piece's values as matrices: the tensor itself, or rows of COLUMNS and one shorter row."""
         if self.work.matrix:
             return [flat.reshape(self.work.spec.shape)]
-        body = flat.size // COLUMNS * COLUMNS
-        parts = (flat[:body].reshape(-1, COLUMNS), flat[body:].reshape(1, -1))
-        return [part for part in parts if part.size]
-
-
-class Outcome(NamedTuple):
-    """What one expert contributed to one piece."""
-
-    stats: UpdateStats
-    svd: TruncatedSVD | None
+        return rows_of(flat)
 
 
 @dataclass
@@ -82,6 +75,7 @@ class _Worker:
     tuned: Slot = field(default_factory=Slot)
     total: Slot = field(default_factory=Slot)
     out: Slot = field(default_factory=Slot)
+    buffers: Buffers = field(default_factory=Buffers)
 
 
 class _Queue:
@@ -163,7 +157,9 @@ class Engine:
                 for source in (self.base, *self.experts):
                     source.prefetch(ahead.work.name)
         piece, worker = pieces[index], self._local.worker
-        if piece.work.reductions:
+        if piece.work.combination:
+            self._outcomes[index] = self._combine(piece.work, worker)
+        elif piece.work.reductions:
             self._outcomes[index] = self._merge(piece, worker)
         else:
             values = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)
@@ -182,12 +178,51 @@ class Engine:
                 return []
             if reduction.weight == 0:
                 continue
+            factors = expert.factors(work.name) if work.relative else None
+            if factors is not None:
+                outcomes += self._add_factors(expert, piece, total, factors, reduction)
+                continue
             tuned = expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
             bases = [None, None] if base is None else piece.views(base)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
                 outcomes.append(self._add(expert, work, w, b, t, reduction))
         self.sink(work.name, self._converted(total, work, worker), piece.start)
         return outcomes
+
+    def _add_factors(
+        self, expert: Source, piece: Piece, total: np.ndarray, factors: Factors, r: Reduction
+    ) -> list[Outcome]:
+        """The same for an adapter: L comes from its factors, and a matrix is formed only of what S is selected from."""
+        if not factors.rank:
+            return []
+        if not piece.work.matrix:
+            total += np.float32(r.weight) * factors.flat(piece.start, piece.stop)
+            return []
+        shape, outcomes = piece.work.spec.shape, []
+        low, remaining = factors.split(rank_of(r.rank, *shape)) if r.rank else (None, factors)
+        if remaining.rank and r.density:
+            outcomes = [self._add(expert, piece.work, total.reshape(shape), None, remaining.matrix(), r._replace(rank=0))]
+        if low is not None:
+            total += np.float32(r.weight) * low.flat(0, total.size)
+            energy, rest = (float(np.square(part.sigma()).sum()) for part in (factors, remaining))
+            svd = TruncatedSVD(low.left, low.right, low.sigma(), 0, 0.0, "factors", energy, "numpy")
+            kept = sum(outcome.stats.kept_energy for outcome in outcomes)
+            outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), svd)]
+        return outcomes
+
+    def _combine(self, work: Work, worker: _Worker) -> list[Outcome]:
+        """All experts together, as the method's `Combination` says."""
+        assert work.combination is not None
+        options: dict[str, Any] = {"backend": self.backend, "threads": 1}
+        operands = Operands(
+            work.name, work.spec, self.base, self.experts, self.seed, options, worker.buffers,
+            lambda expert: self._non_finite(expert, work),
+        )  # fmt: skip
+        for start, values in work.combination(operands):
+            if self._stop.is_set():
+                break
+            self.sink(work.name, self._converted(values, work, worker), start)
+        return operands.outcomes
 
     def _add(
         self, expert: Source, work: Work, total: np.ndarray, base: Any, tuned: np.ndarray, r: Reduction
@@ -244,6 +279,7 @@ class Engine:
         for piece, outcomes in zip(pieces, self._outcomes, strict=True):
             work, entries = piece.work, piece.stop - piece.start
             read = [e for e, r in zip(self.experts, work.reductions, strict=False) if r.weight]
+            read += self.experts if work.combination else ()
             if work.relative or not read:
                 read.append(self.base)
             report.bytes_read += entries * sum(source.tensors[work.name].dtype.itemsize for source in read)
@@ -267,7 +303,7 @@ class Engine:
 def plan(
     specs: Mapping[str, Spec],
     matrices: set[str],
-    reductions: Callable[[str, bool], list[Reduction]],
+    treatments: Callable[[str, bool], list[Reduction] | Combination],
     out_dtype: np.dtype[Any] | None,
     relative: bool,
 ) -> list[Work]:
@@ -275,7 +311,9 @@ def plan(
     works = []
     for name, spec in specs.items():
         matrix = name in matrices
-        chosen = reductions(name, matrix) if spec.floating else []
+        treatment = treatments(name, matrix) if spec.floating and spec.numel else []
+        combination = treatment if callable(treatment) else None
+        chosen = [] if callable(treatment) else treatment
         for reduction in chosen:
             if reduction.rank:
                 try:
@@ -283,5 +321,5 @@ def plan(
                 except ValueError as error:
                     raise LorsError(f"parameters.{error}: tensor {name!r}") from None
         dtype = out_dtype if out_dtype is not None and spec.floating else spec.dtype
-        works.append(Work(name, spec, dtype, tuple(chosen), matrix, relative))
+        works.append(Work(name, spec, dtype, tuple(chosen), matrix, relative, combination))
     return works

@@ -199,6 +199,15 @@ def select(
     return Selection(kept, found.rule, found.notice)
 
 
+def is_projection(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is decomposed where only its name and shape are known, not its model: it is a projection of some
+    architecture of the table (openai-whisper's short names aside), or `select` would take it by its shape."""
+    if len(shape) != 2:
+        return False
+    known = (part for a in ARCHITECTURES if a.name != OPENAI_WHISPER for part in (a.attention, a.mlp))
+    return any(re.search(part, name) for part in known) or bool(_by_shape({name: shape}, "projections", "").names)
+
+
 def attention_only(names: Iterable[str]) -> set[str]:
     """Those of the (already selected) names that belong to an attention block: `select: attention` for any model."""
     return {name for name in names if _ATTENTION_NAME.search(name)}
@@ -245,12 +254,13 @@ def _listed(patterns: Iterable[re.Pattern[str]]) -> str:
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor) if isinstance(tensor, (tuple, list)) else tuple(tensor.shape)
+    # not by type: the engine's specs are named tuples that have a shape
+    return tuple(tensor.shape if hasattr(tensor, "shape") else tensor)
 
 
 def _floating(tensor: Any) -> bool:
     # By name, because the dtype may be numpy's, ml_dtypes' (whose bfloat16 has numpy kind "V") or torch's.
-    return isinstance(tensor, (tuple, list)) or "float" in str(tensor.dtype)
+    return not hasattr(tensor, "dtype") or "float" in str(tensor.dtype)
 
 
 # --- depth -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 from lors_kernels.arrays import BFLOAT16, is_torch
 
 from . import layers
+from .adapters import source_of
 from .card import Source as CardSource
 from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
@@ -28,9 +29,10 @@ from .engine import Engine, Sink, Work, plan
 from .errors import LorsError
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
+from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
-from .recipe import Recipe
-from .sources import FileSource, MemorySource, Source
+from .recipe import BASE, Recipe
+from .sources import MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -169,16 +171,43 @@ def merge_state_dicts(
     kernels = _backend(None if device else backend)
     report = MergeReport(method, kernels, None, list(experts), threads=_threads(threads))
     works = _plan(recipe, chosen, sources[0], layers.naming(base), config, report)
+
+    def engine(sink: Sink) -> Engine:
+        made = _engine(recipe, sources, sink, report, works, None)
+        return _on_devices(made, device, device_memory, backend) if device else made
+
+    return {name: _like(base[name], array) for name, array in _collect(works, engine).items()}
+
+
+def merge_in_memory(
+    base: str | os.PathLike[str],
+    experts: Mapping[str, str | os.PathLike[str]],
+    method: str = "lors",
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> tuple[dict[str, np.ndarray], Checkpoint]:
+    """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
+    paths = {label: os.fspath(path) for label, path in experts.items()}
+    recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
+    report = MergeReport(method, _backend(backend), None, list(paths), threads=_threads(threads))
+    with contextlib.ExitStack() as stack:
+        opened, others = _open(recipe, METHODS[method], stack)
+        sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
+        works = _plan(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
+        return _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None)), opened
+
+
+def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
+    """Runs an engine that writes into arrays."""
     merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
 
     def keep(name: str, values: np.ndarray, start: int) -> None:
         merged[name][start : start + values.size] = values
 
-    engine = _engine(recipe, sources, keep, report, works, None)
-    if device:
-        engine = _on_devices(engine, device, device_memory, backend)
-    engine.run(works)
-    return {work.name: _like(base[work.name], merged[work.name].reshape(work.spec.shape)) for work in works}
+    engine(keep).run(works)
+    return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
 
 
 # --- checks and planning ---------------------------------------------------------------------------------------------
@@ -189,7 +218,7 @@ class _Job(NamedTuple):
 
     base: Checkpoint
     experts: list[Checkpoint]
-    sources: list[FileSource]
+    sources: list[Source]
     works: list[Work]
     output: OutputDirectory
     report: MergeReport
@@ -209,7 +238,7 @@ def _prepare(
     report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
-    sources = [FileSource(checkpoint, list(base.tensors)) for checkpoint in (base, *experts)]
+    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
@@ -235,16 +264,23 @@ def _backend(name: str | None) -> str:
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
-    indices = recipe.experts if method.relative else range(len(recipe.models))
+    indices = recipe.experts if method.relative else recipe.inputs
     experts = [
-        stack.enter_context(open_checkpoint(recipe.sources[index], name=recipe.labels[index])) for index in indices
+        stack.enter_context(
+            open_checkpoint(str(recipe.base_source), name="base")
+            if index == BASE
+            else open_checkpoint(recipe.sources[index], name=recipe.labels[index])
+        )
+        for index in indices
     ]
     if method.relative:
         base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
     else:
         base = experts[0]
+    if base.adapter is not None:
+        raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     for expert in experts:
-        if expert is not base:
+        if expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
 
@@ -261,34 +297,35 @@ def _plan(
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
             raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
     matrices: set[str] = set()
-    if not method.everywhere:
+    everywhere = method.everywhere and recipe.target is None
+    if recipe.target is not None and not method.targets:
+        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
+    if not everywhere:
         selection = layers.select(base.tensors, naming, config, recipe.target)
         matrices = set(selection.names)
         if selection.notice:
             report.notices.append(selection.notice)
-    elif recipe.target is not None:
-        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
     report.notices += recipe.unmatched_filters(base.tensors)
     depth = layers.positions(base.tensors)
-    indices = recipe.experts if method.relative else tuple(range(len(recipe.models)))
+    indices = recipe.experts if method.relative else recipe.inputs
 
-    def reductions(name: str, matrix: bool) -> list[Reduction]:
+    def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
         at = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
-        chosen = method.reduce(models, recipe.params_for(**at))
-        return chosen if matrix or method.everywhere else _rest(recipe.rest, chosen)
+        shared = recipe.params_for(**at)
+        return method.treatment(models, shared) if matrix or everywhere else _rest(recipe.rest, models, shared)
 
     dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
-    return plan(base.tensors, matrices, reductions, dtype, method.relative)
+    return plan(base.tensors, matrices, treatments, dtype, method.relative)
 
 
-def _rest(rule: str, chosen: Sequence[Reduction]) -> list[Reduction]:
-    """What happens to a tensor that the method does not decompose."""
+def _rest(rule: str, models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[Reduction]:
+    """What happens to a tensor that the method does not treat."""
     if rule == "base":
         return []
     if rule == "average":
-        return [Reduction(1 / len(chosen)) for _ in chosen]
-    return [Reduction(reduction.weight) for reduction in chosen]
+        return [Reduction(1 / len(models)) for _ in models]
+    return [Reduction(shared.get("lambda", 1.0) * model.get("weight", 1.0)) for model in models]
 
 
 def _compare_specs(base: MemorySource, expert: MemorySource) -> None:
@@ -374,7 +411,8 @@ def _accompany(
     for path in base.sidecars():
         output.copy(path)
     labels = list(recipe.labels)
-    weights = {expert.name: _plain(recipe, "weight", labels.index(expert.name)) for expert in experts}
+    listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
+    weights = {expert.name: _plain(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
     write_card(
         output.path,

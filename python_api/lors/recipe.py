@@ -45,6 +45,8 @@ __all__ = [
     "rank_of",
 ]
 
+BASE = -1  # index of a base that is an input without being listed in `models`
+
 DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
@@ -180,10 +182,13 @@ class Recipe(_Document):
                 if label not in own:
                     raise LorsError(f"parameters.{parameter}: unknown expert {shown(label)}{nearest(label, own)}")
                 own[label][parameter] = one
+        # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
+        spec = (methods or {}).get(method)
+        without = base is None or (spec is not None and spec.base == "optional")
         document: dict[str, object] = {
             "name": name,
             "merge_method": method,
-            "base_model": None if base is None else str(base),
+            "base_model": None if without else str(base),
             "models": [{"model": str(experts[label]), "name": label, "parameters": own[label]} for label in experts],
             "parameters": shared,
             "target": None if target is None else dict(target),
@@ -245,6 +250,12 @@ class Recipe(_Document):
         return tuple(i for i, entry in enumerate(self.models) if not self._is_base(entry))
 
     @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices in `models` of all of them, and BASE for a base that is not among them, as mergekit adds it."""
+        unlisted = (BASE,) if self.base_model is not None and self.base_index is None else ()
+        return (*range(len(self.models)), *unlisted)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A short unique label for every entry of `models`: its `name`, or else the end of its path."""
         return _labels(self.models)
@@ -292,11 +303,15 @@ class Recipe(_Document):
         return default
 
     def params_for(self, *, tensor: str, model: int | None = None, position: float = 0.0) -> dict[str, Any]:
-        """Every parameter of the method for one tensor: those per model for a `model`, the global ones for None."""
+        """Every parameter of the method for one tensor: those per model for a `model`, the global ones for None.
+
+        `BASE` as the model is a base that is not listed: parameters per model, with the recipe's global values.
+        """
         if self._method is None:
             raise TypeError("params_for: expected a recipe that is bound to its method, got an unbound one")
         scope = "global" if model is None else "model"
         names = [spec.name for spec in self._method.parameters if spec.scope == scope]
+        model = None if model == BASE else model
         return {name: self.resolve(name, tensor=tensor, model=model, position=position) for name in names}
 
     def unmatched_filters(self, tensors: Iterable[str]) -> list[str]:

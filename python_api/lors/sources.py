@@ -11,6 +11,17 @@ from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
 from .checkpoint import Checkpoint
 from .errors import LorsError
+from .factors import Factors
+
+
+COLUMNS = 4096
+
+
+def rows_of(flat: np.ndarray) -> list[np.ndarray]:
+    """Flat values as matrices: rows of COLUMNS entries and one shorter row."""
+    body = flat.size // COLUMNS * COLUMNS
+    parts = (flat[:body].reshape(-1, COLUMNS), flat[body:].reshape(1, -1))
+    return [part for part in parts if part.size]
 
 
 class Slot:
@@ -59,6 +70,10 @@ class Source(Protocol):
         """A hint that the tensor is wanted soon."""
         ...
 
+    def factors(self, name: str) -> Factors | None:
+        """The difference to the base as factors, where it is known so (an adapter); None where it is not."""
+        ...
+
 
 class FileSource:
     """A checkpoint; a tied output projection that only other checkpoints store is read from the embedding."""
@@ -76,6 +91,9 @@ class FileSource:
     def prefetch(self, name: str) -> None:
         self._checkpoint.prefetch(self._stored[name])
 
+    def factors(self, name: str) -> None:
+        return None
+
 
 class MemorySource:
     """A state dict of numpy arrays or CPU torch tensors, read in place."""
@@ -92,6 +110,9 @@ class MemorySource:
 
     def prefetch(self, name: str) -> None:
         pass  # it is in memory
+
+    def factors(self, name: str) -> None:
+        return None
 
 
 def _flat(source: str, key: str, value: Any) -> np.ndarray:

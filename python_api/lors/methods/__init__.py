@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from . import linear, lors, magnitude_prune, svp, task_arithmetic
+from . import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    della_linear,
+    iso_c,
+    linear,
+    lors,
+    magnitude_prune,
+    model_stock,
+    slerp,
+    svp,
+    task_arithmetic,
+    ties,
+    tsv,
+)
 from .base import Method, Reduction
 
-METHODS: dict[str, Method] = {
-    module.METHOD.spec.name: module.METHOD for module in (linear, task_arithmetic, magnitude_prune, svp, lors)
-}
+_MODULES = (
+    *(linear, task_arithmetic, magnitude_prune, svp, lors, ties, dare_linear, dare_ties, della, della_linear),
+    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c),
+)
+METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD for module in _MODULES}
 SPECS = {name: method.spec for name, method in METHODS.items()}
 
 __all__ = ["METHODS", "SPECS", "Method", "Reduction"]

@@ -1,11 +1,12 @@
-"""What a merge method is: the parameters it declares, and what it keeps of every expert's task vector."""
+"""What a merge method is: the parameters it declares, and what it does with the task vectors of one tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from ..operands import Combination
 from ..parameters import MethodSpec, ParameterSpec
 
 
@@ -21,26 +22,42 @@ class Reduction(NamedTuple):
     density: float = 1.0
 
 
-# (parameters of each expert, parameters of the merge) for one tensor -> one Reduction per expert
-Rule = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], "list[Reduction]"]
+Parameters: TypeAlias = "Mapping[str, Any]"
+Reduce: TypeAlias = "Callable[[Sequence[Parameters], Parameters], list[Reduction]]"
+Combine: TypeAlias = "Callable[[Sequence[Parameters], Parameters], Combination]"
 
 
 @dataclass(frozen=True)
 class Method:
-    """W = W0 + sum_t reduction_t(W_t - W0), tensor by tensor.
+    """One of two forms, for one tensor, from (parameters of each expert, parameters of the merge):
 
-    reduce: the rule for the decomposed matrices; with `everywhere`, for all tensors. Without it the other tensors follow
-        the recipe's `rest` with the weights that `reduce` gives.
+    reduce: W = W0 + sum_t reduction_t(W_t - W0), one `Reduction` per expert; each is done while its matrix is in cache.
+    combine: anything that needs all experts together, a `Combination` that is given `Operands`.
+
+    everywhere: all floating tensors are treated so, unless the recipe has a `target`; else the projection matrices. The
+        other tensors follow the recipe's `rest` with the plain weights lambda * weight.
+    targets: whether the recipe may have a `target`.
     relative: False sums the models themselves instead of their differences to a base.
     """
 
     spec: MethodSpec
-    reduce: Rule
+    reduce: Reduce | None = None
+    combine: Combine | None = None
     everywhere: bool = False
+    targets: bool = True
     relative: bool = True
+
+    def treatment(self, models: Sequence[Parameters], shared: Parameters) -> list[Reduction] | Combination:
+        if self.combine is not None:
+            return self.combine(models, shared)
+        assert self.reduce is not None
+        return self.reduce(models, shared)
 
 
 WEIGHT = ParameterSpec("weight", "float", 1.0, help="factor of this expert")
 LAMBDA = ParameterSpec("lambda", "float", 1.0, scope="global", help="factor of the sum over the experts")
 RANK = ParameterSpec("rank", "rank", 7, help="singular triplets kept; below 1 a fraction of min(m, n)")
 DENSITY = ParameterSpec("density", "float", 0.2, minimum=0.0, maximum=1.0, help="share of the entries kept")
+INT8_MASK = ParameterSpec(
+    "int8_mask", "bool", False, scope="global", help="accepted for mergekit's sake: there are no masks in memory here"
+)

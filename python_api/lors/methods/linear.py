@@ -26,5 +26,6 @@ METHOD = Method(
     MethodSpec("linear", (replace(WEIGHT, default=REQUIRED), NORMALIZE), base="optional"),
     reduce,
     everywhere=True,
+    targets=False,
     relative=False,
 )

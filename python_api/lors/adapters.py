@@ -1,0 +1,173 @@
+"""PEFT LoRA adapters as experts: W_t = W0 + scale * B_t @ A_t, read as factors and never stored as a matrix.
+
+    scale = alpha / r, or alpha / sqrt(r) with use_rslora
+
+What an adapter directory holds is checked against the base by name and shape before anything is merged; kinds of
+adapters whose delta is not B @ A (DoRA and others) are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .errors import LorsError
+from .factors import Factors
+from .sources import FileSource, Slot, Source, Spec
+
+PREFIX = "base_model.model."
+_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+_UNCHANGED = Factors(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32))
+
+# settings under which delta is not scale * B @ A of the named module
+_REFUSED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "lora_bias": "a LoRA with biases of its own (lora_bias)",
+    "layer_replication": "an adapter with replicated layers (layer_replication)",
+    "target_parameters": "an adapter of bare parameters (target_parameters)",
+    "trainable_token_indices": "an adapter with trained tokens (trainable_token_indices)",
+    "alora_invocation_tokens": "an activated LoRA (alora_invocation_tokens)",
+}
+
+
+def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
+    """Where the engine reads an expert's tensors from: its files, or the base's and an adapter's factors."""
+    names = list(base.tensors)
+    if checkpoint.adapter is None:
+        return FileSource(checkpoint, names)
+    return AdapterSource(checkpoint, FileSource(base, names))
+
+
+class AdapterSource:
+    """The base with an adapter applied. LorsError unless the adapter fits the base."""
+
+    def __init__(self, checkpoint: Checkpoint, base: Source) -> None:
+        self.name, self._checkpoint, self._base = checkpoint.name, checkpoint, base
+        self._config = checkpoint.adapter or {}
+        _check_kind(self.name, self._config)
+        self._factors: dict[str, Factors] = {}
+        self._whole: dict[str, str] = {}  # tensors that the adapter replaces (modules_to_save, biases)
+        self._read(checkpoint.tensors)
+        self.tensors: dict[str, Spec] = {name: self._spec(name) for name in base.tensors}
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        """Base + delta, in float32 where there is a delta."""
+        if name in self._whole:
+            out = slot.array(stop - start, self.tensors[name].dtype)
+            return self._checkpoint.read(self._whole[name], out, start, stop)
+        values = self._base.fetch(name, start, stop, slot)
+        if name not in self._factors:
+            return values
+        return values.astype(np.float32) + self._factors[name].flat(start, stop)
+
+    def prefetch(self, name: str) -> None:
+        self._base.prefetch(name)
+
+    def factors(self, name: str) -> Factors | None:
+        """delta as factors, of rank 0 where the adapter changes nothing; None where it replaces the tensor."""
+        return None if name in self._whole else self._factors.get(name, _UNCHANGED)
+
+    def _spec(self, name: str) -> Spec:
+        if name in self._whole:
+            info = self._checkpoint.info(self._whole[name])
+            return Spec(info.dtype, info.shape)
+        spec = self._base.tensors[name]
+        return Spec(np.dtype(np.float32), spec.shape) if name in self._factors else spec
+
+    # --- reading
+
+    def _read(self, stored: Iterable[str]) -> None:
+        parts: dict[str, dict[str, str]] = {}
+        for key in stored:
+            match = _PART.fullmatch(key.removeprefix(PREFIX))
+            if match:
+                parts.setdefault(match["module"], {})[match["part"]] = key
+            elif "lora_" in key:
+                raise LorsError(f"{self.name}: tensor {key!r}: expected lora_A and lora_B, no other part of an adapter")
+            elif ".base_layer." in key:
+                self._same_as_base(key)
+            else:
+                self._replace(key)
+        if not parts:
+            raise LorsError(f"{self.name}: expected a LoRA adapter, got no lora_A and lora_B in it")
+        for module, keys in parts.items():
+            self._add(module, keys)
+
+    def _replace(self, key: str) -> None:
+        name = self._target(key.removeprefix(PREFIX), key)
+        shape, expected = self._checkpoint.info(key).shape, self._base.tensors[name].shape
+        if shape != expected:
+            raise self._other_base(key, f"shape {list(expected)}", f"{list(shape)}")
+        self._whole[name] = key
+
+    def _same_as_base(self, key: str) -> None:
+        """PEFT stores the base's embedding beside an adapter of it; another one would be another base."""
+        name = self._target(key.removeprefix(PREFIX).replace(".base_layer.", "."), key)
+        theirs, spec = self._checkpoint.read(key), self._base.tensors[name]
+        ours = self._base.fetch(name, 0, spec.numel, Slot()).reshape(spec.shape)
+        if theirs.shape != ours.shape or (theirs.astype(np.float32) != ours.astype(np.float32)).any():
+            raise self._other_base(key, "the base's values", "others")
+
+    def _add(self, module: str, keys: Mapping[str, str]) -> None:
+        embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
+        wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if set(keys) != set(wanted):
+            raise LorsError(f"{self.name}: module {module!r}: expected {' and '.join(wanted)}, got {', '.join(keys)}")
+        name = self._target(f"{module}.weight", keys[wanted[0]])
+        a, b = (self._checkpoint.read(keys[part]).astype(np.float32) for part in wanted)
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)  # convolutions: A [r, in, k..], B [out, r, 1..]
+        shape = self._base.tensors[name].shape
+        if a.shape[0] != b.shape[1]:
+            raise LorsError(f"{self.name}: module {module!r}: expected one rank, got {a.shape[0]} in A and {b.shape[1]} in B")
+        self._check_rank(module, a.shape[0])
+        left, right = b * np.float32(self._scale(module, a.shape[0])), a.T
+        if embedding or self._config.get("fan_in_fan_out"):
+            left, right = right, left
+        expected = (shape[0], int(np.prod(shape[1:], dtype=np.int64))) if len(shape) > 1 else shape
+        if (len(left), len(right)) != expected:
+            raise self._other_base(name, f"a delta {list(expected)}", f"{[len(left), len(right)]}")
+        self._factors[name] = Factors(np.ascontiguousarray(left), np.ascontiguousarray(right))
+
+    def _target(self, name: str, key: str) -> str:
+        """The base's name of a tensor; adapters of a model without its head lack the head's prefix."""
+        for candidate in (name, f"model.{name}"):
+            if candidate in self._base.tensors:
+                return candidate
+        raise self._other_base(key, f"a tensor {name!r} in the base", "none")
+
+    def _check_rank(self, module: str, rank: int) -> None:
+        expected = self._pattern("rank_pattern", module, self._config.get("r", rank))
+        if rank != expected:
+            raise LorsError(f"{self.name}: module {module!r}: expected rank {expected} by its configuration, got {rank}")
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = float(self._pattern("alpha_pattern", module, self._config.get("lora_alpha", 8)))
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _pattern(self, key: str, module: str, default: Any) -> Any:
+        """The first pattern that is the end of the module's path counts, as in PEFT."""
+        for pattern, value in (self._config.get(key) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        return default
+
+    def _other_base(self, what: str, expected: str, got: str) -> LorsError:
+        made_for = self._config.get("base_model_name_or_path")
+        return LorsError(
+            f"{self.name}: an adapter of another base (of {made_for}): tensor {what!r}: expected {expected}, got {got}"
+        )
+
+
+def _check_kind(name: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise LorsError(f"{name}: expected a LoRA adapter, got peft_type {kind}")
+    for key, meaning in _REFUSED.items():
+        if config.get(key):
+            raise LorsError(f"{name}: {meaning} is not supported: merge it into its base first")

@@ -1,0 +1,57 @@
+"""A delta that is known by its factors, as a LoRA adapter gives it: left @ right.T, never multiplied out to be decomposed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Factors(NamedTuple):
+    """delta = left @ right.T."""
+
+    left: np.ndarray  # [m, r] float32
+    right: np.ndarray  # [n, r] float32
+
+    @property
+    def rank(self) -> int:
+        return int(self.left.shape[1])
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows [start, stop) of delta in float32."""
+        return self.left[start:stop] @ self.right.T  # type: ignore[no-any-return]
+
+    def flat(self, start: int, stop: int) -> np.ndarray:
+        """Row-major entries [start, stop) of delta in float32."""
+        n = len(self.right)
+        first = start // n
+        return self.matrix(first, -(-stop // n)).ravel()[start - first * n : stop - first * n]
+
+    def sigma(self) -> np.ndarray:
+        """The singular values of delta, float64, largest first."""
+        return self._svd()[1]
+
+    def split(self, rank: int) -> tuple[Factors, Factors]:
+        """(L, delta - L) with L the `rank` largest singular triplets: left singular vectors times values, and right ones."""
+        u, sigma, v = self._svd()
+        left = (u * sigma).astype(np.float32)
+        right = v.astype(np.float32)
+        cut = min(rank, len(sigma))
+        return Factors(left[:, :cut], right[:, :cut]), Factors(left[:, cut:], right[:, cut:])
+
+    def largest(self, k: int) -> np.ndarray:
+        """The k largest entries of delta, zeros elsewhere, as `residual_threshold` selects them."""
+        import lors_kernels
+
+        full = self.matrix()
+        out = np.zeros_like(full)
+        threshold = lors_kernels.residual_threshold(None, full, k=k)
+        lors_kernels.merge_update(out, None, full, threshold=threshold)
+        return out
+
+    def _svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By QR of both factors and the SVD of the small matrix between them, in float64."""
+        q_left, r_left = np.linalg.qr(self.left.astype(np.float64))
+        q_right, r_right = np.linalg.qr(self.right.astype(np.float64))
+        u, sigma, vh = np.linalg.svd(r_left @ r_right.T)
+        return q_left @ u[:, : len(sigma)], sigma, q_right @ vh[: len(sigma)].T

@@ -1,0 +1,69 @@
+"""Model Stock: W = W0 + t mean_i(delta_i) with t from the angles between the task vectors (arXiv 2403.19522).
+
+    t = N c / (1 + (N - 1) c),     c = mean over pairs of cos(delta_i, delta_j)
+
+of the whole tensor, or with `filter_wise` of each of its rows (last axis). Where the denominator vanishes t is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..operands import Chunk, Combination, Operands
+from ..parameters import MethodSpec, ParameterSpec
+from .base import Method
+
+FILTER_WISE = ParameterSpec("filter_wise", "bool", False, scope="global", help="an interpolation of its own per row")
+BLOCK = 1 << 16  # entries of a float32 inner product; longer ones are summed in float64
+
+
+def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
+    def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+        width = operands.spec.shape[-1] if shared["filter_wise"] and operands.spec.shape else 0
+        products = [_products(operands, chunk, width) for chunk in operands.chunks(width or 1)]
+        gram = np.concatenate(products) if width else np.sum(products, axis=0)
+        t = interpolation(gram)  # [rows] or [1]
+        for chunk in operands.chunks(width or 1):
+            out = operands.out(chunk.base)
+            mean = sum(_deltas(chunk)) / np.float32(len(models))
+            first = chunk.start // width if width else 0
+            factor = t[first : first + out.size // width, None] if width else t[0]
+            out += (mean.reshape(-1, width or mean.size) * factor.astype(np.float32)).ravel()
+            yield chunk.start, out
+
+    return merge
+
+
+def interpolation(gram: np.ndarray) -> np.ndarray:
+    """t of inner products [.., N, N] between task vectors."""
+    count = gram.shape[-1]
+    norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    first, second = np.triu_indices(count, 1)
+    cosines = gram[..., first, second] / np.maximum(norms[..., first] * norms[..., second], 1e-6)
+    cosine = np.clip(cosines, -1, 1).mean(axis=-1)
+    denominator = 1 + (count - 1) * cosine
+    singular = np.abs(denominator) < 1e-6
+    return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, denominator))  # type: ignore[no-any-return]
+
+
+def _deltas(chunk: Chunk) -> list[np.ndarray]:
+    base = chunk.base.astype(np.float32)
+    return [tuned.astype(np.float32) - base for tuned in chunk.tuned]
+
+
+def _products(operands: Operands, chunk: Chunk, width: int) -> np.ndarray:
+    """Inner products between the experts' deltas, [rows, N, N] for rows of `width` entries, [1, N, N] for width 0."""
+    deltas = np.stack(_deltas(chunk))
+    for t, delta in enumerate(deltas):
+        operands.check(t, delta)
+    if width:
+        rows = deltas.reshape(len(deltas), -1, width).swapaxes(0, 1).astype(np.float64)
+        return rows @ rows.swapaxes(1, 2)  # type: ignore[no-any-return]
+    blocks = range(0, deltas.shape[1], BLOCK)
+    return sum((deltas[:, i : i + BLOCK] @ deltas[:, i : i + BLOCK].T).astype(np.float64) for i in blocks)[None]  # type: ignore[index,no-any-return]
+
+
+METHOD = Method(MethodSpec("model_stock", (FILTER_WISE,), min_experts=2), combine=combine, everywhere=True)

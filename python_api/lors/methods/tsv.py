@@ -1,0 +1,67 @@
+"""Task Singular Vectors: every expert's strongest directions, made orthogonal to the others' (arXiv 2412.00081).
+
+    delta_t ~ U_t S_t V_t^T, the int(min(m, n) / T) largest triplets of each of T experts
+    W = W0 + lambda * polar([U_1 .. U_T]) diag(w_1 S_1 .. w_T S_T) polar([V_1 .. V_T])^T
+
+polar(X) = X (X^T X)^(-1/2) is the nearest matrix with orthonormal columns. Experts of weight 0 are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import LorsError
+from ..operands import Combination, Operands
+from ..parameters import MethodSpec
+from .base import LAMBDA, WEIGHT, Method
+
+# Eigenvalues of X^T X carry an error of about 1e-16 of the largest: below this share their root is not good to 1e-6.
+GRAM_LIMIT = 1e-9
+
+
+def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
+    chosen = [t for t, model in enumerate(models) if model["weight"]]
+
+    def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+        base = operands.base()
+        out = operands.out(base)
+        rank = int(min(operands.spec.shape) * (1 / len(chosen))) if chosen else 0
+        if chosen and not rank:
+            raise LorsError(
+                f"tensor {operands.name!r}: expected at most {min(operands.spec.shape)} experts for a matrix "
+                f"{list(operands.spec.shape)} with tsv, got {len(chosen)}"
+            )
+        left, right, sigma = [], [], []
+        for t in chosen:
+            svd = operands.svd(t, rank)
+            norms = np.where(svd.sigma > 0, svd.sigma, 1)
+            left.append(svd.left / norms)
+            right.append(svd.right)
+            sigma.append(models[t]["weight"] * svd.sigma)
+        if chosen:
+            u, v = (polar(np.concatenate(vectors, axis=1, dtype=np.float64)) for vectors in (left, right))
+            out += (shared["lambda"] * (u * np.concatenate(sigma)) @ v.T).astype(np.float32).ravel()
+        yield 0, out
+
+    return merge
+
+
+def polar(x: np.ndarray) -> np.ndarray:
+    """X (X^T X)^(-1/2) for float64 X [m, n]; directions that X has not got are left out.
+
+    By eigenvectors of the smaller Gram matrix where it is well conditioned, else by SVD.
+    """
+    if x.shape[0] < x.shape[1]:
+        return polar(x.T).T
+    values, vectors = np.linalg.eigh(x.T @ x)
+    if values[0] > GRAM_LIMIT * values[-1]:
+        return x @ (vectors / np.sqrt(values)) @ vectors.T  # type: ignore[no-any-return]
+    u, sigma, vh = np.linalg.svd(x, full_matrices=False)
+    there = sigma > sigma[0] * max(x.shape) * 2.0**-24  # float32's spacing: the input is no finer
+    return u[:, there] @ vh[there]  # type: ignore[no-any-return]
+
+
+METHOD = Method(MethodSpec("tsv", (WEIGHT, LAMBDA)), combine=combine)

@@ -1,0 +1,193 @@
+"""What a method sees of one tensor when it looks at all experts together: the base, the experts, and a bounded part of
+them at a time.
+
+A method that is no sum of per-expert `Reduction`s is a `Combination`: a generator that is given `Operands` and yields
+(first element, merged values). Memory does not depend on the number of experts: an expert is whole in memory only one
+at a time, and `chunks` gives of all of them together never more than BUDGET entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lors_kernels
+import numpy as np
+from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+
+from .errors import LorsError
+from .sources import COLUMNS, Slot, Source, Spec, rows_of
+
+BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
+STRIP = 1 << 21  # the same for tensors beyond it, where nothing is gained by more than a cache holds
+
+
+class Outcome(NamedTuple):
+    """What one expert contributed to one piece."""
+
+    stats: UpdateStats
+    svd: TruncatedSVD | None = None
+
+
+class Chunk(NamedTuple):
+    """Elements of a tensor from `start` on, flat."""
+
+    start: int
+    base: np.ndarray | None  # None: `tuned` are differences
+    tuned: list[np.ndarray]
+
+
+@dataclass
+class Buffers:
+    """Memory of one worker, used again for every tensor."""
+
+    base: Slot = field(default_factory=Slot)
+    one: Slot = field(default_factory=Slot)  # one whole expert
+    tuned: list[Slot] = field(default_factory=list)  # a chunk of every expert
+    out: Slot = field(default_factory=Slot)
+
+
+@dataclass
+class Operands:
+    """One tensor of the base and of all experts.
+
+    kernels: keyword arguments for every kernel call (backend, threads). blame: makes the error for NaN or infinity in
+    the tensor of an expert.
+    """
+
+    name: str
+    spec: Spec
+    base_source: Source
+    experts: Sequence[Source]
+    seed: int
+    kernels: dict[str, Any]
+    buffers: Buffers
+    blame: Callable[[Source], LorsError]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        while len(self.buffers.tuned) < len(self.experts):
+            self.buffers.tuned.append(Slot())
+        self._fits = self.spec.numel * (len(self.experts) + 1) <= BUDGET
+        self._base: np.ndarray | None = None
+        self._held: dict[int, np.ndarray] = {}
+
+    # --- values
+
+    def base(self) -> np.ndarray:
+        """All of the base's tensor, flat."""
+        if self._base is None:
+            self._base = self.base_source.fetch(self.name, 0, self.spec.numel, self.buffers.base)
+        return self._base
+
+    def tuned(self, t: int) -> np.ndarray:
+        """All of expert t's tensor, flat; valid until another expert is asked for."""
+        if t in self._held:
+            return self._held[t]
+        slot = self.buffers.tuned[t] if self._fits else self.buffers.one
+        values = self.experts[t].fetch(self.name, 0, self.spec.numel, slot)
+        if self._fits:
+            self._held[t] = values
+        return values
+
+    def pair(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Base and expert t as matrices: the first axis against all others, a vector as one row."""
+        shape = matrix_shape(self.spec.shape)
+        return self.base().reshape(shape), self.tuned(t).reshape(shape)
+
+    def chunks(self, width: int = 1) -> Iterator[Chunk]:
+        """Base and all experts, the tensor's elements in order; all but the last chunk hold a multiple of `width`."""
+        size = self.spec.numel
+        if self._fits:
+            yield Chunk(0, self.base(), [self.tuned(t) for t in range(len(self.experts))])
+            return
+        unit = width if width > 1 else COLUMNS
+        step = max(1, STRIP // (len(self.experts) + 1) // unit) * unit
+        for start in range(0, size, step):
+            stop = min(size, start + step)
+            if self._base is None:
+                base = self.base_source.fetch(self.name, start, stop, self.buffers.base)
+            else:
+                base = self._base[start:stop]
+            pairs = zip(self.experts, self.buffers.tuned, strict=False)
+            yield Chunk(start, base, [expert.fetch(self.name, start, stop, slot) for expert, slot in pairs])
+
+    def out(self, values: np.ndarray) -> np.ndarray:
+        """A float32 copy of `values`, to be added to; valid until the next chunk."""
+        total = self.buffers.out.array(values.size, np.dtype(np.float32))
+        total[:] = values
+        return total
+
+    # --- kernels, with errors that name the expert
+
+    def threshold(self, t: int, k: int) -> Threshold:
+        """Of the k largest entries of expert t's delta in this tensor."""
+        base, tuned = self.pair(t)
+        try:
+            return lors_kernels.residual_threshold(base, tuned, k=k, **self.kernels)
+        except NonFiniteError:
+            raise self.blame(self.experts[t]) from None
+
+    def svd(self, t: int, rank: int) -> TruncatedSVD:
+        """The (at most) `rank` largest singular triplets of expert t's delta."""
+        factors = self.experts[t].factors(self.name)
+        if factors is not None:
+            low = factors.split(rank)[0]
+            energy = float(np.square(factors.sigma()).sum())
+            sigma = low.sigma().astype(np.float32)[: low.rank]
+            svd = TruncatedSVD(low.left, low.right, sigma, 0, 0.0, "factors", energy, "numpy")
+        else:
+            svd = self._decomposed(t, rank)
+        low_energy = float(np.square(svd.sigma, dtype=np.float64).sum())
+        self.outcomes.append(Outcome(UpdateStats(svd.energy, max(0.0, svd.energy - low_energy), 0.0, 0, 0), svd))
+        return svd
+
+    def _decomposed(self, t: int, rank: int) -> TruncatedSVD:
+        base, tuned = self.pair(t)
+        try:
+            return lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **self.kernels)
+        except NonFiniteError:
+            raise self.blame(self.experts[t]) from None
+
+    def account(self, t: int, keep: Keep) -> KeepStats:
+        """What `keep` keeps of expert t's delta, before anything is merged."""
+        base, tuned = self.pair(t)
+        (stats,) = lors_kernels.ties_update(None, base, [tuned], [keep], [1.0], **self.kernels)
+        if stats.non_finite:
+            raise self.blame(self.experts[t])
+        return stats
+
+    def add(
+        self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], **rule: Any
+    ) -> None:
+        """`ties_update` of one chunk into `out`."""
+        done = 0
+        tuned = [rows_of(values) for values in chunk.tuned]
+        bases = [None, None] if chunk.base is None else rows_of(chunk.base)
+        for part, total in enumerate(rows_of(out)):
+            base, parts = bases[part], [rows[part] for rows in tuned]
+            stats = lors_kernels.ties_update(
+                total, base, parts, keep, weights, start=chunk.start + done, **rule, **self.kernels
+            )
+            done += total.size
+            for t, s in enumerate(stats):
+                if s.non_finite:
+                    raise self.blame(self.experts[t])
+                self.outcomes.append(Outcome(UpdateStats(s.delta_energy, s.delta_energy, s.kept_energy, s.kept, 0)))
+
+    def check(self, t: int, values: np.ndarray) -> None:
+        """Raises unless the values computed with expert t are finite."""
+        if not np.isfinite(values).all():
+            raise self.blame(self.experts[t])
+
+
+# one tensor's merge: yields (first element, merged values in float32), all elements in order
+Combination = Callable[[Operands], Iterator[tuple[int, np.ndarray]]]
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The first axis against all others; a vector is one row."""
+    if len(shape) < 2:
+        return 1, int(np.prod(shape, dtype=np.int64))
+    return shape[0], int(np.prod(shape[1:], dtype=np.int64))

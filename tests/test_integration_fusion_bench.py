@@ -1,0 +1,103 @@
+"""FusionBench: its TSV-M and Iso-C on the same tensors, and our algorithm inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lors
+import numpy as np
+import pytest
+from conftest import require
+from lors import LorsError
+
+try:
+    import torch
+    from fusion_bench import BaseModelPool
+    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+    from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
+    from lors.integrations.fusion_bench import LoRSMerging
+except (ImportError, LorsError) as error:
+    REASON = str(error)
+    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
+else:
+    REASON = ""
+
+SHAPES = {"a.layers.0.attention.q_proj.weight": (48, 40), "wide.weight": (24, 60), "b.bias": (17,)}
+
+
+def test_fusion_bench_is_there() -> None:
+    require("peers", not REASON, REASON)
+
+
+def states(count: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    torch.manual_seed(0)
+    base = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    return base, {f"t{t}": {k: v + 0.1 * torch.randn(v.shape) for k, v in base.items()} for t in range(count)}
+
+
+def merged_task_vector(function: Any, base: dict[str, Any], experts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    vectors = [{key: state[key] - base[key] for key in base} for state in experts.values()]
+    return function(vectors, accelerator="cpu")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_same_as_fusion_bench(method: str, count: int) -> None:
+    """FusionBench treats every matrix and averages the rest; its float32 SVDs are good to about 1e-5."""
+    base, experts = states(count)
+    theirs = {"tsv": compute_and_sum_svd_mem_reduction, "iso_c": iso_c}[method]
+    want = merged_task_vector(theirs, base, experts)
+    got = lors.merge_state_dicts(base, experts, method, target={"include": ["."]}, rest="average")
+    for name in base:
+        update = (got[name] - base[name]).double()
+        assert (update - want[name]).norm() <= 3e-5 * want[name].norm() + 1e-6 * base[name].norm(), name
+
+
+def test_where_theirs_is_not_defined_ours_keeps_to_the_range_of_the_sum() -> None:
+    """On purpose unlike theirs: singular value 0 has no direction of its own, whichever LAPACK happens to return."""
+    base = {"w.weight": torch.zeros(20, 16)}
+    vector = torch.outer(torch.arange(1.0, 21.0), torch.ones(16))
+    merged = lors.merge_state_dicts(base, {"t": {"w.weight": vector}}, "iso_c", target={"include": ["."]})["w.weight"]
+    assert torch.allclose(merged, vector / 16, atol=1e-5)
+
+
+class Tiny(torch.nn.Module if not REASON else object):  # type: ignore[misc]
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 24), torch.nn.Linear(24, 20)])
+
+
+def pool(*names: str) -> Any:
+    return BaseModelPool({name: Tiny(seed) for seed, name in enumerate(names)})
+
+
+@pytest.mark.parametrize("settings", [{"rank": 3, "density": 0.1}, {"method": "ties", "density": 0.3, "weight": {"x": 2.0}}])
+def test_the_algorithm_inside_fusion_bench(settings: dict[str, Any]) -> None:
+    model = LoRSMerging(lam=0.5, **settings).run(pool("_pretrained_", "x", "y"))
+    method = {"method": settings.get("method", "lors")}
+    base, *experts = (Tiny(seed).state_dict() for seed in range(3))
+    rest = {key: value for key, value in settings.items() if key != "method"}
+    want = lors.merge_state_dicts(base, dict(zip("xy", experts, strict=True)), lam=0.5, **method, **rest)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, want[name]) and not torch.equal(value, base[name])
+
+
+def test_target_of_its_command_line() -> None:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(
+        {"_target_": "lors.integrations.fusion_bench.LoRSMerging", "rank": 2, "target": {"include": ["layers.0"]}}
+    )
+    algorithm = instantiate(config)
+    model = algorithm.run(pool("_pretrained_", "x"))
+    assert isinstance(algorithm, LoRSMerging) and not torch.equal(model.layers[0].weight, Tiny(0).layers[0].weight)
+
+
+def test_bad_pools_and_parameters() -> None:
+    with pytest.raises(LorsError, match="expected a pretrained model"):
+        LoRSMerging().run(pool("x", "y"))
+    with pytest.raises(LorsError, match="unknown parameter 'densty' of method lors"):
+        LoRSMerging(densty=0.5).run(pool("_pretrained_", "x"))
+    assert np.isfinite(LoRSMerging().run(pool("_pretrained_", "x")).layers[0].weight.detach().numpy()).all()

@@ -1,0 +1,313 @@
+"""Every method against mergekit itself on the same tensors, or against its formula; seeding, chunks, bad parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import lors
+import numpy as np
+import pytest
+from conftest import require
+from lors import LorsError, operands
+from lors.methods import METHODS
+from lors.methods.della_linear import ROWS
+from lors.methods.model_stock import interpolation
+from lors.methods.tsv import polar
+from lors_kernels import random_key
+from lors_kernels.reference import random_bits
+
+State = dict[str, np.ndarray]
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (64, 48),
+    "model.layers.0.mlp.up_proj.weight": (40, 64),
+    "conv.weight": (8, 6, 3),
+    "norm.weight": (77,),
+}
+NAMES = ("x", "y", "z")
+WEIGHTS = {"x": 1.0, "y": 0.5, "z": -0.7}
+
+
+def states(scale: float = 0.1, names: tuple[str, ...] = NAMES) -> tuple[State, dict[str, State]]:
+    rng = np.random.default_rng(5)
+    base = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in SHAPES.items()}
+    return base, {
+        name: {key: x + np.float32(scale) * rng.standard_normal(x.shape).astype(np.float32) for key, x in base.items()}
+        for name in names
+    }
+
+
+def ours(base: State, experts: Mapping[str, State], method: str, **parameters: Any) -> State:
+    return lors.merge_state_dicts(base, experts, method, **parameters)
+
+
+def mergekit(base: State | None, experts: Mapping[str, State], method: str, parameters: dict[str, Any]) -> State:
+    try:
+        from mergekit.merge_methods import merge_state_dicts
+    except ImportError as error:
+        require("peers", False, str(error))
+    import torch
+
+    models = {name: {k: torch.from_numpy(v) for k, v in state.items()} for name, state in experts.items()}
+    if base is not None:
+        models = {"base": {k: torch.from_numpy(v) for k, v in base.items()}} | models
+    with mock.patch("torch.bernoulli", draws(experts)):
+        merged = merge_state_dicts(models, method, base="base" if base is not None else None, parameters=parameters)
+    return {key: value.numpy() for key, value in merged.items()}
+
+
+def draws(experts: Mapping[str, State], seed: int = 0) -> Callable[[Any], Any]:
+    """Instead of torch.bernoulli: the numbers we draw, in mergekit's order of tensors and experts."""
+    import torch
+
+    calls = iter([(name, tensor) for tensor in SHAPES for name in experts])
+
+    def bernoulli(probability: Any) -> Any:
+        name, tensor = next(calls)
+        limit = (probability.double().numpy().ravel() * 2.0**32).astype(np.uint64)
+        bits = random_bits(random_key(seed, name, tensor), 0, probability.numel())
+        return torch.from_numpy(bits < limit).view(probability.shape).to(probability.dtype)
+
+    return bernoulli
+
+
+def assert_same(got: State, want: State, base: State) -> None:
+    """Within 1e-6 of the weights, and within 1e-5 of the update where that is the larger part of it."""
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        apart = np.linalg.norm(got[key].astype(np.float64) - value)
+        assert apart <= 1e-6 * np.linalg.norm(value), key
+        assert apart <= 1e-5 * np.linalg.norm(value - base[key]) + 2e-7 * np.linalg.norm(value), key
+
+
+@pytest.mark.parametrize(
+    "method,parameters",
+    [
+        ("task_arithmetic", {"lambda": 0.3}),
+        ("task_arithmetic", {"normalize": True, "int8_mask": True}),
+        ("ties", {}),
+        ("ties", {"density": 0.3, "lambda": 0.7}),
+        ("ties", {"density": 0.3, "rescale": True, "normalize": False, "int8_mask": True}),
+        ("ties", {"density": 0.0001}),  # at least one entry
+        ("ties", {"density": 0.0}),
+        ("breadcrumbs", {"density": 0.5, "gamma": 0.1}),
+        ("breadcrumbs", {"density": 0.95, "gamma": 0.1, "rescale": True}),  # fewer outliers, so that enough remain
+        ("breadcrumbs_ties", {"density": 0.6}),
+        ("dare_linear", {"density": 0.4}),
+        ("dare_linear", {"density": 1.0}),
+        ("dare_ties", {"density": 0.4, "rescale": False, "normalize": True}),
+        ("della", {"density": 0.5}),
+        ("della_linear", {"density": 0.4, "epsilon": 0.2, "lambda": 1.5}),
+    ],
+)
+def test_same_as_mergekit(method: str, parameters: dict[str, Any]) -> None:
+    """The random ones with our numbers under mergekit's arithmetic: seeding is the one difference, and on purpose."""
+    base, experts = states()
+    want = mergekit(base, experts, method, parameters | {"weight": WEIGHTS})
+    lam = {"lam" if key == "lambda" else key: value for key, value in parameters.items()}
+    got = ours(base, experts, method, weight=WEIGHTS, **lam)
+    assert_same(got, want, base)
+    assert any((got[key] != base[key]).any() for key in base) or parameters.get("density") == 0
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_model_stock_is_mergekits(filter_wise: bool) -> None:
+    base, experts = states()
+    for state in experts.values():  # a common direction, so that the angles are not those of noise
+        for key in state:
+            state[key] += np.float32(0.3)
+    want = mergekit(base, experts, "model_stock", {"filter_wise": filter_wise})
+    assert_same(ours(base, experts, "model_stock", filter_wise=filter_wise), want, base)
+
+
+def test_model_stock_keeps_the_base_where_its_formula_has_no_value() -> None:
+    opposite = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    assert interpolation(opposite) == 0 and interpolation(np.ones((2, 2))) == 1
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0])  # almost parallel: linear; far apart: on the sphere
+def test_slerp_is_mergekits(scale: float) -> None:
+    base, experts = states(scale, ("x",))
+    assert_same(ours(base, experts, "slerp", t=0.3), mergekit(base, experts, "slerp", {"t": 0.3}), base)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_linear_is_mergekits(normalize: bool) -> None:
+    base, experts = states()
+    want = mergekit(None, experts, "linear", {"weight": WEIGHTS, "normalize": normalize})
+    assert_same(ours(base, experts, "linear", weight=WEIGHTS, normalize=normalize), want, base)
+
+
+def test_ties_keeps_exactly_k_and_the_first_of_equals() -> None:
+    """On purpose unlike mergekit, whose unstable sort may keep any of the equal entries."""
+    base = {"w": np.zeros((4, 5), np.float32)}
+    merged = ours(base, {"x": {"w": np.ones((4, 5), np.float32)}}, "ties", density=0.25)["w"]
+    assert (merged.ravel() == [1] * 5 + [0] * 15).all()
+
+
+# --- methods that mergekit has not got: their formulas ----------------------------------------------------------------
+
+
+def test_tsv_by_its_formula() -> None:
+    base, experts = states()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    got = ours(base, experts, "tsv", lam=0.8, target={"include": ["q_proj"]})[name]
+    left, right, sigma = [], [], []
+    for state in experts.values():
+        u, s, vh = np.linalg.svd((state[name] - base[name]).astype(np.float64))
+        left, right, sigma = [*left, u[:, :16]], [*right, vh[:16].T], [*sigma, s[:16]]
+
+    def orthogonal(parts: list[np.ndarray]) -> np.ndarray:
+        u, _, vh = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
+        return u @ vh
+
+    want = base[name] + 0.8 * (orthogonal(left) * np.concatenate(sigma)) @ orthogonal(right).T
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want - base[name])
+
+
+def test_iso_c_by_its_formula() -> None:
+    base, experts = states()
+    name = "model.layers.0.mlp.up_proj.weight"
+    got = ours(base, experts, "iso_c", target={"include": ["up_proj"]})[name]
+    u, s, vh = np.linalg.svd(sum((state[name] - base[name]).astype(np.float64) for state in experts.values()), full_matrices=False)
+    want = base[name] + s.mean() * u @ vh
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want - base[name])
+
+
+def test_polar_of_badly_conditioned_and_rank_deficient_matrices() -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((30, 20)))[0] for _ in range(2))
+    sigma = np.logspace(0, -5, 20)
+    assert np.abs(polar((u * sigma) @ v.T) - u @ v.T).max() < 1e-8
+    sigma[5:] = 0
+    assert np.abs(polar((u * sigma) @ v.T) - u[:, :5] @ v[:, :5].T).max() < 1e-8
+
+
+def test_attention_only() -> None:
+    """A method that treats all tensors alike is confined by a target, here to attention; `rest` decides on the others."""
+    base, experts = states()
+    attention, mlp = list(SHAPES)[:2]
+    everywhere = ours(base, experts, "ties", density=0.4)
+    chosen = {"target": {"select": "attention"}, "config": {"model_type": "llama"}}
+    merged = ours(base, experts, "ties", density=0.4, rest="base", **chosen)
+    assert (merged[attention] == everywhere[attention]).all() and (merged[mlp] == base[mlp]).all()
+    average = ours(base, experts, "ties", density=0.4, rest="average", **chosen)
+    np.testing.assert_allclose(average[mlp], sum(s[mlp] for s in experts.values()) / 3, atol=1e-6)
+    arithmetic = ours(base, experts, "ties", density=0.4, lam=0.5, **chosen)
+    np.testing.assert_allclose(arithmetic[mlp], base[mlp] + 0.5 * sum(s[mlp] - base[mlp] for s in experts.values()), atol=1e-6)
+
+
+# --- random numbers, chunks, backends --------------------------------------------------------------------------------
+
+EVERY = sorted(set(METHODS) - {"linear", "slerp"})
+
+
+def parameters_of(method: str) -> dict[str, Any]:
+    known = {p.name for p in METHODS[method].spec.parameters}
+    return {key: value for key, value in {"density": 0.4, "rank": 3, "weight": WEIGHTS}.items() if key in known}
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that do not fit, so that all experts are read a few entries at a time."""
+    monkeypatch.setattr(operands, "BUDGET", 1)
+    monkeypatch.setattr(operands, "STRIP", 1)
+    monkeypatch.setattr(operands, "COLUMNS", 24)
+    monkeypatch.setattr("lors.methods.della_linear.ROWS", 1)
+    assert ROWS > 1
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_chunks_and_threads_change_nothing(method: str, tiny_chunks: Iterator[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = states()
+    settings = parameters_of(method)
+    chunked = [ours(base, experts, method, threads=threads, **settings) for threads in (1, 3)]
+    monkeypatch.undo()
+    whole = ours(base, experts, method, **settings)
+    for key in base:
+        assert (chunked[0][key] == chunked[1][key]).all()
+        np.testing.assert_allclose(chunked[0][key], whole[key], atol=2e-6)
+        if method not in ("model_stock", "dare_linear", "dare_ties"):  # these carry a sum, whose order chunks change
+            assert (chunked[0][key] == whole[key]).all()
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_random_numbers_belong_to_seed_expert_and_tensor(method: str) -> None:
+    base, experts = states()
+    settings = {"density": 0.4, "rescale": False}
+    first = ours(base, experts, method, **settings)
+    backwards = {name: dict(reversed(experts[name].items())) for name in reversed(NAMES)}
+    again = ours(dict(reversed(base.items())), backwards, method, **settings)
+    other = ours(base, experts, method, seed=1, **settings)
+    for key in base:  # the order of the experts changes the last bit of a sum, never what is kept
+        np.testing.assert_allclose(first[key], again[key], atol=1e-6)
+        assert (first[key] != other[key]).any()
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_backends_agree(method: str) -> None:
+    base, experts = states()
+    results = [ours(base, experts, method, backend=backend, **parameters_of(method)) for backend in ("cpu", "reference")]
+    for key in base:
+        np.testing.assert_allclose(results[0][key], results[1][key], atol=5e-6)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_half_precision(method: str) -> None:
+    import ml_dtypes
+
+    base, experts = states()
+    halves = [{k: v.astype(ml_dtypes.bfloat16) for k, v in state.items()} for state in (base, *experts.values())]
+    full = [{k: v.astype(np.float32) for k, v in state.items()} for state in halves]
+    settings = parameters_of(method)
+    got = ours(halves[0], dict(zip(NAMES, halves[1:], strict=True)), method, **settings)
+    want = ours(full[0], dict(zip(NAMES, full[1:], strict=True)), method, **settings)
+    for key in base:
+        assert (got[key] == want[key].astype(ml_dtypes.bfloat16)).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
+    base, experts = states()
+    for key in base:
+        experts["y"][key].ravel()[7] = value
+    with pytest.raises(LorsError, match=r"^y: tensor '.*': expected finite values, got 1 NaN or infinite$"):
+        ours(base, experts, method, **parameters_of(method))
+
+
+@pytest.mark.parametrize(
+    "method,settings,message",
+    [
+        ("ties", {"densty": 0.3}, "unknown parameter 'densty' of method ties.*density"),
+        ("ties", {"density": 1.5}, r"parameters.density: expected a number in \[0, 1\], got 1.5"),
+        ("ties", {"gamma": 0.1}, "unknown parameter 'gamma' of method ties"),
+        ("breadcrumbs", {"gamma": -1}, r"gamma: expected a number in \[0, 1\]"),
+        ("della", {"density": 0.1}, "epsilon: expected density - epsilon > 0"),
+        ("dare_ties", {"normalize": "yes"}, "normalize: expected true or false"),
+        ("task_arithmetic", {"density": 0.5}, "unknown parameter 'density' of method task_arithmetic"),
+        ("slerp", {"t": 0.5}, "models: expected 1 besides the base for method slerp, got 3"),
+        ("linear", {"weight": 1.0, "target": {"select": "attention"}}, "treats all tensors alike, expected no target"),
+        ("tiess", {}, "unknown method 'tiess'.*ties"),
+    ],
+)
+def test_bad_parameters(method: str, settings: dict[str, Any], message: str) -> None:
+    base, experts = states()
+    with pytest.raises(LorsError, match=message):
+        ours(base, experts, method, **settings)
+
+
+def test_too_few_or_too_many_experts() -> None:
+    base, experts = states()
+    with pytest.raises(LorsError, match="expected at least 2 besides the base for method model_stock, got 1"):
+        ours(base, {"x": experts["x"]}, "model_stock")
+    with pytest.raises(LorsError, match="missing for tensor .*t has no default"):
+        ours(base, {"x": experts["x"]}, "slerp")
+    small = {"w.weight": np.zeros((2, 9), np.float32)}
+    many = {name: {"w.weight": np.ones((2, 9), np.float32)} for name in "abc"}
+    with pytest.raises(LorsError, match="expected at most 2 experts for a matrix"):
+        ours(small, many, "tsv", target={"include": ["."]})
