@@ -10,6 +10,8 @@ from .dispatch import Availability, BackendUnavailable, available_backends
 from .gram_apply import gram_apply
 from .merge_update import merge_update
 from .residual_threshold import residual_threshold
+from .sparse_part import SparsePart, sparse_part
+from .sparse_update import sparse_update
 from .threads import thread_count
 from .topk_mask import lors_delta, topk_mask
 from .truncated_svd import truncated_svd
@@ -21,6 +23,7 @@ __all__ = [
     "Availability",
     "BackendUnavailable",
     "NonFiniteError",
+    "SparsePart",
     "Threshold",
     "TruncatedSVD",
     "UpdateStats",
@@ -29,6 +32,8 @@ __all__ = [
     "lors_delta",
     "merge_update",
     "residual_threshold",
+    "sparse_part",
+    "sparse_update",
     "thread_count",
     "topk_mask",
     "truncated_svd",

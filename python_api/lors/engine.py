@@ -20,6 +20,7 @@ import numpy as np
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
+from .expert_file import ExpertSource
 from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
@@ -148,6 +149,10 @@ class Engine:
                 return []
             if reduction.weight == 0:
                 continue
+            if isinstance(expert, ExpertSource):  # decomposed already
+                options = (reduction.weight, reduction.rank, reduction.density, self.backend)
+                outcomes.append(Outcome(expert.add(work.name, piece.start, total, *options), None))
+                continue
             tuned = expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
             bases = [None, None] if base is None else piece.views(base)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
@@ -212,7 +217,7 @@ class Engine:
             read = [e for e, r in zip(self.experts, work.reductions, strict=False) if r.weight]
             if work.relative or not read:
                 read.append(self.base)
-            report.bytes_read += entries * sum(source.tensors[work.name].dtype.itemsize for source in read)
+            report.bytes_read += sum(_bytes_read(source, work, entries) for source in read)
             report.bytes_written += entries * work.out_dtype.itemsize
             row = rows.setdefault(kind(work.name), KindRow(kind(work.name), work.matrix))
             row.tensors += piece.start == 0
@@ -220,14 +225,20 @@ class Engine:
             for stats, svd in outcomes:
                 row.delta_energy += stats.delta_energy
                 row.sparse_energy += stats.kept_energy
+                row.low_energy += stats.delta_energy - stats.residual_energy
                 if svd:
-                    row.low_energy += stats.delta_energy - stats.residual_energy
                     report.svd_methods[svd.method] += 1
                     report.svd_passes += svd.passes
                     report.svd_worst = max(report.svd_worst, svd.residual)
         report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
         report.tensors += sum(piece.start == 0 for piece in pieces)
         report.decomposed += sum(piece.work.matrix for piece in pieces)
+
+
+def _bytes_read(source: Source, work: Work, entries: int) -> int:
+    if isinstance(source, ExpertSource):
+        return source.stored_bytes(work.name) * entries // max(1, work.spec.numel)
+    return entries * source.tensors[work.name].dtype.itemsize
 
 
 def plan(

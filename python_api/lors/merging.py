@@ -26,6 +26,8 @@ from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
 from .engine import Engine, Sink, Work, plan
 from .errors import LorsError
+from .expert_file import ExpertSource, is_expert_file
+from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
@@ -108,7 +110,7 @@ def merge_recipe(
         stack.enter_context(job.output)
         writer = stack.enter_context(_writer(recipe, job.base, job.output.path, job.works))
         hashes: dict[str, dict[str, str]] = {}
-        hashing = [_hasher(checkpoint, hashes) for checkpoint in dict.fromkeys((job.base, *job.experts))]
+        hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
@@ -189,7 +191,7 @@ class _Job(NamedTuple):
 
     base: Checkpoint
     experts: list[Checkpoint]
-    sources: list[FileSource]
+    sources: list[Source]
     works: list[Work]
     output: OutputDirectory
     report: MergeReport
@@ -209,8 +211,9 @@ def _prepare(
     report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
-    sources = [FileSource(checkpoint, list(base.tensors)) for checkpoint in (base, *experts)]
+    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
+    require_parts(sources[1:], works, report)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
     return _Job(base, experts, sources, works, output, report)
@@ -243,10 +246,36 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
     else:
         base = experts[0]
+    if method.relative and is_expert_file(base):
+        raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
     for expert in experts:
-        if expert is not base:
+        if is_expert_file(expert):
+            if not method.relative:
+                raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+        elif expert is not base:
             compare(base, expert)
     return base, experts
+
+
+def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
+    """What the engine reads a model from: a checkpoint, or an expert file that was made for `base`."""
+    if not is_expert_file(checkpoint):
+        return FileSource(checkpoint, list(base.tensors))
+    source = ExpertSource(checkpoint)
+    source.require_names(base)
+    return source
+
+
+def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+    """LorsError unless every expert file holds what is asked of it."""
+    for index, source in enumerate(experts):
+        if not isinstance(source, ExpertSource):
+            continue
+        for work in works:
+            if work.reductions and (reduction := work.reductions[index]).weight:
+                source.require(work.name, work.matrix, reduction.rank, reduction.density)
+        if source.layout.remainder == "none":
+            report.notices.append(f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept")
 
 
 def _plan(
@@ -355,9 +384,13 @@ def _writer(recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[W
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES)
 
 
-def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]]) -> Callable[[], None]:
+def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:
     def task() -> None:
         hashes[checkpoint.name] = checkpoint.sha256()
+        if checkpoint is job.base:
+            for source in job.sources:
+                if isinstance(source, ExpertSource):
+                    source.require_base(hashes[checkpoint.name])
 
     return task
 
@@ -376,10 +409,12 @@ def _accompany(
     labels = list(recipe.labels)
     weights = {expert.name: _plain(recipe, "weight", labels.index(expert.name)) for expert in experts}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
+    sources = [CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts]
+    write_ledger(output, CardSource.of(base, hashes[base.name]), sources)
     write_card(
         output.path,
         base=CardSource.of(base, hashes[base.name]),
-        experts=[CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts],
+        experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
         recipe=recipe.to_yaml(),

@@ -44,15 +44,14 @@ def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
     The reference merges the tensor by full SVD and sort. Returns a line that says what was checked; LorsError if more
     entries differ than can lie at the threshold.
     """
-    from .merging import _engine, _open, _plan
-    from .sources import FileSource
+    from .merging import _engine, _open, _plan, source_of
 
     with contextlib.ExitStack() as stack:
         method = METHODS[recipe.merge_method]
         base, experts = _open(recipe, method, stack)
         merged = stack.enter_context(open_checkpoint(os.fspath(out), name=os.fspath(out)))
         report = MergeReport(recipe.merge_method, "reference", None, [])
-        sources = [FileSource(checkpoint, list(base.tensors)) for checkpoint in (base, *experts)]
+        sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
         works = _plan(recipe, method, sources[0], base.naming, base.config, report)
         by_kind = defaultdict(list)
         for work in works:
