@@ -164,12 +164,12 @@ def is_expert_file(checkpoint: Checkpoint) -> bool:
 def checksums(array: np.ndarray) -> list[int]:
     """CRC-32 of every chunk."""
     flat = array.reshape(-1)
-    return [zlib.crc32(flat[at : at + CHUNK].view(np.uint8)) for at in range(0, flat.size, CHUNK)]
+    return [zlib.crc32(flat[at : at + CHUNK].view(np.uint8).data) for at in range(0, flat.size, CHUNK)]
 
 
 def seal(checks: np.ndarray, text: str) -> int:
     """The checksum of the table of checksums and of the metadata: last entry of the table."""
-    return zlib.crc32(text.encode(), zlib.crc32(np.ascontiguousarray(checks).view(np.uint8)))
+    return zlib.crc32(text.encode(), zlib.crc32(np.ascontiguousarray(checks).view(np.uint8).data))
 
 
 def encode_gaps(mask: np.ndarray, numel: int, size: int) -> np.ndarray:
@@ -243,7 +243,7 @@ class ExpertSource:
     def require_base(self, digests: Mapping[str, str]) -> None:
         """LorsError unless the base's weight files are those the file was made from."""
         if sorted(digests.values()) != sorted(self.layout.base.values()):
-            ours, theirs = (sorted(d.values())[0][:12] for d in (digests, self.layout.base))
+            ours, theirs = (min(d.values())[:12] for d in (digests, self.layout.base))
             raise LorsError(
                 f"{self.name}: made from another base: expected sha256 {ours}... of the base, got {theirs}..."
             )
@@ -394,8 +394,8 @@ class ExpertSource:
                 raise LorsError(
                     f"{self.name}: tensor {part.name!r}: expected finite values, got {got.non_finite} NaN or infinite"
                 )
-            energies = (mine + scale**2 * more for mine, more in zip(stats[:3], got[:3], strict=True))
-            stats = UpdateStats(*energies, stats.kept + got.kept, 0)
+            energy = stats.delta_energy + scale**2 * got.delta_energy
+            stats = UpdateStats(energy, energy, energy, stats.kept + got.kept, 0)
         return stats
 
     def _rest(self, part: Part, chunk: int) -> tuple[np.ndarray, float]:
@@ -443,6 +443,6 @@ def _reduce(
 ) -> float:
     """out += weight * (L' + S') of what is known of delta; returns the energy of S'."""
     options: dict[str, Any] = {"backend": backend, "threads": 1}
-    cut = [None if not rank or x is None else np.ascontiguousarray(x[:, :rank]) for x in (left, right)]
-    threshold = lors_kernels.residual_threshold(None, delta, *cut, k, **options) if k else KEEP_NONE
-    return float(lors_kernels.merge_update(out, None, delta, *cut, threshold, weight, **options).kept_energy)
+    l, r = (None if not rank or x is None else np.ascontiguousarray(x[:, :rank]) for x in (left, right))
+    threshold = lors_kernels.residual_threshold(None, delta, l, r, k, **options) if k else KEEP_NONE
+    return float(lors_kernels.merge_update(out, None, delta, l, r, threshold, weight, **options).kept_energy)

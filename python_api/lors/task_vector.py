@@ -118,9 +118,8 @@ def decompose(
         parts = _parts(origin, chosen, rank, density)
         kind = index if index != "auto" else "gaps" if density < MASK_DENSITY else "mask"
         count = lors_kernels.thread_count(threads)
-        digests = [checkpoint.sha256() for checkpoint in (origin, tuned)]
         layout = Layout(
-            name or tuned.name, *digests, tuned.hub_id or tuned.path.resolve().name, rank, density, seed,
+            name or tuned.name, origin.sha256(), tuned.sha256(), tuned.hub_id or tuned.path.resolve().name, rank, density, seed,
             cast(Any, values), cast(Any, kind), cast(Any, remainder), parts,
         )  # fmt: skip
         folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
