@@ -340,3 +340,58 @@ def export_lora(
     from .task_vector import export_lora as run
 
     print(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
+    score: Annotated[str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")],
+    rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
+    density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
+    lam: Annotated[str | None, typer.Option("--lambda", metavar="VALUES", help="As --rank.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Compare methods with as many trials each; repeat.")] = None,
+    objective: Annotated[list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")] = None,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method [default: the whole grid].")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
+    from .methods import SPECS
+    from .recipe import Recipe, parse_size
+    from .sweep import Trial
+    from .sweep import sweep as run
+
+    given = {"rank": rank, "density": density, "lambda": lam, **_pairs(param, "--param", str)}
+    options = {name: text for name, text in given.items() if text is not None}
+    if not options:
+        raise LorsError("sweep: expected something to vary: --rank, --density, --lambda or --param")
+    try:
+        budget = None if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise LorsError(f"--memory: {error}") from None
+
+    def show(trial: Trial) -> None:
+        if not quiet:
+            setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items())
+            result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
+            print(f"{trial.method} {trial.number}: {setting}: {result}", flush=True)
+
+    done = run(
+        Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
+        sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
+        threads=threads, progress=show,
+    )  # fmt: skip
+    best = done.best()
+    if best is not None and not quiet:
+        print(f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html")

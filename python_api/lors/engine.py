@@ -32,6 +32,8 @@ COLUMNS = 4096
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
+# (expert, tensor, rank) -> its (left, right) if they are known already
+Factors = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Engine:
     backend: str | None = None
     threads: int = 1
     seed: int = 0
+    factors: Factors | None = None
     progress: Callable[[int], None] = lambda entries: None
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
@@ -167,8 +170,11 @@ class Engine:
         options: dict[str, Any] = {"backend": self.backend, "threads": 1}
         svd, left, right, threshold = None, None, None, KEEP_ALL
         try:
-            if r.rank:
-                svd = lors_kernels.truncated_svd(base, tuned, rank_of(r.rank, *tuned.shape), seed=self.seed, **options)
+            rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
+            if rank and self.factors is not None and (known := self.factors(expert.name, work.name, rank)):
+                left, right = known
+            elif rank:
+                svd = lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **options)
                 left, right = svd.left, svd.right
             if r.density < 1:
                 k = int(r.density * tuned.size)

@@ -334,6 +334,10 @@ class ExpertSource:
             self.add(name, start, total[start:stop], 1.0, part.rank, _exact(part), None)
         return total.reshape(part.shape)
 
+    def rank(self, name: str) -> int:
+        """Stored rank of a tensor, 0 where it is not decomposed."""
+        return self._parts[name].rank
+
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) of a decomposed matrix; [m, 0] and [n, 0] at rank 0."""
         part = self._parts[name]

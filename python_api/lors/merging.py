@@ -24,7 +24,7 @@ from . import layers
 from .card import Source as CardSource
 from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
-from .engine import Engine, Sink, Work, plan
+from .engine import Engine, Factors, Sink, Work, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
 from .ledger import write_ledger
@@ -101,8 +101,12 @@ def merge_recipe(
     durable: bool = True,
     check: bool = False,
     progress: Progress | None = None,
+    factors: Factors | None = None,
 ) -> MergeReport:
-    """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`)."""
+    """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`).
+
+    factors: decompositions that are known already, for sweeps.
+    """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         kernels = None if device else backend
@@ -112,6 +116,7 @@ def merge_recipe(
         hashes: dict[str, dict[str, str]] = {}
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
+        engine.factors = factors
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
