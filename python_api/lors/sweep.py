@@ -156,7 +156,7 @@ def _space(method: str, options: Mapping[str, str]) -> Space:
     if method not in SPECS:
         raise LorsError(f"--method: unknown method {method!r}{nearest(method, SPECS)}")
     known = {spec.name for spec in SPECS[method].parameters}
-    everywhere = {spec.name for spec in SPECS.values() for spec in spec.parameters}
+    everywhere = {spec.name for other in SPECS.values() for spec in other.parameters}
     for name in options:
         if name not in everywhere:
             raise LorsError(f"--{name}: no method has such a parameter{nearest(name, everywhere)}")
