@@ -365,6 +365,9 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
 
     from .engine_gpu import GpuEngine, parse_devices
 
+    if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
+        raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
+
     devices = parse_devices(device)
     import torch
 
