@@ -395,3 +395,42 @@ def sweep(
     best = done.best()
     if best is not None and not quiet:
         print(f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html")
+
+
+# --- interference ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints or expert files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write; the same as .json beside it.")],
+    rank: Annotated[float, typer.Option(help="Of L; below 1 a fraction of min(m, n).")] = 7,
+    density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
+    match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores].")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
+    from .interference import interference
+    from .interference_page import findings, render
+    from .output import writing
+
+    named = dict(_named(path) for path in experts)
+    if len(named) < len(experts):
+        raise LorsError("report: expected experts with different names; NAME=PATH gives one")
+    with _progress(quiet) as progress:
+        found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
+    for path, text in ((out, render(found)), (out.with_suffix(".json"), json.dumps(found.to_dict(), indent=1) + "\n")):
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+    if not quiet:
+        print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """("ca", path) of "ca=path" or of a path whose last part is ca."""
+    name, equals, path = text.partition("=")
+    if equals and path and not Path(text).exists():
+        return name, path
+    return Path(text.rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text

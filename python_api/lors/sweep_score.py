@@ -57,6 +57,8 @@ class Score:
 class Scorer:
     """A command ("score.sh {model}", the path is put last without {model}) or "module:function".
 
+    "speech DATA LANGUAGES [TASKS]" is the speech harness: wer and bleu on the dev split.
+
     The command's last line of output is the score: a number, or a JSON object with a number per objective. A function
     gets the path and returns the same.
     """
@@ -87,6 +89,8 @@ class Scorer:
         if _FUNCTION.fullmatch(self.command):
             return [sys.executable, "-c", _CALL, self.command, str(model)]
         words = shlex.split(self.command)
+        if words[:1] == ["speech"]:  # the built-in scorer
+            return [sys.executable, "-m", "lors.speech.dev_score", *words[1:], str(model)]
         if any("{model}" in word for word in words):
             return [word.replace("{model}", str(model)) for word in words]
         return [*words, str(model)]
