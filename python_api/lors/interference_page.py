@@ -19,10 +19,11 @@ NOTABLE_COSINE, NOTABLE_CONFLICT, NOTABLE_NORM = 0.2, 0.55, 1.5
 def findings(report: Interference) -> list[str]:
     """What stands out, in sentences."""
     low, sparse = report.shares(report.matrices)
-    found = [
+    found = []
+    found.append(
         f"Rank {report.rank:g} keeps {100 * low:.0f} % of the task vectors' energy, and the largest {100 * report.density:g} % of "
         f"what is left another {100 * sparse:.0f} %; {100 * max(0.0, 1 - low - sparse):.0f} % is lost."
-    ]
+    )
     kinds = {kind: report.shares(rows)[0] for kind, rows in report.by(lambda row: row.kind).items()}
     most, least = max(kinds, key=lambda k: kinds[k]), min(kinds, key=lambda k: kinds[k])
     if kinds[most] - kinds[least] > 0.05:

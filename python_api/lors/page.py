@@ -34,9 +34,9 @@ th,td{padding:.35rem .65rem;text-align:right;white-space:nowrap;border-bottom:1p
 th:first-child,td:first-child{text-align:left}thead th{background:var(--panel);color:var(--ink);vertical-align:bottom}
 tbody tr:last-child>*{border-bottom:0}tbody th{font-weight:400}caption{caption-side:top;text-align:left;padding:.5rem .65rem;color:var(--soft)}
 td.heat{background:color-mix(in srgb,var(--accent) calc(var(--v)*45%),transparent)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,33rem),1fr));gap:1rem}
 figure{margin:.6rem 0;background:var(--panel);border-radius:6px;padding:.75rem;min-width:0}
-figcaption{font-size:.9rem;margin-bottom:.4rem}svg{display:block;min-width:34rem;width:100%;height:auto}
+figcaption{font-size:.9rem;margin-bottom:.4rem}svg{display:block;min-width:30rem;width:100%;height:auto}
 figure .scroll{border:0;margin:0}svg text{fill:var(--ink);font-size:15px}svg .axis{stroke:var(--soft);fill:none}
 svg .grid{stroke:var(--rule);stroke-width:1}.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;list-style:none;padding:0;margin:.4rem 0 0;font-size:.9rem}
 .swatch{display:inline-block;width:1.4em;height:0;border-top:3px solid;vertical-align:middle;margin-right:.4em}
@@ -100,7 +100,7 @@ def heat_table(
         if value is None:
             return "<td></td>"
         shade = min(1.0, abs(value) / largest) if math.isfinite(value) else 0.0
-        return f'<td class="heat" style="--v:{shade:.3f}">{escape(unit.format(value))}</td>'
+        return f'<td class="heat" style="--v:{shade:.3f}">{escape(unit.format(value + 0.0 if round(value, 2) else 0.0))}</td>'
 
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *columns))
     body = "".join(
