@@ -17,7 +17,7 @@ from .operations import run as run_operation
 from .results import Results
 from .shapes import SIZES
 
-PARTS = (*OPERATIONS, "compute", "merge", "scaling")
+PARTS = (*OPERATIONS, "compute", "merge", "scaling", "experts")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +54,7 @@ HELP = {
     "compute": "computing only: the released procedure, torch's faster forms, ours",
     "merge": "whole commands: lors, mergekit, as released, floor",
     "scaling": "time and memory by experts, rank, density, size; a plot",
+    "experts": "expert files: bytes, error and time of every option",
     "all": "every part, each in a process of its own",
 }
 
@@ -77,6 +78,10 @@ def run_part(options: argparse.Namespace) -> None:
         from .bench_merge import run as run_merge
 
         run_merge(results, data, repeats, peers=not options.no_peers)
+    elif options.part == "experts":
+        from .bench_experts import run as run_experts
+
+        run_experts(results, data, repeats)
     else:
         from .bench_scaling import run as run_scaling
 

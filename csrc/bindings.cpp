@@ -100,6 +100,28 @@ auto truncated_svd(const MatrixTuple& base, const MatrixTuple& tuned, int64_t ra
     return std::make_tuple(static_cast<int>(r.method), r.passes, r.residual, r.energy, r.non_finite);
 }
 
+int64_t sparse_part(const MatrixTuple& base, const MatrixTuple& tuned, const LowRankTuple& factors,
+                    const ThresholdTuple& threshold, uintptr_t mask, uintptr_t values, int64_t capacity) {
+    py::gil_scoped_release release;
+    const auto& [value, ties, cut] = threshold;
+    return lors::sparse_part(matrix(base), matrix(tuned), low_rank(factors), {value, ties, cut},
+                             reinterpret_cast<uint8_t*>(mask), floats(values), capacity);
+}
+
+// sparse: (mask address, values address, dtype, count, scale)
+auto sparse_update(const MatrixTuple& out, const LowRankTuple& factors,
+                   const std::tuple<uintptr_t, uintptr_t, int, int64_t, float>& sparse, float weight) {
+    py::gil_scoped_release release;
+    const auto& [mask, values, dtype, count, scale] = sparse;
+    const Matrix m = matrix(out);
+    const lors::SparseStats s = lors::sparse_update(
+        floats(std::get<0>(out)), m, low_rank(factors),
+        {reinterpret_cast<const uint8_t*>(mask), m.rows * m.cols, reinterpret_cast<const void*>(values),
+         static_cast<lors::DType>(dtype), count, scale},
+        weight);
+    return std::make_tuple(s.energy, s.used, s.non_finite);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(LORS_MODULE, module) {
@@ -108,5 +130,7 @@ PYBIND11_MODULE(LORS_MODULE, module) {
     module.def("residual_threshold", residual_threshold);
     module.def("merge_update", merge_update);
     module.def("ties_update", ties_update);
+    module.def("sparse_part", sparse_part);
+    module.def("sparse_update", sparse_update);
     module.def("truncated_svd", truncated_svd);
 }

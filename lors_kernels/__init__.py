@@ -10,6 +10,8 @@ from .dispatch import Availability, BackendUnavailable, available_backends
 from .gram_apply import gram_apply
 from .merge_update import merge_update
 from .residual_threshold import residual_threshold
+from .sparse_part import SparsePart, sparse_part
+from .sparse_update import sparse_update
 from .threads import thread_count
 from .ties_update import keep_limit, random_key, ties_update
 from .topk_mask import lors_delta, topk_mask
@@ -25,6 +27,7 @@ __all__ = [
     "Keep",
     "KeepStats",
     "NonFiniteError",
+    "SparsePart",
     "Threshold",
     "TruncatedSVD",
     "UpdateStats",
@@ -35,6 +38,8 @@ __all__ = [
     "merge_update",
     "random_key",
     "residual_threshold",
+    "sparse_part",
+    "sparse_update",
     "thread_count",
     "ties_update",
     "topk_mask",

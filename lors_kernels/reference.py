@@ -159,6 +159,38 @@ def ties_update(
     return stats
 
 
+def sparse_part(base: Any, tuned: Any, left: Any, right: Any, threshold: Threshold, mask: Any, values: Any) -> int:
+    import torch
+
+    d = delta(base, tuned)
+    residual = d - low_rank(left, right, d)
+    keep = keep_mask(residual, threshold).flatten()
+    kept = residual.flatten()[keep]
+    if len(kept) > len(values):
+        return -1
+    values[: len(kept)] = kept
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -len(keep) % 8)).view(-1, 8)
+    mask.copy_((padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+    return len(kept)
+
+
+def sparse_update(
+    out: Any, mask: Any, values: Any, left: Any, right: Any, scale: float, weight: float
+) -> tuple[float, int, int]:
+    import torch
+
+    bits = ((mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: out.numel()].bool()
+    if int(bits.sum()) > len(values):
+        return 0.0, -1, 0
+    sparse = torch.zeros(out.numel())
+    sparse[bits] = values[: int(bits.sum())].float() * scale
+    sparse = sparse.view(out.shape)
+    low = low_rank(left, right, out)
+    out += weight * (low + sparse)
+    bad = int((~(torch.isfinite(sparse) & torch.isfinite(low))).sum())
+    return float(sparse.double().square().sum()), int(bits.sum()), bad
+
+
 def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:
     import torch
 

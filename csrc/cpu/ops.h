@@ -86,4 +86,29 @@ SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, u
                         float* sigma,  // [rank]
                         int threads);
 
+// The kept entries of R = delta - L in row-major order: one bit each in `mask`, least significant first, and their values.
+// Returns how many there are, -1 when they are more than `capacity`.
+int64_t sparse_part(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, const Threshold& threshold,
+                    uint8_t* mask,  // [ceil(rows * cols / 8)]
+                    float* values,  // [capacity]
+                    int64_t capacity);
+
+// out += weight * (L + S), S given by a mask and the values of its set bits, times a scale.
+struct Sparse {
+    const uint8_t* mask;  // [ceil(size / 8)]
+    int64_t size;         // rows * cols
+    const void* values;   // [count]
+    DType dtype;
+    int64_t count;
+    float scale;
+};
+struct SparseStats {
+    double energy;       // sum of S^2
+    int64_t used;        // values used; -1: there are more bits than values
+    int64_t non_finite;  // entries of L or S that are NaN or infinite
+};
+SparseStats sparse_update(float* out,           // [rows, cols], contiguous
+                          const Matrix& shape,  // its rows and columns
+                          const LowRank& low_rank, const Sparse& sparse, float weight);
+
 }  // namespace lors

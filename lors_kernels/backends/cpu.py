@@ -152,6 +152,22 @@ def ties_update(
     return [KeepStats(*s) for s in stats]
 
 
+def sparse_part(base: Any, tuned: Any, left: Any, right: Any, threshold: Threshold, mask: Any, values: Any) -> int:
+    left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
+    b, t = _pair(base, tuned)
+    addresses = address_of(mask), address_of(values), values.size
+    return int(library().sparse_part(b, t, _factors(left, right), tuple(threshold), *addresses))
+
+
+def sparse_update(
+    out: Any, mask: Any, values: Any, left: Any, right: Any, scale: float, weight: float
+) -> tuple[float, int, int]:
+    left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
+    sparse = address_of(mask), address_of(values), FLOATS.index(dtype_name(values)), values.size, scale
+    energy, used, bad = library().sparse_update(_matrix(out), _factors(left, right), sparse, weight)
+    return energy, used, bad
+
+
 def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:
     m, n = tuned.shape
     left, right, sigma = new(tuned, (m, rank)), new(tuned, (n, rank)), new(tuned, (rank,))

@@ -264,5 +264,190 @@ def mergekit_yaml(ctx: typer.Context) -> None:
     run(ctx.args)
 
 
+# --- expert files ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def decompose(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    expert: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write, such as ca.lors.safetensors.")],
+    rank: Annotated[float, typer.Option(help="Singular triplets stored; below 1 a fraction of min(m, n).")] = 7,
+    density: Annotated[float, typer.Option(help="Share of the remaining entries stored.")] = 0.2,
+    values: Annotated[str, typer.Option(help="Type of the sparse part: float32, float16 or bfloat16.")] = "float16",
+    index: Annotated[str, typer.Option(help="Its places: mask, gaps, or auto (the smaller).")] = "auto",
+    remainder: Annotated[str, typer.Option(help="Tensors that are not decomposed: float32, float16, int8 or none.")] = "float16",
+    name: Annotated[str | None, typer.Option(help="What the expert is called [default: its directory].")] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the decomposition.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Store an expert as low rank plus sparse, in a fraction of its size; `merge`, `add` and `remove` take it."""
+    from .task_vector import decompose as run
+
+    target = {"include": include or [], "exclude": exclude or []} if include or exclude else None
+    done = run(
+        base, expert, out, rank=rank, density=density, values=values, index=index, remainder=remainder, name=name,
+        target=target, seed=seed, backend=backend, threads=threads, force=force,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(done.to_dict(), indent=2))
+    else:
+        print(
+            f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
+            f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
+        )
+
+
+@app.command()
+def add(
+    merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
+    expert: Annotated[str, typer.Argument(help="Expert file of the same base.")],
+    name: Annotated[str | None, typer.Option(help="What to call it [default: its own name].")] = None,
+    weight: Annotated[float | None, typer.Option(help="Its factor [default: the recipe's].")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Add one expert to a merged model, in place and in one step."""
+    from .ledger import edit
+
+    _show_edit(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
+
+
+@app.command()
+def remove(
+    merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
+    expert: Annotated[str, typer.Argument(help="Expert file that was merged, or made from the checkpoint that was.")],
+    name: Annotated[str | None, typer.Option(help="Which one, when it is in the model twice.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Take one expert out of a merged model, in place and in one step."""
+    from .ledger import edit
+
+    _show_edit(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
+
+
+def _show_edit(report: MergeReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        show_report(report, verbose=False)
+
+
+@app.command("export-lora")
+def export_lora(
+    expert: Annotated[str, typer.Argument(help="Expert file.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Adapter directory to write.")],
+    base: Annotated[str | None, typer.Option(help="What PEFT shall call the base model: a hub id or a path.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor of L, such as lambda.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
+) -> None:
+    """Write the low-rank part of an expert as a PEFT LoRA adapter."""
+    from .task_vector import export_lora as run
+
+    print(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
+    score: Annotated[str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")],
+    rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
+    density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
+    lam: Annotated[str | None, typer.Option("--lambda", metavar="VALUES", help="As --rank.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Compare methods with as many trials each; repeat.")] = None,
+    objective: Annotated[list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")] = None,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method [default: the whole grid].")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
+    from .methods import SPECS
+    from .recipe import Recipe, parse_size
+    from .sweep import Trial
+    from .sweep import sweep as run
+
+    given = {"rank": rank, "density": density, "lambda": lam, **_pairs(param, "--param", str)}
+    options = {name: text for name, text in given.items() if text is not None}
+    if not options:
+        raise LorsError("sweep: expected something to vary: --rank, --density, --lambda or --param")
+    try:
+        budget = None if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise LorsError(f"--memory: {error}") from None
+
+    def show(trial: Trial) -> None:
+        if not quiet:
+            setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items())
+            result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
+            print(f"{trial.method} {trial.number}: {setting}: {result}", flush=True)
+
+    done = run(
+        Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
+        sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
+        threads=threads, progress=show,
+    )  # fmt: skip
+    best = done.best()
+    if best is not None and not quiet:
+        print(f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html")
+
+
+# --- interference ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
+    experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints or expert files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write; the same as .json beside it.")],
+    rank: Annotated[float, typer.Option(help="Of L; below 1 a fraction of min(m, n).")] = 7,
+    density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
+    match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores].")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
+    from .interference import interference
+    from .interference_page import findings, render
+    from .output import writing
+
+    named = dict(_named(path) for path in experts)
+    if len(named) < len(experts):
+        raise LorsError("report: expected experts with different names; NAME=PATH gives one")
+    with _progress(quiet) as progress:
+        found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
+    for path, text in ((out, render(found)), (out.with_suffix(".json"), json.dumps(found.to_dict(), indent=1) + "\n")):
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+    if not quiet:
+        print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
+
+
+def _named(text: str) -> tuple[str, str]:
+    """("ca", path) of "ca=path" or of a path whose last part is ca."""
+    name, equals, path = text.partition("=")
+    if equals and path and not Path(text).exists():
+        return name, path
+    return Path(text.rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
+
+
 for _name, _command in SPEECH_COMMANDS.items():
     app.command(_name)(_command)

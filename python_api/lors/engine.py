@@ -22,6 +22,7 @@ import numpy as np
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
+from .expert_file import ExpertSource
 from .factors import Factors
 from .layers import kind
 from .merge_report import KindRow, MergeReport
@@ -35,6 +36,8 @@ LARGE = 1 << 20  # entries of a piece that does not share the last cache well
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
+# (expert, tensor, rank) -> its (left, right) if they are known already
+FactorCache = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class Engine:
     backend: str | None = None
     threads: int = 1
     seed: int = 0
+    cached: FactorCache | None = None
     progress: Callable[[int], None] = lambda entries: None
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
@@ -178,6 +182,10 @@ class Engine:
                 return []
             if reduction.weight == 0:
                 continue
+            if isinstance(expert, ExpertSource):  # decomposed already
+                options = (reduction.weight, reduction.rank, reduction.density, self.backend)
+                outcomes.append(Outcome(expert.add(work.name, piece.start, total, *options), None))
+                continue
             factors = expert.factors(work.name) if work.relative else None
             if factors is not None:
                 outcomes += self._add_factors(expert, piece, total, factors, reduction)
@@ -231,8 +239,11 @@ class Engine:
         options: dict[str, Any] = {"backend": self.backend, "threads": 1}
         svd, left, right, threshold = None, None, None, KEEP_ALL
         try:
-            if r.rank:
-                svd = lors_kernels.truncated_svd(base, tuned, rank_of(r.rank, *tuned.shape), seed=self.seed, **options)
+            rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
+            if rank and self.cached is not None and (known := self.cached(expert.name, work.name, rank)):
+                left, right = known
+            elif rank:
+                svd = lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **options)
                 left, right = svd.left, svd.right
             if r.density < 1:
                 k = int(r.density * tuned.size)
@@ -282,7 +293,7 @@ class Engine:
             read += self.experts if work.combination else ()
             if work.relative or not read:
                 read.append(self.base)
-            report.bytes_read += entries * sum(source.tensors[work.name].dtype.itemsize for source in read)
+            report.bytes_read += sum(_bytes_read(source, work, entries) for source in read)
             report.bytes_written += entries * work.out_dtype.itemsize
             row = rows.setdefault(kind(work.name), KindRow(kind(work.name), work.matrix))
             row.tensors += piece.start == 0
@@ -290,14 +301,20 @@ class Engine:
             for stats, svd in outcomes:
                 row.delta_energy += stats.delta_energy
                 row.sparse_energy += stats.kept_energy
+                row.low_energy += stats.delta_energy - stats.residual_energy
                 if svd:
-                    row.low_energy += stats.delta_energy - stats.residual_energy
                     report.svd_methods[svd.method] += 1
                     report.svd_passes += svd.passes
                     report.svd_worst = max(report.svd_worst, svd.residual)
         report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
         report.tensors += sum(piece.start == 0 for piece in pieces)
         report.decomposed += sum(piece.work.matrix for piece in pieces)
+
+
+def _bytes_read(source: Source, work: Work, entries: int) -> int:
+    if isinstance(source, ExpertSource):
+        return source.stored_bytes(work.name) * entries // max(1, work.spec.numel)
+    return entries * source.tensors[work.name].dtype.itemsize
 
 
 def plan(

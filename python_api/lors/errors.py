@@ -8,6 +8,8 @@ __all__ = ["LorsError"]
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
 _CONTROL.update({9: "\\t", 10: "\\n", 13: "\\r"})
 
+_LONGEST = 1500  # characters of a message
+
 
 class LorsError(Exception):
     """Something the user can put right: what, where, what was expected, what was found, in one line.
@@ -17,4 +19,7 @@ class LorsError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.translate(_CONTROL))
+        text = message.translate(_CONTROL)
+        if len(text) > _LONGEST:  # a name out of a damaged file
+            text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
+        super().__init__(text)

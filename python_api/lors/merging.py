@@ -21,12 +21,14 @@ import numpy as np
 from lors_kernels.arrays import BFLOAT16, is_torch
 
 from . import layers
-from .adapters import source_of
+from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
-from .engine import Engine, Sink, Work, plan
+from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
+from .expert_file import ExpertSource, is_expert_file
+from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
@@ -101,8 +103,12 @@ def merge_recipe(
     durable: bool = True,
     check: bool = False,
     progress: Progress | None = None,
+    factors: FactorCache | None = None,
 ) -> MergeReport:
-    """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`)."""
+    """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`).
+
+    factors: decompositions that are known already, for sweeps.
+    """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         kernels = None if device else backend
@@ -110,8 +116,9 @@ def merge_recipe(
         stack.enter_context(job.output)
         writer = stack.enter_context(_writer(recipe, job.base, job.output.path, job.works))
         hashes: dict[str, dict[str, str]] = {}
-        hashing = [_hasher(checkpoint, hashes) for checkpoint in dict.fromkeys((job.base, *job.experts))]
+        hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
+        engine.cached = factors
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
@@ -240,6 +247,7 @@ def _prepare(
     report.experts = [expert.name for expert in experts]
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
+    require_parts(sources[1:], works, report)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
     return _Job(base, experts, sources, works, output, report)
@@ -279,10 +287,36 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         base = experts[0]
     if base.adapter is not None:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
+    if method.relative and is_expert_file(base):
+        raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
     for expert in experts:
-        if expert is not base and expert.adapter is None:
+        if is_expert_file(expert):
+            if not method.relative:
+                raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+        elif expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
+
+
+def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
+    """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
+    if not is_expert_file(checkpoint):
+        return checkpoint_source(checkpoint, base)
+    source = ExpertSource(checkpoint)
+    source.require_names(base)
+    return source
+
+
+def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+    """LorsError unless every expert file holds what is asked of it."""
+    for index, source in enumerate(experts):
+        if not isinstance(source, ExpertSource):
+            continue
+        for work in works:
+            if work.reductions and (reduction := work.reductions[index]).weight:
+                source.require(work.name, work.matrix, reduction.rank, reduction.density)
+        if source.layout.remainder == "none":
+            report.notices.append(f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept")
 
 
 def _plan(
@@ -368,6 +402,9 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
 
     from .engine_gpu import GpuEngine, parse_devices
 
+    if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
+        raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
+
     devices = parse_devices(device)
     import torch
 
@@ -392,9 +429,13 @@ def _writer(recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[W
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES)
 
 
-def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]]) -> Callable[[], None]:
+def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:
     def task() -> None:
         hashes[checkpoint.name] = checkpoint.sha256()
+        if checkpoint is job.base:
+            for source in job.sources:
+                if isinstance(source, ExpertSource):
+                    source.require_base(hashes[checkpoint.name])
 
     return task
 
@@ -414,10 +455,12 @@ def _accompany(
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: _plain(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
+    sources = [CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts]
+    write_ledger(output, CardSource.of(base, hashes[base.name]), sources)
     write_card(
         output.path,
         base=CardSource.of(base, hashes[base.name]),
-        experts=[CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts],
+        experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
         recipe=recipe.to_yaml(),

@@ -60,7 +60,11 @@ class Source(Protocol):
     """Named tensors that can be read a flat range at a time, from several threads."""
 
     name: str
-    tensors: Mapping[str, Spec]
+
+    @property
+    def tensors(self) -> Mapping[str, Spec]:
+        """Names in order, with dtypes and shapes."""
+        ...
 
     def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
         """Elements [start, stop) of a tensor, row-major; valid until the slot is used again, not to be written to."""

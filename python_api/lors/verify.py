@@ -44,8 +44,7 @@ def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
     The reference merges the tensor by full SVD and sort. Returns a line that says what was checked; LorsError if more
     entries differ than can lie at the threshold.
     """
-    from .adapters import source_of
-    from .merging import _engine, _open, _plan
+    from .merging import _engine, _open, _plan, source_of
 
     with contextlib.ExitStack() as stack:
         method = METHODS[recipe.merge_method]

@@ -1,0 +1,55 @@
+"""S as it is stored: which entries of the residual are kept, and their values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from . import dispatch
+from .arrays import check_factors, check_pair, is_torch, to_torch
+from .types import Threshold
+
+
+class SparsePart(NamedTuple):
+    """A sparse [m, n] matrix."""
+
+    mask: np.ndarray  # [ceil(m * n / 8)] uint8: bit i * n + j, least significant first
+    values: np.ndarray  # [k] float32, row-major
+
+
+def sparse_part(
+    base: np.ndarray | None,
+    tuned: np.ndarray,
+    left: np.ndarray | None,
+    right: np.ndarray | None,
+    threshold: Threshold,
+    k: int,
+    *,
+    backend: str | None = None,
+) -> SparsePart:
+    """S = keep(delta - L), delta = tuned - base, L = left @ right.T: what `merge_update` adds, entry for entry.
+
+    Args:
+        base, tuned, left, right: as for `residual_threshold`, in numpy.
+        threshold: what `residual_threshold` gave for these and `k`.
+        k: number of kept entries, a ValueError when the threshold keeps another number.
+
+    The values have the bits that `merge_update` of the same backend adds. One thread.
+    """
+    if is_torch(tuned):
+        raise TypeError("tuned: expected a numpy array, got a torch tensor: stored parts live in main memory")
+    m, n = check_pair(base, tuned)
+    check_factors(left, right, tuned)
+    mask, values = np.zeros((m * n + 7) // 8, np.uint8), np.empty(k, np.float32)
+    if m * n == 0 or k == 0:
+        return SparsePart(mask, values)
+    module = dispatch.select(backend, tuned)
+    arrays = (base, tuned, left, right)
+    if module.NAME == "cpu":
+        count = module.sparse_part(*arrays, threshold, mask, values)
+    else:
+        count = module.sparse_part(*map(to_torch, arrays), threshold, to_torch(mask), to_torch(values))
+    if count != k:
+        raise ValueError(f"threshold: expected one that keeps {k} entries, got {'more' if count < 0 else count}")
+    return SparsePart(mask, values)

@@ -1,0 +1,452 @@
+"""Expert files: a decomposed expert on disk, a fraction of the checkpoint it was made from.
+
+    W_t - W0  ~  L + S  for decomposed matrices        L = left @ right.T,  S = the kept entries of delta - L
+              ~  delta  for all other tensors          at lower precision, or left out
+
+One safetensors file; docs/expert-files.md describes every byte. Per decomposed matrix there are ``NAME:left`` and
+``NAME:right`` (float32), ``NAME:mask`` (a bit per entry) or ``NAME:gaps`` (a byte per kept entry), ``NAME:values``; per
+other tensor ``NAME:delta``, or ``NAME:int8`` with ``NAME:scales``. The metadata say what was decomposed and how, and name
+base and expert by SHA-256. Every 2^19 elements have a CRC-32, so that a damaged file is refused rather than merged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+import lors_kernels
+from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
+from lors_kernels.arrays import BFLOAT16
+
+from .checkpoint import Checkpoint
+from .errors import LorsError
+from .parameters import rank_of
+from .sources import Slot, Spec
+
+__all__ = ["CHUNK", "ExpertSource", "Layout", "Part", "is_expert_file"]
+
+KEY = "lors.expert"  # of the metadata
+FORMAT = 1
+CHUNK = 1 << 19  # elements under one checksum
+BLOCK = 256  # elements under one scale of an int8 remainder
+CHECKS, EXPONENTS, ENERGIES = ":checks", ":exponents", ":energies"  # tables at the end of the file
+VALUE_TYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+F32 = np.dtype(np.float32)
+
+
+class Part(NamedTuple):
+    """How one tensor is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int = 0
+    kept: int = -1  # entries of S; -1: the tensor is not decomposed
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> bool:
+        return self.kept >= 0
+
+
+class Stored(NamedTuple):
+    """One array of the file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    first: int  # its first chunk in the table of checksums
+
+    @property
+    def chunks(self) -> int:
+        return -(-math.prod(self.shape) // CHUNK)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about an expert file that is known before any value is computed."""
+
+    name: str
+    base: Mapping[str, str]  # weight file -> SHA-256
+    expert: Mapping[str, str]
+    origin: str  # what the expert is called: a hub id or the name of a directory
+    rank: float
+    density: float
+    seed: int
+    values: Literal["float32", "float16", "bfloat16"]
+    index: Literal["mask", "gaps"]
+    remainder: Literal["float32", "float16", "int8", "none"]
+    parts: Sequence[Part]
+    stored: dict[str, Stored] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stored: dict[str, Stored] = {}
+        first = 0
+        for name, dtype, shape in self._arrays():
+            stored[name] = Stored(name, dtype, shape, first)
+            first += stored[name].chunks
+        for name, dtype, shape in (
+            (ENERGIES, np.dtype(np.float64), (sum(part.matrix for part in self.parts), 3)),
+            (EXPONENTS, np.dtype(np.int16), (first,)),
+        ):
+            stored[name] = Stored(name, dtype, shape, first)
+            first += stored[name].chunks
+        stored[CHECKS] = Stored(CHECKS, np.dtype(np.uint32), (first + 1,), first)
+        object.__setattr__(self, "stored", stored)
+
+    def _arrays(self) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        for part in self.parts:
+            if part.matrix:
+                if part.rank:
+                    yield f"{part.name}:left", F32, (part.shape[0], part.rank)
+                    yield f"{part.name}:right", F32, (part.shape[1], part.rank)
+                if part.kept:
+                    size = (part.numel + 7) // 8 if self.index == "mask" else part.kept + part.numel // 255
+                    yield f"{part.name}:{self.index}", np.dtype(np.uint8), (size,)
+                    yield f"{part.name}:values", VALUE_TYPES[self.values], (part.kept,)
+            elif self.remainder == "int8":
+                yield f"{part.name}:int8", np.dtype(np.int8), part.shape
+                yield f"{part.name}:scales", F32, (-(-part.numel // BLOCK),)
+            elif self.remainder != "none":
+                yield f"{part.name}:delta", VALUE_TYPES[self.remainder], part.shape
+
+    def specs(self) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+        """As `WeightWriter` takes them."""
+        return [(stored.name, stored.dtype, stored.shape) for stored in self.stored.values()]
+
+    def to_json(self) -> str:
+        plain = {key: getattr(self, key) for key in _KEYS}
+        parts = [list(part._replace(shape=list(part.shape))) for part in self.parts]  # type: ignore[arg-type]
+        return json.dumps({"format": FORMAT, **plain, "parts": parts}, separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """ValueError, KeyError or TypeError when it is not what `to_json` writes."""
+        data = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {data['format']!r}; a newer lors reads it")
+        parts = [
+            Part(str(name), tuple(map(int, shape)), int(rank), int(kept)) for name, shape, rank, kept in data["parts"]
+        ]
+        layout = cls(**{key: data[key] for key in _KEYS}, parts=parts)
+        if not all(isinstance(x, dict) for x in (layout.base, layout.expert)) or not isinstance(layout.name, str):
+            raise ValueError("expected names and digests")
+        for key, known in (("values", VALUE_TYPES), ("index", ("mask", "gaps")), ("remainder", _REMAINDERS)):
+            if getattr(layout, key) not in known:
+                raise ValueError(f"unknown {key} {getattr(layout, key)!r}")
+        for part in parts:
+            if min(part.shape, default=0) < 0 or (part.matrix and (len(part.shape) != 2 or part.kept > part.numel)):
+                raise ValueError(f"impossible part {part.name!r}")
+        return layout
+
+
+_KEYS = ("name", "base", "expert", "origin", "rank", "density", "seed", "values", "index", "remainder")
+_REMAINDERS = ("float32", "float16", "int8", "none")
+
+
+def is_expert_file(checkpoint: Checkpoint) -> bool:
+    """Whether an opened file is an expert file rather than a checkpoint."""
+    return KEY in checkpoint.metadata
+
+
+def checksums(array: np.ndarray) -> list[int]:
+    """CRC-32 of every chunk."""
+    flat = array.reshape(-1)
+    return [zlib.crc32(flat[at : at + CHUNK].view(np.uint8).data) for at in range(0, flat.size, CHUNK)]
+
+
+def seal(checks: np.ndarray, text: str) -> int:
+    """The checksum of the table of checksums and of the metadata: last entry of the table."""
+    return zlib.crc32(text.encode(), zlib.crc32(np.ascontiguousarray(checks).view(np.uint8).data))
+
+
+def encode_gaps(mask: np.ndarray, numel: int, size: int) -> np.ndarray:
+    """A byte per set bit: zeros before it, 255 standing for "255 zeros and no entry"; padded with 255 to `size`."""
+    positions = np.flatnonzero(np.unpackbits(mask, count=numel, bitorder="little"))
+    gaps = np.diff(positions, prepend=-1) - 1
+    ends = np.cumsum(gaps // 255 + 1)
+    coded = np.full(size, 255, np.uint8)
+    coded[ends - 1] = gaps % 255
+    return coded
+
+
+def decode_gaps(coded: np.ndarray, numel: int) -> np.ndarray:
+    """The mask of `encode_gaps`; ValueError when an entry lies outside."""
+    entry = coded != 255
+    positions = np.cumsum(coded.astype(np.int64) + entry)[entry] - 1
+    if positions.size and positions[-1] >= numel:
+        raise ValueError(f"an entry at {positions[-1]}, expected below {numel}")
+    bits = np.zeros(numel, np.uint8)
+    bits[positions] = 1
+    return np.packbits(bits, bitorder="little")
+
+
+class ExpertSource:
+    """An expert file as the engine sees it: what it contributes to a tensor, without the checkpoint it came from.
+
+    ranks r' <= r and densities d' <= d are served from the same file. With r' = r the selection is the checkpoint's own
+    (of the stored values, so ties at the precision of the file go to the lowest index). With r' < r what the file has,
+    L + S, stands for delta: L' is exact, S' is chosen among what is known of delta - L'.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.name, self.checkpoint = checkpoint.name, checkpoint
+        text = checkpoint.metadata[KEY]
+        try:
+            self.layout = Layout.from_json(text)
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            raise self._damaged(f"its metadata cannot be read: {error}") from error
+        self._check_arrays(text)
+        self._parts = {part.name: part for part in self.layout.parts}
+        self._row = {part.name: row for row, part in enumerate(p for p in self.layout.parts if p.matrix)}
+        self._exponents = self._read(EXPONENTS)
+        self._energies = self._read(ENERGIES)
+        self.tensors: dict[str, Spec] = {part.name: Spec(F32, part.shape) for part in self.layout.parts}
+
+    def _check_arrays(self, text: str) -> None:
+        expected = {stored.name: (stored.dtype, stored.shape) for stored in self.layout.stored.values()}
+        found = {name: (info.dtype, info.shape) for name, info in self.checkpoint.tensors.items()}
+        if expected != found:
+            odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise self._damaged(f"array {odd[0]!r} is not as its metadata say")
+        self._checks = self.checkpoint.read(CHECKS)
+        if int(self._checks[-1]) != seal(self._checks[:-1], text):
+            raise self._damaged("the checksum of its metadata is wrong")
+
+    def _damaged(self, reason: str) -> LorsError:
+        return LorsError(f"{self.checkpoint.path}: damaged expert file: {reason}")
+
+    # --- checks before the work
+
+    def require_names(self, base: Checkpoint) -> None:
+        """LorsError unless the file was made for a base with these tensors."""
+        wanted = {name: info.shape for name, info in base.tensors.items() if Spec(info.dtype, info.shape).floating}
+        found = {part.name: part.shape for part in self.layout.parts}
+        if odd := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+            raise LorsError(
+                f"{self.name}: made from another base: tensor {odd[0]!r}: expected "
+                f"{_shape(wanted.get(odd[0]))} as in {base.name}, got {_shape(found.get(odd[0]))}"
+            )
+
+    def require_base(self, digests: Mapping[str, str]) -> None:
+        """LorsError unless the base's weight files are those the file was made from."""
+        if sorted(digests.values()) != sorted(self.layout.base.values()):
+            ours, theirs = (min(d.values())[:12] for d in (digests, self.layout.base))
+            raise LorsError(
+                f"{self.name}: made from another base: expected sha256 {ours}... of the base, got {theirs}..."
+            )
+
+    def require(self, name: str, matrix: bool, rank: float, density: float) -> None:
+        """LorsError unless the file can serve `rank` and `density` for a tensor that the recipe decomposes, or not."""
+        part, where = self._parts[name], f"{self.name}: tensor {name!r}"
+        if part.matrix and not matrix:
+            raise LorsError(
+                f"{where}: the expert file holds rank {part.rank} and density {self.layout.density:g} of it, but the method "
+                "or target asks for its whole difference; merge the checkpoint instead"
+            )
+        if matrix and not part.matrix:
+            raise LorsError(
+                f"{where}: the recipe decomposes it, the expert file does not; make it with the same target"
+            )
+        if not matrix:
+            return
+        asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
+        if asked > part.rank:
+            raise LorsError(f"{where}: rank: expected at most {part.rank}, which the expert file holds, got {asked}")
+        if kept > part.kept:
+            raise LorsError(
+                f"{where}: density: expected at most {self.layout.density:g}, which the expert file holds, got {density:g}"
+            )
+
+    # --- the engine's protocol
+
+    def prefetch(self, name: str) -> None:
+        for suffix in ("left", "right", "mask", "gaps", "values", "delta", "int8", "scales"):
+            if (stored := f"{name}:{suffix}") in self.layout.stored:
+                self.checkpoint.prefetch(stored)
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        raise LorsError(
+            f"{self.name}: an expert file holds low-rank and sparse parts only, and this method needs the whole checkpoint"
+        )
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the file that belong to a tensor."""
+        suffixes = ("left", "right", "mask", "gaps", "values", "delta", "int8", "scales")
+        found = [self.layout.stored.get(f"{name}:{suffix}") for suffix in suffixes]
+        return sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in found if stored)
+
+    def add(
+        self, name: str, start: int, total: np.ndarray, weight: float, rank: float, density: float, backend: str | None
+    ) -> UpdateStats:
+        """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size].
+
+        total: float32, flat; for a matrix all of it.
+        """
+        part = self._parts[name]
+        if not part.matrix:
+            return self._add_rest(part, start, total, weight, backend)
+        asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
+        matrix = total.reshape(part.shape)
+        left, right = self._factors(part)
+        sparse, scale = self._sparse(part)
+        try:
+            if asked == part.rank:
+                if kept < part.kept:
+                    sparse = sparse._replace(values=_largest(sparse.values, kept))
+                found = lors_kernels.sparse_update(
+                    matrix, sparse, left, right, scale=scale, weight=weight, backend=backend
+                )
+                non_finite, energy = found.non_finite, found.energy
+            else:
+                known = np.zeros(part.shape, np.float32)
+                non_finite = lors_kernels.sparse_update(
+                    known, sparse, left, right, scale=scale, backend=backend
+                ).non_finite
+                energy = 0.0 if non_finite else _reduce(matrix, known, left, right, asked, kept, weight, backend)
+        except ValueError as error:
+            raise self._damaged(f"tensor {name!r}: {error}") from None
+        if non_finite:
+            raise LorsError(f"{self.name}: tensor {name!r}: expected finite values, got {non_finite} NaN or infinite")
+        delta, residual, _ = self._energies[self._row[name]]
+        if asked < part.rank and left is not None:  # the columns of left are orthogonal: their norms are sigma
+            residual += float((left[:, asked:].astype(np.float64) ** 2).sum())
+        return UpdateStats(float(delta), float(residual), energy, kept, 0)
+
+    def update(self, name: str) -> np.ndarray:
+        """L + S of a decomposed matrix, or delta of another tensor, float32 in its shape: for reports."""
+        part = self._parts[name]
+        total = np.zeros(part.numel, np.float32)
+        for start in range(0, max(1, part.numel), part.numel or 1) if part.matrix else range(0, part.numel, CHUNK):
+            stop = part.numel if part.matrix else min(start + CHUNK, part.numel)
+            self.add(name, start, total[start:stop], 1.0, part.rank, _exact(part), None)
+        return total.reshape(part.shape)
+
+    def rank(self, name: str) -> int:
+        """Stored rank of a tensor, 0 where it is not decomposed."""
+        return self._parts[name].rank
+
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(left, right) of a decomposed matrix; [m, 0] and [n, 0] at rank 0."""
+        part = self._parts[name]
+        left, right = self._factors(part)
+        if left is None or right is None:
+            return np.zeros((part.shape[0], 0), np.float32), np.zeros((part.shape[1], 0), np.float32)
+        return left, right
+
+    # --- reading
+
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Elements [start, stop) of an array, checked; `start` at the beginning of a chunk."""
+        stored = self.layout.stored[name]
+        values = self.checkpoint.read(name, None, start, stop)
+        first = stored.first + start // CHUNK
+        found = checksums(values)
+        if found != self._checks[first : first + len(found)].tolist():
+            raise self._damaged(f"the checksum of array {name!r} is wrong")
+        return values
+
+    def _factors(self, part: Part) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not part.rank:
+            return None, None
+        return self._read(f"{part.name}:left"), self._read(f"{part.name}:right")
+
+    def _sparse(self, part: Part) -> tuple[SparsePart, float]:
+        if not part.kept:
+            return SparsePart(np.zeros((part.numel + 7) // 8, np.uint8), np.zeros(0, np.float32)), 1.0
+        values = self._read(f"{part.name}:values")
+        exponent = self._exponents[self.layout.stored[f"{part.name}:values"].first]
+        index = self._read(f"{part.name}:{self.layout.index}")
+        if self.layout.index == "gaps":
+            try:
+                index = decode_gaps(index, part.numel)
+            except ValueError as error:
+                raise self._damaged(f"tensor {part.name!r}: {error}") from None
+        return SparsePart(index, values), 2.0 ** int(exponent)
+
+    def _add_rest(self, part: Part, start: int, total: np.ndarray, weight: float, backend: str | None) -> UpdateStats:
+        if self.layout.remainder == "none":
+            return UpdateStats(0.0, 0.0, 0.0, 0, 0)
+        stats = UpdateStats(0.0, 0.0, 0.0, 0, 0)
+        begin, end = start // CHUNK * CHUNK, start + total.size
+        for chunk in range(begin, end, CHUNK):
+            values, scale = self._rest(part, chunk)
+            low, high = max(start, chunk), min(end, chunk + values.size)
+            piece, into = values[low - chunk : high - chunk], total[low - start : high - start]
+            got = lors_kernels.merge_update(
+                into.reshape(1, -1),
+                None,
+                piece.reshape(1, -1),
+                threshold=KEEP_ALL,
+                weight=weight * scale,
+                backend=backend,
+                threads=1,
+            )
+            if got.non_finite:
+                raise LorsError(
+                    f"{self.name}: tensor {part.name!r}: expected finite values, got {got.non_finite} NaN or infinite"
+                )
+            energy = stats.delta_energy + scale**2 * got.delta_energy
+            stats = UpdateStats(energy, energy, energy, stats.kept + got.kept, 0)
+        return stats
+
+    def _rest(self, part: Part, chunk: int) -> tuple[np.ndarray, float]:
+        """One chunk of an undecomposed tensor's delta, flat, and its factor."""
+        stop = min(chunk + CHUNK, part.numel)
+        if self.layout.remainder == "int8":
+            quantised = self._read(f"{part.name}:int8", chunk, stop).reshape(-1)
+            scales = self._read(f"{part.name}:scales")[chunk // BLOCK : -(-stop // BLOCK)]
+            return quantised.astype(np.float32) * np.repeat(scales, BLOCK)[: quantised.size], 1.0
+        name = f"{part.name}:delta"
+        exponent = self._exponents[self.layout.stored[name].first + chunk // CHUNK]
+        return self._read(name, chunk, stop).reshape(-1), 2.0 ** int(exponent)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such tensor" if shape is None else str(list(shape))
+
+
+def _exact(part: Part) -> float:
+    """A density that gives exactly the stored number of entries."""
+    density = part.kept / part.numel if part.numel else 0.0
+    return density if int(density * part.numel) == part.kept else (part.kept + 0.5) / part.numel
+
+
+def _largest(values: np.ndarray, k: int) -> np.ndarray:
+    """The values with all but the k largest magnitudes set to zero; of equal ones the first stay."""
+    if k == 0:
+        return np.zeros_like(values)
+    threshold = lors_kernels.residual_threshold(None, values.reshape(1, -1), k=k, threads=1)
+    magnitude = np.abs(values.astype(np.float32))
+    keep = magnitude > threshold.value
+    keep[: threshold.cut] |= magnitude[: threshold.cut] == threshold.value
+    return np.where(keep, values, np.zeros(1, values.dtype))
+
+
+def _reduce(
+    out: np.ndarray,
+    delta: np.ndarray,
+    left: np.ndarray | None,
+    right: np.ndarray | None,
+    rank: int,
+    k: int,
+    weight: float,
+    backend: str | None,
+) -> float:
+    """out += weight * (L' + S') of what is known of delta; returns the energy of S'."""
+    options: dict[str, Any] = {"backend": backend, "threads": 1}
+    l, r = (None if not rank or x is None else np.ascontiguousarray(x[:, :rank]) for x in (left, right))
+    threshold = lors_kernels.residual_threshold(None, delta, l, r, k, **options) if k else KEEP_NONE
+    return float(lors_kernels.merge_update(out, None, delta, l, r, threshold, weight, **options).kept_energy)

@@ -1,0 +1,230 @@
+"""`lors_ledger.json` in a merged directory: what the model is made of, so that one expert can be added or taken out.
+
+    lors add MERGED expert.lors.safetensors         W + lambda * weight * (L + S)
+    lors remove MERGED expert.lors.safetensors      W - lambda * weight * (L + S)
+
+Both write a new directory beside the old one and swap the two in one step. What they compute is bounded in
+docs/expert-files.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .card import Source, write_card
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import LorsError
+from .expert_file import ExpertSource
+from .merge_report import MergeReport, peak_memory
+from .output import RECIPE_FILE, OutputDirectory, writing
+
+__all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
+
+LEDGER_FILE = "lors_ledger.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The inputs of a merged model, in the order in which they were added."""
+
+    base: Source
+    experts: tuple[Source, ...]
+    edits: int = 0  # adds and removes since the merge
+
+    @classmethod
+    def load(cls, directory: Path) -> Ledger:
+        path = directory / LEDGER_FILE
+        if not path.is_file():
+            raise LorsError(f"{directory}: expected a model merged by lors: there is no {LEDGER_FILE} in it")
+        try:
+            data = json.loads(path.read_bytes())
+            if data["format"] != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {data['format']!r}")
+            base, *experts = (Source(**source) for source in (data["base"], *data["experts"]))
+            return cls(base, tuple(experts), int(data["edits"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise LorsError(f"{path}: cannot be read: {error}") from error
+
+
+def write_ledger(output: OutputDirectory, base: Source, experts: Sequence[Source], edits: int = 0) -> None:
+    """Writes the ledger into a directory that is being written."""
+    data = {"format": FORMAT, "base": asdict(base), "experts": [asdict(expert) for expert in experts], "edits": edits}
+    output.write_text(LEDGER_FILE, json.dumps(data, indent=2) + "\n")
+
+
+def edit(
+    merged: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    *,
+    remove: bool = False,
+    weight: float | None = None,
+    name: str | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    durable: bool = True,
+) -> MergeReport:
+    """Adds an expert file to a merged model in place, or takes it out again.
+
+    The settings (rank, density, lambda ...) are those of the recipe in the directory. `weight`: of the added expert, 1
+    when not given. `name`: what it is called, or which of the model's experts is removed. LorsError before anything is
+    written when the expert file was made from another base or, on removal, is not what was merged.
+    """
+    from .task_vector import open_expert
+
+    begun = time.perf_counter()
+    target = Path(os.path.realpath(os.path.expanduser(merged)))
+    if not target.is_dir():
+        raise LorsError(f"{merged}: expected the directory of a merged model")
+    with contextlib.ExitStack() as stack:
+        source = open_expert(expert, name)
+        stack.enter_context(source.checkpoint)
+        output = stack.enter_context(OutputDirectory(target, force=True, inputs=[expert], durable=durable))
+        ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
+        source.require_base(ledger.base.sha256)
+        checkpoint = stack.enter_context(open_checkpoint(str(target)))
+        change = _removal if remove else _addition
+        recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
+        report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
+        _describe(output, checkpoint, target, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
+        output.commit()
+    report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
+    return report
+
+
+def _recipe(target: Path) -> dict[str, Any]:
+    from . import strict_yaml
+
+    try:
+        text = (target / RECIPE_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LorsError(f"{target / RECIPE_FILE}: cannot read the recipe: {error}") from None
+    data = strict_yaml.parse(text, str(target / RECIPE_FILE))
+    if not isinstance(data, dict) or not isinstance(data.get("models"), list):
+        raise LorsError(f"{target / RECIPE_FILE}: expected a recipe with models")
+    return data
+
+
+def _bound(data: Mapping[str, Any]) -> Any:
+    import yaml
+
+    from .methods import METHODS, SPECS
+    from .recipe import Recipe
+
+    recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
+    if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe.merge_method):
+        rule = "rest: average" if recipe.rest == "average" else f"method {recipe.merge_method}"
+        raise LorsError(f"{rule}: one expert's share depends on the others: merge again instead of editing")
+    return recipe
+
+
+def _separable(method: str) -> bool:
+    """Methods whose result is a sum of one term per expert."""
+    return method in ("lors", "svp", "magnitude_prune", "task_arithmetic")
+
+
+def _addition(
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+) -> tuple[Any, Any, int, tuple[Source, ...]]:
+    label = source.name
+    if label in [expert.name for expert in ledger.experts]:
+        raise LorsError(f"{label}: is merged already; --name gives this one another name")
+    entry: dict[str, Any] = {"model": os.fspath(path), "name": label}
+    if weight is not None:
+        entry["parameters"] = {"weight": weight}
+    recipe = _bound(data | {"models": [*data["models"], entry]})
+    added = Source.of(source.checkpoint, source.checkpoint.sha256(), 1.0 if weight is None else weight)
+    return recipe, recipe, len(recipe.models) - 1, (*ledger.experts, added)
+
+
+def _removal(
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+) -> tuple[Any, Any, int, tuple[Source, ...]]:
+    digests = [sorted(d.values()) for d in (source.checkpoint.sha256(), source.layout.expert)]
+    found = [expert for expert in ledger.experts if sorted(expert.sha256.values()) in digests]
+    named = [expert for expert in found if expert.name == source.name] or found
+    if not named:
+        known = ", ".join(expert.name for expert in ledger.experts)
+        raise LorsError(
+            f"{source.name}: is not part of this model, neither this file nor its checkpoint; it has {known}"
+        )
+    if len(ledger.experts) == 1:
+        raise LorsError(f"{source.name}: is the only expert of this model; without it there is only the base")
+    before = _bound(data)
+    index = before.labels.index(named[0].name)
+    models = [entry for at, entry in enumerate(data["models"]) if at != index]
+    return _bound(data | {"models": models}), before, index, tuple(e for e in ledger.experts if e is not named[0])
+
+
+def _apply(
+    merged: Checkpoint,
+    source: ExpertSource,
+    recipe: Any,
+    index: int,
+    remove: bool,
+    output: OutputDirectory,
+    backend: str | None,
+    threads: int | None,
+) -> MergeReport:
+    """W +- the expert's term, into the output."""
+    from . import merging
+    from .engine import Engine
+    from .methods import METHODS
+
+    report = MergeReport(
+        recipe.merge_method,
+        merging._backend(backend),
+        str(output.target),
+        [source.name],
+        threads=merging._threads(threads),
+    )
+    source.require_names(merged)
+    model = merging.source_of(merged, merged)
+    works = merging._plan(recipe, METHODS[recipe.merge_method], model, merged.naming, merged.config, report)
+    position = recipe.experts.index(index)
+    sign = -1.0 if remove else 1.0
+    single = []
+    for work in works:
+        chosen = work.reductions[position : position + 1]
+        mine = tuple(reduction._replace(weight=sign * reduction.weight) for reduction in chosen)
+        single.append(work if not mine else type(work)(work.name, work.spec, work.spec.dtype, mine, work.matrix))
+    merging.require_parts([source], single, report)
+    with merging._writer(recipe, merged, output.path, single) as writer:
+        Engine(model, [source], writer.write, report, report.backend, report.threads, recipe.seed).run(single)
+        writer.finish()
+    return report
+
+
+def _describe(
+    output: OutputDirectory, merged: Checkpoint, target: Path, recipe: Any, ledger: Ledger, report: MergeReport
+) -> None:
+    """Everything beside the weights: carried over, card, recipe and ledger anew."""
+    written = {path.name for path in output.path.iterdir()} | {file.name for file in merged.files}
+    remade = {"README.md", RECIPE_FILE, LEDGER_FILE, "model.safetensors.index.json"}
+    for path in sorted(target.iterdir()):
+        if path.is_file() and path.name not in written | remade:
+            output.copy(path)
+    write_ledger(output, ledger.base, ledger.experts, ledger.edits)
+    from .merging import _plain
+    from .methods import SPECS
+
+    shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
+    with writing(output.path):
+        write_card(
+            output.path,
+            base=ledger.base,
+            experts=ledger.experts,
+            method=recipe.merge_method,
+            parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
+            recipe=recipe.to_yaml(),
+            backend=report.backend,
+            naming=merged.naming,
+            base_card=merged.card(),
+        )

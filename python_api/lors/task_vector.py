@@ -1,0 +1,417 @@
+"""Making expert files, and using them: decompose an expert, add it to a merged model or take it out, export its L.
+
+    W_new = W_merged + lambda * weight * (L + S)        add;  remove subtracts
+
+Adding the last expert to a float32 model gives the bits of merging all of them from scratch, because that is what
+merging does last. Everything else rounds once more than a merge from scratch: each add or remove moves an entry by at most
+half a unit in the last place of the model's dtype, plus 2^-24 of the largest value it passed through in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+import lors_kernels
+from lors_kernels import KEEP_NONE, NonFiniteError
+
+from . import layers
+from .checkpoint import Checkpoint, compare, open_checkpoint
+from .errors import LorsError
+from .expert_file import (
+    BLOCK,
+    CHECKS,
+    CHUNK,
+    ENERGIES,
+    EXPONENTS,
+    KEY,
+    VALUE_TYPES,
+    ExpertSource,
+    Layout,
+    Part,
+    checksums,
+    encode_gaps,
+    is_expert_file,
+    seal,
+)
+from .output import OutputDirectory, WeightWriter, writing
+from .parameters import rank_of
+from .recipe import Target
+from .sources import FileSource, Slot, Source
+
+__all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]
+
+MASK_DENSITY = 1 / 8  # from here on a bit per entry is smaller than a byte per kept entry
+
+
+@dataclass
+class Decomposition:
+    """What `decompose` wrote. `error`: ||stored - exact|| / ||exact|| of the update, measured while writing."""
+
+    path: str
+    bytes: int
+    checkpoint_bytes: int
+    matrices: int
+    error: float
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Size of the file over that of the checkpoint."""
+        return self.bytes / self.checkpoint_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"share": self.share}
+
+
+def decompose(
+    base: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: float = 7,
+    density: float = 0.2,
+    values: str = "float16",
+    index: str = "auto",
+    remainder: str = "float16",
+    target: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+) -> Decomposition:
+    """L + S of every decomposed matrix and delta of everything else, of delta = expert - base, in one file.
+
+    Args:
+        rank, density: as in a recipe; merges from the file may ask for less of both.
+        values: type of S's values: float32, float16 or bfloat16. float16 is scaled per matrix by a power of two.
+        index: how their places are stored: "mask" (a bit per entry), "gaps" (a byte per kept entry) or "auto".
+        remainder: type of the other tensors' delta: float32, float16, int8 or none.
+        target: which matrices are decomposed, as in a recipe.
+
+    Raises LorsError; then `out` is as it was before.
+    """
+    begun = time.perf_counter()
+    chosen = Target.model_validate(dict(target)) if target else None
+    _check_options(rank, density, values, index, remainder)
+    path = Path(os.path.abspath(os.path.expanduser(out)))
+    with contextlib.ExitStack() as stack:
+        origin = stack.enter_context(open_checkpoint(os.fspath(base), name="base"))
+        tuned = stack.enter_context(open_checkpoint(os.fspath(expert), name=name))
+        for checkpoint in (origin, tuned):
+            if is_expert_file(checkpoint):
+                raise LorsError(f"{checkpoint.path}: expected a checkpoint, it is an expert file already")
+        compare(origin, tuned)
+        parts = _parts(origin, chosen, rank, density)
+        kind = index if index != "auto" else "gaps" if density < MASK_DENSITY else "mask"
+        count = lors_kernels.thread_count(threads)
+        layout = Layout(
+            name or tuned.name, origin.sha256(), tuned.sha256(), tuned.hub_id or tuned.path.resolve().name, rank, density, seed,
+            cast(Any, values), cast(Any, kind), cast(Any, remainder), parts,
+        )  # fmt: skip
+        folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
+        error = _write(folder, layout, origin, tuned, backend, count)
+        _publish(folder / "expert.safetensors", path)
+        size = sum(info.nbytes for info in tuned.tensors.values())
+    matrices = sum(part.matrix for part in parts)
+    return Decomposition(str(path), path.stat().st_size, size, matrices, error, time.perf_counter() - begun)
+
+
+def _check_options(rank: float, density: float, values: str, index: str, remainder: str) -> None:
+    if not 0 <= density <= 1:
+        raise LorsError(f"density: expected a number in [0, 1], got {density}")
+    if rank < 0 or (rank >= 1 and rank != int(rank)):
+        raise LorsError(f"rank: expected 0, an integer >= 1 or a fraction of min(m, n) below 1, got {rank}")
+    for option, value, known in (
+        ("values", values, ("float32", "float16", "bfloat16")),
+        ("index", index, ("auto", "mask", "gaps")),
+        ("remainder", remainder, ("float32", "float16", "int8", "none")),
+    ):
+        if value not in known:
+            raise LorsError(f"{option}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _parts(base: Checkpoint, target: Target | None, rank: float, density: float) -> list[Part]:
+    matrices = layers.select(base.tensors, base.naming, base.config, target).names
+    parts = []
+    for name, spec in FileSource(base).tensors.items():
+        if not spec.floating:
+            if np.dtype(spec.dtype).kind not in "iub":
+                raise LorsError(
+                    f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}"
+                )
+        elif name in matrices:
+            try:
+                asked = rank_of(rank, *spec.shape) if rank else 0
+            except ValueError as error:
+                raise LorsError(f"{error}: tensor {name!r}") from None
+            parts.append(Part(name, spec.shape, asked, int(density * spec.numel)))
+        else:
+            parts.append(Part(name, spec.shape))
+    return parts
+
+
+@contextlib.contextmanager
+def _room_for(path: Path, force: bool, inputs: list[Path]) -> Any:
+    """A folder beside `path` that is gone afterwards, also (by the next run) after a kill."""
+    if path.is_dir():
+        raise LorsError(f"{path}: expected a file to write, it is a directory")
+    if path.exists() and not force:
+        raise LorsError(f"{path}: exists already; --force replaces it")
+    if any(path.exists() and path.samefile(file) for file in inputs):
+        raise LorsError(f"{path}: the output would replace the input")
+    with OutputDirectory(path.with_name(f"{path.name}.writing")) as folder:  # never committed: only its file is kept
+        yield folder.path
+
+
+def _publish(file: Path, path: Path) -> None:
+    with writing(path):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(file, path)
+
+
+def _write(
+    folder: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int
+) -> float:
+    text = layout.to_json()
+    with WeightWriter(
+        folder, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem="expert", early_writeback=False
+    ) as writer:
+        encoder = _Encoder(layout, FileSource(base), FileSource(tuned, list(base.tensors)), writer, backend)
+        encoder.run(threads)
+        encoder.finish(text)
+        writer.finish()
+    return math.sqrt(encoder.lost / encoder.energy) if encoder.energy else 0.0
+
+
+class _Encoder:
+    """Computes and writes every part; parts in any order, each by one thread."""
+
+    def __init__(self, layout: Layout, base: Source, tuned: Source, writer: WeightWriter, backend: str | None) -> None:
+        self._layout, self._base, self._tuned, self._writer, self._backend = layout, base, tuned, writer, backend
+        stored = layout.stored
+        self._checks = np.zeros(stored[CHECKS].shape, np.uint32)
+        self._exponents = np.zeros(stored[EXPONENTS].shape, np.int16)
+        self._energies = np.zeros(stored[ENERGIES].shape)
+        self._row = {part.name: row for row, part in enumerate(p for p in layout.parts if p.matrix)}
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._waiting: dict[str, np.ndarray] = {}
+        self.lost, self.energy = 0.0, 0.0  # squared norms of what storing loses, and of the update
+
+    def run(self, threads: int) -> None:
+        tasks: list[Callable[[], None]] = []
+        for part in self._layout.parts:
+            if part.matrix:
+                tasks.append(lambda part=part: self._matrix(part))  # type: ignore[misc]
+            else:
+                tasks += [lambda part=part, at=at: self._rest(part, at) for at in range(0, part.numel, CHUNK)]  # type: ignore[misc]
+        with ThreadPoolExecutor(threads, thread_name_prefix="lors") as pool:
+            futures = [pool.submit(task) for task in tasks]
+            try:
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def finish(self, text: str) -> None:
+        """The tables at the end of the file."""
+        self._put(ENERGIES, self._energies)
+        self._put(EXPONENTS, self._exponents)
+        self._checks[-1] = seal(self._checks[:-1], text)
+        self._writer.write(CHECKS, self._checks)
+
+    def _put(self, name: str, array: np.ndarray, start: int = 0) -> None:
+        """Writes elements from `start`, the beginning of a chunk, on."""
+        first = self._layout.stored[name].first + start // CHUNK
+        found = checksums(array)
+        self._checks[first : first + len(found)] = found
+        self._writer.write(name, array, start)
+
+    def _fetch(self, part: Part, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        if not hasattr(self._local, "slots"):
+            self._local.slots = Slot(), Slot()
+        base, tuned = self._local.slots
+        return self._base.fetch(part.name, start, stop, base), self._tuned.fetch(part.name, start, stop, tuned)
+
+    def _matrix(self, part: Part) -> None:
+        base, tuned = (x.reshape(part.shape) for x in self._fetch(part, 0, part.numel))
+        options: dict[str, Any] = {"backend": self._backend}
+        left, right = None, None
+        try:
+            if part.rank:
+                svd = lors_kernels.truncated_svd(base, tuned, part.rank, seed=self._layout.seed, threads=1, **options)
+                left, right = svd.left, svd.right
+            pair = (base, tuned, left, right)
+            threshold = (
+                lors_kernels.residual_threshold(*pair, part.kept, threads=1, **options) if part.kept else KEEP_NONE
+            )
+        except NonFiniteError as error:
+            raise self._non_finite(part, error.count) from None
+        out = np.zeros(part.shape, np.float32)
+        stats = lors_kernels.merge_update(out, *pair, threshold, 1.0, threads=1, **options)
+        if stats.non_finite:
+            raise self._non_finite(part, stats.non_finite)
+        lost = 0.0
+        if left is not None and right is not None:
+            self._put(f"{part.name}:left", np.ascontiguousarray(left))
+            self._put(f"{part.name}:right", np.ascontiguousarray(right))
+        if part.kept:
+            sparse = lors_kernels.sparse_part(*pair, threshold, part.kept, **options)
+            mask = sparse.mask
+            if self._layout.index == "gaps":
+                size = self._layout.stored[f"{part.name}:gaps"].shape[0]
+                mask = encode_gaps(mask, part.numel, size)
+            self._put(f"{part.name}:{self._layout.index}", mask)
+            lost = self._floats(f"{part.name}:values", sparse.values, self._layout.values)
+        self._energies[self._row[part.name]] = stats.delta_energy, stats.residual_energy, stats.kept_energy
+        self._count(lost, float(np.vdot(out, out)))
+
+    def _rest(self, part: Part, start: int) -> None:
+        base, tuned = self._fetch(part, start, min(start + CHUNK, part.numel))
+        delta = tuned.astype(np.float32) - base.astype(np.float32)
+        if bad := int(np.count_nonzero(~np.isfinite(delta))):
+            raise self._non_finite(part, bad)
+        if self._layout.remainder == "none":
+            lost = float(np.vdot(delta, delta))
+        elif self._layout.remainder == "int8":
+            lost = self._int8(part, delta, start)
+        else:
+            lost = self._floats(f"{part.name}:delta", delta, self._layout.remainder, start)
+        self._count(lost, float(np.vdot(delta, delta)))
+
+    def _floats(self, name: str, values: np.ndarray, kind: str, start: int = 0) -> float:
+        """Writes float32 values as `kind` and returns the squared norm of what that loses."""
+        exponent, stored = 0, values
+        if kind == "float16":
+            # The largest goes to [2^14, 2^15): deltas are small, and float16 has 11 bits only above 2^-14.
+            largest = float(np.abs(values).max()) if values.size else 0.0
+            exponent = max(-100, math.frexp(largest)[1] - 15) if largest else 0
+            stored = (values * np.float32(2.0**-exponent)).astype(np.float16)
+        elif kind == "bfloat16":
+            stored = values.astype(VALUE_TYPES[kind])
+        self._exponents[self._layout.stored[name].first + start // CHUNK] = exponent
+        self._put(name, stored, start)
+        if kind == "float32":
+            return 0.0
+        difference = stored.astype(np.float32) * np.float32(2.0**exponent) - values
+        return float(np.vdot(difference, difference))
+
+    def _int8(self, part: Part, delta: np.ndarray, start: int) -> float:
+        padded = np.zeros(-(-delta.size // BLOCK) * BLOCK, np.float32)
+        padded[: delta.size] = delta
+        blocks = padded.reshape(-1, BLOCK)
+        scales = np.abs(blocks).max(axis=1) / np.float32(127)
+        quantised = np.rint(blocks / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)
+        self._put(f"{part.name}:int8", quantised.reshape(-1)[: delta.size], start)
+        self._scales(part, scales, start)
+        difference = quantised * scales[:, None] - blocks
+        return float(np.vdot(difference, difference))
+
+    def _scales(self, part: Part, scales: np.ndarray, start: int) -> None:
+        """Scales of one chunk; the array as a whole is written when the last of them is there."""
+        name = f"{part.name}:scales"
+        with self._lock:
+            waiting = self._waiting.setdefault(name, np.full(self._layout.stored[name].shape, np.nan, np.float32))
+            waiting[start // BLOCK : start // BLOCK + scales.size] = scales
+            complete = not np.isnan(waiting).any()
+        if complete:
+            self._put(name, waiting)
+
+    def _count(self, lost: float, energy: float) -> None:
+        with self._lock:
+            self.lost += lost
+            self.energy += energy
+
+    def _non_finite(self, part: Part, count: int) -> LorsError:
+        return LorsError(
+            f"{self._tuned.name}: tensor {part.name!r}: expected a finite difference to the base, got {count} NaN or "
+            "infinite entries"
+        )
+
+
+# --- using them ------------------------------------------------------------------------------------------------------
+
+
+def open_expert(path: str | os.PathLike[str], name: str | None = None) -> ExpertSource:
+    """An expert file, checked; close its `.checkpoint` after use. LorsError when it is a checkpoint or damaged."""
+    checkpoint = open_checkpoint(os.fspath(path), name=name)
+    try:
+        if not is_expert_file(checkpoint):
+            raise LorsError(f"{path}: expected an expert file, got a checkpoint; `lors decompose` makes one of it")
+        if name is None:
+            checkpoint.name = json.loads(checkpoint.metadata[KEY]).get("name") or checkpoint.name
+        return ExpertSource(checkpoint)
+    except (ValueError, AttributeError) as error:
+        checkpoint.close()
+        raise LorsError(f"{path}: damaged expert file: its metadata cannot be read: {error}") from error
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def export_lora(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    scale: float = 1.0,
+    force: bool = False,
+) -> int:
+    """Writes L as a PEFT LoRA adapter: W + scale * L = W + (alpha / r) B @ A with B = left, A = right.T.
+
+    base: what PEFT shall call the base model (the adapter's base_model_name_or_path). Returns the number of matrices.
+    """
+    source = open_expert(path)
+    with source.checkpoint, OutputDirectory(out, force=force, inputs=[path]) as directory:
+        matrices = [part for part in source.layout.parts if part.matrix and part.rank and part.name.endswith(".weight")]
+        if not matrices:
+            raise LorsError(f"{path}: there is no low-rank part in it")
+        modules = {part.name.removesuffix(".weight"): part for part in matrices}
+        specs = []
+        for module, part in modules.items():
+            specs.append((f"base_model.model.{module}.lora_A.weight", np.dtype(np.float32), (part.rank, part.shape[1])))
+            specs.append((f"base_model.model.{module}.lora_B.weight", np.dtype(np.float32), (part.shape[0], part.rank)))
+        with WeightWriter(directory.path, specs, stem="adapter_model", shard_bytes=2**63) as writer:
+            for module, part in modules.items():
+                left, right = source.factors(part.name)
+                writer.write(f"base_model.model.{module}.lora_A.weight", np.ascontiguousarray(right.T))
+                writer.write(f"base_model.model.{module}.lora_B.weight", left)
+            writer.finish()
+        config = _adapter_config({module: part.rank for module, part in modules.items()}, base, scale)
+        directory.write_text("adapter_config.json", json.dumps(config, indent=2) + "\n")
+        directory.commit()
+    return len(modules)
+
+
+def _adapter_config(ranks: Mapping[str, int], base: str | None, scale: float) -> dict[str, Any]:
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    odd = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual * scale,
+        "rank_pattern": odd,
+        "alpha_pattern": {module: rank * scale for module, rank in odd.items()},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }

@@ -1,0 +1,51 @@
+"""Mutants of every input format. LORS_FUZZ=N runs N per format (CI: 10000), LORS_FUZZ_SEED starts elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from fuzz.mutate import mutate
+from fuzz.targets import Corpus, survives
+
+COUNT, SEED = int(os.environ.get("LORS_FUZZ", "150")), int(os.environ.get("LORS_FUZZ_SEED", "0"))
+SLOWEST = 5.0  # seconds for one mutant
+SPARE = 32 << 20  # bytes that reading anything may take, besides twice the file
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "expert", "recipe", "ledger", "trials", "index", "manifest"])
+def test_mutants(corpus: Corpus, name: str) -> None:
+    if name == "manifest":
+        pytest.importorskip("soundfile")
+    target = corpus.targets[name]
+    for data, _ in corpus.seeds[name]:
+        if name not in ("manifest", "index"):
+            assert survives(target, data), "the seed itself is good"
+    refused = 0
+    tracemalloc.start()
+    try:
+        for number in range(SEED, SEED + COUNT):
+            data, header = corpus.seeds[name][number % len(corpus.seeds[name])]
+            mutant = mutate(data, number, header)
+            tracemalloc.reset_peak()
+            before, begun = tracemalloc.get_traced_memory()[0], time.monotonic()
+            try:
+                refused += not survives(target, mutant)
+            except BaseException as error:
+                kept = Path(os.environ.get("LORS_FUZZ_KEEP", str(corpus.root))) / f"{name}-{number}"
+                kept.write_bytes(mutant)
+                raise AssertionError(f"{name} mutant {number} ({kept}): {type(error).__name__}: {error}") from error
+            peak = tracemalloc.get_traced_memory()[1] - before
+            assert time.monotonic() - begun < SLOWEST, f"{name} mutant {number} took too long"
+            assert peak < 2 * len(mutant) + SPARE, f"{name} mutant {number}: {peak} bytes for a file of {len(mutant)}"
+    finally:
+        tracemalloc.stop()
+    assert refused > COUNT // 4, "most mutants are damaged"

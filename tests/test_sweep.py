@@ -1,0 +1,251 @@
+"""Sweeps: every setting is merged as a recipe would merge it, failures cost one trial, a kill costs nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lors
+import numpy as np
+import pytest
+import tiny
+from lors.checkpoint import open_checkpoint
+from lors.errors import LorsError
+from lors.methods import METHODS, SPECS
+from lors.recipe import Recipe
+from lors.sweep import Sweep, Trial, setting_recipe, sweep
+from lors.sweep_score import Objective, Score, Scorer
+from lors.sweep_space import Axis, Space
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    family = tiny.family(tmp_path_factory.mktemp("family"), ("ca", "de"))
+    path = family["base"].parent / "recipe.yml"
+    path.write_text(
+        "merge_method: lors\nbase_model: base\nmodels:\n- model: ca\n- model: de\n  parameters: {weight: 0.5}\n"
+    )
+    return Recipe.load(path, SPECS)
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def norm(path: Path) -> Score:
+    """A score that depends on every weight."""
+    return Score("complete", (float(sum(np.abs(value.astype(np.float64)).sum() for value in weights(path).values())),))
+
+
+# --- settings
+
+
+def test_axes() -> None:
+    rank, density = METHODS["lors"].spec.parameter("rank"), METHODS["lors"].spec.parameter("density")
+    assert rank and density
+    assert Axis.parse(rank, "1,2,4,2").values == (1, 2, 4)
+    assert Axis.parse(density, "0.05:0.5:0.05").values == tuple(round(0.05 * i, 10) for i in range(1, 11))
+    assert Axis.parse(density, "0.1:0.9").interval == (0.1, 0.9)
+    for spec, text in (
+        (rank, "0"),
+        (rank, "x"),
+        (density, "0.1:2:0.1"),
+        (density, "0.5:0.1"),
+        (density, "0:1:0"),
+        (density, "0:1:1e-9"),
+    ):
+        with pytest.raises(LorsError, match=f"--{spec.name} "):
+            Axis.parse(spec, text)
+
+
+def test_a_grid_changes_lambda_fastest_and_leaves_out_what_a_method_has_not() -> None:
+    options = {"lambda": "0.1,0.2", "rank": "1,2", "density": "0.5"}
+    grid = list(Space.of(SPECS["svp"], options).grid())
+    assert grid == [{"rank": r, "lambda": x} for r in (1, 2) for x in (0.1, 0.2)]
+    drawn = Space.of(SPECS["lors"], options | {"lambda": "0.1:0.2"}).random(3)
+    again = Space.of(SPECS["lors"], options | {"lambda": "0.1:0.2"}).random(3)
+    first = [next(drawn) for _ in range(20)]
+    assert first == [next(again) for _ in range(20)] and len({x["lambda"] for x in first}) == 20
+
+
+# --- merging
+
+
+def test_every_trial_is_the_merge_of_its_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    """Through cached factors and the shared merge at lambda 1, for each method, two at a time."""
+    seen: dict[str, dict[str, np.ndarray]] = {}
+    lock = threading.Lock()
+
+    def score(path: Path) -> Score:
+        with lock:
+            seen[path.name] = weights(path)
+        return norm(path)
+
+    options = {"rank": "1,3", "density": "0.1,0.3", "lambda": "0.2,1.0"}
+    done = sweep(recipe, options, score, tmp_path / "sweep", methods=("lors", "magnitude_prune"), jobs=2)
+    assert [sum(t.method == m for t in done.trials) for m in ("lors", "magnitude_prune")] == [8, 4]
+    assert all(trial.state == "complete" for trial in done.trials)
+    with open_checkpoint(str(recipe.base_source)) as checkpoint:
+        base = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for trial in done.trials:
+        lors.merge_recipe(setting_recipe(recipe, trial.method, trial.settings), tmp_path / "want", force=True)
+        got, want = seen[f"{trial.method}-{trial.number}"], weights(tmp_path / "want")
+        off = sum(float(((got[n].astype(np.float64) - want[n]) ** 2).sum()) for n in want)
+        moved = sum(float(((want[n].astype(np.float64) - base[n]) ** 2).sum()) for n in want)
+        # an update of 1e-4 in weights of 0.5 is rounded to 3e-4 of itself, and an entry or two change sides
+        assert (off / moved) ** 0.5 < 5e-3, trial
+    assert sorted(os.listdir(tmp_path / "sweep")) == [
+        ".lock", "best.yml", "index.html", "sweep.json", "trials.csv", "trials.json", "trials.jsonl",
+    ]  # fmt: skip
+
+
+def test_results(recipe: Recipe, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def score(path: Path) -> Score:
+        calls.append(path.name)
+        n = len(calls)
+        return Score("complete", (float(abs(n - 3)), float(n)))
+
+    done = sweep(recipe, {"lambda": "0.1:0.5:0.1"}, score, tmp_path / "s", objectives=("wer:min", "bleu:max"))
+    best, other = done.best(0), done.best(1)
+    assert best and other and best.number == 2 and other.number == 4
+    assert [trial.number for trial in done.front()] == [2, 3, 4]
+    assert Recipe.load(tmp_path / "s" / "best.yml", SPECS).resolve("lambda", tensor="x") == pytest.approx(0.3)
+    assert Recipe.load(tmp_path / "s" / "best-bleu.yml", SPECS).resolve("lambda", tensor="x") == pytest.approx(0.5)
+    with (tmp_path / "s" / "trials.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["wer"]) for row in rows] == [2, 1, 0, 1, 2] and rows[0]["lambda"] == "0.1"
+    html = (tmp_path / "s" / "index.html").read_text()
+    assert "Trade-offs" in html and "<script" not in html and "http" not in html.replace("http-equiv", "")
+    again = sweep(recipe, {"lambda": "0.1:0.5:0.1"}, score, tmp_path / "s", objectives=("wer:min", "bleu:max"))
+    assert len(calls) == 5 and len(again.trials) == 5, "nothing is left to do"
+    lors.merge_recipe(Recipe.load(tmp_path / "s" / "best.yml", SPECS), tmp_path / "out")
+
+
+def test_optuna_finds_the_minimum_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+
+    def score(path: Path) -> Score:
+        return norm(path)
+
+    options = {"lambda": "0:1", "rank": "1,2"}
+    first = sweep(recipe, options, score, tmp_path / "s", sampler="tpe", trials=3)
+    more = sweep(recipe, options, score, tmp_path / "s", sampler="tpe", trials=6, jobs=2)
+    assert len(first.trials) == 3 and len(more.trials) == 6 and more.trials[:3] == first.trials
+    assert [trial.number for trial in more.trials][:3] == [0, 1, 2] and len({t.number for t in more.trials}) == 6
+
+
+# --- scorers
+
+
+@pytest.mark.parametrize(
+    ("command", "state", "error"),
+    [
+        ("sh -c 'echo 12.5'", "complete", ""),
+        ("""sh -c 'echo progress; echo "{\\"score\\": 3}"; echo'""", "complete", ""),
+        ("sh -c 'echo NaN'", "nan", "score is nan"),
+        ("""sh -c 'echo "{\\"wer\\": 3}"'""", "failed", "expected a number for 'score'"),
+        ("sh -c 'echo fine'", "failed", "expected a number or a JSON object"),
+        ("sh -c 'echo broken >&2; exit 3'", "failed", "exit code 3: broken"),
+        ("no-such-command {model}", "failed", "No such file"),
+        ("sh -c 'sleep 30 & sleep 30'", "timeout", "no score after 0.3 s"),
+        ("math:sqrt", "failed", "TypeError"),
+        ("os.path:getsize", "complete", ""),
+    ],
+)
+def test_scorers(tmp_path: Path, command: str, state: str, error: str) -> None:
+    begun = time.monotonic()
+    got = Scorer(command, (Objective("score"),), 0.3 if state == "timeout" else 30)(tmp_path)
+    assert got.state == state and error in got.error, got
+    assert time.monotonic() - begun < 25 and (state != "complete" or len(got.values) == 1)
+
+
+def test_bad_trials_are_marked_and_the_sweep_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    script = tmp_path / "score.sh"
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in *-0) echo NaN;; *-1) exit 1;; *-2) sleep 30;; *) ls "$1/model.safetensors" >&2 && echo 1;; esac\n'
+    )
+    script.chmod(0o755)
+    done = sweep(recipe, {"lambda": "0.1,0.2,0.3,0.4"}, str(script), tmp_path / "s", timeout=0.5)
+    assert [trial.state for trial in done.trials] == ["nan", "failed", "timeout", "complete"]
+    best = done.best()
+    assert best and best.number == 3
+    script.write_text("#!/bin/sh\nexit 7\n")
+    with pytest.raises(LorsError, match="no trial could be scored.*exit code 7"):
+        sweep(recipe, {"lambda": "0.1"}, str(script), tmp_path / "t")
+
+
+# --- kills and refusals
+
+
+def test_a_killed_sweep_goes_on_where_it_was(recipe: Recipe, tmp_path: Path) -> None:
+    source = str(recipe._directory / "recipe.yml") if recipe._directory else ""
+    command = [
+        sys.executable, "-c", "from lors.cli import main; main()", "sweep", source, "-o", str(tmp_path / "s"),
+        "--rank", "1,2", "--lambda", "0.1:0.5:0.1", "--score", "sh -c 'sleep 0.05; echo 1'",
+    ]  # fmt: skip
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    log = tmp_path / "s" / "trials.jsonl"
+    before = log.read_text().splitlines()
+    assert 2 <= len(before) < 10
+    with log.open("a") as stream:
+        stream.write('{"method": "lors", "numb')  # cut off by the kill
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = log.read_text().splitlines()
+    assert after[: len(before)] == before and len(after) == 10
+    assert sorted(json.loads(line)["number"] for line in after) == list(range(10))
+    assert not (tmp_path / "s" / "trials").exists() and not (tmp_path / "s" / "cache").exists()
+
+
+def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
+    def refused(message: str, options: dict[str, str], **more: Any) -> None:
+        with pytest.raises(LorsError, match=message) as caught:
+            sweep(recipe, options, norm, more.pop("out", tmp_path / "x"), **more)
+        assert "\n" not in str(caught.value)
+
+    refused("--rank 0: expected", {"rank": "0"})
+    refused("a grid needs a step", {"lambda": "0:1"})
+    refused("no method has such a parameter, did you mean 'density'", {"densty": "1"})
+    refused("method task_arithmetic has no such parameter", {"rank": "1"}, methods=("task_arithmetic",))
+    refused("unknown method", {"rank": "1"}, methods=("lros",))
+    refused("expected one of grid, random, tpe", {"rank": "1"}, sampler="bayes")
+    refused("expected a number of trials", {"rank": "1"}, sampler="random")
+    refused("--memory: expected at least", {"rank": "1"}, memory=1000, out=tmp_path / "y")
+    refused("rank: expected at most", {"rank": "40"}, out=tmp_path / "z")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    refused("expected a new directory", {"rank": "1"}, out=tmp_path / "full")
+    sweep(recipe, {"rank": "1"}, norm, tmp_path / "s")
+    refused("another options", {"rank": "2"}, out=tmp_path / "s")
+
+
+def test_one_sweep_at_a_time(recipe: Recipe, tmp_path: Path) -> None:
+    messages = []
+
+    def score(path: Path) -> Score:
+        try:
+            sweep(recipe, {"rank": "1"}, norm, tmp_path / "s")
+        except LorsError as error:
+            messages.append(str(error))
+        return Score("complete", (1.0,))
+
+    done = sweep(recipe, {"rank": "1"}, score, tmp_path / "s")
+    assert isinstance(done, Sweep) and isinstance(done.trials[0], Trial)
+    assert len(messages) == 1 and "another sweep is running" in messages[0]
