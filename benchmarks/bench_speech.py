@@ -32,6 +32,7 @@ def main() -> None:
 def decoding() -> dict[str, Any]:
     """Processor and wall seconds to decode 1,000 two-second utterances, features at hand."""
     import numpy as np
+
     from lors.speech.corpus import load_corpus
     from lors.speech.demo import RECORDINGS
     from lors.speech.evaluation import transcribe
@@ -81,6 +82,7 @@ def _finetune(scratch: Path, steps: int) -> None:
 def _bare(scratch: Path, steps: int) -> None:
     """The least that trains the same way: batches, loss, gradients, clipping, AdamW, schedule."""
     import torch
+
     from lors.speech.corpus import load_corpus
     from lors.speech.demo import RECORDINGS
     from lors.speech.features import features

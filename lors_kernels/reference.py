@@ -140,7 +140,7 @@ def ties_update(
         kept = torch.where(mask, d, 0.0)
         values.append(kept * rule.factor * weight_t)
         sums = [float(x.double().sum()) for x in (d.double().square(), kept.double().square(), d.abs(), kept.abs())]
-        stats.append(KeepStats(*sums, int(mask.sum()), int((~torch.isfinite(d)).sum())))
+        stats.append(KeepStats(*sums, int(mask.sum()), int((~torch.isfinite(d)).sum())))  # type: ignore[call-arg,arg-type]
     if out is None:
         return stats
     total, divisor = torch.zeros_like(values[0]), torch.tensor(sum(weight), device=values[0].device)

@@ -11,9 +11,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import require_backend
 
 import lors_kernels as kernels
+from conftest import require_backend
 from lors_kernels import KEEP_NONE, NonFiniteError, Threshold, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.grouped import (

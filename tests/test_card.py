@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
+
 from lors.card import Source, languages, versions, write_card
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.output import OutputDirectory
-from safetensors.numpy import save_file
 
 DIGEST = "0123456789abcdef" * 4
 RECIPE = "merge_method: lors\nbase_model: openai/whisper-small\nmodels:\n- model: me/ca  # Català\n"

@@ -23,11 +23,12 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save, save_file
+
 from lors import digest
 from lors.checkpoint import compare, dtype_kind, open_checkpoint, sha256_checkpoints
 from lors.errors import LorsError
 from lors.formats import DTYPES, dtype_code
-from safetensors.numpy import save, save_file
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "proj_out.weight"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 import whispers
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]

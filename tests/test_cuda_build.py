@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import require
 
+from conftest import require
 from lors_kernels import BackendUnavailable, available_backends, gram_apply
 from lors_kernels.backends import cuda
 from lors_kernels.dispatch import select

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import lors
 import numpy as np
 import pytest
 import torch
+
+import lors
 from lors import engine_gpu
 from lors.errors import LorsError
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hostile_jobs
-import lors
 import numpy as np
 import pytest
 import tiny
+
+import lors
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.ledger import Ledger, edit

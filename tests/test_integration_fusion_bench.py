@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import lors
 import numpy as np
 import pytest
+
+import lors
 from conftest import require
 from lors import LorsError
 
@@ -15,6 +16,7 @@ try:
     from fusion_bench import BaseModelPool
     from fusion_bench.method.isotropic_merging.iso_utils import iso_c
     from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
+
     from lors.integrations.fusion_bench import LoRSMerging
 except (ImportError, LorsError) as error:
     REASON = str(error)

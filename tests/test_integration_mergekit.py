@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lors.integrations.mergekit as bridge
 import numpy as np
 import pytest
-import whispers
 import yaml
+
+import lors.integrations.mergekit as bridge
+import whispers
 from conftest import require
 from lors import LorsError
 from lors.integrations import peers

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lors
-import lors.integrations.peft as bridge
 import numpy as np
 import pytest
+
+import lors
+import lors.integrations.peft as bridge
 import whispers
 from conftest import require
 from lors import LorsError

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lors
 import pytest
+
+import lors
 from lors import LorsError
 from lors.integrations.transformers import load_merged
 

@@ -10,6 +10,7 @@ import browser
 import numpy as np
 import pytest
 import tiny
+
 from lors.errors import LorsError
 from lors.interference import interference
 from lors.interference_page import findings, render

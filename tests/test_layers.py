@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 from lors import layers
 from lors.errors import LorsError
 from lors.recipe import Target

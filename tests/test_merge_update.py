@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import ringed
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
+from conftest import ringed
 from lors_kernels import KEEP_ALL, KEEP_NONE
 from lors_kernels.testing.cases import CASES, DTYPES, Case
 from lors_kernels.testing.numerics import delta_of

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import whispers
 
 import lors
+import whispers
 from lors import LorsError
 from lors.verify import allowed_disagreements, disagreements
 
@@ -134,7 +134,7 @@ def test_output_directory_is_complete(tiny_whisper: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     lors.merge(tiny_whisper / "base", experts_of(tiny_whisper), out, density=0.1)
     ours = {path.name for path in (tiny_whisper / "base").iterdir()} - {"generated.json"}
-    assert {path.name for path in out.iterdir()} == ours | {"README.md", "lors_recipe.yml"}
+    assert {path.name for path in out.iterdir()} == ours | {"README.md", "lors_recipe.yml", "lors_ledger.json"}
     card = (out / "README.md").read_text()
     import hashlib
 

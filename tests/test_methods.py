@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
-import lors
 import numpy as np
 import pytest
+
+import lors
 from conftest import require
 from lors import LorsError, operands
 from lors.methods import METHODS

@@ -21,6 +21,7 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lors import output
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError

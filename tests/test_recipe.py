@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lors import layers, strict_yaml
 from lors.errors import LorsError
 from lors.methods import SPECS

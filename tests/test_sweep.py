@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lors
 import numpy as np
 import pytest
 import tiny
+
+import lors
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import METHODS, SPECS

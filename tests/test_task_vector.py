@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lors
 import numpy as np
 import pytest
 import tiny
+
+import lors
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.expert_file import decode_gaps, encode_gaps
 from lors.ledger import Ledger, edit
 from lors.task_vector import decompose, export_lora, open_expert
-
 from lors_kernels import SparsePart, residual_threshold, sparse_part, sparse_update, truncated_svd
 
 EXPERTS = ("ca", "de", "es")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import lors_kernels as kernels
 import numpy as np
 import pytest
+
+import lors_kernels as kernels
 from lors_kernels import ALWAYS, KEEP_ALL, Keep, keep_limit, random_key
 from lors_kernels.reference import random_bits
 from lors_kernels.testing.cases import DTYPES

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from conftest import require
 
 HERE = Path(__file__).parent

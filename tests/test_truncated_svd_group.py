@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import require_backend
 
+from conftest import require_backend
 from lors_kernels import NonFiniteError, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.backends import cpu

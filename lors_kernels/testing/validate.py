@@ -70,7 +70,7 @@ def _residual_threshold(backend: str, case: Case) -> tuple[float, float]:
     wrong = 0
     svd = kernels.truncated_svd(base, tuned, case.rank, backend="cpu")
     for left, right in ((None, None), (svd.left, svd.right)):
-        residual = delta if left is None else residual_of(backend, base, tuned, left, right)
+        residual = delta if left is None or right is None else residual_of(backend, base, tuned, left, right)
         for k in interesting_k(delta.size):
             threshold = kernels.residual_threshold(base, tuned, left, right, k, backend=backend)
             mask = selected(residual, threshold)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import open_checkpoint
     from .errors import LorsError
-    from .merging import merge, merge_recipe, merge_state_dicts
     from .merge_report import MergeReport
+    from .merging import merge, merge_recipe, merge_state_dicts
     from .recipe import Recipe
 
 __version__ = "0.1.0"

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import lors_kernels
 import numpy as np
+
+import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError

@@ -27,8 +27,9 @@ from lors_kernels.grouped import (
     truncated_svd_group,
 )
 
-from .engine import Engine, Outcome, Piece, Work
+from .engine import Engine, Piece, Work
 from .errors import LorsError
+from .operands import Outcome
 from .parameters import rank_of
 from .sources import Slot
 

@@ -338,7 +338,11 @@ class ExpertSource:
         """Stored rank of a tensor, 0 where it is not decomposed."""
         return self._parts[name].rank
 
-    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def factors(self, name: str) -> None:
+        """Never asked for its difference by factors: `add` knows L and S."""
+        return None
+
+    def stored_factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) of a decomposed matrix; [m, 0] and [n, 0] at rank 0."""
         part = self._parts[name]
         left, right = self._factors(part)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lors_kernels
 import numpy as np
+
+import lors_kernels
 from lors_kernels.arrays import BFLOAT16, is_torch
 
 from . import layers
@@ -114,7 +115,8 @@ def merge_recipe(
         kernels = None if device else backend
         job = _prepare(recipe, out, stack, backend=kernels, threads=threads, force=force, durable=durable)
         stack.enter_context(job.output)
-        writer = stack.enter_context(_writer(recipe, job.base, job.output.path, job.works))
+        writer = _writer(recipe, job.base, job.output.path, job.works)
+        stack.enter_context(writer)
         hashes: dict[str, dict[str, str]] = {}
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
@@ -344,7 +346,7 @@ def _plan(
     indices = recipe.experts if method.relative else recipe.inputs
 
     def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
-        at = {"tensor": name, "position": depth[name]}
+        at: dict[str, Any] = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
         shared = recipe.params_for(**at)
         return method.treatment(models, shared) if matrix or everywhere else _rest(recipe.rest, models, shared)
@@ -415,7 +417,7 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
     engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
     return GpuEngine(
         engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,
-        engine.progress, devices, device_memory, kernels,
+        progress=engine.progress, devices=devices, device_memory=device_memory, device_backend=kernels,
     )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import lors_kernels
 import numpy as np
+
+import lors_kernels
 from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 from .errors import LorsError

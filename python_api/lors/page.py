@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape as escape
 
 __all__ = ["Series", "heat_table", "lines", "page", "scatter", "section", "table"]
 

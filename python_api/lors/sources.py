@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
 from .checkpoint import Checkpoint
 from .errors import LorsError
 from .factors import Factors
-
 
 COLUMNS = 4096
 

@@ -414,7 +414,7 @@ class _Runner:
         source = self._sources.get(expert)
         if source is None or source.rank(name) < rank:
             return None
-        left, right = source.factors(name)
+        left, right = source.stored_factors(name)
         return left[:, :rank].copy(), right[:, :rank].copy()
 
     def trial(self, method: str, number: int, settings: dict[str, Any]) -> Trial:

@@ -388,7 +388,7 @@ def export_lora(
             specs.append((f"base_model.model.{module}.lora_B.weight", np.dtype(np.float32), (part.shape[0], part.rank)))
         with WeightWriter(directory.path, specs, stem="adapter_model", shard_bytes=2**63) as writer:
             for module, part in modules.items():
-                left, right = source.factors(part.name)
+                left, right = source.stored_factors(part.name)
                 writer.write(f"base_model.model.{module}.lora_A.weight", np.ascontiguousarray(right.T))
                 writer.write(f"base_model.model.{module}.lora_B.weight", left)
             writer.finish()

@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import lors
 import numpy as np
 import tiny
+
+import lors
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.ledger import Ledger

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cut import cut_config
+
 from lors.speech.corpus import Corpus, load_corpus
 from lors.speech.demo import RECORDINGS
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from lors.errors import LorsError
 from lors.speech.commands import COMMANDS
-from typer.testing import CliRunner
 
 
 def _app() -> typer.Typer:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
 from lors.errors import LorsError
 from lors.speech.audio import AudioFile, duration, read_audio
 from lors.speech.corpus import Corpus, by_task, load_corpus

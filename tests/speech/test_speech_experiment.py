@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from cut import cut_config
+
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment

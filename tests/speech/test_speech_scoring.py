@@ -6,6 +6,7 @@ import jiwer
 import numpy as np
 import pytest
 import sacrebleu
+
 from lors.errors import LorsError
 from lors.speech.scoring import Statistics, metric, normaliser, paired_bootstrap, score
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from lors.errors import LorsError
 from lors.speech.audio import AudioFile, read_audio
 from lors.speech.corpus import load_corpus

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.layers import decomposed

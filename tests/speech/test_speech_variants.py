@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from lors.speech.merged import Merger
 from lors.speech.whisper import load_model, load_processor
 

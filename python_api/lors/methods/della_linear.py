@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from lors_kernels import Keep
 from lors_kernels.reference import random_bits
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
 
 from ..operands import Combination, Operands

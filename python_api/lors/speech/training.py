@@ -265,7 +265,7 @@ class _Job:
                 unwrapped = self.accelerator.unwrap_model(self.model).eval()
                 metrics = {"eval_wer": dev.wer(unwrapped)}
                 self.log(metrics)
-                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
                 return metrics
 
         evaluating = t.eval_steps is not None
