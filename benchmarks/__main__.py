@@ -17,7 +17,7 @@ from .operations import run as run_operation
 from .results import Results
 from .shapes import SIZES
 
-PARTS = (*OPERATIONS, "compute", "merge", "scaling", "experts")
+PARTS = (*OPERATIONS, "compute", "merge", "integrations", "scaling", "experts")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 HELP = {
     "compute": "computing only: the released procedure, torch's faster forms, ours",
     "merge": "whole commands: lors, mergekit, as released, floor",
+    "integrations": "mergekit's TIES with and without our selection, and ours",
     "scaling": "time and memory by experts, rank, density, size; a plot",
     "experts": "expert files: bytes, error and time of every option",
     "all": "every part, each in a process of its own",
@@ -82,6 +83,10 @@ def run_part(options: argparse.Namespace) -> None:
         from .bench_experts import run as run_experts
 
         run_experts(results, data, repeats)
+    elif options.part == "integrations":
+        from .bench_integrations import run as run_integrations
+
+        run_integrations(results, data, repeats)
     else:
         from .bench_scaling import run as run_scaling
 

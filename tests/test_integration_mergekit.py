@@ -153,6 +153,16 @@ def test_the_same_yaml_in_mergekits_command_and_ours(method: str, tiny_whisper: 
         assert (tmp_path / "theirs" / file).exists() == (tiny_whisper / "base" / file).exists(), file
 
 
+def test_the_command_hands_everything_to_mergekit() -> None:
+    from lors.cli import app
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, ["mergekit-yaml", "config.yml", "out", "--no-such-flag"])
+    assert result.exit_code == 2 and "lors mergekit-yaml" in result.output and "--no-such-flag" in result.output
+    result = CliRunner().invoke(app, ["mergekit-yaml", "/nowhere.yml", "/tmp/out"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
 def test_methods_in_the_registry_on_tensors(registered: None) -> None:
     """Projections are decomposed, everything else is added; both as our own engine does it."""
     import torch

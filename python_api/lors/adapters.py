@@ -64,7 +64,7 @@ class AdapterSource:
         values = self._base.fetch(name, start, stop, slot)
         if name not in self._factors:
             return values
-        return values.astype(np.float32) + self._factors[name].flat(start, stop)
+        return values.astype(np.float32) + self._factors[name].flat(start, stop)  # type: ignore[no-any-return]
 
     def prefetch(self, name: str) -> None:
         self._base.prefetch(name)

@@ -35,7 +35,7 @@ class Chunk(NamedTuple):
     """Elements of a tensor from `start` on, flat."""
 
     start: int
-    base: np.ndarray | None  # None: `tuned` are differences
+    base: np.ndarray
     tuned: list[np.ndarray]
 
 
@@ -163,13 +163,30 @@ class Operands:
         self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], **rule: Any
     ) -> None:
         """`ties_update` of one chunk into `out`."""
+        self._update(out, chunk.start, rows_of(chunk.base), chunk.tuned, keep, weights, **rule)
+
+    def add_deltas(
+        self, out: np.ndarray, start: int, deltas: list[np.ndarray], keep: Sequence[Keep], weights: Sequence[float], **rule: Any
+    ) -> None:
+        """The same for differences that are known already."""
+        self._update(out, start, [None, None], deltas, keep, weights, **rule)
+
+    def _update(
+        self,
+        out: np.ndarray,
+        start: int,
+        bases: Sequence[np.ndarray | None],
+        experts: Sequence[np.ndarray],
+        keep: Sequence[Keep],
+        weights: Sequence[float],
+        **rule: Any,
+    ) -> None:
         done = 0
-        tuned = [rows_of(values) for values in chunk.tuned]
-        bases = [None, None] if chunk.base is None else rows_of(chunk.base)
+        tuned = [rows_of(values) for values in experts]
         for part, total in enumerate(rows_of(out)):
             base, parts = bases[part], [rows[part] for rows in tuned]
             stats = lors_kernels.ties_update(
-                total, base, parts, keep, weights, start=chunk.start + done, **rule, **self.kernels
+                total, base, parts, keep, weights, start=start + done, **rule, **self.kernels
             )
             done += total.size
             for t, s in enumerate(stats):

@@ -17,7 +17,7 @@ from lors_kernels import Keep
 from lors_kernels.reference import random_bits
 
 from ..errors import LorsError
-from ..operands import Chunk, Combination, Operands
+from ..operands import Combination, Operands
 from ..parameters import ParameterSpec
 from .base import Method
 from .sparsified import TOO_SMALL, spec, stream
@@ -43,8 +43,7 @@ def ranked(name: str, *, elect: bool, normalize: bool) -> Method:
                     np.where(_unpacked(bits, chunk.start, base.size), tuned.astype(np.float32) - base, np.float32(0))
                     for (bits, _), tuned in zip(kept, chunk.tuned, strict=True)
                 ]
-                sparse = Chunk(chunk.start, None, deltas)
-                operands.add(out, sparse, keep, [model["weight"] for model in models], **rule)
+                operands.add_deltas(out, chunk.start, deltas, keep, [model["weight"] for model in models], **rule)
                 yield chunk.start, out
 
         return merge
@@ -94,7 +93,7 @@ def _probabilities(magnitude: np.ndarray, density: float, epsilon: float) -> np.
     ranks = np.empty_like(order)
     steps = np.arange(count).reshape(-1, *[1] * (magnitude.ndim - 2))
     np.put_along_axis(ranks, order, np.broadcast_to(steps, order.shape), axis=1)
-    return (density - epsilon) + ranks * (2 * epsilon / (count - 1))
+    return (density - epsilon) + ranks * (2 * epsilon / (count - 1))  # type: ignore[no-any-return]
 
 
 def _unpacked(bits: np.ndarray, start: int, count: int) -> np.ndarray:

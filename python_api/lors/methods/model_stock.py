@@ -46,7 +46,7 @@ def interpolation(gram: np.ndarray) -> np.ndarray:
     cosine = np.clip(cosines, -1, 1).mean(axis=-1)
     denominator = 1 + (count - 1) * cosine
     singular = np.abs(denominator) < 1e-6
-    return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, denominator))  # type: ignore[no-any-return]
+    return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, denominator))
 
 
 def _deltas(chunk: Chunk) -> list[np.ndarray]:
@@ -61,9 +61,9 @@ def _products(operands: Operands, chunk: Chunk, width: int) -> np.ndarray:
         operands.check(t, delta)
     if width:
         rows = deltas.reshape(len(deltas), -1, width).swapaxes(0, 1).astype(np.float64)
-        return rows @ rows.swapaxes(1, 2)  # type: ignore[no-any-return]
+        return rows @ rows.swapaxes(1, 2)
     blocks = range(0, deltas.shape[1], BLOCK)
-    return sum((deltas[:, i : i + BLOCK] @ deltas[:, i : i + BLOCK].T).astype(np.float64) for i in blocks)[None]  # type: ignore[index,no-any-return]
+    return sum((deltas[:, i : i + BLOCK] @ deltas[:, i : i + BLOCK].T).astype(np.float64) for i in blocks)[None]  # type: ignore[no-any-return]
 
 
 METHOD = Method(MethodSpec("model_stock", (FILTER_WISE,), min_experts=2), combine=combine, everywhere=True)
