@@ -80,6 +80,7 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
@@ -111,7 +112,7 @@ def merge(
     else:
         with _progress(quiet or as_json) as progress:
             report = merge_recipe(
-                recipe, out, backend=backend, threads=threads, force=force, durable=fsync, check=check, progress=progress
+                recipe, out, backend=backend, threads=threads, force=force, durable=fsync, check=check, progress=progress, ray=ray
             )
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -364,6 +365,7 @@ def sweep(
     seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
@@ -390,7 +392,7 @@ def sweep(
     done = run(
         Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
         sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
-        threads=threads, progress=show,
+        threads=threads, ray=ray, progress=show,
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:

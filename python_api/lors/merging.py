@@ -30,6 +30,7 @@ from .expert_file import ExpertSource, is_expert_file
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
+from .parameters import rank_of
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .recipe import Recipe
 from .sources import FileSource, MemorySource, Source
@@ -102,10 +103,12 @@ def merge_recipe(
     check: bool = False,
     progress: Progress | None = None,
     factors: Factors | None = None,
+    ray: str | None = None,
 ) -> MergeReport:
     """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`).
 
     factors: decompositions that are known already, for sweeps.
+    ray: "local" or a cluster's address: decompositions run there; the result has the same bits.
     """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -117,6 +120,8 @@ def merge_recipe(
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.factors = factors
+        if ray is not None:
+            engine.factors = stack.enter_context(_on_cluster(ray, recipe, job, backend))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
@@ -357,6 +362,26 @@ def _engine(
 
         engine.progress = advance
     return engine
+
+
+def _on_cluster(
+    address: str, recipe: Recipe, job: _Job, backend: str | None
+) -> contextlib.AbstractContextManager[Factors]:
+    """Every decomposition of the merge as a task of a Ray cluster."""
+    from .ray_cluster import Wanted, decompositions
+
+    wanted: dict[str, list[Wanted]] = {}
+    for index, source in enumerate(job.sources[1:]):
+        if isinstance(source, ExpertSource):
+            continue
+        wanted[source.name] = [
+            Wanted(work.name, rank_of(reduction.rank, *work.spec.shape), work.spec.numel * 8)
+            for work in job.works
+            if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
+        ]
+    paths = {expert.name: str(expert.path) for expert in job.experts}
+    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
+    return decompositions(address, str(job.base.path), paths, wanted, **options)
 
 
 def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:
