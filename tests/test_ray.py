@@ -39,11 +39,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Matrices with a flat spectrum, whose decomposition takes long enough to be interrupted."""
     root = tmp_path_factory.mktemp("family")
     shapes = {f"model.encoder.layers.{i}.fc1.weight": (768, 512) for i in range(10)}
-    base = {n: np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, (n, s) in enumerate(shapes.items())}
+    base = {
+        n: np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, (n, s) in enumerate(shapes.items())
+    }
     tiny.write(root / "base", base)
     for seed, name in enumerate(("ca", "de"), start=1):
         noise = np.random.default_rng(100 + seed)
-        tiny.write(root / name, {n: x + 1e-3 * noise.standard_normal(x.shape).astype(np.float32) for n, x in base.items()})
+        tiny.write(
+            root / name, {n: x + 1e-3 * noise.standard_normal(x.shape).astype(np.float32) for n, x in base.items()}
+        )
     path = root / "recipe.yml"
     path.write_text("merge_method: lors\nbase_model: base\nmodels: [{model: ca}, {model: de}]\nparameters: {rank: 5}\n")
     return Recipe.load(path, SPECS)

@@ -15,8 +15,9 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import lors_kernels
 import numpy as np
+
+import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
@@ -210,7 +211,9 @@ class Engine:
                 counts[source.name] += int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
         for name in (self.base.name, expert.name):
             if counts[name]:
-                return LorsError(f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite")
+                return LorsError(
+                    f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite"
+                )
         return LorsError(f"{expert.name}: tensor {work.name!r}: its difference to {self.base.name} overflows float32")
 
     # --- the account

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lors_kernels
 import numpy as np
+
+import lors_kernels
 from lors_kernels.arrays import BFLOAT16, is_torch
 
 from . import layers
@@ -30,8 +31,8 @@ from .expert_file import ExpertSource, is_expert_file
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
-from .parameters import rank_of
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
+from .parameters import rank_of
 from .recipe import Recipe
 from .sources import FileSource, MemorySource, Source
 
@@ -261,7 +262,9 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
     for expert in experts:
         if is_expert_file(expert):
             if not method.relative:
-                raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+                raise LorsError(
+                    f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file"
+                )
         elif expert is not base:
             compare(base, expert)
     return base, experts
@@ -285,7 +288,9 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
             if work.reductions and (reduction := work.reductions[index]).weight:
                 source.require(work.name, work.matrix, reduction.rank, reduction.density)
         if source.layout.remainder == "none":
-            report.notices.append(f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept")
+            report.notices.append(
+                f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
+            )
 
 
 def _plan(

@@ -170,7 +170,10 @@ def decompose_group(
     for item in group:
         shape = origin.tensors[item.name].shape
         size = origin.tensors[item.name].numel
-        pair = [source.fetch(item.name, 0, size, slot).reshape(shape) for source, slot in zip((origin, tuned), slots, strict=True)]
+        pair = [
+            source.fetch(item.name, 0, size, slot).reshape(shape)
+            for source, slot in zip((origin, tuned), slots, strict=True)
+        ]
         try:
             svd = lors_kernels.truncated_svd(*pair, item.rank, seed=seed, backend=backend, threads=1)
         except NonFiniteError as error:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
 from .checkpoint import Checkpoint

@@ -399,7 +399,9 @@ class _Runner:
     def plan(self) -> dict[str, Any]:
         """What `remote_runner` makes this runner from again, on another node."""
         if not isinstance(self._score, Scorer):
-            raise LorsError("--ray: expected a command or module:function as the scorer, got a function of this program")
+            raise LorsError(
+                "--ray: expected a command or module:function as the scorer, got a function of this program"
+            )
         return {
             "home": str(self._home), "recipe": self._recipe.to_yaml(resolved=True), "command": self._score.command,
             "objectives": self._score.objectives, "timeout": self._score.timeout, "backend": self._backend,
@@ -503,7 +505,11 @@ class _Runner:
         finally:
             with self._lock:
                 unit.users -= 1
-                for old in [] if not self._owner else [k for k, u in self._units.items() if u.users == 0][: max(0, len(self._units) - self._kept)]:
+                for old in (
+                    []
+                    if not self._owner
+                    else [k for k, u in self._units.items() if u.users == 0][: max(0, len(self._units) - self._kept)]
+                ):
                     shutil.rmtree(self._units.pop(old).path, ignore_errors=True)
 
 
