@@ -73,7 +73,9 @@ def run_scene(data: Path, spec: Spec, experts: int, repeats: int, slow: int) -> 
         print(f"  {title}: {apart['relative']:.1e} apart", flush=True)
         if apart["relative"] > SAME[spec.dtype]:
             raise BenchmarkError(f"outputs: expected the same result, got a difference: {title}")
-    ratios = {f"{PLAIN} / {name}": ratio(measured[PLAIN]["wall_s"], measured[name]["wall_s"]) for name in (FASTER, ALONE)}
+    ratios = {
+        f"{PLAIN} / {name}": ratio(measured[PLAIN]["wall_s"], measured[name]["wall_s"]) for name in (FASTER, ALONE)
+    }
     return {"commands": measured, "ratios": ratios, "agreement": agreement}
 
 

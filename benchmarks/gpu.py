@@ -93,7 +93,9 @@ class Bench:
                 times.append(elapsed)
         return {"median": statistics.median(times), "min": min(times), "max": max(times), "repeats": len(times)}
 
-    def group(self, shape: tuple[int, int], matrices: int, experts: int, dtype: torch.dtype, seed: int = 0) -> MatrixGroup:
+    def group(
+        self, shape: tuple[int, int], matrices: int, experts: int, dtype: torch.dtype, seed: int = 0
+    ) -> MatrixGroup:
         """Power-law deltas (a few strong directions and noise) on the device, fresh numbers for every matrix."""
         generator = torch.Generator(self.device).manual_seed(seed)
         make = lambda *size: torch.randn(size, generator=generator, device=self.device)
@@ -128,7 +130,9 @@ def tests(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     if bench.dry:
         return {"skipped": "dry run"}
     environment = {**os.environ, "LORS_REQUIRE": "cpu,triton,cuda"}
-    return _run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests.split()], 240, environment)
+    return _run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests.split()], 240, environment
+    )
 
 
 def sanitizer(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +140,17 @@ def sanitizer(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     if bench.dry or tool is None:
         return {"skipped": "dry run" if bench.dry else "compute-sanitizer: not found"}
     chosen = "cuda and (odd or bit-ladder or fp16-bf16 or strided or ties or group_of) and not svd"
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu_backends.py", "-k", chosen]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_gpu_backends.py",
+        "-k",
+        chosen,
+    ]
     found = {}
     for check in ("memcheck", "racecheck", "initcheck"):
         try:
@@ -160,7 +174,9 @@ def operations(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     shapes = ((48, 48),) if bench.dry else OPERATION_SHAPES
     for shape in shapes:
         for name, dtype in DTYPES.items():
-            for matrices in (1, 2) if bench.dry else (1, max(8, (1 << 30) // (shape[0] * shape[1] * dtype.itemsize * 2))):
+            for matrices in (
+                (1, 2) if bench.dry else (1, max(8, (1 << 30) // (shape[0] * shape[1] * dtype.itemsize * 2)))
+            ):
                 group = bench.group(shape, matrices, 1, dtype)
                 five = bench.group(shape, max(1, matrices // 5), 5, dtype)
                 for backend in bench.backends:
@@ -172,7 +188,9 @@ def operations(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def _calls(bench: Bench, group: MatrixGroup, five: MatrixGroup, backend: str) -> dict[str, tuple[Callable[[], Any], int]]:
+def _calls(
+    bench: Bench, group: MatrixGroup, five: MatrixGroup, backend: str
+) -> dict[str, tuple[Callable[[], Any], int]]:
     """operation -> (call, bytes that have to move: inputs once, outputs once, by the kind of pass)."""
     m, n, pairs, item = group.m, group.n, group.pairs, group.like.element_size()
     short, side = (n, "right") if n <= m else (m, "left")
@@ -209,7 +227,11 @@ def accuracy(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         for backend in bench.backends:
             svd = truncated_svd_group(group, RANK, backend=backend)
             errors = [relative_error(l @ r.T, d, RANK) for l, r, d in zip(svd.left, svd.right, deltas, strict=True)]
-            rows[f"{shape[0]}x{shape[1]} {backend}"] = {"error": max(errors), "passes": max(svd.passes), "method": svd.method}
+            rows[f"{shape[0]}x{shape[1]} {backend}"] = {
+                "error": max(errors),
+                "passes": max(svd.passes),
+                "method": svd.method,
+            }
         usual = lowrank_svd(min(RANK + 8, *shape), 2)
         errors = [relative_error(usual(d, RANK), d, RANK) for d in deltas]
         rows[f"{shape[0]}x{shape[1]} svd_lowrank(q=15, niter=2)"] = {"error": max(errors)}
@@ -319,7 +341,9 @@ SECTIONS = {
 def _run(command: list[str], limit: int, environment: dict[str, str]) -> dict[str, Any]:
     begun = time.perf_counter()
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         raise BenchmarkError(f"{Path(command[0]).name} {command[1]}: expected to end in {limit} s") from None
     tail = (done.stdout + done.stderr).strip().splitlines()[-15:]

@@ -30,19 +30,24 @@ Matrix matrix(const MatrixTuple& t) {
 }
 
 lors::LowRank low_rank(const LowRankTuple& t) {
-    return {reinterpret_cast<const float*>(std::get<0>(t)), reinterpret_cast<const float*>(std::get<1>(t)), std::get<2>(t)};
+    return {reinterpret_cast<const float*>(std::get<0>(t)), reinterpret_cast<const float*>(std::get<1>(t)),
+            std::get<2>(t)};
 }
 
-lors::Threshold threshold(const ThresholdTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t)}; }
+lors::Threshold threshold(const ThresholdTuple& t) {
+    return {std::get<0>(t), std::get<1>(t), std::get<2>(t)};
+}
 
 lors::Keep keep(const KeepTuple& t) {
     return {threshold(std::get<0>(t)), threshold(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
 }
 
-float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+float* floats(uintptr_t address) {
+    return reinterpret_cast<float*>(address);
+}
 
-void gram_apply(const MatrixTuple& base, const MatrixTuple& tuned, bool transposed, uintptr_t x, int64_t width, uintptr_t z,
-                int threads) {
+void gram_apply(const MatrixTuple& base, const MatrixTuple& tuned, bool transposed, uintptr_t x, int64_t width,
+                uintptr_t z, int threads) {
     py::gil_scoped_release release;
     lors::gram_apply(matrix(base), matrix(tuned), transposed, floats(x), width, floats(z), threads);
 }
@@ -64,8 +69,8 @@ auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::ve
         for (size_t t = 0; t < tuned.size(); ++t) {
             experts.push_back({matrix(tuned[t]), low_rank(factors[t]), threshold(thresholds[t]), weights[t]});
         }
-        lors::merge_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()), stats.data(),
-                           threads);
+        lors::merge_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()),
+                           stats.data(), threads);
     }
     py::list result;
     for (const lors::UpdateStats& s : stats) {
@@ -114,11 +119,11 @@ auto sparse_update(const MatrixTuple& out, const LowRankTuple& factors,
     py::gil_scoped_release release;
     const auto& [mask, values, dtype, count, scale] = sparse;
     const Matrix m = matrix(out);
-    const lors::SparseStats s = lors::sparse_update(
-        floats(std::get<0>(out)), m, low_rank(factors),
-        {reinterpret_cast<const uint8_t*>(mask), m.rows * m.cols, reinterpret_cast<const void*>(values),
-         static_cast<lors::DType>(dtype), count, scale},
-        weight);
+    const lors::SparseStats s =
+        lors::sparse_update(floats(std::get<0>(out)), m, low_rank(factors),
+                            {reinterpret_cast<const uint8_t*>(mask), m.rows * m.cols,
+                             reinterpret_cast<const void*>(values), static_cast<lors::DType>(dtype), count, scale},
+                            weight);
     return std::make_tuple(s.energy, s.used, s.non_finite);
 }
 

@@ -28,7 +28,9 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Launch launch(const LaunchTuple& t) { return {std::get<0>(t), at<CUstream_st>(std::get<1>(t))}; }
+Launch launch(const LaunchTuple& t) {
+    return {std::get<0>(t), at<CUstream_st>(std::get<1>(t))};
+}
 
 Group group(const GroupTuple& t) {
     const auto& [table, base, tuned, aligned, matrices, experts, m, n] = t;
@@ -40,25 +42,27 @@ PlanTuple plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, 
     return {p.rows, p.chunks, p.per_thread, p.shared};
 }
 
-void gram_apply(const LaunchTuple& l, const GroupTuple& g, bool transposed, const PlanTuple& plan, uintptr_t x, int64_t b,
-                uintptr_t y, uintptr_t partial) {
+void gram_apply(const LaunchTuple& l, const GroupTuple& g, bool transposed, const PlanTuple& plan, uintptr_t x,
+                int64_t b, uintptr_t y, uintptr_t partial) {
     const auto& [rows, chunks, per_thread, shared] = plan;
-    lors::gram_apply(launch(l), group(g), transposed, {rows, chunks, per_thread, shared}, at<const float>(x), b, at<float>(y),
-                     at<float>(partial));
+    lors::gram_apply(launch(l), group(g), transposed, {rows, chunks, per_thread, shared}, at<const float>(x), b,
+                     at<float>(y), at<float>(partial));
 }
 
 void threshold_pass(const LaunchTuple& l, const GroupTuple& g, const FactorsTuple& f, int pass, uintptr_t counts,
                     uintptr_t prefix, uintptr_t wanted, uintptr_t equal, uintptr_t non_finite) {
     const auto& [left, right_t, rank] = f;
-    lors::threshold_pass(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank, pass, at<int64_t>(counts),
-                         at<int32_t>(prefix), at<int64_t>(wanted), at<int64_t>(equal), at<int64_t>(non_finite));
+    lors::threshold_pass(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank, pass,
+                         at<int64_t>(counts), at<int32_t>(prefix), at<int64_t>(wanted), at<int64_t>(equal),
+                         at<int64_t>(non_finite));
 }
 
 void threshold_cut(const LaunchTuple& l, const GroupTuple& g, const FactorsTuple& f, uintptr_t key, uintptr_t ties,
                    uintptr_t equal, uintptr_t counts, uintptr_t cut) {
     const auto& [left, right_t, rank] = f;
-    lors::threshold_cut(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank, at<const int32_t>(key),
-                        at<const int64_t>(ties), at<const int64_t>(equal), at<int64_t>(counts), at<int64_t>(cut));
+    lors::threshold_cut(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank,
+                        at<const int32_t>(key), at<const int64_t>(ties), at<const int64_t>(equal), at<int64_t>(counts),
+                        at<int64_t>(cut));
 }
 
 void merge_update(const LaunchTuple& l, const GroupTuple& g, uintptr_t out_table, int out_dtype, bool out_aligned,
@@ -66,8 +70,8 @@ void merge_update(const LaunchTuple& l, const GroupTuple& g, uintptr_t out_table
                   uintptr_t counts) {
     const auto& [left, right_t, rank] = f;
     lors::merge_update(launch(l), group(g), at<const int64_t>(out_table), out_dtype, out_aligned, at<const float>(left),
-                       at<const float>(right_t), rank, at<const float>(value), at<const int64_t>(cut), at<const float>(weight),
-                       at<float>(energy), at<int32_t>(counts));
+                       at<const float>(right_t), rank, at<const float>(value), at<const int64_t>(cut),
+                       at<const float>(weight), at<float>(energy), at<int32_t>(counts));
 }
 
 void measure(const LaunchTuple& l, const GroupTuple& g, uintptr_t energy, uintptr_t counts) {

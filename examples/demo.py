@@ -1,7 +1,7 @@
 """Merge experts of a Whisper, reload the result in transformers and generate from it.
 
-    python examples/demo.py                          makes a Whisper-tiny-sized base and five experts first
-    python examples/demo.py BASE ca=DIR de=DIR ...   merges yours
+python examples/demo.py                          makes a Whisper-tiny-sized base and five experts first
+python examples/demo.py BASE ca=DIR de=DIR ...   merges yours
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def generate_from(directory: Path) -> None:
     sound = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000).astype(np.float32)
     features = processor(sound, sampling_rate=16000, return_tensors="pt").input_features
     tokens = model.generate(features, max_new_tokens=8)
-    print(f"reloaded by transformers; it says {processor.batch_decode(tokens, skip_special_tokens=True)[0]!r} to a tone of 440 Hz")
+    print(
+        f"reloaded by transformers; it says {processor.batch_decode(tokens, skip_special_tokens=True)[0]!r} to a tone of 440 Hz"
+    )
 
 
 def main() -> None:

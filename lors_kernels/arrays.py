@@ -53,7 +53,9 @@ def address_of(x: Array) -> int:
     return x.data_ptr() if is_torch(x) else x.ctypes.data  # type: ignore[union-attr]
 
 
-def check_matrix(x: Any, name: str, *, shape: Sequence[int | None] = (None, None), dtypes: Sequence[str] = FLOATS) -> None:
+def check_matrix(
+    x: Any, name: str, *, shape: Sequence[int | None] = (None, None), dtypes: Sequence[str] = FLOATS
+) -> None:
     """Raises unless `x` is a matrix of the given shape (None: any size) whose rows are contiguous."""
     wanted = f"a matrix {['any' if s is None else s for s in shape]} of dtype {' or '.join(dtypes)}"
     if not (is_torch(x) or isinstance(x, np.ndarray)):

@@ -46,7 +46,9 @@ def merge_update(
         lefts, rights, thresholds, weights = [left], [right], [threshold], [weight]
     else:
         lefts, rights, thresholds = (_sequence(x, len(experts), name) for x, name in _named(left, right, threshold))
-        weights = [weight] * len(experts) if isinstance(weight, (int, float)) else _sequence(weight, len(experts), "weight")
+        weights = (
+            [weight] * len(experts) if isinstance(weight, (int, float)) else _sequence(weight, len(experts), "weight")
+        )
     for tuned_t, left_t, right_t in zip(experts, lefts, rights, strict=True):
         m, n = check_pair(base, tuned_t)
         check_factors(left_t, right_t, tuned_t)

@@ -51,7 +51,9 @@ def gram_apply(base: Any, tuned: Any, x: Any, *, side: str, threads: int | None 
     return (d.T @ (d @ y) if side == "right" else d @ (d.T @ y)).float()
 
 
-def residual_threshold(base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None) -> Threshold:
+def residual_threshold(
+    base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None
+) -> Threshold:
     import torch
 
     d = delta(base, tuned)

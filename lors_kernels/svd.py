@@ -139,9 +139,7 @@ class Krylov:
         """One block for all pairs: the result of a pair does not depend on its neighbours."""
         import torch
 
-        return torch.randn(
-            (self.n, self.width), generator=self.random, dtype=torch.float64, device=self.energy.device
-        )
+        return torch.randn((self.n, self.width), generator=self.random, dtype=torch.float64, device=self.energy.device)
 
     def begin(self, start: Tensor | None = None) -> None:
         """The first block: `start` [A, N, <= width], then random directions, orthonormalised."""
@@ -250,7 +248,14 @@ class _Driver:
         hard = self.single(plain) if plain and pays else plain
         self.double(sorted({*hard, *everyone} - ({*plain} - {*hard})))
         return GroupSVD(
-            self.left, self.right, self.sigma, self.passes, self.residual, self.method, self.energy.tolist(), self.ops.name
+            self.left,
+            self.right,
+            self.sigma,
+            self.passes,
+            self.residual,
+            self.method,
+            self.energy.tolist(),
+            self.ops.name,
         )
 
     def single(self, pairs: list[int]) -> list[int]:
@@ -280,7 +285,9 @@ class _Driver:
             self.energy[part] = a.square().sum((1, 2))
             hard = part
             if krylov_pays(self.n, self.rank, width):
-                krylov = Krylov(len(part), self.n, self.rank, width, self._pick(self.energy, part), torch.float64, self.seed)
+                krylov = Krylov(
+                    len(part), self.n, self.rank, width, self._pick(self.energy, part), torch.float64, self.seed
+                )
                 krylov.begin(self._start(part))
                 where = {p: i for i, p in enumerate(part)}
 
@@ -292,9 +299,7 @@ class _Driver:
             if hard:
                 self.dense(hard, a[[part.index(p) for p in hard]])
 
-    def iterate(
-        self, krylov: Krylov, pairs: list[int], apply_to: Callable[[list[int]], Any], method: str
-    ) -> list[int]:
+    def iterate(self, krylov: Krylov, pairs: list[int], apply_to: Callable[[list[int]], Any], method: str) -> list[int]:
         """Grows the bases until every certificate holds or cannot; returns the pairs for which it cannot."""
         active, failed, previous = list(pairs), [], None
         apply = apply_to(active)
@@ -335,7 +340,8 @@ class _Driver:
         where = _index(ready, krylov.energy.device)
         whole = len(ready) == len(active)
         basis, vectors, theta = (
-            x if whole else x.index_select(0, where) for x in (krylov.basis[:, :, : krylov.size], ritz.vectors, ritz.theta)
+            x if whole else x.index_select(0, where)
+            for x in (krylov.basis[:, :, : krylov.size], ritz.vectors, ritz.theta)
         )
         v = basis @ vectors.to(basis.dtype)
         z, y = apply(v, product=True)

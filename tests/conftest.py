@@ -19,7 +19,10 @@ from hypothesis import HealthCheck, settings
 from lors_kernels.dispatch import availability
 
 settings.register_profile(
-    "lors", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "lors",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("lors")
 

@@ -35,7 +35,18 @@ from lors_kernels.testing.numerics import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter takes 10 ms per tile: the cases that differ in kind, and only small ones.
-FEW = ("1x1", "2x3", "odd", "bit-ladder", "all-equal", "few-values", "denormals", "signed-zeros", "fp16-bf16", "bf16-fp32")
+FEW = (
+    "1x1",
+    "2x3",
+    "odd",
+    "bit-ladder",
+    "all-equal",
+    "few-values",
+    "denormals",
+    "signed-zeros",
+    "fp16-bf16",
+    "bf16-fp32",
+)
 SELECTED = [by_name(name) for name in FEW] if INTERPRETED else [case for case in CASES if not case.large]
 
 
@@ -101,7 +112,9 @@ def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backen
         assert (mask == exact_selection(plain, k)).all()
         threshold = kernels.residual_threshold(base, tuned, left, right, k, backend=backend)
         assert threshold.cut <= m * n
-        if backend != "triton" or not INTERPRETED:  # rounding of a float64 sum is that of a fused multiply-add but for ties
+        if (
+            backend != "triton" or not INTERPRETED
+        ):  # rounding of a float64 sum is that of a fused multiply-add but for ties
             assert (selected(reduced, threshold) != exact_selection(reduced, k)).sum() <= 2
         out = torch.zeros(m, n, device=DEVICE)
         stats = kernels.merge_update(out, base, tuned, left, right, threshold, 1.0, backend=backend)
@@ -114,10 +127,14 @@ def test_update_of_several_experts_in_every_dtype(backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         base = (torch.randn(37, 130, generator=generator) * 0.05).to(dtype).to(DEVICE)
-        tuned = [(base.float() + 0.01 * torch.randn(37, 130, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)]
+        tuned = [
+            (base.float() + 0.01 * torch.randn(37, 130, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)
+        ]
         pairs = [factors(base, t, 5) for t in tuned]
         lefts, rights = [p[0] for p in pairs], [p[1] for p in pairs]
-        thresholds = [kernels.residual_threshold(base, t, *p, 481, backend=backend) for t, p in zip(tuned, pairs, strict=True)]
+        thresholds = [
+            kernels.residual_threshold(base, t, *p, 481, backend=backend) for t, p in zip(tuned, pairs, strict=True)
+        ]
         out, weights = base.clone(), [0.2, -1.5, 0.7]
         kernels.merge_update(out, base, tuned, lefts, rights, thresholds, weights, backend=backend)
         truth = base.double()

@@ -11,9 +11,13 @@ import torch
 from benchmarks import gpu
 
 
-def test_dry_run_files_every_section_and_says_that_it_is_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_files_every_section_and_says_that_it_is_dry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "gpu.json"
-    assert gpu.main(["--dry-run", "--out", str(out), "--only", "build,bandwidth,accuracy,operations,tests,sanitizer"]) == 0
+    assert (
+        gpu.main(["--dry-run", "--out", str(out), "--only", "build,bandwidth,accuracy,operations,tests,sanitizer"]) == 0
+    )
     data = json.loads(out.read_text())
     assert data["dry_run"] and "say nothing" in data["device"] and "say nothing" in capsys.readouterr().out
     rows = data["results"]["operations"]
@@ -26,7 +30,10 @@ def test_dry_run_files_every_section_and_says_that_it_is_dry(tmp_path: Path, cap
 
 
 def test_a_failing_section_is_filed_and_repeated_on_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, arguments = tmp_path / "gpu.json", ["--dry-run", "--out", str(tmp_path / "gpu.json"), "--only", "bandwidth,build"]
+    out, arguments = (
+        tmp_path / "gpu.json",
+        ["--dry-run", "--out", str(tmp_path / "gpu.json"), "--only", "bandwidth,build"],
+    )
 
     def broken(*_: object) -> dict[str, object]:
         raise RuntimeError("no luck")

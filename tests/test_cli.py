@@ -18,7 +18,9 @@ import whispers
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 
 
-def run(*arguments: object, check: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, check: int | None = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})}
     )
@@ -38,7 +40,20 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 
 
 def test_merge_by_options(tiny_whisper: Path, tmp_path: Path) -> None:
-    done = run("merge", *options(tiny_whisper), "--rank", 3, "--density", 0.1, "--lambda", 0.4, "--weight", "ca=0.5", "-v", tmp_path / "out")
+    done = run(
+        "merge",
+        *options(tiny_whisper),
+        "--rank",
+        3,
+        "--density",
+        0.1,
+        "--lambda",
+        0.4,
+        "--weight",
+        "ca=0.5",
+        "-v",
+        tmp_path / "out",
+    )
     assert "energy in L" in done.stdout and "encoder mlp fc1" in done.stdout and "backend cpu" in done.stdout
     base, ca, de = (whispers.load(tiny_whisper / name) for name in ("base", "ca", "de"))
     expected = whispers.by_definition(base, [ca, de], 3, 0.1, 0.4, [0.5, 1.0])
@@ -90,12 +105,18 @@ def test_existing_output_needs_force(tiny_whisper: Path, tmp_path: Path) -> None
         (["--base", "BASE", "--expert", "ca", "OUT"], ["--expert: expected NAME=VALUE, got 'ca'"]),
         (["--base", "BASE", "--expert", "ca=CA", "--expert", "ca=CA", "OUT"], ["'ca' is given twice"]),
         (["--base", "/nowhere", "--expert", "ca=CA", "OUT"], ["/nowhere", "no such file or directory"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--weight", "ca=heavy", "OUT"], ["expected a number for 'ca', got 'heavy'"]),
+        (
+            ["--base", "BASE", "--expert", "ca=CA", "--weight", "ca=heavy", "OUT"],
+            ["expected a number for 'ca', got 'heavy'"],
+        ),
         (["--base", "BASE", "--expert", "ca=CA", "--weight", "de=1", "OUT"], ["unknown expert 'de'"]),
         (["--base", "BASE", "--expert", "ca=CA", "--rank", "0.0", "OUT"], ["rank: expected an integer >= 1"]),
         (["--base", "BASE", "--expert", "ca=CA", "--density", "-1", "OUT"], ["density: expected"]),
         (["--base", "BASE", "--expert", "ca=CA", "--method", "tie", "OUT"], ["unknown method 'tie'"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--dtype", "int8", "OUT"], ["out_dtype: expected one of float32, float16, bfloat16"]),
+        (
+            ["--base", "BASE", "--expert", "ca=CA", "--dtype", "int8", "OUT"],
+            ["out_dtype: expected one of float32, float16, bfloat16"],
+        ),
         (["--base", "BASE", "--expert", "ca=CA", "--include", "[", "OUT"], ["is not a regular expression"]),
         (["--base", "BASE", "--expert", "ca=CA", "BASE/inside"], ["inside the input"]),
         (["--base", "BASE", "--expert", "ca=CA", "--force", "BASE"], ["would replace the input"]),
@@ -159,7 +180,11 @@ def test_inspect(tiny_whisper: Path, tmp_path: Path) -> None:
     assert "hf-whisper" in run("inspect", tiny_whisper / "ca").stdout
     tensors = json.loads(run("inspect", tiny_whisper / "ca", "--json").stdout)["tensors"]
     assert len(tensors) == len(whispers.load(tiny_whisper / "ca"))
-    spectra = json.loads(run("inspect", tiny_whisper / "ca", "--base", tiny_whisper / "base", "--match", "fc1", "--rank", 2, "--json").stdout)
+    spectra = json.loads(
+        run(
+            "inspect", tiny_whisper / "ca", "--base", tiny_whisper / "base", "--match", "fc1", "--rank", 2, "--json"
+        ).stdout
+    )
     import numpy as np
 
     base, ca = whispers.load(tiny_whisper / "base"), whispers.load(tiny_whisper / "ca")
@@ -185,7 +210,9 @@ def test_doctor_and_module() -> None:
 
 
 def test_a_named_backend_never_falls_back(tiny_whisper: Path, tmp_path: Path) -> None:
-    done = run("merge", *options(tiny_whisper), "--backend", "cpu", tmp_path / "out", check=None, env={"LORS_ISA": "mmx"})
+    done = run(
+        "merge", *options(tiny_whisper), "--backend", "cpu", tmp_path / "out", check=None, env={"LORS_ISA": "mmx"}
+    )
     refused(done, "cpu: ValueError: LORS_ISA")
 
 

@@ -69,7 +69,9 @@ def test_no_kernel_spills(built: ModuleType, capsys: pytest.CaptureFixture[str])
     tool = shutil.which("cuobjdump") or _triton_tool()
     require("cuobjdump", tool is not None, "not found")
     assert tool is not None
-    text = subprocess.run([tool, "--dump-resource-usage", built.__file__], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", built.__file__], capture_output=True, text=True, check=True
+    ).stdout
     arch, rows = "", []
     for line in text.splitlines():
         if found := re.search(r"arch = (sm_\d+)", line):
@@ -142,5 +144,7 @@ def test_tiles_and_chunks(built: ModuleType) -> None:
 )
 def test_a_build_that_cannot_be_done_says_so(variables: dict[str, str], message: str) -> None:
     command = [sys.executable, "setup.py", "--name"]
-    found = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
     assert found.returncode and message in found.stderr

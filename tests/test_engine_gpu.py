@@ -18,9 +18,14 @@ from lors.errors import LorsError
 PREFIX = "model.encoder.layers.{}."
 
 
-def states(experts: int = 3, layers: int = 2, dtype: Any = np.float32) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def states(
+    experts: int = 3, layers: int = 2, dtype: Any = np.float32
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     rng = np.random.default_rng(4)
-    shapes: dict[str, tuple[int, ...]] = {"model.encoder.conv1.weight": (16, 8, 3), "model.decoder.embed_tokens.weight": (50, 16)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.encoder.conv1.weight": (16, 8, 3),
+        "model.decoder.embed_tokens.weight": (50, 16),
+    }
     for layer in range(layers):
         for name in ("q", "out"):
             shapes[PREFIX.format(layer) + f"self_attn.{name}_proj.weight"] = (16, 16)
@@ -148,7 +153,9 @@ def test_devices_share_by_bytes() -> None:
     from lors.engine import Work
     from lors.sources import Spec
 
-    works = [Work(name, Spec(np.dtype(np.float32), x.shape), np.dtype(np.float32), (), True) for name, x in base.items()]
+    works = [
+        Work(name, Spec(np.dtype(np.float32), x.shape), np.dtype(np.float32), (), True) for name, x in base.items()
+    ]
     pieces = [next(iter(work.pieces())) for work in works]
     shares = dict(engine.shares(pieces, range(len(pieces))))
     loads = [sum(pieces[i].work.spec.numel for i in share) for share in shares.values()]

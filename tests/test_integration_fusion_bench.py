@@ -74,7 +74,9 @@ def pool(*names: str) -> Any:
     return BaseModelPool({name: Tiny(seed) for seed, name in enumerate(names)})
 
 
-@pytest.mark.parametrize("settings", [{"rank": 3, "density": 0.1}, {"method": "ties", "density": 0.3, "weight": {"x": 2.0}}])
+@pytest.mark.parametrize(
+    "settings", [{"rank": 3, "density": 0.1}, {"method": "ties", "density": 0.3, "weight": {"x": 2.0}}]
+)
 def test_the_algorithm_inside_fusion_bench(settings: dict[str, Any]) -> None:
     model = LoRSMerging(lam=0.5, **settings).run(pool("_pretrained_", "x", "y"))
     method = {"method": settings.get("method", "lors")}

@@ -144,7 +144,9 @@ def test_the_same_yaml_in_mergekits_command_and_ours(method: str, tiny_whisper: 
         bridge.mergekit_yaml([str(tmp_path / "merge.yml"), str(tmp_path / "theirs"), "--quiet"])
     assert exit_.value.code == 0 and state_of_mergekit() == before
     merge_recipe(Recipe.load(tmp_path / "merge.yml", SPECS), tmp_path / "ours", durable=False)
-    base, theirs, ours = (whispers.load(path) for path in (tiny_whisper / "base", tmp_path / "theirs", tmp_path / "ours"))
+    base, theirs, ours = (
+        whispers.load(path) for path in (tiny_whisper / "base", tmp_path / "theirs", tmp_path / "ours")
+    )
     assert theirs.keys() == ours.keys() == base.keys()
     for name, want in theirs.items():
         assert np.linalg.norm(ours[name] - want) <= 1e-6 * np.linalg.norm(want), name
@@ -154,8 +156,9 @@ def test_the_same_yaml_in_mergekits_command_and_ours(method: str, tiny_whisper: 
 
 
 def test_the_command_hands_everything_to_mergekit() -> None:
-    from lors.cli import app
     from typer.testing import CliRunner
+
+    from lors.cli import app
 
     result = CliRunner().invoke(app, ["mergekit-yaml", "config.yml", "out", "--no-such-flag"])
     assert result.exit_code == 2 and "lors mergekit-yaml" in result.output and "--no-such-flag" in result.output
@@ -200,6 +203,8 @@ def test_a_missing_or_older_mergekit(found: str | None, message: str, monkeypatc
             function()
 
 
-@pytest.mark.parametrize("text,numbers", [("0.1.5", (0, 1, 5)), ("0.10.0rc1", (0, 10, 0)), ("1.2.dev0+x", (1, 2)), ("2", (2,))])
+@pytest.mark.parametrize(
+    "text,numbers", [("0.1.5", (0, 1, 5)), ("0.10.0rc1", (0, 10, 0)), ("1.2.dev0+x", (1, 2)), ("2", (2,))]
+)
 def test_versions(text: str, numbers: tuple[int, ...]) -> None:
     assert peers.release(text) == numbers

@@ -60,7 +60,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_an_adapter_is_the_checkpoint_that_peft_makes_of_it(settings: dict[str, Any], tiny_whisper: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_the_checkpoint_that_peft_makes_of_it(
+    settings: dict[str, Any], tiny_whisper: Path, tmp_path: Path
+) -> None:
     adapter, merged = adapted(tiny_whisper, tmp_path, **settings)
     results = {}
     for method, parameters in {
@@ -71,12 +73,24 @@ def test_an_adapter_is_the_checkpoint_that_peft_makes_of_it(settings: dict[str, 
     }.items():
         for kind, path in (("factors", adapter), ("full", merged)):
             experts = {"x": path, "ca": tiny_whisper / "ca"}
-            report = lors.merge(tiny_whisper / "base", experts, tmp_path / "out", method, lam=0.9, force=True, durable=False, **parameters)
+            report = lors.merge(
+                tiny_whisper / "base",
+                experts,
+                tmp_path / "out",
+                method,
+                lam=0.9,
+                force=True,
+                durable=False,
+                **parameters,
+            )
             results[kind] = whispers.load(tmp_path / "out")
         base = whispers.load(tiny_whisper / "base")
         for name, want in results["full"].items():
             update = np.linalg.norm(want - base[name])
-            assert np.linalg.norm(results["factors"][name] - want) <= 1e-3 * update + 1e-6 * np.linalg.norm(want), (method, name)
+            assert np.linalg.norm(results["factors"][name] - want) <= 1e-3 * update + 1e-6 * np.linalg.norm(want), (
+                method,
+                name,
+            )
         if method == "lors":
             assert report.svd_methods["factors"] == 0 and report.decomposed
 
@@ -100,7 +114,10 @@ def edited(change: Callable[[dict[str, Any], whispers.State], None]) -> Callable
     def apply(adapter: Path) -> None:
         from safetensors.numpy import load_file, save_file
 
-        config, state = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
+        config, state = (
+            json.loads((adapter / "adapter_config.json").read_text()),
+            load_file(adapter / "adapter_model.safetensors"),
+        )
         change(config, state)
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         save_file(state, adapter / "adapter_model.safetensors")
@@ -179,7 +196,9 @@ def test_accelerate_changes_nothing_but_speed_and_restores() -> None:
 @pytest.fixture
 def two_adapters(tiny_whisper: Path) -> Any:
     settings = {"lora_alpha": 8, "init_lora_weights": False}
-    model = peft.get_peft_model(model_of(tiny_whisper), peft.LoraConfig(r=4, target_modules=["q_proj"], **settings), "ca")
+    model = peft.get_peft_model(
+        model_of(tiny_whisper), peft.LoraConfig(r=4, target_modules=["q_proj"], **settings), "ca"
+    )
     model.add_adapter("de", peft.LoraConfig(r=3, target_modules=["q_proj", "fc1"], **settings))
     return model
 

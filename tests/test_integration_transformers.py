@@ -75,7 +75,11 @@ def test_models_that_are_no_whisper(method: str, name: str, tmp_path: Path) -> N
     base = model_class.from_pretrained(tmp_path / "base").state_dict()
     assert any(not torch.equal(tensor, base[key]) for key, tensor in merged.state_dict().items())
     # attention and MLP of both stacks, by the table, without a notice that anything was guessed
-    projections = {"T5ForConditionalGeneration": 2 * (4 + 2) + 2 * (8 + 2), "LlamaForCausalLM": 2 * 7, "Wav2Vec2ForCTC": 2 * 6}
+    projections = {
+        "T5ForConditionalGeneration": 2 * (4 + 2) + 2 * (8 + 2),
+        "LlamaForCausalLM": 2 * 7,
+        "Wav2Vec2ForCTC": 2 * 6,
+    }
     assert report.decomposed == (0 if method == "ties" else projections[name])
     assert not any("no rule" in notice for notice in report.notices)
     ids = torch.zeros(1, 400) if "Wav2Vec2" in name else torch.ones(1, 4, dtype=torch.long)

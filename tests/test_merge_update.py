@@ -63,7 +63,9 @@ def test_any_number_of_experts_against_reference(
     outs = []
     for backend in ("cpu", "reference"):
         out = np.ones((m, n), DTYPES[dtypes[2]])
-        stats = kernels.merge_update(out, base, tuned, left, right, thresholds, weights, backend=backend, threads=threads)
+        stats = kernels.merge_update(
+            out, base, tuned, left, right, thresholds, weights, backend=backend, threads=threads
+        )
         outs.append((out.astype(np.float64), [s.delta_energy for s in stats]))
     unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtypes[2]]
     scale = max(1.0, np.abs(outs[1][0]).max(), experts * 20.0)
@@ -99,7 +101,9 @@ def test_ties_at_the_threshold_are_kept_in_row_major_order(backend: str) -> None
     tuned = np.full((6, 7), -2.0, np.float32)
     for k in range(43):
         out = np.zeros((6, 7), np.float32)
-        stats = kernels.merge_update(out, None, tuned, threshold=kernels.residual_threshold(None, tuned, k=k), backend=backend)
+        stats = kernels.merge_update(
+            out, None, tuned, threshold=kernels.residual_threshold(None, tuned, k=k), backend=backend
+        )
         assert stats.kept == k
         assert (out.ravel() == np.where(np.arange(42) < k, -2.0, 0.0)).all()
 
@@ -153,11 +157,17 @@ def test_non_finite_deltas_are_counted_not_raised(backend: str) -> None:
     ("arguments", "message"),
     [
         ({"tuned": []}, "tuned: expected at least one expert"),
-        ({"tuned": [np.ones((3, 4), np.float32)], "weight": [1.0, 2.0]}, "weight: expected a sequence of 1, .* got 2 entries"),
+        (
+            {"tuned": [np.ones((3, 4), np.float32)], "weight": [1.0, 2.0]},
+            "weight: expected a sequence of 1, .* got 2 entries",
+        ),
         ({"tuned": [np.ones((3, 4), np.float32)], "threshold": KEEP_ALL}, "threshold: expected a sequence of 1"),
         ({"threshold": 0.5}, "threshold: expected a Threshold or None, got float"),
         ({"left": np.ones((3, 2), np.float32)}, "left, right: expected both or neither"),
-        ({"left": np.ones((3, 2), np.float32), "right": np.ones((4, 3), np.float32)}, r"right: expected a matrix \[4, 2\]"),
+        (
+            {"left": np.ones((3, 2), np.float32), "right": np.ones((4, 3), np.float32)},
+            r"right: expected a matrix \[4, 2\]",
+        ),
         ({"out": np.ones((4, 4), np.float32)}, r"out: expected a matrix \[3, 4\]"),
     ],
 )

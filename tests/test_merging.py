@@ -20,7 +20,9 @@ def experts_of(root: Path) -> dict[str, Path]:
     return {name: root / name for name in EXPERTS}
 
 
-def assert_close(merged: whispers.State, expected: whispers.State, base: whispers.State, unit: float = 2.0**-24) -> None:
+def assert_close(
+    merged: whispers.State, expected: whispers.State, base: whispers.State, unit: float = 2.0**-24
+) -> None:
     """An entry whose residual lies within rounding of the threshold may fall on either side: a few per matrix."""
     assert merged.keys() == expected.keys()
     for name, want in expected.items():
@@ -42,7 +44,9 @@ def test_paper_settings_are_the_definition(tiny_whisper: Path, tmp_path: Path) -
 @pytest.mark.parametrize("method", ["lors", "svp", "magnitude_prune", "task_arithmetic"])
 def test_methods_are_special_cases(method: str, tiny_whisper: Path) -> None:
     base, experts = whispers.load(tiny_whisper / "base"), [whispers.load(tiny_whisper / name) for name in EXPERTS]
-    merged = lors.merge_state_dicts(base, dict(zip(EXPERTS, experts, strict=True)), method, lam=0.3, weight={"ca": 0.5, "de": 2.0})
+    merged = lors.merge_state_dicts(
+        base, dict(zip(EXPERTS, experts, strict=True)), method, lam=0.3, weight={"ca": 0.5, "de": 2.0}
+    )
     same_as = {"lors": (7, 0.2), "svp": (7, 0.0), "magnitude_prune": (0, 0.2), "task_arithmetic": (0, 1.0)}[method]
     expected = whispers.by_definition(base, experts, *same_as, lam=0.3, weights=[0.5, 2.0, 1.0])
     assert_close(merged, expected, base)
@@ -60,7 +64,15 @@ def test_linear(normalize: bool, tiny_whisper: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("dtypes", [("float16", "float16", "float16"), ("bfloat16", "bfloat16", "bfloat16"), ("float32", "float16", "bfloat16"), ("float16", "float32", "float32")])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float16", "float16", "float16"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float32", "float16", "bfloat16"),
+        ("float16", "float32", "float32"),
+    ],
+)
 def test_dtypes_and_backends(dtypes: tuple[str, str, str], backend: str, tiny_whisper: Path, tmp_path: Path) -> None:
     """base, first expert, second expert; the output has the base's type, computed in float32."""
     paths = [
@@ -117,7 +129,9 @@ def test_transformers_loads_and_generates(tiny_whisper: Path, tmp_path: Path) ->
     import torch
 
     lors.merge(tiny_whisper / "base", experts_of(tiny_whisper), tmp_path / "out", check=True)
-    model, info = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.proj_out.weight.data_ptr() == model.model.decoder.embed_tokens.weight.data_ptr()
     merged = whispers.load(tmp_path / "out")
@@ -151,7 +165,9 @@ def test_rest(rest: str, tiny_whisper: Path) -> None:
     merged = lors.merge_state_dicts(base, {"ca": ca, "de": de}, rest=rest, lam=0.3)
     name = "model.encoder.conv1.bias"
     factor = {"task_arithmetic": 0.3, "average": 0.5, "base": 0.0}[rest]
-    want = base[name].astype(np.float64) + factor * ((ca[name].astype(np.float64) - base[name]) + (de[name].astype(np.float64) - base[name]))
+    want = base[name].astype(np.float64) + factor * (
+        (ca[name].astype(np.float64) - base[name]) + (de[name].astype(np.float64) - base[name])
+    )
     np.testing.assert_allclose(merged[name], want, rtol=1e-6, atol=1e-7)
 
 
@@ -166,7 +182,9 @@ def test_target_gradient_filter_and_fraction(tiny_whisper: Path) -> None:
         return int(np.linalg.matrix_rank(merged[name].astype(np.float64) - base[name], tol=1e-5))
 
     names = [name for name in base if name.startswith("model.encoder.layers.0")]
-    fc1, q, k = (next(name for name in names if part in name) for part in ("fc1.weight", "q_proj.weight", "k_proj.weight"))
+    fc1, q, k = (
+        next(name for name in names if part in name) for part in ("fc1.weight", "q_proj.weight", "k_proj.weight")
+    )
     assert rank_of(fc1) == min(base[fc1].shape) // 2
     assert rank_of(q) == 3
     assert rank_of(k) > 3  # not a target: keeps its full difference
@@ -175,7 +193,8 @@ def test_target_gradient_filter_and_fraction(tiny_whisper: Path) -> None:
 def test_merging_torch_state_dicts_gives_torch(tiny_whisper: Path) -> None:
     torch = pytest.importorskip("torch")
     states = {
-        name: {key: torch.from_numpy(x).bfloat16() for key, x in whispers.load(tiny_whisper / name).items()} for name in ("base", "ca")
+        name: {key: torch.from_numpy(x).bfloat16() for key, x in whispers.load(tiny_whisper / name).items()}
+        for name in ("base", "ca")
     }
     merged = lors.merge_state_dicts(states["base"], {"ca": states["ca"]})
     assert all(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in merged.values())
@@ -204,7 +223,9 @@ def test_import_is_inert() -> None:
     import sys
 
     code = "import sys, lors, lors_kernels, lors.cli; print([m for m in ('torch', 'transformers', 'matplotlib', 'lors_kernels._cpu_avx512', 'lors_kernels._cpu_portable') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_cpu_merge_does_without_torch(tiny_whisper: Path, tmp_path: Path) -> None:
@@ -215,16 +236,23 @@ def test_cpu_merge_does_without_torch(tiny_whisper: Path, tmp_path: Path) -> Non
 import sys, lors
 lors.merge({str(tiny_whisper / "base")!r}, {{"ca": {str(tiny_whisper / "ca")!r}}}, {str(tmp_path / "out")!r})
 print("torch" in sys.modules)"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["model.encoder.layers.0.fc1.weight", "model.encoder.conv1.weight", "model.decoder.layer_norm.bias"])
+@pytest.mark.parametrize(
+    "name", ["model.encoder.layers.0.fc1.weight", "model.encoder.conv1.weight", "model.decoder.layer_norm.bias"]
+)
 @pytest.mark.parametrize("method", ["lors", "svp", "magnitude_prune", "task_arithmetic"])
-def test_non_finite_weights_are_named_and_counted(value: float, name: str, method: str, tiny_whisper: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_named_and_counted(
+    value: float, name: str, method: str, tiny_whisper: Path, tmp_path: Path
+) -> None:
     def spoil(state: whispers.State) -> None:
         state[name].reshape(-1)[[0, 5, -1]] = value
 

@@ -171,7 +171,9 @@ def test_iso_c_by_its_formula() -> None:
     base, experts = states()
     name = "model.layers.0.mlp.up_proj.weight"
     got = ours(base, experts, "iso_c", target={"include": ["up_proj"]})[name]
-    u, s, vh = np.linalg.svd(sum((state[name] - base[name]).astype(np.float64) for state in experts.values()), full_matrices=False)
+    u, s, vh = np.linalg.svd(
+        sum((state[name] - base[name]).astype(np.float64) for state in experts.values()), full_matrices=False
+    )
     want = base[name] + s.mean() * u @ vh
     assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want - base[name])
 
@@ -196,7 +198,9 @@ def test_attention_only() -> None:
     average = ours(base, experts, "ties", density=0.4, rest="average", **chosen)
     np.testing.assert_allclose(average[mlp], sum(s[mlp] for s in experts.values()) / 3, atol=1e-6)
     arithmetic = ours(base, experts, "ties", density=0.4, lam=0.5, **chosen)
-    np.testing.assert_allclose(arithmetic[mlp], base[mlp] + 0.5 * sum(s[mlp] - base[mlp] for s in experts.values()), atol=1e-6)
+    np.testing.assert_allclose(
+        arithmetic[mlp], base[mlp] + 0.5 * sum(s[mlp] - base[mlp] for s in experts.values()), atol=1e-6
+    )
 
 
 # --- random numbers, chunks, backends --------------------------------------------------------------------------------
@@ -220,7 +224,9 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_chunks_and_threads_change_nothing(method: str, tiny_chunks: Iterator[None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_threads_change_nothing(
+    method: str, tiny_chunks: Iterator[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, experts = states()
     settings = parameters_of(method)
     chunked = [ours(base, experts, method, threads=threads, **settings) for threads in (1, 3)]
@@ -249,7 +255,9 @@ def test_random_numbers_belong_to_seed_expert_and_tensor(method: str) -> None:
 @pytest.mark.parametrize("method", EVERY)
 def test_backends_agree(method: str) -> None:
     base, experts = states()
-    results = [ours(base, experts, method, backend=backend, **parameters_of(method)) for backend in ("cpu", "reference")]
+    results = [
+        ours(base, experts, method, backend=backend, **parameters_of(method)) for backend in ("cpu", "reference")
+    ]
     for key in base:
         np.testing.assert_allclose(results[0][key], results[1][key], atol=5e-6)
 

@@ -73,8 +73,14 @@ def test_rows_unlike_the_sample_fall_back_to_counting_all_digits() -> None:
 def test_any_bits(m: int, n: int, distinct: int, exponent: int, share: float, dtype: str, seed: int) -> None:
     """Values are drawn as bit patterns, few or many distinct ones, close together or over many exponents."""
     rng = np.random.default_rng(seed)
-    pool = rng.integers(0x3F000000, 0x3F000000 + (exponent + 1) * 0x00800000, distinct, dtype=np.uint32).view(np.float32)
-    tuned = (rng.choice(pool, (m, n)) * rng.choice([-1, 1], (m, n)).astype(np.float32)).clip(-6e4, 6e4).astype(DTYPES[dtype])
+    pool = rng.integers(0x3F000000, 0x3F000000 + (exponent + 1) * 0x00800000, distinct, dtype=np.uint32).view(
+        np.float32
+    )
+    tuned = (
+        (rng.choice(pool, (m, n)) * rng.choice([-1, 1], (m, n)).astype(np.float32))
+        .clip(-6e4, 6e4)
+        .astype(DTYPES[dtype])
+    )
     k = round(share * tuned.size)
     check(tuned.astype(np.float32), kernels.residual_threshold(None, tuned, k=k, backend="cpu"), k)
 
@@ -105,7 +111,9 @@ def test_non_finite_entries_are_counted(bad: float, shape: tuple[int, int], k: i
     assert error.value.count == 2
 
 
-@pytest.mark.parametrize(("k", "message"), [(-1, "k: expected 0 to 12 .* got -1"), (13, "got 13"), (1.0, "k: expected an integer")])
+@pytest.mark.parametrize(
+    ("k", "message"), [(-1, "k: expected 0 to 12 .* got -1"), (13, "got 13"), (1.0, "k: expected an integer")]
+)
 def test_wrong_k(k: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         kernels.residual_threshold(None, np.ones((3, 4), np.float32), k=k)  # type: ignore[arg-type]

@@ -18,7 +18,10 @@ ADD_ERROR = 4e-7  # of out, relative to its largest entry: a few float32 roundin
 def experts(shape: tuple[int, int], count: int, seed: int = 0, dtype: str = "float32"):
     rng = np.random.default_rng(seed)
     base = rng.standard_normal(shape).astype(np.float32).astype(DTYPES[dtype])
-    tuned = [(base.astype(np.float32) + rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[dtype]) for _ in range(count)]
+    tuned = [
+        (base.astype(np.float32) + rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[dtype])
+        for _ in range(count)
+    ]
     return base, tuned
 
 
@@ -28,7 +31,12 @@ def rules(base: np.ndarray, tuned: list[np.ndarray]) -> list[Keep]:
     low = [kernels.residual_threshold(base, t, k=size // 3) for t in tuned]
     high = kernels.residual_threshold(base, tuned[1], k=size // 10)
     key = random_key(0, "expert", "tensor")
-    return [Keep(low[0]), Keep(low[1], high, factor=1.5), Keep(key=key, limit=keep_limit(0.3)), Keep(low[3], key=key, limit=keep_limit(0.7))]
+    return [
+        Keep(low[0]),
+        Keep(low[1], high, factor=1.5),
+        Keep(key=key, limit=keep_limit(0.3)),
+        Keep(low[3], key=key, limit=keep_limit(0.7)),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 37), (5, 1), (33, 67), (3, 2500)])
@@ -41,7 +49,9 @@ def test_cpu_agrees_with_the_reference(shape: tuple[int, int], elect: bool, norm
     for backend in ("cpu", "reference"):
         out = base.astype(np.float32)
         stats.append(
-            kernels.ties_update(out, base, tuned, keep, weight, elect=elect, normalize=normalize, scale=0.7, backend=backend)
+            kernels.ties_update(
+                out, base, tuned, keep, weight, elect=elect, normalize=normalize, scale=0.7, backend=backend
+            )
         )
         outs.append(out)
     assert np.abs(outs[0] - outs[1]).max() <= ADD_ERROR * np.abs(outs[1]).max()
@@ -71,7 +81,9 @@ def test_same_bits_for_any_threads_and_chunks(threads: int) -> None:
     out = base.copy()
     for rows in (slice(0, 13), slice(13, 50), slice(50, 70)):
         part = [t[rows] for t in tuned]
-        kernels.ties_update(out[rows], base[rows], part, keep, weight, start=rows.start * 128, threads=threads, backend="cpu")
+        kernels.ties_update(
+            out[rows], base[rows], part, keep, weight, start=rows.start * 128, threads=threads, backend="cpu"
+        )
     assert (out == whole).all() and (whole != base).any()
 
 

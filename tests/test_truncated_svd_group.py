@@ -43,7 +43,9 @@ def judge(group: MatrixGroup, svd: GroupSVD, rank: int) -> None:
         assert svd.residual[p] <= ERROR_BOUND or not verdict.unique
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.large or case.name == "small-attn-power"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.large or case.name == "small-attn-power"], ids=lambda case: case.name
+)
 def test_contract(case: Case) -> None:
     require_backend("cpu")
     group = group_of(case)
@@ -78,7 +80,9 @@ def test_wide_and_transposed_agree() -> None:
     base, tuned = (to_torch(x.copy()) for x in case.matrices())
     upright = truncated_svd_group(MatrixGroup([base.T.contiguous()], [[tuned.T.contiguous()]]), 7, backend="reference")
     lying = truncated_svd_group(MatrixGroup([base], [[tuned]]), 7, backend="reference")
-    torch.testing.assert_close(upright.left[0] @ upright.right[0].T, (lying.left[0] @ lying.right[0].T).T, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        upright.left[0] @ upright.right[0].T, (lying.left[0] @ lying.right[0].T).T, rtol=0, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e15, 1e18])

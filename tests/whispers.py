@@ -42,7 +42,9 @@ def copy(source: Path, target: Path, change: Callable[[State], object] | None = 
     if change is not None:
         state = change(state) or state  # type: ignore[assignment]
     (target / "model.safetensors").unlink()
-    save_file({name: np.ascontiguousarray(x) for name, x in state.items()}, target / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: np.ascontiguousarray(x) for name, x in state.items()}, target / "model.safetensors", {"format": "pt"}
+    )
     if config:
         path = target / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -63,7 +65,12 @@ def save_openai(state: State, path: Path, dims: dict[str, int]) -> Path:
 
 
 def by_definition(
-    base: State, experts: list[State], rank: int = 7, density: float = 0.2, lam: float = 0.2, weights: list[float] | None = None
+    base: State,
+    experts: list[State],
+    rank: int = 7,
+    density: float = 0.2,
+    lam: float = 0.2,
+    weights: list[float] | None = None,
 ) -> State:
     """The merge written down from the method's definition in float64 numpy: the tests' own reading of it."""
     merged = {}

@@ -8,8 +8,9 @@
 
 namespace lors {
 
-// Large blocks are kept by the thread that freed them, up to kKeep bytes: the next matrix usually has the same shape, and
-// giving a few megabytes back to the system and faulting them in again costs as much as a fifth of its decomposition.
+// Large blocks are kept by the thread that freed them, up to kKeep bytes: the next matrix usually has the same shape,
+// and giving a few megabytes back to the system and faulting them in again costs as much as a fifth of its
+// decomposition.
 class BlockCache {
   public:
     static constexpr int64_t kLarge = 1 << 14, kKeep = 1 << 26;

@@ -172,9 +172,10 @@ class ShiftedSolver {
     Buffer<char> swapped_;
 };
 
-// Eigenvectors [count, n] of given eigenvalues by inverse iteration, each kept orthogonal to the ones before. False when
-// one does not come out as it should (tight clusters); then the caller takes the slower, unfailing way.
-bool inverse_iteration(const double* d, const double* e, int64_t n, const double* values, int64_t count, double* vectors) {
+// Eigenvectors [count, n] of given eigenvalues by inverse iteration, each kept orthogonal to the ones before. False
+// when one does not come out as it should (tight clusters); then the caller takes the slower, unfailing way.
+bool inverse_iteration(const double* d, const double* e, int64_t n, const double* values, int64_t count,
+                       double* vectors) {
     double scale = 0;
     for (int64_t k = 0; k < n; ++k) scale = std::max(scale, std::fabs(d[k]) + (k + 1 < n ? std::fabs(e[k]) : 0));
     if (scale == 0) return false;

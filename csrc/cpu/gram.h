@@ -106,7 +106,8 @@ void gram(const Source& a, const T* x, int64_t groups, T* z, T* product, int thr
     const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows, block = block_rows<T>(a.cols());
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
     Buffer<T> rows_buffer(workers * block * n), y_buffer(workers * block * kWidth);
-    // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same bits.
+    // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same
+    // bits.
     Buffer<T> partial((workers > 1 ? chunks : 1) * slab);
     std::fill(z, z + slab, T{});
     const auto add = [&](const T* from) {

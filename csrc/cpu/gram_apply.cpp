@@ -14,7 +14,8 @@ void gram_apply(const Matrix& base, const Matrix& tuned, bool transposed, const 
         for (int64_t j = 0; j < n; ++j) vectors[c * np + j] = x[j * width + c];
     }
     if (transposed) {
-        gram<float>(DeltaColumns{delta}, vectors.data(), groups, products.data(), static_cast<float*>(nullptr), threads);
+        gram<float>(DeltaColumns{delta}, vectors.data(), groups, products.data(), static_cast<float*>(nullptr),
+                    threads);
     } else {
         gram<float>(DeltaRows{delta}, vectors.data(), groups, products.data(), static_cast<float*>(nullptr), threads);
     }

@@ -23,7 +23,8 @@ float sum_of(Vec<float> v) {
     return total;
 }
 
-// out[j] += weight * (low[j] + (kept ? residual[j] : 0)); an entry equal to the threshold is kept while `ties_until` > j.
+// out[j] += weight * (low[j] + (kept ? residual[j] : 0)); an entry equal to the threshold is kept while `ties_until` >
+// j.
 RowStats add_row(float* out, const float* delta, const float* low, const float* residual, int64_t n, uint32_t value_key,
                  int64_t ties_until, float weight) {
     typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
@@ -45,7 +46,8 @@ RowStats add_row(float* out, const float* delta, const float* low, const float* 
         residual_energy += r * r;
         kept_energy += s * s;
         kept -= keep;
-        bad -= (reinterpret_cast<Mask>(d) & static_cast<int32_t>(kMagnitudeMask)) >= static_cast<int32_t>(kNonFiniteKey);
+        bad -=
+            (reinterpret_cast<Mask>(d) & static_cast<int32_t>(kMagnitudeMask)) >= static_cast<int32_t>(kNonFiniteKey);
     }
     for (int lane = 0; lane < kLanes<float>; ++lane) {
         stats.kept += kept[lane];

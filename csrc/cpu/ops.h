@@ -21,7 +21,8 @@ struct Selection {
 };
 Selection residual_threshold(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, int64_t k, int threads);
 
-// out += sum_t weight[t] * (L_t + keep_t(delta_t - L_t)), experts added in order in float32, one rounding to out's dtype.
+// out += sum_t weight[t] * (L_t + keep_t(delta_t - L_t)), experts added in order in float32, one rounding to out's
+// dtype.
 struct UpdateStats {
     double delta_energy;     // sum of delta^2
     double residual_energy;  // sum of (delta - L)^2
@@ -86,8 +87,8 @@ SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, u
                         float* sigma,  // [rank]
                         int threads);
 
-// The kept entries of R = delta - L in row-major order: one bit each in `mask`, least significant first, and their values.
-// Returns how many there are, -1 when they are more than `capacity`.
+// The kept entries of R = delta - L in row-major order: one bit each in `mask`, least significant first, and their
+// values. Returns how many there are, -1 when they are more than `capacity`.
 int64_t sparse_part(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, const Threshold& threshold,
                     uint8_t* mask,  // [ceil(rows * cols / 8)]
                     float* values,  // [capacity]

@@ -1,10 +1,10 @@
 // Radix select over the bits of |delta - L|, the residual recomputed a row at a time in L1 in every pass.
 //
-// A real delta needs one pass: the digits of a sample of rows say between which two keys the k-th largest should lie; the
-// pass counts what is above and collects what is between, a few percent, and the select is finished there. The counts
-// prove whether the guess held. If it did not (rows unlike each other, few distinct values), the digits of all keys are
-// counted from the top, 11, 10 and 10 bits in three passes. No size is assumed, so no input can overflow one, and both
-// ways end at the same key.
+// A real delta needs one pass: the digits of a sample of rows say between which two keys the k-th largest should lie;
+// the pass counts what is above and collects what is between, a few percent, and the select is finished there. The
+// counts prove whether the guess held. If it did not (rows unlike each other, few distinct values), the digits of all
+// keys are counted from the top, 11, 10 and 10 bits in three passes. No size is assumed, so no input can overflow one,
+// and both ways end at the same key.
 #include <algorithm>
 #include <cmath>
 #include <functional>

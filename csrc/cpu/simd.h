@@ -1,8 +1,8 @@
 // One vector vocabulary for every instruction set.
 //
-// Each extension module is this source compiled once more with other -m flags (see setup.py), so "which instruction set"
-// is answered by the compiler's own macros and no symbol is shared between the builds. GCC and Clang vector types give
-// arithmetic; only what they cannot express (half conversion, horizontal sums) is written per instruction set.
+// Each extension module is this source compiled once more with other -m flags (see setup.py), so "which instruction
+// set" is answered by the compiler's own macros and no symbol is shared between the builds. GCC and Clang vector types
+// give arithmetic; only what they cannot express (half conversion, horizontal sums) is written per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,9 @@ typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 // Buffers are padded so that inner loops have no tails: every row starts on a multiple of 64 bytes and is filled with
 // zeros up to the next one.
 constexpr int64_t kPad = 16;
-constexpr int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+constexpr int64_t padded(int64_t n) {
+    return (n + kPad - 1) / kPad * kPad;
+}
 
 template <class T>
 inline Vec<T> load(const T* p) {
@@ -203,7 +205,8 @@ inline void transpose_tile(const float* in, int64_t in_step, float* out, int64_t
         }
     }
     for (int c = 0; c < 4; ++c) {  // a[4 g + c] now holds columns c, c + 4, c + 8, c + 12 of rows 4 g .. 4 g + 3
-        const __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+        const __m512 even = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88),
+                     odd = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
         const __m512 even2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
         const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
         _mm512_storeu_ps(out + (c + 0) * out_step, _mm512_shuffle_f32x4(even, even2, 0x88));

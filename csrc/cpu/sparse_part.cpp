@@ -6,8 +6,8 @@
 
 namespace lors {
 
-int64_t sparse_part(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, const Threshold& threshold, uint8_t* mask,
-                    float* values, int64_t capacity) {
+int64_t sparse_part(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, const Threshold& threshold,
+                    uint8_t* mask, float* values, int64_t capacity) {
     const Residual residual(base, tuned, low_rank);
     const int64_t n = tuned.cols, stride = padded(n);
     Buffer<float> scratch(3 * stride);

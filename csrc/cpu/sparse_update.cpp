@@ -43,11 +43,13 @@ int64_t expand_row(const Sparse& s, int64_t i, int64_t n, int64_t used, float* r
 
 }  // namespace
 
-SparseStats sparse_update(float* out, const Matrix& shape, const LowRank& low_rank, const Sparse& sparse, float weight) {
+SparseStats sparse_update(float* out, const Matrix& shape, const LowRank& low_rank, const Sparse& sparse,
+                          float weight) {
     const int64_t n = shape.cols, stride = padded(n);
-    // L by the very function that the selection saw, so that merging from parts can give the bits of merging from wholes;
-    // what it calls delta is of no interest here.
-    const Residual factors({nullptr, DType::kFloat32, shape.rows, n, n}, {out, DType::kFloat32, shape.rows, n, n}, low_rank);
+    // L by the very function that the selection saw, so that merging from parts can give the bits of merging from
+    // wholes; what it calls delta is of no interest here.
+    const Residual factors({nullptr, DType::kFloat32, shape.rows, n, n}, {out, DType::kFloat32, shape.rows, n, n},
+                           low_rank);
     Buffer<float> scratch(4 * stride);
     float *delta = scratch.data(), *low = delta + stride, *rest = low + stride, *row = rest + stride;
     SparseStats stats{0, 0, 0};

@@ -1,5 +1,5 @@
-// Trim, elect and sum over all experts in one pass: base and every expert are read once, out is written once. A strip of
-// kStrip columns of every expert's kept entries stays in L1 or L2 between the election and the sum.
+// Trim, elect and sum over all experts in one pass: base and every expert are read once, out is written once. A strip
+// of kStrip columns of every expert's kept entries stays in L1 or L2 between the election and the sum.
 #include <algorithm>
 #include <vector>
 
@@ -145,8 +145,8 @@ void ties_update(const Matrix& out, const Matrix& base, const TiesExpert* expert
                 const int64_t n = std::min(kStrip, cols - j);
                 for (int64_t t = 0; t < count; ++t) {
                     deltas[static_cast<size_t>(t)].row(i, j, n, delta);
-                    const StripStats s = trim(delta, n, experts[t].keep, experts[t].weight, start + i * cols + j, random,
-                                              values + t * strip);
+                    const StripStats s = trim(delta, n, experts[t].keep, experts[t].weight, start + i * cols + j,
+                                              random, values + t * strip);
                     KeepStats& sum = parts[static_cast<size_t>(task * count + t)];
                     sum.delta_energy += static_cast<double>(s.energy);
                     sum.kept_energy += static_cast<double>(s.kept_energy);

@@ -4,14 +4,14 @@
 // (N of them). After j passes the basis Q spans the block Krylov space, T = Q.T G Q is known from the orthogonalisation
 // coefficients, and its leading eigenpairs (theta, s) give right singular vectors v = Q s.
 //
-// The certificate uses one more pass, which is needed anyway to form the left factor A v: rho_i = ||G v_i - theta_i v_i||
-// is measured, and with the gap to the first unwanted value
+// The certificate uses one more pass, which is needed anyway to form the left factor A v: rho_i = ||G v_i - theta_i
+// v_i|| is measured, and with the gap to the first unwanted value
 //
-//     ||L - exact||^2 <~ sum_i (theta_i + theta_{r+1}) * min(1, rho_i / (theta_i - theta_{r+1}))^2          (Davis-Kahan)
+//     ||L - exact||^2 <~ sum_i (theta_i + theta_{r+1}) * min(1, rho_i / (theta_i - theta_{r+1}))^2 (Davis-Kahan)
 //
-// If float32 cannot reach the contract, because the gap is so small that rounding alone turns the vectors, the iteration
-// goes on in float64 from where it stands. A gap that is zero to working precision leaves L undefined; then any choice
-// whose energy is optimal is accepted.
+// If float32 cannot reach the contract, because the gap is so small that rounding alone turns the vectors, the
+// iteration goes on in float64 from where it stands. A gap that is zero to working precision leaves L undefined; then
+// any choice whose energy is optimal is accepted.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -24,9 +24,9 @@
 namespace lors {
 namespace {
 
-constexpr double kErrorBound = 8e-6;     // of L, relative; the contract is 1e-5 and the bound errs upwards
-constexpr double kEnergyBound = 5e-7;    // of ||delta - L||^2, relative; the contract is 1e-6
-constexpr double kEqual = 2e-6;          // relative difference below which two theta count as equal
+constexpr double kErrorBound = 8e-6;   // of L, relative; the contract is 1e-5 and the bound errs upwards
+constexpr double kEnergyBound = 5e-7;  // of ||delta - L||^2, relative; the contract is 1e-6
+constexpr double kEqual = 2e-6;        // relative difference below which two theta count as equal
 
 // Deterministic uniform numbers in [-1, 1) (splitmix64).
 class Random {
@@ -104,7 +104,8 @@ class Krylov {
     void begin(const S* start, int64_t count) {
         for (int64_t i = 0; i < width_; ++i) {
             for (int64_t j = 0; j < n_; ++j) {
-                basis_[i * np_ + j] = static_cast<T>(i < count ? static_cast<double>(start[i * np_ + j]) : random_.next());
+                basis_[i * np_ + j] =
+                    static_cast<T>(i < count ? static_cast<double>(start[i * np_ + j]) : random_.next());
             }
         }
         orthonormalise(0, 1.0);
@@ -132,7 +133,8 @@ class Krylov {
         }
         for (int64_t i = 0; i < size_; ++i) {
             for (int64_t j = std::max<int64_t>(size_ - width_, i + 1); j < size_; ++j) {
-                const double mean = i < size_ - width_ ? t_[i * limit_ + j] : 0.5 * (t_[i * limit_ + j] + t_[j * limit_ + i]);
+                const double mean =
+                    i < size_ - width_ ? t_[i * limit_ + j] : 0.5 * (t_[i * limit_ + j] + t_[j * limit_ + i]);
                 t_[i * limit_ + j] = t_[j * limit_ + i] = mean;
             }
         }
@@ -199,9 +201,9 @@ class Krylov {
         for (int64_t j = 0; j < np_; j += kLanes<T>) store(x + j, load(x + j) * f);
     }
 
-    // Makes rows first.. first + width orthonormal to each other and to all before; below_ receives the triangular factor.
-    // A direction that vanishes (the space is exhausted, or delta has low rank) is replaced by a random one whose
-    // coefficient is zero; once the basis spans everything the remaining rows are zero.
+    // Makes rows first.. first + width orthonormal to each other and to all before; below_ receives the triangular
+    // factor. A direction that vanishes (the space is exhausted, or delta has low rank) is replaced by a random one
+    // whose coefficient is zero; once the basis spans everything the remaining rows are zero.
     void orthonormalise(int64_t first, double magnitude) {
         const double floor = magnitude * std::sqrt(static_cast<double>(n_)) * (sizeof(T) == 4 ? 6e-8 : 1e-16);
         below_.zero();
@@ -303,13 +305,14 @@ Factors finish(const PackedRows& a, Krylov<T>& krylov, Ritz& ritz, int64_t rank,
 
 // Passes until the bound should be met, from how fast it has been falling.
 int64_t passes_to_go(double error, double previous, int64_t since) {
-    const double rate = previous > 0 && error < previous ? std::log(previous / error) / static_cast<double>(since) : 0.7;
+    const double rate =
+        previous > 0 && error < previous ? std::log(previous / error) / static_cast<double>(since) : 0.7;
     const double wanted = std::log(std::max(1.0, error / (0.5 * kErrorBound))) / std::max(rate, 0.3);
     return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, 4);
 }
 
-// Grows the basis until the certificate holds, or until it cannot: the limit is reached, or the measured error stays far
-// above the one exact arithmetic would have (rounding has the last word).
+// Grows the basis until the certificate holds, or until it cannot: the limit is reached, or the measured error stays
+// far above the one exact arithmetic would have (rounding has the last word).
 template <class T>
 Factors iterate(const PackedRows& a, Krylov<T>& krylov, int64_t rank, double total_energy, int64_t width, int threads,
                 int& passes) {
@@ -391,7 +394,9 @@ Packed pack(const Delta& delta, bool wide, int threads) {
     return packed;
 }
 
-int64_t default_limit(int64_t n, int64_t rank) { return std::min(n, std::max<int64_t>(n / 2, 6 * rank + 128)); }
+int64_t default_limit(int64_t n, int64_t rank) {
+    return std::min(n, std::max<int64_t>(n / 2, 6 * rank + 128));
+}
 
 }  // namespace
 

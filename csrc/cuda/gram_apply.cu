@@ -1,9 +1,9 @@
 // z = A.T @ (A @ x) in one pass over A = delta or its transpose, [outer, inner] with inner the short side.
 //
 // A block takes some rows of A. A thread owns inner indices i = thread + 256 k and holds x[i, 0..8) and its part of
-// z[i, 0..8) in registers, so a row is read once: y = A x is summed over the block (a shuffle that leaves each lane one of
-// 32 sums, then the warps in order), and z += A.T y follows from the row still in shared memory. While one stage of rows is
-// worked on, the next is copied there asynchronously. The blocks' sums are added in order by the caller.
+// z[i, 0..8) in registers, so a row is read once: y = A x is summed over the block (a shuffle that leaves each lane one
+// of 32 sums, then the warps in order), and z += A.T y follows from the row still in shared memory. While one stage of
+// rows is worked on, the next is copied there asynchronously. The blocks' sums are added in order by the caller.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
@@ -15,11 +15,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWidth = 8;       // vectors at a time
-constexpr int kBatch = 4;       // rows reduced at a time: 4 rows x 8 vectors = 32 sums, one per lane
+constexpr int kWidth = 8;  // vectors at a time
+constexpr int kBatch = 4;  // rows reduced at a time: 4 rows x 8 vectors = 32 sums, one per lane
 constexpr int kMaxPerThread = 5;
 constexpr int kRowsPerBlock = 256;  // float32 sums stay short, and the partial sums stay a few percent of the reads
-constexpr int kCopy = 16;       // bytes of one asynchronous copy
+constexpr int kCopy = 16;           // bytes of one asynchronous copy
 
 template <Kind K>
 struct Item {
@@ -45,8 +45,8 @@ struct Gram {
     float* partial;  // [P, chunks, inner, b]
 };
 
-// Halves the list of sums and pairs up lanes until lane l holds the warp's total of v[l]; Half is a template argument so
-// that v stays in registers.
+// Halves the list of sums and pairs up lanes until lane l holds the warp's total of v[l]; Half is a template argument
+// so that v stays in registers.
 template <int Half>
 __device__ __forceinline__ void halve(float* v) {
     const bool upper = (threadIdx.x & Half) != 0;
@@ -71,7 +71,8 @@ struct Stage {
 
     static __host__ __device__ int64_t bytes(int64_t inner) { return 2 * inner * kCopy; }
 
-    static __device__ __forceinline__ void copy(const Gram& a, const PairView& view, int64_t row, int64_t end, char* stage) {
+    static __device__ __forceinline__ void copy(const Gram& a, const PairView& view, int64_t row, int64_t end,
+                                                char* stage) {
         const int64_t segments = a.inner;  // per matrix: kRows rows of inner / kRows copies, or inner rows of one
         for (int64_t s = threadIdx.x; s < segments; s += kThreads) {
             int64_t i, j;  // of delta
@@ -98,7 +99,8 @@ struct Stage {
     }
 
     // A[row of the stage, i .. ) for kBatch rows from `first`
-    static __device__ __forceinline__ void fetch(const char* stage, int64_t inner, int64_t i, int first, float (&d)[kBatch]) {
+    static __device__ __forceinline__ void fetch(const char* stage, int64_t inner, int64_t i, int first,
+                                                 float (&d)[kBatch]) {
         const T* base = reinterpret_cast<const T*>(stage);
         const T* tuned = base + inner * kRows;
 #pragma unroll
@@ -184,7 +186,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
         const int64_t i = threadIdx.x + k * kThreads;
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
-            if (i < a.inner && c < width) a.partial[((p * a.chunks + chunk) * a.inner + i) * a.b + column + c] = z[k][c];
+            if (i < a.inner && c < width)
+                a.partial[((p * a.chunks + chunk) * a.inner + i) * a.b + column + c] = z[k][c];
         }
     }
 }
@@ -248,8 +251,8 @@ void launch_plain(const Launch& launch, const Group& group, const Gram& a) {
 template <Kind K, bool Transposed, int PerThread>
 void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
     const auto kernel = gram_kernel<K, Transposed, PerThread>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)), "gram_apply",
-          group);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)),
+          "gram_apply", group);
     const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
     kernel<<<grid, kThreads, static_cast<size_t>(plan.shared), launch.stream>>>(a);
     finished("gram_apply", group);
@@ -277,8 +280,8 @@ GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, b
     return {rows, ceil_div(outer, rows), static_cast<int>(ceil_div(inner, kThreads)), 2 * 2 * inner * kCopy};
 }
 
-void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x, int64_t b,
-                float* y, float* partial) {
+void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x,
+                int64_t b, float* y, float* partial) {
     begin(launch, "gram_apply", group);
     const int64_t outer = transposed ? group.n : group.m, inner = transposed ? group.m : group.n;
     const Gram a{arguments(group, nullptr, nullptr, 0), outer, inner, plan.rows, plan.chunks, b, x, y, partial};

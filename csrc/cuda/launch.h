@@ -35,7 +35,9 @@ inline void begin(const Launch& launch, const char* kernel, const Group& group) 
     }
 }
 
-inline void finished(const char* kernel, const Group& group) { check(cudaGetLastError(), kernel, group); }
+inline void finished(const char* kernel, const Group& group) {
+    check(cudaGetLastError(), kernel, group);
+}
 
 inline unsigned blocks(int64_t count, const char* kernel, const Group& group) {
     if (count >= (int64_t{1} << 31)) throw CudaError(describe(kernel, group) + ": more than 2^31 blocks");
@@ -65,6 +67,8 @@ void with_kind(Kind kind, const F& f) {
     }
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 }  // namespace lors

@@ -1,12 +1,12 @@
-// out_i += sum_t weight_it * (L_it + kept residual). A thread holds its entries of base and of the sum in registers while
-// it goes through the experts, so base and every tuned are read once and out is written once.
+// out_i += sum_t weight_it * (L_it + kept residual). A thread holds its entries of base and of the sum in registers
+// while it goes through the experts, so base and every tuned are read once and out is written once.
 #include "residual.cuh"
 
 namespace lors {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsAtOnce = 2;  // of a thread
+constexpr int kRowsAtOnce = 2;                                                           // of a thread
 constexpr int kTileRows = 16, kTileCols = kThreads * kRowsAtOnce / kTileRows * kVector;  // 16 x 256
 
 __device__ __forceinline__ void store_any(void* data, int dtype, int64_t at, float v) {
@@ -42,7 +42,8 @@ __device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int co
             }
             words[w] = low | high << 16;
         }
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) = make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -71,13 +72,15 @@ __device__ __forceinline__ Place place_of(int64_t tile, int64_t n) {
     const int64_t col = tile % across * kTileCols + threadIdx.x % kAcross * kVector;
     const int64_t left = n - col;
     return {tile / across * kTileRows + threadIdx.x / kAcross * kRowsAtOnce, col,
-            static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector)};
+            static_cast<int>(left < 0         ? 0
+                             : left < kVector ? left
+                                              : kVector)};
 }
 
 template <Kind K>
-__global__ void __launch_bounds__(kThreads) merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles,
-                                                          const float* value, const int64_t* cut, const float* weight,
-                                                          float* energy, int32_t* counts) {
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
+                 const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
     __shared__ float float_scratch[kThreads / 32];
     __shared__ int32_t int_scratch[kThreads / 32];
     const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
@@ -102,8 +105,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(GroupArgs g, const int6
         float low[kRowsAtOnce][kVector], delta_energy = 0, residual_energy = 0, kept_energy = 0;
         int32_t kept = 0, bad = 0;
         if (at.count > 0) {
-            low8<K, kRowsAtOnce>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, at.row, g.m, at.col,
-                                 at.count, low);
+            low8<K, kRowsAtOnce>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, at.row, g.m,
+                                 at.col, at.count, low);
 #pragma unroll
             for (int r = 0; r < kRowsAtOnce; ++r) {
                 if (at.row + r >= g.m) continue;
@@ -180,7 +183,9 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(GroupArgs g, int64_t 
 
 }  // namespace
 
-int64_t merge_tiles(int64_t m, int64_t n) { return ceil_div(m, kTileRows) * ceil_div(n, kTileCols); }
+int64_t merge_tiles(int64_t m, int64_t n) {
+    return ceil_div(m, kTileRows) * ceil_div(n, kTileCols);
+}
 
 void merge_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
                   const float* left, const float* right_t, int64_t rank, const float* value, const int64_t* cut,

@@ -1,7 +1,7 @@
 // The three operations over groups of same-shaped matrices, on device pointers and the caller's stream.
 //
-// Everything here is asynchronous; arguments arrive checked. Every CUDA call is checked: a failure throws CudaError, which
-// names the kernel and the shape.
+// Everything here is asynchronous; arguments arrive checked. Every CUDA call is checked: a failure throws CudaError,
+// which names the kernel and the shape.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,25 +34,26 @@ struct Launch {
 
 // How one gram_apply is cut into blocks; a function of sizes alone, tested on the host.
 struct GramPlan {
-    int64_t rows;      // rows of A per block, a multiple of the rows per stage
-    int64_t chunks;    // blocks per pair
-    int per_thread;    // inner indices per thread; 0: the inner side is too long for registers, plain kernels run
-    int64_t shared;    // bytes of dynamic shared memory
+    int64_t rows;    // rows of A per block, a multiple of the rows per stage
+    int64_t chunks;  // blocks per pair
+    int per_thread;  // inner indices per thread; 0: the inner side is too long for registers, plain kernels run
+    int64_t shared;  // bytes of dynamic shared memory
 };
 GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors);
 
-// A = delta [outer, inner], or its transpose: partial[p, chunk] = A[chunk].T @ (A[chunk] @ x[p]), to be summed over chunks.
+// A = delta [outer, inner], or its transpose: partial[p, chunk] = A[chunk].T @ (A[chunk] @ x[p]), to be summed over
+// chunks.
 //   x [P, inner, b]   y [P, outer, b] = A @ x (may be null unless the plan has per_thread 0)
 //   partial [P, chunks, inner, b]
-void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x, int64_t b,
-                float* y, float* partial);
+void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x,
+                int64_t b, float* y, float* partial);
 
 // One histogram pass over digit `pass` of the keys of |delta - L| whose higher digits are prefix[p], then the choice of
 // the digit that holds the wanted[p]-th largest key.
 //   left [P, m, rank]   right_t [P, rank, n]   counts [P, 2048], zeroed by the caller
 //   prefix int32 [P], wanted (rank of the key among those in play), equal, non_finite int64 [P]
-void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank, int pass,
-                    int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite);
+void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
+                    int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite);
 
 // cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m)] is scratch.
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
@@ -67,7 +68,8 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
                   const float* weight, float* energy, int32_t* counts);
 int64_t merge_tiles(int64_t m, int64_t n);
 
-// energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, key of the largest finite one.
+// energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, key of the largest finite
+// one.
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts);
 
 }  // namespace lors

@@ -57,8 +57,8 @@ struct PairView {
 };
 
 __device__ __forceinline__ PairView pair_view(const int64_t* table, int64_t p, int64_t pairs) {
-    return {reinterpret_cast<const void*>(table[p]), table[pairs + p], reinterpret_cast<const void*>(table[2 * pairs + p]),
-            table[3 * pairs + p]};
+    return {reinterpret_cast<const void*>(table[p]), table[pairs + p],
+            reinterpret_cast<const void*>(table[2 * pairs + p]), table[3 * pairs + p]};
 }
 
 // base[row, col .. col + 8), zeros where there is no base
@@ -118,8 +118,9 @@ struct GroupArgs {
 };
 
 inline GroupArgs arguments(const Group& group, const float* left, const float* right_t, int64_t rank) {
-    return {group.table, group.base_dtype, group.tuned_dtype, group.pairs(), group.matrices, group.experts,
-            group.m,     group.n,          left,              right_t,       rank};
+    return {group.table,   group.base_dtype, group.tuned_dtype, group.pairs(), group.matrices,
+            group.experts, group.m,          group.n,           left,          right_t,
+            rank};
 }
 
 // keys[r][e] of |delta - L| for R rows; rows and columns outside the matrix are for the caller to skip

@@ -12,7 +12,8 @@ constexpr int kRows = 64;       // of a block; whole rows, so that blocks follow
 constexpr int kRowsAtOnce = 2;  // of a thread
 constexpr int kReplicas = 2;    // neighbours often share a digit: two tables halve the conflicts
 
-// Calls f(row, col, keys) for each piece of the block's rows [first, first + kRows); rows and columns inside the matrix.
+// Calls f(row, col, keys) for each piece of the block's rows [first, first + kRows); rows and columns inside the
+// matrix.
 template <Kind K, class F>
 __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t first, const F& f) {
     const PairView view = pair_view(g.table, p, g.pairs);
@@ -39,7 +40,7 @@ __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t 
 
 template <Kind K>
 __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int64_t chunks, int shift, int bits,
-                                                              const int32_t* prefix, unsigned long long* counts) {
+                                                                const int32_t* prefix, unsigned long long* counts) {
     __shared__ uint32_t table[kReplicas][kRadixBuckets];
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     const uint32_t wanted = static_cast<uint32_t>(prefix[p]), mask = (1u << bits) - 1;
@@ -58,9 +59,9 @@ __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int
 }
 
 // One block per pair: the digit in which the wanted[p]-th largest key lies, counted from the top.
-__global__ void __launch_bounds__(kThreads) descend_kernel(bool first, int shift, int bits, const int64_t* counts,
-                                                            int32_t* prefix, int64_t* wanted, int64_t* equal,
-                                                            int64_t* non_finite) {
+__global__ void __launch_bounds__(kThreads)
+    descend_kernel(bool first, int shift, int bits, const int64_t* counts, int32_t* prefix, int64_t* wanted,
+                   int64_t* equal, int64_t* non_finite) {
     constexpr int kEach = kRadixBuckets / kThreads;
     __shared__ int64_t sums[kThreads];
     const int64_t p = blockIdx.x, *mine = counts + p * kRadixBuckets;
@@ -87,8 +88,9 @@ __global__ void __launch_bounds__(kThreads) descend_kernel(bool first, int shift
 }
 
 template <Kind K>
-__global__ void __launch_bounds__(kThreads, 2) tie_kernel(GroupArgs g, int64_t chunks, const int32_t* key, const int64_t* ties,
-                                                        const int64_t* equal, unsigned long long* counts) {
+__global__ void __launch_bounds__(kThreads, 2)
+    tie_kernel(GroupArgs g, int64_t chunks, const int32_t* key, const int64_t* ties, const int64_t* equal,
+               unsigned long long* counts) {
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     if (equal[p] == ties[p]) return;  // all are kept: no cut to look for
     const uint32_t wanted = static_cast<uint32_t>(key[p]);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) tie_kernel(GroupArgs g, int64_t c
 // One warp per pair walks the one chunk that holds the last kept tie.
 template <Kind K>
 __global__ void __launch_bounds__(32) cut_kernel(GroupArgs g, int64_t chunks, const int32_t* key, const int64_t* ties,
-                                                  const int64_t* equal, const int64_t* counts, int64_t* cut) {
+                                                 const int64_t* equal, const int64_t* counts, int64_t* cut) {
     const int64_t p = blockIdx.x;
     const int lane = static_cast<int>(threadIdx.x);
     if (equal[p] == ties[p]) {
@@ -148,10 +150,12 @@ __global__ void __launch_bounds__(32) cut_kernel(GroupArgs g, int64_t chunks, co
 
 }  // namespace
 
-int64_t tie_chunks(int64_t m) { return ceil_div(m, kRows); }
+int64_t tie_chunks(int64_t m) {
+    return ceil_div(m, kRows);
+}
 
-void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank, int pass,
-                    int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite) {
+void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
+                    int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite) {
     begin(launch, "residual_threshold", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
     const int64_t chunks = tie_chunks(group.m);
@@ -181,8 +185,8 @@ void threshold_cut(const Launch& launch, const Group& group, const float* left, 
         tie_kernel<kind><<<grid, kThreads, 0, launch.stream>>>(g, chunks, key, ties, equal,
                                                                reinterpret_cast<unsigned long long*>(counts));
         finished("residual_threshold (ties)", group);
-        cut_kernel<kind><<<blocks(group.pairs(), "residual_threshold", group), 32, 0, launch.stream>>>(g, chunks, key, ties,
-                                                                                                      equal, counts, cut);
+        cut_kernel<kind><<<blocks(group.pairs(), "residual_threshold", group), 32, 0, launch.stream>>>(
+            g, chunks, key, ties, equal, counts, cut);
     });
     finished("residual_threshold (cut)", group);
 }

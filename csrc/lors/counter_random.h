@@ -1,9 +1,9 @@
 // Random numbers without a state: number i of a stream is a function of the stream's key and of i alone.
 //
 // The result cannot depend on who draws first: not on threads, chunks, the order of tensors or experts, or the device.
-// SplitMix64 (Steele, Lea, Flood 2014) is a counter passed through a mixing function, so it can be entered anywhere. The
-// upper 32 bits are used: an entry is kept with probability p when they are below limit = floor(p * 2^32), an integer
-// comparison that has no rounding to differ in.
+// SplitMix64 (Steele, Lea, Flood 2014) is a counter passed through a mixing function, so it can be entered anywhere.
+// The upper 32 bits are used: an entry is kept with probability p when they are below limit = floor(p * 2^32), an
+// integer comparison that has no rounding to differ in.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,9 @@ namespace lors {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t item_size(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // A matrix whose columns are contiguous and whose rows may be strided.
 struct Matrix {

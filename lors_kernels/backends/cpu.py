@@ -92,7 +92,9 @@ def gram_apply(base: Any, tuned: Any, x: Any, *, side: str, threads: int | None 
     return z
 
 
-def residual_threshold(base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None) -> Threshold:
+def residual_threshold(
+    base: Any, tuned: Any, left: Any, right: Any, k: int, *, threads: int | None = None
+) -> Threshold:
     left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
     b, t = _pair(base, tuned)
     value, ties, cut, bad = library().residual_threshold(b, t, _factors(left, right), k, thread_count(threads))

@@ -134,7 +134,13 @@ class Grouped:
         return GroupThreshold(prefix.view(torch.float32), wanted, cut, non_finite)
 
     def merge_update(
-        self, group: MatrixGroup, out: Sequence[Any], left: Any, right: Any, threshold: GroupThreshold, weight: list[float]
+        self,
+        group: MatrixGroup,
+        out: Sequence[Any],
+        left: Any,
+        right: Any,
+        threshold: GroupThreshold,
+        weight: list[float],
     ) -> GroupStats:
         import torch
 

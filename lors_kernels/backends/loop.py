@@ -56,7 +56,13 @@ class Loop:
         return thresholds._replace(non_finite=thresholds.ties.new_tensor(bad))
 
     def merge_update(
-        self, group: MatrixGroup, out: Sequence[Any], left: Any, right: Any, threshold: GroupThreshold, weight: list[float]
+        self,
+        group: MatrixGroup,
+        out: Sequence[Any],
+        left: Any,
+        right: Any,
+        threshold: GroupThreshold,
+        weight: list[float],
     ) -> GroupStats:
         import torch
 

@@ -117,7 +117,7 @@ def _power(exponent: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _spikes(i: np.ndarray) -> np.ndarray:
-    return np.where(i <= 10, 1.25 ** -i, 0.02)  # type: ignore[no-any-return]
+    return np.where(i <= 10, 1.25**-i, 0.02)  # type: ignore[no-any-return]
 
 
 def _clustered(i: np.ndarray) -> np.ndarray:
@@ -172,7 +172,11 @@ def _table() -> tuple[Case, ...]:
         Case("fp16-bf16", with_spectrum(128, 130, _power(0.5)), dtypes=("float16", "bfloat16")),
         Case("bf16-fp32", with_spectrum(67, 129, _power(0.5)), dtypes=("bfloat16", "float32")),
         # real shapes
-        *(Case(f"{name}-power", with_spectrum(*shape, _power(0.5)), large=True) for name, shape in SHAPES.items() if "small" in name),
+        *(
+            Case(f"{name}-power", with_spectrum(*shape, _power(0.5)), large=True)
+            for name, shape in SHAPES.items()
+            if "small" in name
+        ),
         Case("small-attn-flat", gaussian(768, 768), large=True),
         Case("small-fc1-flat", gaussian(3072, 768), large=True),
         Case("tiny-fc1-spikes", with_spectrum(1536, 384, _spikes), large=True),

@@ -40,7 +40,9 @@ def judge_low_rank(delta: np.ndarray, low: np.ndarray, rank: int) -> LowRankVerd
     if s[rank - 1] - follows > UNIQUE_GAP * s[rank - 1] or s[rank - 1] < 1e-7 * s[0]:
         # float32 factors cannot be finer than the denormal spacing, which shows only where delta itself is denormal
         spacing = 2.0**-149 * rank * np.sqrt(d.size) / np.linalg.norm(exact)
-        return LowRankVerdict(float(np.linalg.norm(low - exact) / np.linalg.norm(exact)), LOW_RANK_ERROR + spacing, True)
+        return LowRankVerdict(
+            float(np.linalg.norm(low - exact) / np.linalg.norm(exact)), LOW_RANK_ERROR + spacing, True
+        )
     optimal = float((s[rank:] ** 2).sum())
     excess = float(((d - low) ** 2).sum()) - optimal
     return LowRankVerdict(excess / optimal, LOW_RANK_ENERGY, False)

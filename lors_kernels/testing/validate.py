@@ -37,7 +37,15 @@ def checks(backend: str, cases: tuple[Case, ...] = CASES) -> Iterator[Check]:
         for operation, check in _CHECKS.items():
             begun = time.perf_counter()
             error, bound = check(backend, case)
-            yield Check(backend, operation, case.name, bool(error <= bound), float(error), float(bound), time.perf_counter() - begun)
+            yield Check(
+                backend,
+                operation,
+                case.name,
+                bool(error <= bound),
+                float(error),
+                float(bound),
+                time.perf_counter() - begun,
+            )
 
 
 def _gram_apply(backend: str, case: Case) -> tuple[float, float]:
@@ -94,14 +102,25 @@ def _merge_update(backend: str, case: Case) -> tuple[float, float]:
     threshold = kernels.residual_threshold(base, tuned, svd.left, svd.right, k, backend=backend)
     out = base.astype(np.float32)
     stats = kernels.merge_update(
-        out, base, [tuned, mirror], [svd.left, None], [svd.right, None], [threshold, KEEP_ALL], [0.3, -1.7], backend=backend
+        out,
+        base,
+        [tuned, mirror],
+        [svd.left, None],
+        [svd.right, None],
+        [threshold, KEEP_ALL],
+        [0.3, -1.7],
+        backend=backend,
     )
     if stats[0].kept != k or stats[1].kept != tuned.size:
         return float("inf"), ADD_ERROR
     residual = residual_of(backend, base, tuned, svd.left, svd.right)
     low = (delta_of(base, tuned) - residual).astype(np.float64)
     kept = np.where(selected(residual, threshold), residual, 0).astype(np.float64)
-    exact = base.astype(np.float64) + np.float64(np.float32(0.3)) * (low + kept) + np.float64(np.float32(-1.7)) * delta_of(base, mirror)
+    exact = (
+        base.astype(np.float64)
+        + np.float64(np.float32(0.3)) * (low + kept)
+        + np.float64(np.float32(-1.7)) * delta_of(base, mirror)
+    )
     scale = max(np.abs(exact).max(), np.abs(delta_of(base, tuned)).max(), 2.0**-120)
     return float(np.abs(out - exact).max() / scale), ADD_ERROR
 
@@ -133,7 +152,9 @@ def validate_command(backends: list[str] | None, *, quick: bool = False, as_json
 
 
 def _print_table(results: list[Check]) -> None:
-    print(f"{'backend':10} {'operation':20} {'cases':>5} {'wrong':>5}  {'largest error':>13} {'allowed':>9} {'seconds':>8}")
+    print(
+        f"{'backend':10} {'operation':20} {'cases':>5} {'wrong':>5}  {'largest error':>13} {'allowed':>9} {'seconds':>8}"
+    )
     for backend, operation in dict.fromkeys((check.backend, check.operation) for check in results):
         group = [check for check in results if (check.backend, check.operation) == (backend, operation)]
         worst = max(group, key=lambda check: check.error / (check.bound or 1))

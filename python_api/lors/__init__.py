@@ -1,7 +1,7 @@
 """Merge fine-tuned Whisper experts into one model by low-rank and sparse task vectors (LoRS-Merging).
 
-    import lors
-    lors.merge("openai/whisper-small", {"ca": "whisper-ca", "de": "whisper-de"}, out="merged")
+import lors
+lors.merge("openai/whisper-small", {"ca": "whisper-ca", "de": "whisper-de"}, out="merged")
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ class AdapterSource:
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)  # convolutions: A [r, in, k..], B [out, r, 1..]
         shape = self._base.tensors[name].shape
         if a.shape[0] != b.shape[1]:
-            raise LorsError(f"{self.name}: module {module!r}: expected one rank, got {a.shape[0]} in A and {b.shape[1]} in B")
+            raise LorsError(
+                f"{self.name}: module {module!r}: expected one rank, got {a.shape[0]} in A and {b.shape[1]} in B"
+            )
         self._check_rank(module, a.shape[0])
         left, right = b * np.float32(self._scale(module, a.shape[0])), a.T
         if embedding or self._config.get("fan_in_fan_out"):
@@ -144,7 +146,9 @@ class AdapterSource:
     def _check_rank(self, module: str, rank: int) -> None:
         expected = self._pattern("rank_pattern", module, self._config.get("r", rank))
         if rank != expected:
-            raise LorsError(f"{self.name}: module {module!r}: expected rank {expected} by its configuration, got {rank}")
+            raise LorsError(
+                f"{self.name}: module {module!r}: expected rank {expected} by its configuration, got {rank}"
+            )
 
     def _scale(self, module: str, rank: int) -> float:
         alpha = float(self._pattern("alpha_pattern", module, self._config.get("lora_alpha", 8)))

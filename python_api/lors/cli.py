@@ -60,29 +60,49 @@ def _root(
 
 @app.command()
 def merge(
-    paths: Annotated[list[str], typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter."),
+    ],
     base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
     expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; repeat for each.")] = None,
-    method: Annotated[str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... [default: lors]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... [default: lors]")
+    ] = None,
     rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="Factor of the sum over the experts.")] = None,
     weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
-    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
-    device: Annotated[str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")] = None,
-    device_memory: Annotated[float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU [default: 80 % of what is free].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU [default: 80 % of what is free].")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the written weights [default: the base's].")] = None,
-    out_shard_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Largest weight file [default: 5GB].")] = None,
+    out_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest weight file [default: 5GB].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Reload the result and compare a sample with the reference.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Reload the result and compare a sample with the reference.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
@@ -116,7 +136,7 @@ def merge(
             report = merge_recipe(
                 recipe, out, backend=backend, threads=threads, device=device,
                 device_memory=None if device_memory is None else int(device_memory * 1e9),
-                force=force, durable=fsync, check=check, progress=progress,
+                force=force, durable=fsync, check=check, progress=progress, ray=ray,
             )  # fmt: skip
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -137,7 +157,9 @@ def _recipe(
 
     if path:
         if base or experts or method or parameters or settings:
-            raise LorsError("merge: expected a recipe or options that describe the merge, got both; put them in the recipe")
+            raise LorsError(
+                "merge: expected a recipe or options that describe the merge, got both; put them in the recipe"
+            )
         return Recipe.load(Path(path[0]), SPECS)
     if not experts:
         raise LorsError("merge: expected a recipe, or --base and at least one --expert NAME=PATH")
@@ -201,7 +223,9 @@ def show_report(report: MergeReport, verbose: bool = True) -> None:
     elif rows:
         energy = sum(row.delta_energy for row in rows) or 1.0
         low, sparse = (sum(getattr(row, name) for row in rows) / energy for name in ("low_energy", "sparse_energy"))
-        print(f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)")
+        print(
+            f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
+        )
     for notice in report.notices:
         print(f"note: {notice}")
     print(
@@ -240,7 +264,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @app.command()
 def validate(
-    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; repeat [default: all that are available].")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Only this backend; repeat [default: all that are available].")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -256,7 +282,9 @@ def validate(
         raise typer.Exit(1)
 
 
-@app.command("mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    "mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def mergekit_yaml(ctx: typer.Context) -> None:
     """mergekit's own command, CONFIG OUT [its flags], with our methods and kernels under it."""
     from .integrations.mergekit import mergekit_yaml as run
@@ -271,18 +299,26 @@ def mergekit_yaml(ctx: typer.Context) -> None:
 def decompose(
     base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
     expert: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="File to write, such as ca.lors.safetensors.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FILE", help="File to write, such as ca.lors.safetensors.")
+    ],
     rank: Annotated[float, typer.Option(help="Singular triplets stored; below 1 a fraction of min(m, n).")] = 7,
     density: Annotated[float, typer.Option(help="Share of the remaining entries stored.")] = 0.2,
     values: Annotated[str, typer.Option(help="Type of the sparse part: float32, float16 or bfloat16.")] = "float16",
     index: Annotated[str, typer.Option(help="Its places: mask, gaps, or auto (the smaller).")] = "auto",
-    remainder: Annotated[str, typer.Option(help="Tensors that are not decomposed: float32, float16, int8 or none.")] = "float16",
+    remainder: Annotated[
+        str, typer.Option(help="Tensors that are not decomposed: float32, float16, int8 or none.")
+    ] = "float16",
     name: Annotated[str | None, typer.Option(help="What the expert is called [default: its directory].")] = None,
-    include: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
+    ] = None,
     exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decomposition.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -310,7 +346,9 @@ def add(
     name: Annotated[str | None, typer.Option(help="What to call it [default: its own name].")] = None,
     weight: Annotated[float | None, typer.Option(help="Its factor [default: the recipe's].")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Add one expert to a merged model, in place and in one step."""
@@ -325,7 +363,9 @@ def remove(
     expert: Annotated[str, typer.Argument(help="Expert file that was merged, or made from the checkpoint that was.")],
     name: Annotated[str | None, typer.Option(help="Which one, when it is in the model twice.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Take one expert out of a merged model, in place and in one step."""
@@ -361,22 +401,31 @@ def export_lora(
 @app.command()
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
-    score: Annotated[str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")],
+    score: Annotated[
+        str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")
+    ],
     rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
     density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
     lam: Annotated[str | None, typer.Option("--lambda", metavar="VALUES", help="As --rank.")] = None,
     param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Compare methods with as many trials each; repeat.")] = None,
-    objective: Annotated[list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
     trials: Annotated[int | None, typer.Option(min=1, help="Trials per method [default: the whole grid].")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")
+    ] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
@@ -396,18 +445,22 @@ def sweep(
 
     def show(trial: Trial) -> None:
         if not quiet:
-            setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items())
+            setting = ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items()
+            )
             result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
             print(f"{trial.method} {trial.number}: {setting}: {result}", flush=True)
 
     done = run(
         Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
         sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
-        threads=threads, progress=show,
+        threads=threads, ray=ray, progress=show,
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        print(f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html")
+        print(
+            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html"
+        )
 
 
 # --- interference ----------------------------------------------------------------------------------------------------
@@ -417,7 +470,9 @@ def sweep(
 def report(
     base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
     experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints or expert files.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write; the same as .json beside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE.html", help="Page to write; the same as .json beside it.")
+    ],
     rank: Annotated[float, typer.Option(help="Of L; below 1 a fraction of min(m, n).")] = 7,
     density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,

@@ -210,7 +210,9 @@ class Engine:
         shape, outcomes = piece.work.spec.shape, []
         low, remaining = factors.split(rank_of(r.rank, *shape)) if r.rank else (None, factors)
         if remaining.rank and r.density:
-            outcomes = [self._add(expert, piece.work, total.reshape(shape), None, remaining.matrix(), r._replace(rank=0))]
+            outcomes = [
+                self._add(expert, piece.work, total.reshape(shape), None, remaining.matrix(), r._replace(rank=0))
+            ]
         if low is not None:
             total += np.float32(r.weight) * low.flat(0, total.size)
             energy, rest = (float(np.square(part.sigma()).sum()) for part in (factors, remaining))
@@ -280,7 +282,9 @@ class Engine:
                 counts[source.name] += int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
         for name in (self.base.name, expert.name):
             if counts[name]:
-                return LorsError(f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite")
+                return LorsError(
+                    f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite"
+                )
         return LorsError(f"{expert.name}: tensor {work.name!r}: its difference to {self.base.name} overflows float32")
 
     # --- the account

@@ -174,12 +174,15 @@ class GpuEngine(Engine):
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work; matrices go to the devices, pieces of other tensors to threads as in `Engine`."""
         pieces = [piece for work in works for piece in work.pieces()]
-        grouped = [i for i, piece in enumerate(pieces) if piece.work.matrix and any(r.weight for r in piece.work.reductions)]
+        grouped = [
+            i for i, piece in enumerate(pieces) if piece.work.matrix and any(r.weight for r in piece.work.reductions)
+        ]
         chosen = set(grouped)
         self._prepare(pieces)
         with ThreadPoolExecutor(self.threads + len(self.devices), thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [
-                pool.submit(_DeviceRun(self, name, pieces, indices).run) for name, indices in self.shares(pieces, grouped)
+                pool.submit(_DeviceRun(self, name, pieces, indices).run)
+                for name, indices in self.shares(pieces, grouped)
             ]
             futures += [pool.submit(task) for task in also]
             futures += [pool.submit(self._do, pieces, i) for i in range(len(pieces)) if i not in chosen]
@@ -232,7 +235,9 @@ class _DeviceRun:
                 loaded = ahead.result() if ahead else self.load(kind, batch, first)
                 following = batches[number + 1] if number + 1 < len(batches) else None
                 if following:
-                    ahead = self.readers.submit(self.load, following[0], following[2], slices(following[0], following[1])[0])
+                    ahead = self.readers.submit(
+                        self.load, following[0], following[2], slices(following[0], following[1])[0]
+                    )
                 for future in written:
                     future.result()  # at most one batch waits to be written
                 written = self.merge(kind, batch, most, loaded)
@@ -242,7 +247,9 @@ class _DeviceRun:
     def budget(self) -> int:
         limit = self.engine.device_memory
         if limit is None:
-            limit = int(0.8 * self.device.torch.cuda.mem_get_info(self.device.device)[0]) if self.device.real else 1 << 30
+            limit = (
+                int(0.8 * self.device.torch.cuda.mem_get_info(self.device.device)[0]) if self.device.real else 1 << 30
+            )
         return limit
 
     def batches(self) -> Iterator[tuple[Kind, int, list[int]]]:

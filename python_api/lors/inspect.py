@@ -47,7 +47,13 @@ def spectra(base: Checkpoint, expert: Checkpoint, rank: int, match: str | None =
         effective = float(np.exp(-(positive * np.log(positive)).sum())) if total else 0.0
         norm, scale = float(np.sqrt(total)), float(np.linalg.norm(w0))
         yield Spectrum(
-            name, delta.shape, norm, norm / scale if scale else 0.0, sigma.tolist(), float(share[:rank].sum()), effective
+            name,
+            delta.shape,
+            norm,
+            norm / scale if scale else 0.0,
+            sigma.tolist(),
+            float(share[:rank].sum()),
+            effective,
         )
 
 
@@ -83,11 +89,22 @@ def _print_contents(checkpoint: Checkpoint, match: str | None, as_json: bool) ->
     if as_json:
         tensors = [{"name": i.name, "dtype": i.code, "shape": list(i.shape), "kind": kind(i.name)} for i in infos]
         files = [path.name for path in checkpoint.files]
-        print(json.dumps({"path": str(checkpoint.path), "naming": checkpoint.naming, "files": files, "tensors": tensors}, indent=2))
+        print(
+            json.dumps(
+                {"path": str(checkpoint.path), "naming": checkpoint.naming, "files": files, "tensors": tensors},
+                indent=2,
+            )
+        )
         return
     config = checkpoint.config or checkpoint.dims or {}
-    print(f"{checkpoint.path}: {checkpoint.naming}, {len(checkpoint.files)} weight file(s), {len(checkpoint.tensors)} tensors")
-    told = {key: config[key] for key in ("model_type", "d_model", "encoder_layers", "decoder_layers", "vocab_size", "num_mel_bins") if key in config}
+    print(
+        f"{checkpoint.path}: {checkpoint.naming}, {len(checkpoint.files)} weight file(s), {len(checkpoint.tensors)} tensors"
+    )
+    told = {
+        key: config[key]
+        for key in ("model_type", "d_model", "encoder_layers", "decoder_layers", "vocab_size", "num_mel_bins")
+        if key in config
+    }
     if told:
         print(", ".join(f"{key} {value}" for key, value in told.items()))
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -97,7 +114,10 @@ def _print_contents(checkpoint: Checkpoint, match: str | None, as_json: bool) ->
             row[index] += amount
     _print_table(
         ("kind", "dtype", "tensors", "entries", "MB"),
-        [(name, code, str(n), f"{entries:,}", f"{size / 1e6:.1f}") for (name, code), (n, entries, size) in rows.items()],
+        [
+            (name, code, str(n), f"{entries:,}", f"{size / 1e6:.1f}")
+            for (name, code), (n, entries, size) in rows.items()
+        ],
     )
     print(f"total {sum(i.numel for i in infos):,} entries, {sum(i.nbytes for i in infos) / 1e6:.1f} MB")
 
@@ -140,7 +160,9 @@ def draw(found: list[Spectrum], rank: int, path: Path) -> None:
         if values[0] > 0:
             label = kind(spectrum.name)
             index = kinds.index(label)
-            axes.loglog(np.arange(1, len(values) + 1), values / values[0], color=plt.cm.tab20(index % 20), lw=0.8, alpha=0.8)
+            axes.loglog(
+                np.arange(1, len(values) + 1), values / values[0], color=plt.cm.tab20(index % 20), lw=0.8, alpha=0.8
+            )
     for index, label in enumerate(kinds):
         axes.plot([], [], color=plt.cm.tab20(index % 20), label=label)
     axes.axvline(rank, color="black", ls=":", lw=1, label=f"rank {rank}")

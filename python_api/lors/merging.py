@@ -34,6 +34,7 @@ from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
+from .parameters import rank_of
 from .recipe import BASE, Recipe
 from .sources import MemorySource, Source
 
@@ -105,10 +106,12 @@ def merge_recipe(
     check: bool = False,
     progress: Progress | None = None,
     factors: FactorCache | None = None,
+    ray: str | None = None,
 ) -> MergeReport:
     """`merge` by a recipe that is bound to its method (`Recipe.load(path, SPECS)`).
 
     factors: decompositions that are known already, for sweeps.
+    ray: "local" or a cluster's address: decompositions run there; the result has the same bits.
     """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -121,6 +124,8 @@ def merge_recipe(
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.cached = factors
+        if ray is not None:
+            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
@@ -294,7 +299,9 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
     for expert in experts:
         if is_expert_file(expert):
             if not method.relative:
-                raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+                raise LorsError(
+                    f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file"
+                )
         elif expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
@@ -318,7 +325,9 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
             if work.reductions and (reduction := work.reductions[index]).weight:
                 source.require(work.name, work.matrix, reduction.rank, reduction.density)
         if source.layout.remainder == "none":
-            report.notices.append(f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept")
+            report.notices.append(
+                f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
+            )
 
 
 def _plan(
@@ -396,6 +405,26 @@ def _engine(
 
         engine.progress = advance
     return engine
+
+
+def _on_cluster(
+    address: str, recipe: Recipe, job: _Job, backend: str | None
+) -> contextlib.AbstractContextManager[FactorCache]:
+    """Every decomposition of the merge as a task of a Ray cluster."""
+    from .ray_cluster import Wanted, decompositions
+
+    wanted: dict[str, list[Wanted]] = {}
+    for index, source in enumerate(job.sources[1:]):
+        if isinstance(source, ExpertSource):
+            continue
+        wanted[source.name] = [
+            Wanted(work.name, rank_of(reduction.rank, *work.spec.shape), work.spec.numel * 8)
+            for work in job.works
+            if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
+        ]
+    paths = {expert.name: str(expert.path) for expert in job.experts}
+    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
+    return decompositions(address, str(job.base.path), paths, wanted, **options)
 
 
 def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:

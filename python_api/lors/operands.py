@@ -159,14 +159,18 @@ class Operands:
             raise self.blame(self.experts[t])
         return stats
 
-    def add(
-        self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], **rule: Any
-    ) -> None:
+    def add(self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], **rule: Any) -> None:
         """`ties_update` of one chunk into `out`."""
         self._update(out, chunk.start, rows_of(chunk.base), chunk.tuned, keep, weights, **rule)
 
     def add_deltas(
-        self, out: np.ndarray, start: int, deltas: list[np.ndarray], keep: Sequence[Keep], weights: Sequence[float], **rule: Any
+        self,
+        out: np.ndarray,
+        start: int,
+        deltas: list[np.ndarray],
+        keep: Sequence[Keep],
+        weights: Sequence[float],
+        **rule: Any,
     ) -> None:
         """The same for differences that are known already."""
         self._update(out, start, [None, None], deltas, keep, weights, **rule)

@@ -27,6 +27,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def sweep(
     seed: int = 0,
     backend: str | None = None,
     threads: int | None = None,
+    ray: str | None = None,
     progress: Callable[[Trial], None] = lambda trial: None,
 ) -> Sweep:
     """Merges and scores every setting; goes on where a sweep in the same directory was stopped.
@@ -122,6 +124,7 @@ def sweep(
         trials: per method; needed for "random" and "tpe", a bound for "grid".
         jobs: trials at a time; fewer when `memory` (bytes) is too little for so many.
         timeout: seconds a scorer may take.
+        ray: "local" or the address of a cluster whose nodes all see the inputs and `out`: trials run there.
 
     A trial that fails, hangs or scores NaN is marked and the sweep goes on. LorsError: settings that are not valid, another
     sweep in the directory, or no trial that could be scored at all.
@@ -138,13 +141,14 @@ def sweep(
     }  # fmt: skip
     with _directory(home, plan):
         state = Sweep(str(home), goals, _load_trials(home))
-        runner = _Runner(home, recipe, scorer, backend, lors_kernels.thread_count(threads), jobs, seed)
-        with runner:
+        count = lors_kernels.thread_count(threads)
+        with _Runner(home, recipe, scorer, backend, count, jobs, seed) as runner:
             runner.prepare(spaces)
             jobs = runner.fitting(jobs, memory)
-            for space in spaces:
-                draw = _source(space, sampler, trials, state, home, seed)
-                _run(draw, runner, state, space.method, jobs, progress)
+            with _executor(runner, jobs, ray) as submit:
+                for space in spaces:
+                    draw = _source(space, sampler, trials, state, home, seed)
+                    _run(draw, submit, state, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
             raise LorsError(f"{home}: no trial could be scored; the last one: {last}")
@@ -204,7 +208,7 @@ def _directory(home: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _require_same(path: Path, plan: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LorsError(f"{path}: cannot be read: {error}") from None
     now = json.loads(json.dumps(plan))
     if before != now:
@@ -231,7 +235,7 @@ def _load_trials(home: Path) -> list[Trial]:
     try:
         found = [Trial(**json.loads(line)) for line in whole.splitlines()]
         return [Trial(**{**asdict(trial), "values": tuple(trial.values)}) for trial in found]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise LorsError(f"{path}: cannot be read: {error}") from None
 
 
@@ -318,26 +322,42 @@ def _optuna(
     return _Draw(ask, tell)
 
 
-def _run(draw: _Draw, runner: _Runner, state: Sweep, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
-    home = Path(state.directory)
+Submit = Callable[..., "Future[Trial]"]  # (method, number, settings)
+
+
+@contextlib.contextmanager
+def _executor(runner: _Runner, jobs: int, ray: str | None) -> Iterator[Submit]:
+    """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
+    if ray is not None:
+        from .ray_cluster import connected, submit_trial
+
+        plan = runner.plan()
+        with connected(ray, max(runner.threads, jobs)) as cluster:
+            yield lambda *trial: submit_trial(cluster, runner.threads, 2 * runner.model_bytes, plan, *trial)
+        return
     with ThreadPoolExecutor(jobs, thread_name_prefix="lors-trial") as pool:
-        running: set[Future[Trial]] = set()
         try:
-            while True:
-                while len(running) < jobs and (asked := draw.ask()) is not None:
-                    running.add(pool.submit(runner.trial, method, *asked))
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for trial in (future.result() for future in finished):
-                    _save_trial(home, trial)
-                    state.trials.append(trial)
-                    draw.tell(trial)
-                    progress(trial)
+            yield lambda *trial: pool.submit(runner.trial, *trial)
         except BaseException:
             runner.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _run(draw: _Draw, submit: Submit, state: Sweep, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
+    home = Path(state.directory)
+    running: set[Future[Trial]] = set()
+    while True:
+        while len(running) < jobs and (asked := draw.ask()) is not None:
+            running.add(submit(method, *asked))
+        if not running:
+            return
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        for trial in (future.result() for future in finished):
+            _save_trial(home, trial)
+            state.trials.append(trial)
+            draw.tell(trial)
+            progress(trial)
 
 
 # --- merging one setting
@@ -357,14 +377,15 @@ class _Runner:
         seed: int,
     ) -> None:
         self._home, self._recipe, self._score, self._backend = home, recipe, score, backend
-        self._threads, self._seed = max(1, threads // jobs), seed
+        self.threads, self._seed = max(1, threads // jobs), seed
         self._sources: dict[str, ExpertSource] = {}
         self._units: OrderedDict[str, _Unit] = OrderedDict()
         self._lock, self._kept = threading.Lock(), jobs + 1
+        self._owner = True  # of the directory: a worker of a cluster clears nothing up
         self._stack = contextlib.ExitStack()
         self.stop = threading.Event()
         with open_checkpoint(str(recipe.base_source or recipe.sources[0])) as base:
-            self._model_bytes = sum(info.nbytes for info in base.tensors.values())
+            self.model_bytes = sum(info.nbytes for info in base.tensors.values())
 
     def __enter__(self) -> _Runner:
         return self
@@ -375,19 +396,31 @@ class _Runner:
             shutil.rmtree(self._home / "cache", ignore_errors=True)
         shutil.rmtree(self._home / "trials", ignore_errors=True)
 
+    def plan(self) -> dict[str, Any]:
+        """What `remote_runner` makes this runner from again, on another node."""
+        if not isinstance(self._score, Scorer):
+            raise LorsError(
+                "--ray: expected a command or module:function as the scorer, got a function of this program"
+            )
+        return {
+            "home": str(self._home), "recipe": self._recipe.to_yaml(resolved=True), "command": self._score.command,
+            "objectives": self._score.objectives, "timeout": self._score.timeout, "backend": self._backend,
+            "threads": self.threads, "seed": self._seed,
+        }  # fmt: skip
+
     def fitting(self, jobs: int, memory: int | None) -> int:
         """How many trials fit into the memory: each may have its whole model in the scorer's memory."""
         if memory is None:
             return jobs
-        if memory < self._model_bytes:
-            raise LorsError(f"--memory: expected at least {self._model_bytes} bytes, one model, got {memory}")
-        return max(1, min(jobs, memory // self._model_bytes))
+        if memory < self.model_bytes:
+            raise LorsError(f"--memory: expected at least {self.model_bytes} bytes, one model, got {memory}")
+        return max(1, min(jobs, memory // self.model_bytes))
 
     def prepare(self, spaces: Sequence[Space]) -> None:
         """Decomposes every expert at the largest rank, once."""
         from .task_vector import decompose
 
-        require_space(self._home, (self._kept + 1) * self._model_bytes)
+        require_space(self._home, (self._kept + 1) * self.model_bytes)
         ranks = [space.largest("rank") for space in spaces]
         rank = max((rank for rank in ranks if rank), default=None)
         if rank is None or self._recipe.base_source is None:
@@ -404,10 +437,17 @@ class _Runner:
                 decompose(
                     self._recipe.base_source, source, path, rank=rank, density=0, remainder="none", name=label,
                     target=None if self._recipe.target is None else self._recipe.target.model_dump(mode="json"),
-                    seed=self._seed, backend=self._backend, threads=self._threads,
+                    seed=self._seed, backend=self._backend, threads=self.threads,
                 )  # fmt: skip
-            made = ExpertSource(self._stack.enter_context(open_checkpoint(path)))
-            self._sources[label] = made
+            self._sources[label] = ExpertSource(self._stack.enter_context(open_checkpoint(path)))
+
+    def adopt(self) -> None:
+        """Uses the decompositions that another process has prepared, and leaves the directory to it."""
+        self._owner = False
+        for index in self._recipe.experts:
+            for path in (self._home / "cache").glob(f"expert-{index}-rank-*.lors.safetensors"):
+                source = ExpertSource(self._stack.enter_context(open_checkpoint(path)))
+                self._sources[self._recipe.labels[index]] = source
 
     def factors(self, expert: str, name: str, rank: int) -> tuple[Any, Any] | None:
         """(left, right) of one matrix at a rank, from the cache; None when it is not there."""
@@ -435,7 +475,7 @@ class _Runner:
 
     def _merge(self, method: str, settings: dict[str, Any], out: Path) -> None:
         out.parent.mkdir(exist_ok=True)
-        options: dict[str, Any] = {"backend": self._backend, "threads": self._threads, "durable": False}
+        options: dict[str, Any] = {"backend": self._backend, "threads": self.threads, "durable": False}
         if not (method in SEPARABLE and "lambda" in settings and self._recipe.rest != "average"):
             merge_recipe(setting_recipe(self._recipe, method, settings), out, factors=self.factors, **options)
             return
@@ -460,12 +500,16 @@ class _Runner:
             unit.users += 1
             unit.path.parent.mkdir(exist_ok=True)
         try:
-            with unit.lock:
+            with _locked(unit.path.with_suffix(".lock")):
                 yield unit.path
         finally:
             with self._lock:
                 unit.users -= 1
-                for old in [k for k, u in self._units.items() if u.users == 0][: max(0, len(self._units) - self._kept)]:
+                for old in (
+                    []
+                    if not self._owner
+                    else [k for k, u in self._units.items() if u.users == 0][: max(0, len(self._units) - self._kept)]
+                ):
                     shutil.rmtree(self._units.pop(old).path, ignore_errors=True)
 
 
@@ -473,7 +517,36 @@ class _Runner:
 class _Unit:
     path: Path
     users: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One holder at a time, of threads and processes."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@cache
+def _adopted(home: str, recipe: str, scorer: Scorer, backend: str | None, threads: int, seed: int) -> _Runner:
+    bound = Recipe.from_yaml(recipe, SPECS)
+    runner = _Runner(Path(home), bound, scorer, backend, threads, 1, seed)
+    runner.adopt()
+    return runner
+
+
+def remote_runner(
+    home: str,
+    recipe: str,
+    command: str,
+    objectives: tuple[Objective, ...],
+    timeout: float | None,
+    backend: str | None,
+    threads: int,
+    seed: int,
+) -> _Runner:
+    """The runner of `_Runner.plan`, made once per worker."""
+    return _adopted(home, recipe, Scorer(command, tuple(objectives), timeout), backend, threads, seed)
 
 
 def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out_dtype: str | None = None) -> Recipe:

@@ -57,8 +57,14 @@ def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
         for work in works:
             info = merged.info(work.name)
             if (info.dtype, info.shape) != (work.out_dtype, work.spec.shape):
-                raise LorsError(f"check: tensor {work.name!r}: expected {work.out_dtype} {work.spec.shape}, got {info.dtype} {info.shape}")
-            if work.spec.floating and work.spec.numel and not np.isfinite(merged.read(work.name).astype(np.float32)).all():
+                raise LorsError(
+                    f"check: tensor {work.name!r}: expected {work.out_dtype} {work.spec.shape}, got {info.dtype} {info.shape}"
+                )
+            if (
+                work.spec.floating
+                and work.spec.numel
+                and not np.isfinite(merged.read(work.name).astype(np.float32)).all()
+            ):
                 raise LorsError(f"check: tensor {work.name!r}: expected finite values, got NaN or infinity")
             by_kind[kind(work.name)].append(work)
         sample = [group[len(group) // 2] for group in by_kind.values()]

@@ -50,9 +50,7 @@ class Corpus:
             "index": [
                 (json.dumps({"metadata": {}, "weight_map": dict.fromkeys(self._state, "a.safetensors")}).encode(), None)
             ],
-            "manifest": [
-                (b"id\taudio\tlanguage\tsplit\ttext\ttranslation\na\ta.wav\tca\tdev\thola\thello\n", None)
-            ],
+            "manifest": [(b"id\taudio\tlanguage\tsplit\ttext\ttranslation\na\ta.wav\tca\tdev\thola\thello\n", None)],
         }
         self.targets: dict[str, Callable[[bytes], None]] = {name: getattr(self, f"_{name}") for name in self.seeds}
 

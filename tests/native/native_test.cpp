@@ -1,5 +1,5 @@
-// The kernels without Python, for the sanitizers: every operation on awkward shapes in buffers of exactly the needed size,
-// on one and on several threads, from several callers at once, against plain loops.
+// The kernels without Python, for the sanitizers: every operation on awkward shapes in buffers of exactly the needed
+// size, on one and on several threads, from several callers at once, against plain loops.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -130,7 +130,9 @@ def compile_job(job: Job, arch: int) -> Usage:
     flushes = bool(re.search(r"(add|sub|mul|fma|cvt)[.\w]*\.ftz\.f32", ptx))
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
-    return Usage(job.name, arch, registers, shared, stack, f"{max(widths + copies, default=0)}b", " ".join(math), flushes)
+    return Usage(
+        job.name, arch, registers, shared, stack, f"{max(widths + copies, default=0)}b", " ".join(math), flushes
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -139,7 +141,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     found = [(int(r), int(s)) for r, s in re.findall(r"REG:(\d+) STACK:(\d+)", text)]
     if len(found) != 1:
         raise RuntimeError(f"cuobjdump: expected the resources of one kernel, got {text!r}")
@@ -157,7 +161,10 @@ def main(arguments: list[str]) -> int:
         for job in jobs(options.every):
             u = compile_job(job, arch)
             spilled, flushed = spilled + (u.stack > 0), flushed + u.flushes
-            print(f"{u.job:42s} sm_{u.arch:3d} {u.registers:5d} {u.shared:7d} {u.stack:6d} {u.loads:>5s}  {u.wide_math}", flush=True)
+            print(
+                f"{u.job:42s} sm_{u.arch:3d} {u.registers:5d} {u.shared:7d} {u.stack:6d} {u.loads:>5s}  {u.wide_math}",
+                flush=True,
+            )
     print(f"{spilled} kernels with a stack frame, {flushed} that flush denormals")
     return 1 if spilled or flushed else 0
 

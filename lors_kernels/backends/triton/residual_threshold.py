@@ -63,7 +63,9 @@ def histogram_kernel(
 
 
 @triton.jit
-def descend_kernel(counts, prefix, wanted, equal, non_finite, FIRST: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr):
+def descend_kernel(
+    counts, prefix, wanted, equal, non_finite, FIRST: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr
+):
     """Takes the digit that holds the wanted[p]-th largest key; wanted becomes its rank inside that digit."""
     p = tl.program_id(0).to(tl.int64)
     digit = BINS - 1 - tl.arange(0, BINS)
@@ -174,7 +176,10 @@ def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> Gro
             )
             if k == 0:  # only the count of non-finite entries was wanted
                 return GroupThreshold(
-                    torch.full((pairs,), float("inf"), device=device), torch.zeros_like(cut), torch.zeros_like(cut), non_finite
+                    torch.full((pairs,), float("inf"), device=device),
+                    torch.zeros_like(cut),
+                    torch.zeros_like(cut),
+                    non_finite,
                 )
         counts = torch.empty((pairs, chunks), dtype=torch.int64, device=device)
         tie_kernel[(pairs * chunks,)](group.table, *factors, prefix, wanted, equal, counts, *sizes, **BLOCK, **common)

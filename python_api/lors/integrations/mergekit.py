@@ -185,7 +185,9 @@ def _magnitude(sparsify: Any) -> Callable[..., Any]:
         if not 0 < density < 1:
             return theirs(tensor, density, rescale_norm)
         kept = largest_entries(tensor, max(1, int(density * tensor.numel())))
-        return theirs(tensor, density, rescale_norm) if kept is None else _rescaled(sparsify, tensor, kept, rescale_norm)
+        return (
+            theirs(tensor, density, rescale_norm) if kept is None else _rescaled(sparsify, tensor, kept, rescale_norm)
+        )
 
     return magnitude
 

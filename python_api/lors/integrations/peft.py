@@ -1,9 +1,9 @@
 """PEFT: our selection under its adapter merging, and adapters merged at the level of B @ A.
 
-    import lors.integrations.peft as bridge
-    with bridge.accelerate():
-        model.add_weighted_adapter(["ca", "de"], [1.0, 1.0], "both", combination_type="ties", density=0.2)
-    bridge.add_lors_adapter(model, ["ca", "de"], [1.0, 1.0], "both", rank=7, density=0.2)
+import lors.integrations.peft as bridge
+with bridge.accelerate():
+    model.add_weighted_adapter(["ca", "de"], [1.0, 1.0], "both", combination_type="ties", density=0.2)
+bridge.add_lors_adapter(model, ["ca", "de"], [1.0, 1.0], "both", rank=7, density=0.2)
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def _class_of(transformers: Any, config: Mapping[str, Any]) -> type:
     names = config.get("architectures") or []
     found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if found is None:
-        raise LorsError(f"config.json: expected a class of transformers under architectures, got {names}; pass model_class")
+        raise LorsError(
+            f"config.json: expected a class of transformers under architectures, got {names}; pass model_class"
+        )
     return found  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,222 @@
+"""Work on more machines than one, by Ray: decompositions of (tensor group, expert) pairs, and the trials of a sweep.
+
+A task reads its tensors itself, from paths that every node must see, and its factors come back through the object store;
+selection and summation run where the command runs. Decompositions are deterministic, and every worker is told to use the
+vector unit of the driver, so a merge has the same bits as a local one. A worker that dies is replaced and its task runs
+again, up to RETRIES times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import LorsError
+
+__all__ = ["connected", "decompositions", "submit_trial"]
+
+RETRIES = 3
+GROUP_BYTES = 64 << 20  # weights of one task: a few hundred tasks for a large model, each far longer than its overhead
+CONNECT_SECONDS = 5.0
+
+Factors = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
+
+
+class Wanted(NamedTuple):
+    """One matrix to decompose: its name, the rank, and how many bytes are read for it."""
+
+    name: str
+    rank: int
+    nbytes: int
+
+
+@contextlib.contextmanager
+def connected(address: str, cpus: int) -> Iterator[Any]:
+    """Ray, connected: "local" starts a cluster of `cpus` workers for this command, anything else is an address.
+
+    A connection that the program has already is used and left open. LorsError when Ray is missing or cannot be reached.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise LorsError("--ray: needs Ray: pip install 'lors-merging[ray]'") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address == "local":
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    else:
+        _require_reachable(address)
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError ... with many lines
+        raise LorsError(f"--ray {address}: cannot connect: {str(error).strip().splitlines()[0]}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Ray itself waits for a minute and then prints a page."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise LorsError(f"--ray {address}: expected local, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LorsError(f"--ray {address}: cannot be reached: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _environment() -> dict[str, Any]:
+    """Same vector unit, same bits."""
+    from lors_kernels.backends.cpu import instruction_set
+
+    return {"env_vars": {"LORS_ISA": instruction_set()}}
+
+
+# --- decompositions
+
+
+def groups(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    """Consecutive matrices of about GROUP_BYTES together."""
+    found: list[list[Wanted]] = [[]]
+    for item in wanted:
+        if found[-1] and sum(other.nbytes for other in found[-1]) + item.nbytes > GROUP_BYTES:
+            found.append([])
+        found[-1].append(item)
+    return [group for group in found if group]
+
+
+@contextlib.contextmanager
+def decompositions(
+    address: str,
+    base: str,
+    experts: Mapping[str, str],
+    wanted: Mapping[str, Sequence[Wanted]],
+    *,
+    seed: int,
+    backend: str | None,
+    cpus: int,
+) -> Iterator[Factors]:
+    """Starts the decomposition of all wanted matrices; the function that is yielded waits for the one it is asked for.
+
+    experts: label -> path. wanted: label -> matrices. All paths must be there on every node.
+    """
+    with connected(address, cpus) as ray:
+        task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=_environment())(decompose_group)
+        references: dict[tuple[str, str], tuple[Any, int]] = {}
+        # Tensor by tensor over all experts, as the merge will ask for them.
+        parts = {label: groups(items) for label, items in wanted.items()}
+        for number in range(max(map(len, parts.values()), default=0)):
+            for label in (label for label in parts if number < len(parts[label])):
+                group = parts[label][number]
+                weights = 4 * sum(item.nbytes for item in group)
+                reference = task.options(memory=weights).remote(
+                    str(Path(base).absolute()), label, str(Path(experts[label]).absolute()), group, seed, backend
+                )
+                references |= {(label, item.name): (reference, place) for place, item in enumerate(group)}
+
+        def factors(expert: str, name: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
+            if (expert, name) not in references:
+                return None
+            reference, place = references[expert, name]
+            left, right = _result(ray, reference)[place]
+            if left.shape[1] < rank:
+                return None
+            return np.ascontiguousarray(left[:, :rank]), np.ascontiguousarray(right[:, :rank])
+
+        try:
+            yield factors
+        finally:
+            for reference in {id(r): r for r, _ in references.values()}.values():
+                ray.cancel(reference, force=False)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(getattr(error, "cause", None), LorsError) else None
+        if cause is not None:
+            raise LorsError(str(cause)) from None
+        raise LorsError(f"--ray: a task failed: {str(error).strip().splitlines()[-1]}") from error
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LorsError(f"--ray: a task was lost {RETRIES + 1} times, or its result: {reason}") from error
+
+
+def decompose_group(
+    base: str, label: str, expert: str, group: Sequence[Wanted], seed: int, backend: str | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(left, right) of every matrix of a group; runs on a worker."""
+    import lors_kernels
+    from lors_kernels import NonFiniteError
+
+    from .sources import Slot
+
+    origin, tuned = _source(base, base, "base"), _source(expert, base, label)
+    found, slots = [], (Slot(), Slot())
+    for item in group:
+        shape = origin.tensors[item.name].shape
+        size = origin.tensors[item.name].numel
+        pair = [
+            source.fetch(item.name, 0, size, slot).reshape(shape)
+            for source, slot in zip((origin, tuned), slots, strict=True)
+        ]
+        try:
+            svd = lors_kernels.truncated_svd(*pair, item.rank, seed=seed, backend=backend, threads=1)
+        except NonFiniteError as error:
+            raise LorsError(
+                f"{label}: tensor {item.name!r}: expected a finite difference to the base, got {error.count} NaN or infinite entries"
+            ) from None
+        found.append((svd.left, svd.right))
+    return found
+
+
+@cache
+def _source(path: str, base: str, label: str) -> Any:
+    """Opened once per worker."""
+    from .checkpoint import open_checkpoint
+    from .sources import FileSource
+
+    if not os.path.exists(path):
+        raise LorsError(f"--ray: {path}: not there on node {socket.gethostname()}; every node must see the inputs")
+    names = None if path == base else list(open_checkpoint(base, name="base").tensors)
+    return FileSource(open_checkpoint(path, name=label), names)
+
+
+# --- trials
+
+
+def submit_trial(ray: Any, cpus: int, memory: int, runner: Mapping[str, Any], *arguments: Any) -> Future[Any]:
+    """A trial of a sweep as a task; the future of its `Trial`."""
+    task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=_environment())(_trial)
+    reference = task.remote(dict(runner), *arguments)
+    done: Future[Any] = Future()
+    done.set_running_or_notify_cancel()
+
+    def finish(future: Any) -> None:
+        try:
+            done.set_result(_result(ray, reference))
+        except BaseException as error:
+            done.set_exception(error)
+
+    reference.future().add_done_callback(finish)
+    return done
+
+
+def _trial(runner: Mapping[str, Any], *arguments: Any) -> Any:
+    from .sweep import remote_runner
+
+    return remote_runner(**runner).trial(*arguments)

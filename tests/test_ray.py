@@ -1,0 +1,119 @@
+"""A real local Ray cluster: the same bits as without it, also when a worker is killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from lors.checkpoint import open_checkpoint
+from lors.errors import LorsError
+from lors.merging import merge_recipe
+from lors.methods import SPECS
+from lors.recipe import Recipe
+from lors.sweep import sweep
+
+psutil = pytest.importorskip("psutil")
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two workers; the address of the cluster."""
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Matrices with a flat spectrum, whose decomposition takes long enough to be interrupted."""
+    root = tmp_path_factory.mktemp("family")
+    shapes = {f"model.encoder.layers.{i}.fc1.weight": (768, 512) for i in range(10)}
+    base = {
+        n: np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, (n, s) in enumerate(shapes.items())
+    }
+    tiny.write(root / "base", base)
+    for seed, name in enumerate(("ca", "de"), start=1):
+        noise = np.random.default_rng(100 + seed)
+        tiny.write(
+            root / name, {n: x + 1e-3 * noise.standard_normal(x.shape).astype(np.float32) for n, x in base.items()}
+        )
+    path = root / "recipe.yml"
+    path.write_text("merge_method: lors\nbase_model: base\nmodels: [{model: ca}, {model: de}]\nparameters: {rank: 5}\n")
+    return Recipe.load(path, SPECS)
+
+
+def digest(path: Path) -> str:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.sha256()["model.safetensors"]
+
+
+def test_a_merge_with_a_killed_worker_has_the_same_bits(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
+    merge_recipe(recipe, tmp_path / "local")
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not killed and not stop.is_set():
+            for process in psutil.process_iter(["name", "cmdline"]):
+                if "ray::decompose_group" in " ".join(process.info["cmdline"] or [process.info["name"] or ""]):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    merge_recipe(recipe, tmp_path / "ray", ray="local")
+    stop.set()
+    killer.join()
+    assert killed, "a worker was killed while it decomposed"
+    assert digest(tmp_path / "ray") == digest(tmp_path / "local")
+
+
+def test_a_sweep_on_the_cluster_is_the_local_one(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
+    script = tmp_path / "score.sh"
+    script.write_text('#!/bin/sh\nsum=$(cksum < "$1/model.safetensors" | cut -d" " -f1)\necho $sum\n')
+    script.chmod(0o755)
+    options = {"rank": "2,4", "lambda": "0.2,1.0"}
+    local = sweep(recipe, options, str(script), tmp_path / "local")
+    far = sweep(recipe, options, str(script), tmp_path / "far", jobs=2, threads=2, ray="local")
+    want = {trial.number: trial.values for trial in local.trials}
+    assert {trial.number: trial.values for trial in far.trials} == want and len(set(want.values())) == 4
+    with pytest.raises(LorsError, match="expected a command"):
+        sweep(recipe, options, lambda path: None, tmp_path / "no", ray="local")  # type: ignore[arg-type, return-value]
+
+
+def test_errors_of_tasks_are_lines(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
+    with open_checkpoint(recipe.sources[0]) as checkpoint:
+        broken = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    broken["model.encoder.layers.3.fc1.weight"][0, :3] = np.nan
+    bad = tiny.write(tmp_path / "bad", broken)
+    other = Recipe.from_arguments(recipe.base_source, {"bad": bad}, "lors", methods=SPECS, rank=5)
+    with pytest.raises(LorsError, match=r"bad: tensor 'model.encoder.layers.3.fc1.weight'.*3 NaN") as caught:
+        merge_recipe(other, tmp_path / "out", ray="local")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_address(recipe: Recipe, tmp_path: Path) -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        for address, message in ((f"127.0.0.1:{port}", "cannot be reached"), ("nowhere", "expected local, HOST:PORT")):
+            begun = time.monotonic()
+            with pytest.raises(LorsError, match=message):
+                merge_recipe(recipe, tmp_path / "out", ray=address)
+            assert time.monotonic() - begun < 10 and not (tmp_path / "out").exists()
