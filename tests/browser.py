@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from conftest import require
+from helpers import require
 
 # Runs in the page. Boxes in CSS pixels; half a pixel of rounding is no fault.
 _PROBE = r"""

@@ -12,11 +12,10 @@ from pathlib import Path
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from lors_kernels.dispatch import availability
+from helpers import BACKENDS, require_backend
 
 settings.register_profile(
     "lors",
@@ -25,24 +24,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("lors")
-
-BACKENDS = ("cpu", "reference")
-REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
-
-
-def require(name: str, available: bool, reason: str) -> None:
-    """Skips the test when something optional is missing, with the reason; fails if LORS_REQUIRE names it."""
-    if available:
-        return
-    if name in REQUIRED:
-        pytest.fail(f"{name} is required by LORS_REQUIRE and missing: {reason}")
-    pytest.skip(f"{name}: {reason}")
-
-
-def require_backend(name: str) -> str:
-    status = availability(name)
-    require(name, status.ok, status.reason)
-    return name
 
 
 @pytest.fixture(params=BACKENDS)
@@ -63,12 +44,3 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from benchmarks.generate import Spec, generate
 
     return generate(tmp_path_factory.mktemp("whisper"), Spec("micro", seed=3), 3).base.parent
-
-
-def ringed(array: np.ndarray, ring: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of a matrix with strided rows inside a larger buffer of sentinels: (view, whole buffer)."""
-    rows, cols = array.shape
-    whole = np.full((rows + 2, cols + 2 * ring), 77, dtype=array.dtype)
-    view = whole[1:-1, ring : ring + cols]
-    view[...] = array
-    return view, whole

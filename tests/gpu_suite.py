@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lors_kernels as kernels
-from conftest import require_backend
+from helpers import require_backend
 from lors_kernels import KEEP_NONE, NonFiniteError, Threshold, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.grouped import (

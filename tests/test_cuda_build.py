@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from conftest import require
+from helpers import require
 from lors_kernels import BackendUnavailable, available_backends, gram_apply
 from lors_kernels.backends import cuda
 from lors_kernels.dispatch import select

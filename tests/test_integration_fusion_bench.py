@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lors
-from conftest import require
+from helpers import require
 from lors import LorsError
 
 try:

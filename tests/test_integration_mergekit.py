@@ -12,7 +12,7 @@ import yaml
 
 import lors.integrations.mergekit as bridge
 import whispers
-from conftest import require
+from helpers import require
 from lors import LorsError
 from lors.integrations import peers
 from lors.merging import merge_recipe

@@ -13,7 +13,7 @@ import pytest
 import lors
 import lors.integrations.peft as bridge
 import whispers
-from conftest import require
+from helpers import require
 from lors import LorsError
 from lors.factors import Factors
 

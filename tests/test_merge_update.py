@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
-from conftest import ringed
+from helpers import ringed
 from lors_kernels import KEEP_ALL, KEEP_NONE
 from lors_kernels.testing.cases import CASES, DTYPES, Case
 from lors_kernels.testing.numerics import delta_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lors
-from conftest import require
+from helpers import require
 from lors import LorsError, operands
 from lors.methods import METHODS
 from lors.methods.della_linear import ROWS

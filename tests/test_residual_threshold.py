@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
-from conftest import ringed
+from helpers import ringed
 from lors_kernels import NonFiniteError, Threshold
 from lors_kernels.testing.cases import CASES, DTYPES, Case, interesting_k
 from lors_kernels.testing.numerics import delta_of, exact_selection, selected

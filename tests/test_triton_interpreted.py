@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import require
+from helpers import require
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
-from conftest import ringed
+from helpers import ringed
 from lors_kernels import NonFiniteError
 from lors_kernels.testing.cases import CASES, DTYPES, Case
 from lors_kernels.testing.numerics import LOW_RANK_ERROR, delta_of, judge_low_rank

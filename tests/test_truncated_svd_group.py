@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import require_backend
+from helpers import require_backend
 from lors_kernels import NonFiniteError, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.backends import cpu

@@ -119,15 +119,16 @@ def _bound(data: Mapping[str, Any]) -> Any:
     from .recipe import Recipe
 
     recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
-    if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe.merge_method):
+    if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe):
         rule = "rest: average" if recipe.rest == "average" else f"method {recipe.merge_method}"
         raise LorsError(f"{rule}: one expert's share depends on the others: merge again instead of editing")
     return recipe
 
 
-def _separable(method: str) -> bool:
-    """Methods whose result is a sum of one term per expert."""
-    return method in ("lors", "svp", "magnitude_prune", "task_arithmetic")
+def _separable(recipe: Any) -> bool:
+    """Whether the result is a sum of one term per expert, none of which depends on the others."""
+    normalized = "normalize" in recipe.parameters and recipe.parameters["normalize"].data() is not False
+    return recipe.merge_method in ("lors", "svp", "magnitude_prune", "task_arithmetic") and not normalized
 
 
 def _addition(

@@ -175,7 +175,7 @@ def decompose_group(
             for source, slot in zip((origin, tuned), slots, strict=True)
         ]
         try:
-            svd = lors_kernels.truncated_svd(*pair, item.rank, seed=seed, backend=backend, threads=1)
+            svd = lors_kernels.truncated_svd(pair[0], pair[1], item.rank, seed=seed, backend=backend, threads=1)
         except NonFiniteError as error:
             raise LorsError(
                 f"{label}: tensor {item.name!r}: expected a finite difference to the base, got {error.count} NaN or infinite entries"

@@ -1,0 +1,37 @@
+"""Helpers of the tests that are no fixtures."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from lors_kernels.dispatch import availability
+
+BACKENDS = ("cpu", "reference")
+REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
+
+
+def require(name: str, available: bool, reason: str) -> None:
+    """Skips the test when something optional is missing, with the reason; fails if LORS_REQUIRE names it."""
+    if available:
+        return
+    if name in REQUIRED:
+        pytest.fail(f"{name} is required by LORS_REQUIRE and missing: {reason}")
+    pytest.skip(f"{name}: {reason}")
+
+
+def require_backend(name: str) -> str:
+    status = availability(name)
+    require(name, status.ok, status.reason)
+    return name
+
+
+def ringed(array: np.ndarray, ring: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of a matrix with strided rows inside a larger buffer of sentinels: (view, whole buffer)."""
+    rows, cols = array.shape
+    whole = np.full((rows + 2, cols + 2 * ring), 77, dtype=array.dtype)
+    view = whole[1:-1, ring : ring + cols]
+    view[...] = array
+    return view, whole
