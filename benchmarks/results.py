@@ -84,5 +84,5 @@ class Results:
 def newest(part: str, directory: Path = RESULTS) -> dict[str, Any] | None:
     """The latest complete (not quick) result of a part, None if there is none."""
     found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    found = [result for result in found if result["part"] == part and not result["quick"]]
+    found = [result for result in found if result.get("part") == part and not result.get("quick")]
     return max(found, key=lambda result: result["machine"]["date"], default=None)
