@@ -170,12 +170,12 @@ def decompose_group(
     for item in group:
         shape = origin.tensors[item.name].shape
         size = origin.tensors[item.name].numel
-        pair = [
+        before, after = (
             source.fetch(item.name, 0, size, slot).reshape(shape)
             for source, slot in zip((origin, tuned), slots, strict=True)
-        ]
+        )
         try:
-            svd = lors_kernels.truncated_svd(pair[0], pair[1], item.rank, seed=seed, backend=backend, threads=1)
+            svd = lors_kernels.truncated_svd(before, after, item.rank, seed=seed, backend=backend, threads=1)
         except NonFiniteError as error:
             raise LorsError(
                 f"{label}: tensor {item.name!r}: expected a finite difference to the base, got {error.count} NaN or infinite entries"

@@ -94,6 +94,15 @@ void check(int64_t m, int64_t n, DType base_type, DType tuned_type, int threads,
         lors::UpdateStats stats;
         lors::merge_update({out.data(), DType::kFloat32, m, n, n}, base.matrix, &expert, 1, &stats, threads);
         expect(stats.kept == k, "exactly k", m, n);
+        std::vector<uint8_t> mask((m * n + 7) / 8);
+        std::vector<float> values(k), sum(m * n);
+        const lors::Matrix all{sum.data(), DType::kFloat32, m, n, n};
+        const int64_t stored =
+            lors::sparse_part(base.matrix, tuned.matrix, low, found.threshold, mask.data(), values.data(), k);
+        const lors::Sparse part{mask.data(), m * n, values.data(), DType::kFloat32, k, 1.0f};
+        const lors::SparseStats added = lors::sparse_update(sum.data(), all, low, part, 0.5f);
+        expect(stored == k && added.used == k, "sparse_part and sparse_update count", m, n);
+        expect(sum == out, "sparse_update gives the bits of merge_update", m, n);
         expect(std::fabs(stats.delta_energy - energy) <= 1e-4 * energy + 1e-9, "merge_update energy", m, n);
         if (k == m * n) {
             double error = 0;
