@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -148,7 +149,9 @@ def _slow_recipe(root: Path, tmp_path: Path) -> list[str]:
 
 
 def _start_and_wait_for_work(command: list[str], tmp_path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a background job inherits an ignored SIGINT; the merge must see a real one
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
     deadline = time.monotonic() + 60
     while not any(path.name.endswith(".tmp") for path in tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline

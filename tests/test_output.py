@@ -53,6 +53,8 @@ def old_checkpoint(path: Path) -> Path:
 def run(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """A Python process with `code`, its output as text."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
+    # a background job inherits an ignored SIGINT; the program must see a real one
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
