@@ -23,6 +23,41 @@ constexpr int64_t kTaskRows = 64;
 constexpr int64_t kSample = 8192;  // entries; smaller matrices are not worth a sample
 constexpr float kInfinity = __builtin_inff();
 
+struct Keys {
+    Buffer<uint32_t> list;
+    int64_t count = 0;
+};
+
+// The k-th largest key, how many entries equal to it are kept, and how many there are.
+struct Found {
+    uint32_t key;
+    int64_t ties, equal, non_finite;
+};
+
+// The k-th largest of keys that all lie in [low, high].
+Found kth_between(const std::vector<Keys>& between, uint32_t low, uint32_t high, int64_t k) {
+    int shift = 0;
+    while ((high - low) >> shift >= kRadixBuckets) ++shift;
+    std::vector<uint32_t> counts(kRadixBuckets), bucket;
+    const auto each = [&](const auto& use) {
+        for (const Keys& keys : between) {
+            for (int64_t i = 0; i < keys.count; ++i) use(keys.list[i]);
+        }
+    };
+    each([&](uint32_t key) { ++counts[(key - low) >> shift]; });
+    uint32_t digit = kRadixBuckets - 1;
+    while (counts[digit] < k) k -= counts[digit--];
+    each([&](uint32_t key) {
+        if ((key - low) >> shift == digit) bucket.push_back(key);
+    });
+    const auto place = bucket.begin() + (k - 1);
+    std::nth_element(bucket.begin(), place, bucket.end(), std::greater<uint32_t>());
+    // everything before `place` is at least the key, everything behind at most
+    const uint32_t found = *place;
+    const auto ties = std::count(bucket.begin(), place + 1, found);
+    return {found, ties, ties + std::count(place + 1, bucket.end(), found), 0};
+}
+
 class Selector {
   public:
     Selector(const Matrix& base, const Matrix& tuned, const LowRank& low_rank, int threads)
@@ -79,54 +114,56 @@ class Selector {
         while (high > 0 && above + counts[high] < from) above += counts[high--];
         uint32_t low = high;
         while (low > 0 && above + counts[low] < to) above += counts[low--];
-        return {low << kShift, (high << kShift) | ((1u << kShift) - 1)};
+        // not below 1: lanes past the last column look like zeros
+        return {std::max(1u, low << kShift), (high << kShift) | ((1u << kShift) - 1)};
     }
 
-    // One pass: keys above `high`, and those in [low, high], of which more than `most` are given up.
+    // One pass: how many keys are above `high`, and those in [low, high], of which more than `most` are given up. The
+    // largest key says whether anything is not finite.
     struct Bracket {
-        int64_t above = 0, non_finite = 0;
+        int64_t above = 0;
+        uint32_t largest = 0;
         bool complete = true;
-        std::vector<uint32_t> between;
+        std::vector<Keys> between;  // one list per worker
     };
     Bracket bracket(uint32_t low, uint32_t high, int64_t most) {
-        std::vector<std::vector<uint32_t>> parts(static_cast<size_t>(workers_));
+        const int64_t cols = residual_.cols(), block = std::min(residual_.block(), padded(cols));
         std::vector<Bracket> found(static_cast<size_t>(workers_));
-        Buffer<uint32_t> row_hits(workers_ * (stride_ + kPad));
-        const int64_t n = residual_.cols();
-        each_row([&](int64_t, const uint32_t* keys, int worker) {
-            std::vector<uint32_t>& part = parts[static_cast<size_t>(worker)];
+        std::vector<Keys> between(static_cast<size_t>(workers_));
+        parallel_for(tasks_, workers_, [&](int64_t task, int worker) {
+            Keys& keys = between[static_cast<size_t>(worker)];
             Bracket& mine = found[static_cast<size_t>(worker)];
-            if (!mine.complete) return;
-            uint32_t* hits = row_hits.data() + worker * (stride_ + kPad);
-            int64_t count = 0, j = 0;
-            VecU32 above = {}, bad = {};
-            for (; j + kLanes<float> <= n; j += kLanes<float>) {
-                VecU32 v;
-                std::memcpy(&v, keys + j, sizeof v);
-                count = append_between(v, low, high, hits, count);
-                above -= reinterpret_cast<VecU32>(v > high);
-                bad -= reinterpret_cast<VecU32>(v >= kNonFiniteKey);
+            if (!keys.list.size()) keys.list.allocate(most + block + kPad);
+            const int64_t end = std::min(residual_.rows(), (task + 1) * kTaskRows);
+            VecU32 above = {}, largest = {};
+            for (int64_t from = 0; from < cols; from += block) {
+                const int64_t to = std::min(cols, from + block);
+                for (int64_t i = task * kTaskRows; i < end && mine.complete; ++i) {
+                    uint32_t* list = keys.list.data();
+                    int64_t count = keys.count;
+                    residual_.each(i, from, to, scratch_.data() + worker * 4 * stride_,
+                                   [&](int64_t, Vec<float>, Vec<float>, Vec<float> r) {
+                                       const VecU32 v = reinterpret_cast<VecU32>(r) & kMagnitudeMask;
+                                       largest = v > largest ? v : largest;
+                                       above -= reinterpret_cast<VecU32>(v > high);
+                                       count = append_between(v, low, high, list, count);
+                                   });
+                    keys.count = count;
+                    mine.complete = count <= most;
+                }
             }
             for (int lane = 0; lane < kLanes<float>; ++lane) {
                 mine.above += above[lane];
-                mine.non_finite += bad[lane];
+                mine.largest = std::max<uint32_t>(mine.largest, largest[lane]);
             }
-            for (; j < n; ++j) {
-                hits[count] = keys[j];
-                count += keys[j] - low <= high - low;
-                mine.above += keys[j] > high;
-                mine.non_finite += keys[j] >= kNonFiniteKey;
-            }
-            part.insert(part.end(), hits, hits + count);
-            mine.complete = static_cast<int64_t>(part.size()) <= most;
         });
         Bracket all;
-        for (size_t worker = 0; worker < parts.size(); ++worker) {
-            all.above += found[worker].above;
-            all.non_finite += found[worker].non_finite;
-            all.complete &= found[worker].complete;
-            all.between.insert(all.between.end(), parts[worker].begin(), parts[worker].end());
+        for (const Bracket& mine : found) {
+            all.above += mine.above;
+            all.largest = std::max(all.largest, mine.largest);
+            all.complete &= mine.complete;
         }
+        all.between = std::move(between);
         return all;
     }
 
@@ -173,12 +210,6 @@ uint32_t descend(const std::vector<int64_t>& counts, int64_t& k) {
     return digit;
 }
 
-// The k-th largest key, how many entries equal to it are kept, and how many there are.
-struct Found {
-    uint32_t key;
-    int64_t ties, equal, non_finite;
-};
-
 Found by_digits(Selector& selector, int64_t k) {
     std::vector<int64_t> counts = selector.histogram(0, 0);
     Found found{0, k, 0, 0};
@@ -204,17 +235,12 @@ Selection residual_threshold(const Matrix& base, const Matrix& tuned, const LowR
     bool finished = false;
     if (k > 0 && size >= kSample) {
         const auto [low, high] = selector.guess(k);
-        Selector::Bracket bracket = selector.bracket(low, high, size / 4);
-        if (bracket.complete && bracket.non_finite) return {{kInfinity, 0, 0}, bracket.non_finite};
+        const Selector::Bracket bracket = selector.bracket(low, high, size / 4);
         const int64_t rank = k - bracket.above;
-        if (bracket.complete && 0 < rank && rank <= static_cast<int64_t>(bracket.between.size())) {
-            std::vector<uint32_t>& keys = bracket.between;
-            std::nth_element(keys.begin(), keys.begin() + (rank - 1), keys.end(), std::greater<uint32_t>());
-            found.key = keys[static_cast<size_t>(rank - 1)];
-            // everything before position rank - 1 is at least the key, everything behind at most
-            const auto equal = [&](uint32_t key) { return key == found.key; };
-            found.ties = std::count_if(keys.begin(), keys.begin() + rank, equal);
-            found.equal = found.ties + std::count_if(keys.begin() + rank, keys.end(), equal);
+        int64_t count = 0;
+        for (const Keys& keys : bracket.between) count += keys.count;
+        if (bracket.complete && bracket.largest < kNonFiniteKey && 0 < rank && rank <= count) {
+            found = kth_between(bracket.between, low, high, rank);
             finished = true;
         }
     }

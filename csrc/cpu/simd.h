@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../lors/views.h"
@@ -64,6 +66,20 @@ inline void store(T* p, Vec<T> v) {
 template <class T>
 inline Vec<T> splat(T value) {
     return value - Vec<T>{};
+}
+
+// a * b + c with one rounding where the instruction set has it, and never a choice of the compiler's: two callers that
+// must see the same bits use this instead of operators, which may or may not be contracted.
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vec<float>>(_mm512_fmadd_ps(a, b, c));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Vec<float>>(_mm256_fmadd_ps(a, b, c));
+#elif defined(__aarch64__)
+    return reinterpret_cast<Vec<float>>(vfmaq_f32(c, a, b));
+#else
+    return a * b + c;  // baseline x86-64 has nothing to contract it to
+#endif
 }
 
 // --- half precision -------------------------------------------------------------------------------------------------

@@ -59,14 +59,16 @@ SparseStats sparse_update(float* out, const Matrix& shape, const LowRank& low_ra
         factors.row(i, delta, low, rest);
         float* to = out + i * n;
         float energy = 0;
+        const Vec<float> w = splat(weight);
+        const auto update = [&](float* values, int64_t j) {
+            store(values, multiply_add(w, load(low + j) + load(row + j), load(values)));
+        };
         int64_t j = 0;
-        for (; j + kLanes<float> <= n; j += kLanes<float>) {
-            store(to + j, load(to + j) + weight * (load(low + j) + load(row + j)));
-        }
-        if (j < n) {  // the tail through a padded row: one expression for all entries, contracted alike
+        for (; j + kLanes<float> <= n; j += kLanes<float>) update(to + j, j);
+        if (j < n) {  // the tail through a padded row
             std::fill(delta, delta + kLanes<float>, 0.0f);
             std::copy(to + j, to + n, delta);
-            store(delta, load(delta) + weight * (load(low + j) + load(row + j)));
+            update(delta, j);
             std::copy(delta, delta + (n - j), to + j);
         }
         for (j = 0; j < n; ++j) {

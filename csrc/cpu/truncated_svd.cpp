@@ -340,57 +340,85 @@ Factors iterate(const PackedRows& a, Krylov<T>& krylov, int64_t rank, double tot
 }
 
 // delta, transposed when wide, in memory and in the range where squares neither overflow nor vanish. Packing once, as a
-// matrix product packs its operands, lets the passes read 4 bytes per entry from cache instead of base and tuned again.
+// matrix product packs its operands, lets the passes read 4 bytes per entry from cache instead of base and tuned again;
+// a delta that already lies in memory so is used where it is.
 struct Packed {
-    Buffer<float> rows;  // [m, padded(n)] = delta * scale
+    Buffer<float> copy;
+    const float* rows;   // [m, padded(n)] = delta * scale
     double scale;        // a power of two, so that scaling is exact
     double energy;       // sum of squares of `rows`
     int64_t non_finite;
 };
 
+// The largest magnitude key and the sum of squares of some entries.
+struct Survey {
+    uint32_t largest = 0;
+    double energy = 0;
+};
+
+Survey survey(const float* rows, int64_t count, int64_t np) {
+    Survey found;
+    VecU32 largest = {};
+    for (int64_t i = 0; i < count; ++i) {
+        Vec<float> squares = {};
+        for (int64_t j = 0; j < np; j += kLanes<float>) {
+            const Vec<float> v = load(rows + i * np + j);
+            const VecU32 key = reinterpret_cast<VecU32>(v) & kMagnitudeMask;
+            largest = key > largest ? key : largest;
+            squares += v * v;
+        }
+        for (int lane = 0; lane < kLanes<float>; ++lane) found.energy += static_cast<double>(squares[lane]);
+    }
+    for (int lane = 0; lane < kLanes<float>; ++lane) found.largest = std::max<uint32_t>(found.largest, largest[lane]);
+    return found;
+}
+
 Packed pack(const Delta& delta, bool wide, int threads) {
     const int64_t m = wide ? delta.cols() : delta.rows(), n = wide ? delta.rows() : delta.cols(), np = padded(n);
     const int64_t chunks = (m + kChunkRows - 1) / kChunkRows;
-    Packed packed{Buffer<float>(m * np), 1, 0, 0};
-    std::vector<uint32_t> largest(static_cast<size_t>(chunks));
+    const bool stored = !wide && delta.stored() && delta.contiguous();
+    Packed packed{Buffer<float>(stored ? 0 : m * np), nullptr, 1, 0, 0};
+    packed.rows = stored ? delta.stored_row(0) : packed.copy.data();
+    // body(first row, rows) -> Survey; the sums are added in order
     const auto each_chunk = [&](const auto& body) {
+        std::vector<Survey> parts(static_cast<size_t>(chunks));
         parallel_for(chunks, threads, [&](int64_t chunk, int) {
-            const int64_t first = chunk * kChunkRows, count = std::min(m - first, kChunkRows);
-            body(chunk, packed.rows.data() + first * np, count);
+            const int64_t first = chunk * kChunkRows;
+            parts[static_cast<size_t>(chunk)] = body(first, std::min(m - first, kChunkRows));
         });
-    };
-    each_chunk([&](int64_t chunk, float* rows, int64_t count) {
-        if (wide) {
-            DeltaColumns{delta}.fetch(chunk * kChunkRows, count, rows);
-        } else {
-            DeltaRows{delta}.fetch(chunk * kChunkRows, count, rows);
+        Survey all;
+        for (const Survey& part : parts) {
+            all.largest = std::max(all.largest, part.largest);
+            all.energy += part.energy;
         }
-        uint32_t key = 0;
-        for (int64_t j = 0; j < count * np; ++j) key = std::max(key, magnitude_key(rows[j]));
-        largest[static_cast<size_t>(chunk)] = key;
+        return all;
+    };
+    Survey all = each_chunk([&](int64_t first, int64_t count) {
+        float* rows = packed.copy.data() + first * np;
+        if (wide) {
+            DeltaColumns{delta}.fetch(first, count, rows);
+        } else if (!stored) {
+            DeltaRows{delta}.fetch(first, count, rows);
+        }
+        return survey(packed.rows + first * np, count, np);
     });
-    const uint32_t top = *std::max_element(largest.begin(), largest.end());
-    if (top >= kNonFiniteKey) {
+    if (all.largest >= kNonFiniteKey) {
         for (int64_t j = 0; j < m * np; ++j) packed.non_finite += magnitude_key(packed.rows[j]) >= kNonFiniteKey;
         return packed;
     }
-    const int exponent = top ? std::ilogb(key_to_magnitude(top)) : 0;
-    if (exponent < -40 || exponent > 20) packed.scale = std::ldexp(1.0, -exponent);
-    std::vector<double> energy(static_cast<size_t>(chunks));
-    each_chunk([&](int64_t chunk, float* rows, int64_t count) {
-        double sum = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            float* row = rows + i * np;
-            if (packed.scale != 1) {
-                for (int64_t j = 0; j < np; ++j) row[j] = static_cast<float>(row[j] * packed.scale);
+    const int exponent = all.largest ? std::ilogb(key_to_magnitude(all.largest)) : 0;
+    if (exponent < -40 || exponent > 20) {
+        packed.scale = std::ldexp(1.0, -exponent);
+        if (stored) packed.copy.allocate(m * np);
+        all = each_chunk([&](int64_t first, int64_t count) {
+            for (int64_t j = first * np; j < (first + count) * np; ++j) {
+                packed.copy[j] = static_cast<float>(packed.rows[j] * packed.scale);
             }
-            Vec<float> squares = {};
-            for (int64_t j = 0; j < np; j += kLanes<float>) squares += load(row + j) * load(row + j);
-            for (int lane = 0; lane < kLanes<float>; ++lane) sum += static_cast<double>(squares[lane]);
-        }
-        energy[static_cast<size_t>(chunk)] = sum;
-    });
-    for (double part : energy) packed.energy += part;
+            return survey(packed.copy.data() + first * np, count, np);
+        });
+        packed.rows = packed.copy.data();
+    }
+    packed.energy = all.energy;
     return packed;
 }
 
@@ -410,7 +438,7 @@ SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, u
     SvdResult result{SvdMethod::kKrylov, 0, 0, packed.energy / packed.scale / packed.scale, packed.non_finite};
     if (result.non_finite) return result;
 
-    const PackedRows a{packed.rows.data(), m, n};
+    const PackedRows a{packed.rows, m, n};
     const int64_t groups = (rank + kWidth - 1) / kWidth;
     const int64_t limit = default_limit(n, rank);
     Krylov<float> single(a, rank, kWidth, limit, seed, threads);
