@@ -34,10 +34,12 @@ class BlockCache {
         for (Block& block : blocks_) {
             if (!block.data) place = &block;
         }
-        if (!place || kept_ + bytes > kKeep) {  // start over with the shapes that are in use now
-            for (Block& block : blocks_) std::free(std::exchange(block.data, nullptr));
-            kept_ = 0;
-            place = &blocks_[0];
+        if (!place) {  // one that has been there for long makes room
+            place = &blocks_[next_++ % kBlocks];
+            drop(*place);
+        }
+        if (kept_ + bytes > kKeep) {  // start over with the shapes that are in use now
+            for (Block& block : blocks_) drop(block);
         }
         *place = {data, bytes};
         kept_ += bytes;
@@ -53,8 +55,15 @@ class BlockCache {
         void* data = nullptr;
         int64_t bytes = 0;
     };
+    void drop(Block& block) {
+        if (!block.data) return;
+        std::free(std::exchange(block.data, nullptr));
+        kept_ -= block.bytes;
+    }
+
     Block blocks_[kBlocks];
     int64_t kept_ = 0;
+    unsigned next_ = 0;
 };
 
 template <class T>

@@ -91,7 +91,7 @@ inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer)
     return buffer;
 }
 
-// Rows per block: what keeps a block near half of a 48 KiB L1, and full lines when columns are gathered.
+// Rows per block: 144 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
 template <class T>
 inline int64_t block_rows(int64_t n) {
     return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);

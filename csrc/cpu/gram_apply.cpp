@@ -13,11 +13,15 @@ void gram_apply(const Matrix& base, const Matrix& tuned, bool transposed, const 
     for (int64_t c = 0; c < width; ++c) {
         for (int64_t j = 0; j < n; ++j) vectors[c * np + j] = x[j * width + c];
     }
+    const auto apply = [&](const auto& a) {
+        gram<float>(a, vectors.data(), groups, products.data(), static_cast<float*>(nullptr), threads);
+    };
     if (transposed) {
-        gram<float>(DeltaColumns{delta}, vectors.data(), groups, products.data(), static_cast<float*>(nullptr),
-                    threads);
+        apply(DeltaColumns{delta});
+    } else if (delta.stored() && delta.contiguous()) {
+        apply(PackedRows{delta.stored_row(0), delta.rows(), n});
     } else {
-        gram<float>(DeltaRows{delta}, vectors.data(), groups, products.data(), static_cast<float*>(nullptr), threads);
+        apply(DeltaRows{delta});
     }
     for (int64_t c = 0; c < width; ++c) {
         for (int64_t j = 0; j < n; ++j) z[j * width + c] = products[c * np + j];

@@ -8,7 +8,7 @@
 
 namespace lors {
 
-constexpr int kWidth = 8;  // vectors per group: 2 rows x 8 sums fill half of the 32 AVX-512 registers
+constexpr int kWidth = 4;  // vectors per group: 2 rows x 8 sums fill half of the 32 AVX-512 registers
 
 template <class T, int R>
 inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t n, T* y) {
@@ -27,7 +27,7 @@ inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t n, T* y) {
 // y[i, c] = sum_j a[i, j] * x[c, j]    a [rows, n], row step lda; x [8, n]; y [rows, 8]; n a multiple of kPad
 template <class T>
 inline void dots(const T* a, int64_t lda, int64_t rows, const T* x, int64_t n, T* y) {
-    constexpr int R = kVectorBytes == 64 ? 3 : 1;
+    constexpr int R = kVectorBytes == 64 ? 6 : 2;
     int64_t i = 0;
     for (; i + R <= rows; i += R) dots_rows<T, R>(a + i * lda, lda, x, n, y + i * kWidth);
     for (; i < rows; ++i) dots_rows<T, 1>(a + i * lda, lda, x, n, y + i * kWidth);
@@ -55,7 +55,7 @@ inline void accumulate_columns(const T* a, int64_t lda, int64_t rows, const T* y
 // z[c, j] += sum_i y[i, c] * a[i, j]    shapes as above, z [8, n]
 template <class T>
 inline void accumulate(const T* a, int64_t lda, int64_t rows, const T* y, T* z, int64_t n) {
-    constexpr int C = kVectorBytes == 64 ? 2 : 1;
+    constexpr int C = kVectorBytes == 64 ? 4 : 2;
     int64_t j = 0;
     for (; j + C * kLanes<T> <= n; j += C * kLanes<T>) accumulate_columns<T, C>(a + j, lda, rows, y, z + j, n);
     for (; j < n; j += kLanes<T>) accumulate_columns<T, 1>(a + j, lda, rows, y, z + j, n);

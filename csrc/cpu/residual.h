@@ -22,8 +22,9 @@ class Residual {
     }
 
     // use(j, delta, low, residual) with lanes j .. j + kLanes of row i, for j over [from, padded(to)):
-    // low[j] = sum_r left[i, r] * right[j, r], residual[j] = delta[i, j] - low[j]; zeros past cols. `from` is a multiple
-    // of kPad, `to` is one too or the number of columns. `scratch` [padded(to - from)] is for a delta that is not stored.
+    // low[j] = sum_r left[i, r] * right[j, r], residual[j] = delta[i, j] - low[j]; zeros past cols. `from` is a
+    // multiple of kPad, `to` is one too or the number of columns. `scratch` [padded(to - from)] is for a delta that is
+    // not stored.
     template <class Use>
     void each(int64_t i, int64_t from, int64_t to, float* scratch, const Use& use) const {
         constexpr int64_t V = 4, L = kLanes<float>;
@@ -49,8 +50,9 @@ class Residual {
     }
 
   private:
-    // V vectors at a time, `delta` pointing at the first of them: each factor of `left` is broadcast once for all of them, and V independent sums hide the
-    // latency of the multiply-adds. Every entry sees the same operations in the same order whatever V is.
+    // V vectors at a time, `delta` pointing at the first of them: each factor of `left` is broadcast once for all of
+    // them, and V independent sums hide the latency of the multiply-adds. Every entry sees the same operations in the
+    // same order whatever V is.
     template <int V, class Use>
     __attribute__((always_inline)) inline void columns(int64_t i, int64_t j, const float* delta, const Use& use) const {
         const int64_t n = padded(cols()), rank = low_rank_.rank;

@@ -173,11 +173,11 @@ inline Vec<float> load_vector(const void* row, int64_t j) {
 
 // --- horizontal sums ------------------------------------------------------------------------------------------------
 
-// sums[c] = sum of the lanes of v[c], c = 0..7.
-inline void sum_lanes(const Vec<float> (&v)[8], float* sums) {
+// sums[c] = sum of the lanes of v[c], c = 0..3.
+inline void sum_lanes(const Vec<float> (&v)[4], float* sums) {
 #if defined(__AVX512F__) || defined(__AVX2__)
-    __m256 half[8];
-    for (int c = 0; c < 8; ++c) {
+    __m256 half[4];
+    for (int c = 0; c < 4; ++c) {
 #if defined(__AVX512F__)
         const __m512 whole = reinterpret_cast<__m512>(v[c]);
         half[c] = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
@@ -185,17 +185,15 @@ inline void sum_lanes(const Vec<float> (&v)[8], float* sums) {
         half[c] = reinterpret_cast<__m256>(v[c]);
 #endif
     }
-    const __m256 s0 = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    const __m256 s1 = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
-    const __m256 total = _mm256_add_ps(_mm256_permute2f128_ps(s0, s1, 0x20), _mm256_permute2f128_ps(s0, s1, 0x31));
-    _mm256_storeu_ps(sums, total);
+    const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 #else
-    for (int c = 0; c < 8; ++c) sums[c] = (v[c][0] + v[c][1]) + (v[c][2] + v[c][3]);
+    for (int c = 0; c < 4; ++c) sums[c] = (v[c][0] + v[c][1]) + (v[c][2] + v[c][3]);
 #endif
 }
 
-inline void sum_lanes(const Vec<double> (&v)[8], double* sums) {
-    for (int c = 0; c < 8; ++c) {
+inline void sum_lanes(const Vec<double> (&v)[4], double* sums) {
+    for (int c = 0; c < 4; ++c) {
         double total = 0;
         for (int lane = 0; lane < kLanes<double>; ++lane) total += v[c][lane];
         sums[c] = total;

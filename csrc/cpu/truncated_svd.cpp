@@ -89,10 +89,7 @@ class Krylov {
           image_(width * np_),
           coefficients_((limit_ + width) * kWidth),
           t_(limit_ * limit_),
-          below_(width * width) {
-        basis_.zero();
-        t_.zero();
-    }
+          below_(width * width) {}
 
     int passes() const { return passes_; }
     int64_t size() const { return size_; }
@@ -107,6 +104,7 @@ class Krylov {
                 basis_[i * np_ + j] =
                     static_cast<T>(i < count ? static_cast<double>(start[i * np_ + j]) : random_.next());
             }
+            std::fill(&basis_[i * np_ + n_], &basis_[i * np_ + np_], T{});
         }
         orthonormalise(0, 1.0);
     }
@@ -117,6 +115,10 @@ class Krylov {
         gram<T>(a_, newest, width_ / kWidth, image_.data(), static_cast<T*>(nullptr), threads_);
         ++passes_;
         size_ += width_;
+        for (int64_t i = 0; i < size_; ++i) {
+            const int64_t from = i < size_ - width_ ? size_ - width_ : 0;
+            std::fill(&t_[i * limit_ + from], &t_[i * limit_ + size_], 0.0);
+        }
         for (int round = 0; round < 2; ++round) {
             for (int64_t g = 0; g < width_ / kWidth; ++g) {
                 T* image = image_.data() + g * kWidth * np_;
@@ -344,9 +346,9 @@ Factors iterate(const PackedRows& a, Krylov<T>& krylov, int64_t rank, double tot
 // a delta that already lies in memory so is used where it is.
 struct Packed {
     Buffer<float> copy;
-    const float* rows;   // [m, padded(n)] = delta * scale
-    double scale;        // a power of two, so that scaling is exact
-    double energy;       // sum of squares of `rows`
+    const float* rows;  // [m, padded(n)] = delta * scale
+    double scale;       // a power of two, so that scaling is exact
+    double energy;      // sum of squares of `rows`
     int64_t non_finite;
 };
 

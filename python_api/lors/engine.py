@@ -33,6 +33,7 @@ from .parameters import rank_of
 from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
+PART = 1 << 16  # entries of a matrix that are read at a time to be subtracted from: a quarter of L2
 LARGE = 1 << 20  # entries of a piece that does not share the last cache well
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
@@ -77,6 +78,7 @@ class _Worker:
 
     base: Slot = field(default_factory=Slot)
     tuned: Slot = field(default_factory=Slot)
+    delta: Slot = field(default_factory=Slot)
     total: Slot = field(default_factory=Slot)
     out: Slot = field(default_factory=Slot)
     buffers: Buffers = field(default_factory=Buffers)
@@ -191,12 +193,32 @@ class Engine:
             if factors is not None:
                 outcomes += self._add_factors(expert, piece, total, factors, reduction)
                 continue
-            tuned = expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
-            bases = [None, None] if base is None else piece.views(base)
+            against, tuned = self._pair(expert, piece, base, worker)
+            bases = [None, None] if against is None else piece.views(against)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
                 outcomes.append(self._add(expert, work, w, b, t, reduction))
         self.sink(work.name, self._converted(total, work, worker), piece.start)
         return outcomes
+
+    def _pair(
+        self, expert: Source, piece: Piece, base: np.ndarray | None, worker: _Worker
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """What the kernels subtract, and from what: (base, tuned), or (None, delta).
+
+        A float32 matrix is read a part at a time and the base subtracted while the part is in L2: what is kept of it is
+        delta, and base and tuned need not be read again for each step. Of two bytes an entry the pair is the smaller.
+        """
+        work = piece.work
+        kinds = {work.spec.dtype, expert.tensors[work.name].dtype}
+        if base is None or not work.matrix or kinds != {np.dtype(np.float32)}:
+            return base, expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
+        delta = worker.delta.array(base.size, base.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):  # the kernels count what is not finite
+            for start in range(0, base.size, PART):
+                part = slice(start, min(base.size, start + PART))
+                tuned = expert.fetch(work.name, piece.start + part.start, piece.start + part.stop, worker.tuned)
+                np.subtract(tuned, base[part], out=delta[part])
+        return None, delta
 
     def _add_factors(
         self, expert: Source, piece: Piece, total: np.ndarray, factors: Factors, r: Reduction
