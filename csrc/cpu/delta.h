@@ -59,6 +59,7 @@ class Delta {
     // Whether the rows of delta lie in memory as they are wanted here: float32, no base, nothing to pad.
     bool stored() const { return !base_.data && tuned_.dtype == DType::kFloat32 && tuned_.cols == padded(tuned_.cols); }
     const float* stored_row(int64_t i) const { return static_cast<const float*>(tuned_.at(i, 0)); }
+    int64_t step() const { return tuned_.stride; }
     bool contiguous() const { return tuned_.stride == tuned_.cols || tuned_.rows <= 1; }
 
   private:

@@ -60,18 +60,25 @@ inline const float* DeltaColumns::fetch(int64_t i, int64_t count, float* buffer)
     for (int64_t part = 0; part < count; part += kStrip) {
         const int64_t width = std::min(kStrip, count - part);
         for (int64_t j = 0; j < n; j += kPad) {
-            for (int64_t r = 0; r < kPad; ++r) {
-                if (j + r < cols()) {
-                    delta.row(j + r, i + part, width, strip[r]);
-                } else {
-                    std::fill(strip[r], strip[r] + width, 0.0f);
+            const float* from = &strip[0][0];
+            int64_t step = kStrip;
+            if (delta.stored() && j + kPad <= cols()) {
+                from = delta.stored_row(j) + i + part;
+                step = delta.step();
+            } else {
+                for (int64_t r = 0; r < kPad; ++r) {
+                    if (j + r < cols()) {
+                        delta.row(j + r, i + part, width, strip[r]);
+                    } else {
+                        std::fill(strip[r], strip[r] + width, 0.0f);
+                    }
                 }
             }
             float* out = buffer + part * n + j;
             int64_t c = 0;
-            for (; c + kPad <= width; c += kPad) transpose_tile(&strip[0][c], kStrip, out + c * n, n);
+            for (; c + kPad <= width; c += kPad) transpose_tile(from + c, step, out + c * n, n);
             for (; c < width; ++c) {
-                for (int64_t r = 0; r < kPad; ++r) out[c * n + r] = strip[r][c];
+                for (int64_t r = 0; r < kPad; ++r) out[c * n + r] = from[r * step + c];
             }
         }
     }
