@@ -10,10 +10,8 @@ so the result has the same bits for any number of threads.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,7 +32,6 @@ from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
 PART = 1 << 16  # entries of a matrix that are read at a time to be subtracted from: a quarter of L2
-LARGE = 1 << 20  # entries of a piece that does not share the last cache well
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
@@ -84,32 +81,6 @@ class _Worker:
     buffers: Buffers = field(default_factory=Buffers)
 
 
-class _Queue:
-    """Hands out pieces in their order, but large ones to at most half of the threads at a time while there are others.
-
-    base, expert, packed delta and sum of a whole MLP matrix are 38 MB for whisper-small: two threads with one each would
-    push each other out of the last cache, one beside a thread with attention matrices does not.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], threads: int) -> None:
-        self._lock = threading.Lock()
-        self._large = deque(i for i, piece in enumerate(pieces) if piece.stop - piece.start > LARGE)
-        self._small = deque(i for i, piece in enumerate(pieces) if piece.stop - piece.start <= LARGE)
-        self._places = max(1, threads // 2)
-
-    @contextmanager
-    def take(self) -> Iterator[int]:
-        with self._lock:
-            large = bool(self._large) and (self._places > 0 or not self._small)
-            index = (self._large if large else self._small).popleft()
-            self._places -= large
-        try:
-            yield index
-        finally:
-            with self._lock:
-                self._places += large
-
-
 @dataclass
 class Engine:
     """Carries out a list of `Work` from sources to a sink and keeps the account in a report."""
@@ -128,10 +99,9 @@ class Engine:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
         pieces = [piece for work in works for piece in work.pieces()]
         self._prepare(pieces)
-        queue = _Queue(pieces, self.threads)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [pool.submit(task) for task in also]
-            futures += [pool.submit(self._do_next, pieces, queue) for _ in pieces]
+            futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
@@ -148,10 +118,6 @@ class Engine:
         self._local = threading.local()
 
     # --- one piece
-
-    def _do_next(self, pieces: Sequence[Piece], queue: _Queue) -> None:
-        with queue.take() as index:
-            self._do(pieces, index)
 
     def _do(self, pieces: Sequence[Piece], index: int) -> None:
         if self._stop.is_set():
