@@ -55,14 +55,16 @@ def test_any_number_of_experts_against_reference(
     tuned = [rng.standard_normal((m, n)).astype(DTYPES[dtypes[1]]) for _ in range(experts)]
     left = [rng.standard_normal((m, rank)).astype(np.float32) if rank else None for _ in tuned]
     right = [rng.standard_normal((n, rank)).astype(np.float32) if rank else None for _ in tuned]
-    thresholds = [
-        kernels.residual_threshold(base, t, a, b, int(rng.integers(0, m * n + 1)))
-        for t, a, b in zip(tuned, left, right, strict=True)
-    ]
+    kept = [int(rng.integers(0, m * n + 1)) for _ in tuned]
     weights = rng.standard_normal(experts).tolist()
     outs = []
     for backend in ("cpu", "reference"):
         out = np.ones((m, n), DTYPES[dtypes[2]])
+        # a threshold holds for the backend that found it: another rounds L's last bit its own way
+        thresholds = [
+            kernels.residual_threshold(base, t, a, b, k, backend=backend)
+            for t, a, b, k in zip(tuned, left, right, kept, strict=True)
+        ]
         stats = kernels.merge_update(
             out, base, tuned, left, right, thresholds, weights, backend=backend, threads=threads
         )
