@@ -305,12 +305,13 @@ Factors finish(const PackedRows& a, Krylov<T>& krylov, Ritz& ritz, int64_t rank,
     return f;
 }
 
-// Passes until the bound should be met, from how fast it has been falling.
-int64_t passes_to_go(double error, double previous, int64_t since) {
+// Passes until the bound should be met, from how fast it has been falling. A look at the bound costs a small
+// eigen-decomposition, which grows with the basis: the longer it takes, the rarer they are.
+int64_t passes_to_go(double error, double previous, int64_t since, int64_t passes) {
     const double rate =
         previous > 0 && error < previous ? std::log(previous / error) / static_cast<double>(since) : 0.7;
     const double wanted = std::log(std::max(1.0, error / (0.5 * kErrorBound))) / std::max(rate, 0.3);
-    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, 4);
+    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, std::max<int64_t>(4, passes / 2));
 }
 
 // Grows the basis until the certificate holds, or until it cannot: the limit is reached, or the measured error stays
@@ -335,7 +336,7 @@ Factors iterate(const PackedRows& a, Krylov<T>& krylov, int64_t rank, double tot
                 return f;
             }
         }
-        wait = passes_to_go(ritz.error, previous, since);
+        wait = passes_to_go(ritz.error, previous, since, krylov.passes());
         previous = ritz.error;
         since = 0;
     }
