@@ -36,7 +36,7 @@ from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .recipe import BASE, Recipe
-from .sources import MemorySource, Source
+from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -311,7 +311,7 @@ def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
     """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
     if not is_expert_file(checkpoint):
         return checkpoint_source(checkpoint, base)
-    source = ExpertSource(checkpoint)
+    source = ExpertSource(checkpoint, FileSource(base))
     source.require_names(base)
     return source
 
@@ -321,9 +321,18 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
     for index, source in enumerate(experts):
         if not isinstance(source, ExpertSource):
             continue
+        partly = False
         for work in works:
             if work.reductions and (reduction := work.reductions[index]).weight:
                 source.require(work.name, work.matrix, reduction.rank, reduction.density)
+            asked = work.reductions[index].weight if work.reductions else 0
+            whole = work.combination is not None or (bool(asked) and not work.matrix)
+            partly = partly or (whole and source.stands_in(work.name))
+        if partly:
+            report.notices.append(
+                f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
+                f"{source.layout.density:g} where the whole difference is asked for"
+            )
         if source.layout.remainder == "none":
             report.notices.append(
                 f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
