@@ -36,6 +36,7 @@ from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .recipe import BASE, Recipe
+from .remote import placed
 from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -116,7 +117,8 @@ def merge_recipe(
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         kernels = None if device else backend
-        job = _prepare(recipe, out, stack, backend=kernels, threads=threads, force=force, durable=durable)
+        place = stack.enter_context(placed(out, force))
+        job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
@@ -132,6 +134,7 @@ def merge_recipe(
         writer.finish()
         _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
         job.output.commit()
+    job.report.out = str(out)
     job.report.seconds = time.perf_counter() - begun
     job.report.peak_memory = peak_memory()
     if check:
@@ -151,7 +154,8 @@ def dry_run(
 ) -> MergeReport:
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
-        job = _prepare(recipe, out, stack, backend=backend, threads=threads, force=force, durable=False)
+        place = stack.enter_context(placed(out, force))
+        job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
         job.output.require_space(size)
         job.report.tensors = len(job.works)
@@ -431,9 +435,9 @@ def _on_cluster(
             for work in job.works
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
-    paths = {expert.name: str(expert.path) for expert in job.experts}
+    paths = {expert.name: expert.location for expert in job.experts}
     options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
-    return decompositions(address, str(job.base.path), paths, wanted, **options)
+    return decompositions(address, job.base.location, paths, wanted, **options)
 
 
 def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:
