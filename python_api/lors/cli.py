@@ -405,7 +405,7 @@ def sweep(
         str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")
+        str, typer.Option("--out", "-o", metavar="DIR", help="Directory or URL of the sweep; the same again goes on.")
     ],
     rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
     density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,

@@ -466,11 +466,13 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _writer(recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work]) -> WeightWriter | OpenAIWriter:
+def _writer(
+    recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work], over: bool = False
+) -> WeightWriter | OpenAIWriter:
     tensors = [(work.name, work.out_dtype, work.spec.shape) for work in works]
     if base.dims is not None:
         return OpenAIWriter(directory / "model.pt", tensors, base.dims)
-    return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES)
+    return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
 def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:

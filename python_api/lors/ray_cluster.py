@@ -226,11 +226,11 @@ def _source(path: str, base: str, label: str) -> Any:
 # --- trials
 
 
-def submit_trial(ray: Any, cpus: int, memory: int, runner: Mapping[str, Any], *arguments: Any) -> Future[Any]:
+def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arguments: Any) -> Future[Any]:
     """A trial of a sweep as a task; the future of its `Trial`."""
     require_fitting(ray, cpus, 0, memory)
     task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
-    reference = task.remote(dict(runner), *arguments)
+    reference = task.remote(dict(plan), *arguments)
     done: Future[Any] = Future()
     done.set_running_or_notify_cancel()
 
@@ -244,7 +244,19 @@ def submit_trial(ray: Any, cpus: int, memory: int, runner: Mapping[str, Any], *a
     return done
 
 
-def _trial(runner: Mapping[str, Any], *arguments: Any) -> Any:
-    from .sweep import remote_runner
+def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:
+    from .sweep import remote_trial
 
-    return remote_runner(**runner).trial(*arguments)
+    return remote_trial(plan, *arguments)
+
+
+def on_every_node(ray: Any, work: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function once on every node; a node that is lost meanwhile has lost what it kept too."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(work)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ray.wait(
+        [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(*arguments) for n in nodes],
+        num_returns=len(nodes), timeout=CONNECT_SECONDS * 6,
+    )  # fmt: skip
