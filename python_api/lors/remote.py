@@ -133,7 +133,7 @@ def fetch(url: str, patterns: Sequence[Sequence[str]]) -> Path:
     store = Store(url)
     infos = store.listing()
     if not infos:
-        raise LorsError(f"{url}: no such file or directory")
+        raise LorsError(f"{url}: there is no file at this URL")
     if "" not in infos:
         infos = _wanted(url, infos, patterns)
     home = cache() / store.state(infos)
