@@ -192,7 +192,20 @@ def _check_sampler(sampler: str, trials: int | None, jobs: int) -> None:
 
 def _load_trials(home: Path) -> list[Trial]:
     """The trials of an earlier run."""
-    return load_lines(home, lambda data: Trial(**{**data, "values": tuple(data["values"])}))
+    return load_lines(home, _read_trial)
+
+
+def _read_trial(data: Any) -> Trial:
+    """ValueError or TypeError when it is not what `Trial` was written as."""
+    record = dict(data)
+    trial = Trial(**record | {"values": tuple(record.get("values", ()))})
+    kinds = ((trial.method, str), (trial.number, int), (trial.settings, dict), (trial.state, str), (trial.error, str))
+    numbers = (*trial.values, trial.merge_seconds, trial.score_seconds)
+    if not all(isinstance(value, kind) for value, kind in kinds) or not all(
+        isinstance(n, (int, float)) for n in numbers
+    ):
+        raise ValueError(f"expected a trial, got {str(record)[:80]!r}")
+    return trial
 
 
 # --- which settings

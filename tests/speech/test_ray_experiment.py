@@ -54,7 +54,7 @@ def test_stages_on_a_cluster_with_a_killed_worker(finished: Path, tmp_path: Path
     for name, file in (("expert-ca-s0", "model/model.safetensors"), ("test-expert-ca-s0", "answers.jsonl")):
         mine, theirs = (stages[name].directory(root) / file for root in (tmp_path, finished))
         assert digest(mine) == digest(theirs)
-    assert (tmp_path / "logs" / "expert-ca-s0.log").stat().st_size > 0
+    assert (tmp_path / "logs" / "test-expert-ca-s0.log").stat().st_size > 0
 
 
 def test_memory_that_stages_reserve() -> None:
