@@ -276,6 +276,7 @@ def test_ten_thousand_tiny_tensors(tmp_path: Path) -> None:
         assert all(np.allclose(a.read(name), b.read(name), atol=2e-3) for name in list(b.tensors)[::17])
 
 
+@pytest.mark.timeout(max(300, BIG))  # the whole of it is hashed, read and written several times
 def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
     shapes = {"model.decoder.embed_tokens.weight": (BIG * 1024, 512), "model.layers.0.fc1.weight": (8, 8)}  # float16
     base, expert = checkpoint(tmp_path / "base", shapes, 0.0), checkpoint(tmp_path / "ca", shapes, 0.25)
