@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -234,11 +235,24 @@ def test_a_full_disk_and_a_read_only_one(family: dict[str, str], small_disk: Pat
     assert digest(small_disk / "out") == before
 
 
-def test_a_pipe_is_no_expert(family: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_input(family: dict[str, str], tmp_path: Path) -> None:
     """Nothing waits for a writer that may never come."""
     os.mkfifo(tmp_path / "ca.lors.safetensors")
-    with pytest.raises(LorsError, match="expected a file"):
-        open_expert(tmp_path / "ca.lors.safetensors")
+    os.mkfifo(tmp_path / "recipe.yml")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copytree(family["ca"], tmp_path / name)
+        os.remove(tmp_path / name / name)
+        os.mkfifo(tmp_path / name / name)
+    for attempt in (
+        lambda: open_expert(tmp_path / "ca.lors.safetensors"),
+        lambda: lors.merge(family["base"], {"ca": tmp_path / "config.json"}, tmp_path / "out"),
+        lambda: lors.merge(tmp_path / "model.safetensors", {"ca": family["ca"]}, tmp_path / "out"),
+        lambda: lors.Recipe.load(tmp_path / "recipe.yml"),
+    ):
+        with pytest.raises(LorsError, match="expected a file"):
+            attempt()
+    assert not (tmp_path / "out").exists()
 
 
 # --- many and large

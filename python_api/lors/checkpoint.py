@@ -320,6 +320,8 @@ def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpo
 def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
     if not required and not path.exists():
         return None
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise LorsError(f"{path}: expected a file")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
