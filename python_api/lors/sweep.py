@@ -104,6 +104,7 @@ def sweep(
     backend: str | None = None,
     threads: int | None = None,
     ray: str | None = None,
+    retry: bool = False,
     progress: Callable[[Trial], None] = lambda trial: None,
 ) -> Sweep:
     """Merges and scores every setting; goes on where a sweep in the same directory was stopped.
@@ -117,6 +118,7 @@ def sweep(
         out: a directory, or an fsspec URL.
         timeout: seconds a scorer may take.
         ray: "local" or the address of a cluster whose nodes all see the inputs and `out`: trials run there.
+        retry: trials of an earlier run that failed are tried again.
 
     A trial that fails, hangs or scores NaN is marked and the sweep goes on. LorsError: settings that are not valid, another
     sweep in the directory, or no trial that could be scored at all.
@@ -135,6 +137,10 @@ def sweep(
     settings: dict[str, Any] = {"backend": backend, "threads": each, "seed": seed, "units": jobs + 1}
     with home.open(plan):
         state = Sweep(str(home), goals, _load_trials(home.path))
+        if retry and len(state.complete) < len(state.trials):
+            state.trials = state.complete
+            home.replace("trials.jsonl", "".join(f"{json.dumps(asdict(trial))}\n" for trial in state.trials))
+            home.push(("trials.jsonl",))
         models = Models(home.path, recipe, **settings)
         with contextlib.closing(models), _cleared(home):
             jobs = _fitting(jobs, memory, models.model_bytes)
@@ -147,7 +153,7 @@ def sweep(
                     _run(draw, submit, state, home, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
-            raise LorsError(f"{home}: no trial could be scored; the last one: {last}")
+            raise LorsError(f"{home}: no trial could be scored; the last one: {last} (--retry tries again)")
         _conclude(home, recipe, state)
     home.forget()
     return state

@@ -39,6 +39,8 @@ def run_experiment(
     `jobs` stages run at a time (default: one per core, one thread each). `stage` runs that one alone, in this process.
     `ray`: "local" or the address of a cluster whose nodes all see `out`: stages run there.
     """
+    if stage is not None and ray is not None:
+        raise LorsError("--stage: runs in this process, expected no --ray")
     settings = config if isinstance(config, Config) else load_config(config)
     root = Path(out)
     stages = build_stages(settings)
