@@ -17,7 +17,12 @@ README = ROOT / "README.md"
 
 def render(directory: Path = RESULTS) -> str:
     """Markdown of every part that has a result, in reading order."""
-    sections = [(merge_table, "merge"), (compute_table, "compute"), (scaling_text, "scaling")]
+    sections = [
+        (merge_table, "merge"),
+        (compute_table, "compute"),
+        (scaling_text, "scaling"),
+        (experts_table, "experts"),
+    ]
     blocks = [draw(found, directory) for draw, part in sections if (found := newest(part, directory))]
     operations = {name: found for name in OPERATIONS if (found := newest(name, directory))}
     if operations:
@@ -89,6 +94,40 @@ def scaling_text(result: dict[str, Any], directory: Path) -> str:
     name = f"scaling-{result['label'] or result['machine']['date'][:10]}.png"
     picture = [f"![time and memory]({(directory / name).relative_to(ROOT)})", ""] if directory / name in plots else []
     return "\n".join([*rows, "", *picture, provenance(result, "python -m benchmarks scaling")])
+
+
+def experts_table(result: dict[str, Any], directory: Path) -> str:
+    pieces = {name: piece for name, piece in result["results"].items() if "failed" not in piece}
+    rows = ["**Expert files and sweeps**", ""]
+    if "options" in pieces:
+        words = pieces.get("words", {}).get("options", {})
+        rows += [
+            "| values, places, remainder | MB | of the checkpoint | error of the merged update | WER | answers changed |"
+        ]
+        rows += ["|---|---:|---:|---:|---:|---:|"]
+        for name, option in [*({"checkpoints": None} if words else {}).items(), *pieces["options"].items()]:
+            stored = (
+                f"{option['bytes'] / 1e6:.0f} | {100 * option['share']:.1f} % | {option['error']:.1e}"
+                if option
+                else "| |"
+            )
+            spoken = words.get(name)
+            said = f"{spoken['wer']:.2f} % | {spoken['differing']} of {spoken['answers']}" if spoken else "|"
+            rows.append(f"| {name} | {stored} | {said} |")
+        rows += ["", "WER: the speech harness's tiny base and the experts of its experiment `quick`, on test.", ""]
+    for title in ("commands", "sweeps"):
+        if title in pieces:
+            rows += [f"| {title} | time | peak memory |", "|---|---:|---:|"]
+            rows += [
+                f"| {name} | {seconds(run['wall_s'])} | {run['peak_rss']['median'] / 1e9:.2f} GB |" if "failed" not in run else f"| {name} | failed | |"
+                for name, run in pieces[title]["commands"].items()
+            ]  # fmt: skip
+            rows += [
+                "",
+                "; ".join(f"{name}: {value['median']:.2g}x" for name, value in pieces[title]["ratios"].items()),
+                "",
+            ]
+    return "\n".join([*rows, provenance(result, "python -m benchmarks experts")])
 
 
 def operations_table(operations: dict[str, dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 def context() -> ForkServerContext:
     """A server that has everything imported: a job begins within a millisecond, so that a kill can hit any moment."""
     found = get_context("forkserver")
-    found.set_forkserver_preload(["hostile_jobs", "lors.merging", "lors.ledger", "lors.task_vector"])
+    found.set_forkserver_preload(["hostile_jobs", "lors.merging", "lors.ledger", "lors.task_vector", "lors.sweep"])
     return found
 
 
@@ -53,3 +53,18 @@ def decompose(base: str, expert: str, out: str) -> None:
     from lors.task_vector import decompose as run
 
     run(base, expert, out, force=True, threads=2)
+
+
+def sweep(recipe: str, out: str) -> None:
+    import zlib
+    from pathlib import Path
+
+    from lors.methods import SPECS
+    from lors.recipe import Recipe
+    from lors.sweep import sweep as run
+    from lors.sweep_score import Score
+
+    def bits(model: Path) -> Score:
+        return Score("complete", (float(zlib.crc32((model / "model.safetensors").read_bytes())),))
+
+    run(Recipe.load(recipe, SPECS), {"rank": "1,2", "lambda": "0.2,0.4,0.8"}, bits, out, threads=2)

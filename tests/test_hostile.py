@@ -6,8 +6,10 @@ LORS_KILLS=N kills N times per operation (CI: 100), LORS_BIG_TENSOR_MB=N merges 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -58,6 +60,12 @@ def kill_at_random(seed: int, span: float, job: str, *arguments: object) -> bool
     return process.exitcode == -9
 
 
+def in_time(hits: int, kills: int) -> None:
+    """Most kills must have met a job that was still at work (shown by `pytest -s`)."""
+    print(f"{hits} of {kills} kills came before the end")
+    assert hits > kills // 4
+
+
 def seconds(job: str, *arguments: object) -> float:
     begun = time.monotonic()
     process = hostile_jobs.start(job, *arguments)
@@ -80,7 +88,7 @@ def test_killed_merges_leave_the_old_or_the_new(family: dict[str, str], tmp_path
     for number in range(KILLS):
         hits += kill_at_random(number, span, *arguments)
         assert digest(out) in (old, new) and new != old, f"kill {number}"
-    assert hits > 0, "some kills came in time"
+    in_time(hits, KILLS)
     lors.merge(family["base"], experts, out, force=True)
     assert digest(out) == new and os.listdir(tmp_path) == ["out"], "the next run cleans up after the killed"
 
@@ -90,12 +98,12 @@ def test_killed_edits_leave_the_old_or_the_new(family: dict[str, str], tmp_path:
     out = tmp_path / "out"
     lors.merge(family["base"], {"ca": family["ca.file"]}, out)
     span = seconds("edit", str(out), family["de.file"], False)
-    weights = {1: set[str](), 2: set[str]()}
+    weights, hits = {1: set[str](), 2: set[str]()}, 0
     edit(out, family["de.file"], remove=True)
     for number in range(2 * KILLS):
         ledger, before = Ledger.load(out), digest(out)
         count = len(ledger.experts)
-        kill_at_random(number, span, "edit", str(out), family["de.file"], count == 2)
+        hits += kill_at_random(number, span, "edit", str(out), family["de.file"], count == 2)
         after = Ledger.load(out)
         with open_checkpoint(out) as checkpoint:
             weights[len(after.experts)].add(checkpoint.sha256()["model.safetensors"])
@@ -104,6 +112,7 @@ def test_killed_edits_leave_the_old_or_the_new(family: dict[str, str], tmp_path:
         assert lors.Recipe.load(out / "lors_recipe.yml").labels == tuple(expert.name for expert in after.experts)
     # every edit rounds once: the same number of experts is the same model up to that, and never a mixture
     assert not weights[1] & weights[2]
+    in_time(hits, 2 * KILLS)
     edit(out, family["de.file"], remove=len(Ledger.load(out).experts) == 2)
     assert os.listdir(tmp_path) == ["out"]
 
@@ -113,14 +122,42 @@ def test_killed_decompositions_leave_the_old_or_the_new(family: dict[str, str], 
     decompose(family["base"], family["de"], out)
     old = digest(out)
     arguments = ("decompose", family["base"], family["ca"], str(out))
-    span = seconds(*arguments)
+    span, hits = seconds(*arguments), 0
     new = digest(out)
     for number in range(KILLS):
-        kill_at_random(number, span, *arguments)
+        hits += kill_at_random(number, span, *arguments)
         assert digest(out) in (old, new) and old != new
         open_expert(out).checkpoint.close()
+    in_time(hits, KILLS)
     decompose(family["base"], family["ca"], out, force=True)
     assert os.listdir(tmp_path) == ["x.lors.safetensors"]
+
+
+def test_killed_sweeps_lose_nothing_that_was_finished(family: dict[str, str], tmp_path: Path) -> None:
+    """Trials that are on record stay, in their order; in the end there is each once, with the score of an undisturbed run."""
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(f"merge_method: lors\nbase_model: {family['base']}\nmodels: [{{model: {family['ca']}}}]\n")
+    hostile_jobs.start("sweep", str(recipe), str(tmp_path / "want")).join()
+    span = seconds("sweep", str(recipe), str(tmp_path / "again"))
+    want = {
+        trial["number"]: trial["values"]
+        for trial in json.loads((tmp_path / "want" / "trials.json").read_text())["trials"]
+    }
+    hits, round_ = 0, 0
+    for number in range(KILLS):
+        out = tmp_path / f"s{round_}"
+        log = out / "trials.jsonl"
+        before = log.read_bytes() if log.exists() else b""
+        hits += kill_at_random(number, span, "sweep", str(recipe), str(out))
+        after = log.read_bytes() if log.exists() else b""
+        assert after.startswith(before[: before.rfind(b"\n") + 1]), f"kill {number}"
+        if (out / "index.html").exists() or number == KILLS - 1:
+            hostile_jobs.start("sweep", str(recipe), str(out)).join()
+            trials = json.loads((out / "trials.json").read_text())["trials"]
+            assert len(trials) == 6 and {trial["number"]: trial["values"] for trial in trials} == want
+            assert not (out / "trials").exists() and not (out / "cache").exists()
+            round_ += 1
+    in_time(hits, KILLS)
 
 
 # --- two at once
@@ -198,11 +235,24 @@ def test_a_full_disk_and_a_read_only_one(family: dict[str, str], small_disk: Pat
     assert digest(small_disk / "out") == before
 
 
-def test_a_pipe_is_no_expert(family: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_input(family: dict[str, str], tmp_path: Path) -> None:
     """Nothing waits for a writer that may never come."""
     os.mkfifo(tmp_path / "ca.lors.safetensors")
-    with pytest.raises(LorsError, match="expected a file"):
-        open_expert(tmp_path / "ca.lors.safetensors")
+    os.mkfifo(tmp_path / "recipe.yml")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copytree(family["ca"], tmp_path / name)
+        os.remove(tmp_path / name / name)
+        os.mkfifo(tmp_path / name / name)
+    for attempt in (
+        lambda: open_expert(tmp_path / "ca.lors.safetensors"),
+        lambda: lors.merge(family["base"], {"ca": tmp_path / "config.json"}, tmp_path / "out"),
+        lambda: lors.merge(tmp_path / "model.safetensors", {"ca": family["ca"]}, tmp_path / "out"),
+        lambda: lors.Recipe.load(tmp_path / "recipe.yml"),
+    ):
+        with pytest.raises(LorsError, match="expected a file"):
+            attempt()
+    assert not (tmp_path / "out").exists()
 
 
 # --- many and large
@@ -240,6 +290,7 @@ def test_ten_thousand_tiny_tensors(tmp_path: Path) -> None:
         assert all(np.allclose(a.read(name), b.read(name), atol=2e-3) for name in list(b.tensors)[::17])
 
 
+@pytest.mark.timeout(max(300, BIG))  # the whole of it is hashed, read and written several times
 def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
     shapes = {"model.decoder.embed_tokens.weight": (BIG * 1024, 512), "model.layers.0.fc1.weight": (8, 8)}  # float16
     base, expert = checkpoint(tmp_path / "base", shapes, 0.0), checkpoint(tmp_path / "ca", shapes, 0.25)

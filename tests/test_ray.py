@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
 
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.merging import merge_recipe
 from lors.methods import SPECS
 from lors.recipe import Recipe
+from lors.remote import cache
 from lors.sweep import sweep
 
 psutil = pytest.importorskip("psutil")
@@ -27,9 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two workers; the address of the cluster."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # of the workers too
     context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield context.address_info["gcs_address"]
     ray.shutdown()
@@ -59,15 +63,16 @@ def digest(path: Path) -> str:
         return checkpoint.sha256()["model.safetensors"]
 
 
-def test_a_merge_with_a_killed_worker_has_the_same_bits(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
-    merge_recipe(recipe, tmp_path / "local")
+@contextlib.contextmanager
+def killed_worker(task: str) -> Iterator[None]:
+    """Kills the first worker that is seen at a task within the block; there must be one."""
     killed: list[int] = []
     stop = threading.Event()
 
     def kill() -> None:
         while not killed and not stop.is_set():
             for process in psutil.process_iter(["name", "cmdline"]):
-                if "ray::decompose_group" in " ".join(process.info["cmdline"] or [process.info["name"] or ""]):
+                if f"ray::{task}" in " ".join(process.info["cmdline"] or [process.info["name"] or ""]):
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(process.pid)
                     return
@@ -75,11 +80,30 @@ def test_a_merge_with_a_killed_worker_has_the_same_bits(cluster: str, recipe: Re
 
     killer = threading.Thread(target=kill)
     killer.start()
-    merge_recipe(recipe, tmp_path / "ray", ray="local")
-    stop.set()
-    killer.join()
-    assert killed, "a worker was killed while it decomposed"
+    try:
+        yield
+    finally:
+        stop.set()
+        killer.join()
+    assert killed, f"a worker was killed at {task}"
+
+
+def at_urls(recipe: Recipe) -> Recipe:
+    """The same inputs by URLs that every process of this machine sees and that are copied like those of any store."""
+    data = recipe.to_dict(resolved=True)
+    data["base_model"] = f"local://{data['base_model']}"
+    for entry, label in zip(data["models"], recipe.labels, strict=True):
+        entry |= {"model": f"local://{entry['model']}", "name": label}
+    return Recipe.from_yaml(yaml.safe_dump(data), SPECS)
+
+
+def test_a_merge_with_a_killed_worker_has_the_same_bits(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
+    merge_recipe(recipe, tmp_path / "local")
+    with killed_worker("decompose_group"):
+        merge_recipe(recipe, tmp_path / "ray", ray="local")
     assert digest(tmp_path / "ray") == digest(tmp_path / "local")
+    merge_recipe(at_urls(recipe), f"local://{tmp_path}/url", ray="local")
+    assert digest(tmp_path / "url") == digest(tmp_path / "local")
 
 
 def test_a_sweep_on_the_cluster_is_the_local_one(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
@@ -88,9 +112,16 @@ def test_a_sweep_on_the_cluster_is_the_local_one(cluster: str, recipe: Recipe, t
     script.chmod(0o755)
     options = {"rank": "2,4", "lambda": "0.2,1.0"}
     local = sweep(recipe, options, str(script), tmp_path / "local")
-    far = sweep(recipe, options, str(script), tmp_path / "far", jobs=2, threads=2, ray="local")
+    with killed_worker("_trial"):
+        far = sweep(recipe, options, str(script), tmp_path / "far", jobs=2, threads=2, ray="local")
+    url = sweep(at_urls(recipe), options, str(script), f"local://{tmp_path}/url", jobs=2, threads=2, ray="local")
     want = {trial.number: trial.values for trial in local.trials}
-    assert {trial.number: trial.values for trial in far.trials} == want and len(set(want.values())) == 4
+    assert len(set(want.values())) == 4
+    for found in (far, url):
+        assert {trial.number: trial.values for trial in found.trials} == want
+    for home in (tmp_path / "far", tmp_path / "url"):
+        assert (home / "index.html").exists() and not (home / "trials").exists() and not list(home.glob("cache/*"))
+    assert not [path for path in cache().iterdir() if path.name.startswith(("work-", "sweep-", "out-"))]
     with pytest.raises(LorsError, match="expected a command"):
         sweep(recipe, options, lambda path: None, tmp_path / "no", ray="local")  # type: ignore[arg-type, return-value]
 
@@ -104,6 +135,12 @@ def test_errors_of_tasks_are_lines(cluster: str, recipe: Recipe, tmp_path: Path)
     with pytest.raises(LorsError, match=r"bad: tensor 'model.encoder.layers.3.fc1.weight'.*3 NaN") as caught:
         merge_recipe(other, tmp_path / "out", ray="local")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_task_that_no_node_can_run_is_refused(cluster: str, recipe: Recipe, tmp_path: Path) -> None:
+    """Ray would wait for such a node forever."""
+    with pytest.raises(LorsError, match="needs 64 cores on one node, expected such a node, the most is 2"):
+        sweep(recipe, {"rank": "1"}, "true", tmp_path / "s", threads=64, ray="local")
 
 
 def test_an_unreachable_address(recipe: Recipe, tmp_path: Path) -> None:

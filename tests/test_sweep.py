@@ -237,6 +237,54 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
     refused("another options", {"rank": "2"}, out=tmp_path / "s")
 
 
+def test_failed_trials_are_tried_again_when_asked(recipe: Recipe, tmp_path: Path) -> None:
+    broken = {"lors-0", "lors-2"}
+
+    def score(path: Path) -> Score:
+        return Score("failed", (), "no license") if path.name in broken else Score("complete", (float(path.name[-1]),))
+
+    options = {"rank": "1,2,3"}
+    sweep(recipe, options, score, tmp_path / "s")
+    broken.clear()
+    again = sweep(recipe, options, score, tmp_path / "s")
+    assert [trial.state for trial in again.trials] == ["failed", "complete", "failed"], "what is on record stays"
+    done = sweep(recipe, options, score, tmp_path / "s", retry=True)
+    assert {trial.number: trial.values for trial in done.trials} == {0: (0.0,), 1: (1.0,), 2: (2.0,)}
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_scorer_may_do_what_it_likes_with_the_directory(recipe: Recipe, tmp_path: Path) -> None:
+    """Models are written over one another: what a scorer keeps by a link stays as it was, what it broke is made anew."""
+    seen: dict[str, bytes] = {}
+
+    def score(path: Path) -> Score:
+        weights = path / "model.safetensors"
+        seen[path.name] = weights.read_bytes()
+        assert sorted(p.name for p in path.iterdir()) == ["config.json", "lors_recipe.yml", "model.safetensors"]
+        number = int(path.name[-1])
+        if number == 0:
+            os.link(weights, tmp_path / "kept")
+        elif number == 1:
+            (path / "cache").mkdir()
+            weights.write_bytes(b"junk" * (1 + len(seen[path.name])))
+        elif number == 2:
+            path.rename(tmp_path / "taken")
+        return Score("complete", (1.0,))
+
+    lambdas = (0.2, 0.4, 0.6, 0.8)
+    sweep(recipe, {"lambda": ",".join(map(str, lambdas))}, score, tmp_path / "s")
+    assert (tmp_path / "kept").read_bytes() == seen["lors-0"] and (tmp_path / "taken").is_dir()
+    for number, lam in enumerate(lambdas):
+        alone: list[bytes] = []
+
+        def keep(path: Path, alone: list[bytes] = alone) -> Score:
+            alone.append((path / "model.safetensors").read_bytes())
+            return Score("complete", (1.0,))
+
+        sweep(recipe, {"lambda": str(lam)}, keep, tmp_path / f"fresh-{number}")
+        assert alone == [seen[f"lors-{number}"]], "the same bits as in a directory of its own"
+
+
 def test_one_sweep_at_a_time(recipe: Recipe, tmp_path: Path) -> None:
     messages = []
 

@@ -24,6 +24,7 @@ from .compatibility import EMBEDDING, HEAD, compare, detect_naming, dtype_kind
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
 from .formats import TensorInfo, read_safetensors_header, read_torch_archive
+from .remote import fetch, is_url
 
 __all__ = ["Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
 
@@ -50,6 +51,7 @@ class Checkpoint:
         name: how messages and reports call it.
         path: the directory or file it was opened from.
         hub_id: ``org/name`` when it came from the hub, else None.
+        url: the URL it was copied from, else None.
         files: the weight files.
         tensors: name -> TensorInfo, in the order of the files and of the data in them.
         naming: ``"hf-whisper"``, ``"openai-whisper"`` or ``"other"``.
@@ -65,6 +67,7 @@ class Checkpoint:
         if sys.byteorder != "little":
             raise LorsError("weight files are little-endian and so must this machine be")
         self.name, self.path, self.files, self.hub_id = name, path, tuple(files), hub_id
+        self.url: str | None = None
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.dims: dict[str, Any] | None = None
@@ -188,6 +191,11 @@ class Checkpoint:
 
     # ------------------------------------------------------------------------------------------- around weights
 
+    @property
+    def location(self) -> str:
+        """What another process, or another machine that sees the same files, opens this checkpoint by."""
+        return self.url or str(self.path.absolute())
+
     def sha256(self) -> dict[str, str]:
         """SHA-256 of each weight file, by file name."""
         return {file.name: sha256_file(file) for file in self.files}
@@ -220,10 +228,16 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     """Opens a checkpoint and checks everything but the weights themselves.
 
     `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
-    ``pytorch_model.bin``), a ``.safetensors`` file, an openai-whisper ``.pt``, or a hub id ``org/name`` or
-    ``org/name@revision``. What exists on disk is never taken for a hub id. Raises LorsError.
+    ``pytorch_model.bin``), a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
+    ``org/name@revision``, or an fsspec URL of such a directory or file, which is copied here first (`remote`). What
+    exists on disk is never taken for a hub id. Raises LorsError.
     """
     text = os.fspath(source)
+    if is_url(text):
+        weights = (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS, [*_ADAPTERS, _ADAPTER_CONFIG])
+        found = open_checkpoint(fetch(text, [[*patterns, *SIDECARS, "README.md"] for patterns in weights]), name=name)
+        found.url = text
+        return found
     path = Path(os.path.expanduser(text))
     try:
         if path.is_dir():
@@ -306,6 +320,8 @@ def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpo
 def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
     if not required and not path.exists():
         return None
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise LorsError(f"{path}: expected a file")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

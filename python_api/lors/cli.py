@@ -405,7 +405,7 @@ def sweep(
         str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Directory of the sweep; the same again goes on.")
+        str, typer.Option("--out", "-o", metavar="DIR", help="Directory or URL of the sweep; the same again goes on.")
     ],
     rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
     density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
@@ -426,6 +426,7 @@ def sweep(
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try trials again that failed in an earlier run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
@@ -454,7 +455,7 @@ def sweep(
     done = run(
         Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
         sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
-        threads=threads, ray=ray, progress=show,
+        threads=threads, ray=ray, retry=retry, progress=show,
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:

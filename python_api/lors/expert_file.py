@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from lors_kernels.arrays import BFLOAT16
 from .checkpoint import Checkpoint
 from .errors import LorsError
 from .parameters import rank_of
-from .sources import Slot, Spec
+from .sources import Slot, Source, Spec
 
 __all__ = ["CHUNK", "ExpertSource", "Layout", "Part", "is_expert_file"]
 
@@ -198,11 +199,15 @@ class ExpertSource:
 
     ranks r' <= r and densities d' <= d are served from the same file. With r' = r the selection is the checkpoint's own
     (of the stored values, so ties at the precision of the file go to the lowest index). With r' < r what the file has,
-    L + S, stands for delta: L' is exact, S' is chosen among what is known of delta - L'.
+    L + S, stands for delta: L' is exact, S' is chosen among what is known of delta - L'. A method that asks for all of
+    delta gets L + S; one that looks at all experts together (`fetch`) gets the float32 checkpoint W0 + L + S.
+
+    base: W0, needed by `fetch` alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.name, self.checkpoint = checkpoint.name, checkpoint
+    def __init__(self, checkpoint: Checkpoint, base: Source | None = None) -> None:
+        self.name, self.checkpoint, self._base = checkpoint.name, checkpoint, base
+        self._local = threading.local()  # of every thread: the last matrix that was put together
         text = checkpoint.metadata[KEY]
         try:
             self.layout = Layout.from_json(text)
@@ -251,11 +256,6 @@ class ExpertSource:
     def require(self, name: str, matrix: bool, rank: float, density: float) -> None:
         """LorsError unless the file can serve `rank` and `density` for a tensor that the recipe decomposes, or not."""
         part, where = self._parts[name], f"{self.name}: tensor {name!r}"
-        if part.matrix and not matrix:
-            raise LorsError(
-                f"{where}: the expert file holds rank {part.rank} and density {self.layout.density:g} of it, but the method "
-                "or target asks for its whole difference; merge the checkpoint instead"
-            )
         if matrix and not part.matrix:
             raise LorsError(
                 f"{where}: the recipe decomposes it, the expert file does not; make it with the same target"
@@ -270,6 +270,11 @@ class ExpertSource:
                 f"{where}: density: expected at most {self.layout.density:g}, which the expert file holds, got {density:g}"
             )
 
+    def stands_in(self, name: str) -> bool:
+        """Whether L + S is less than the whole difference of a tensor."""
+        part = self._parts.get(name)
+        return part is not None and part.matrix and part.kept < part.numel
+
     # --- the engine's protocol
 
     def prefetch(self, name: str) -> None:
@@ -278,9 +283,14 @@ class ExpertSource:
                 self.checkpoint.prefetch(stored)
 
     def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
-        raise LorsError(
-            f"{self.name}: an expert file holds low-rank and sparse parts only, and this method needs the whole checkpoint"
-        )
+        """W0 + L + S, or W0 + delta of a tensor that is not decomposed, in float32."""
+        assert self._base is not None, "made without its base"
+        values = self._base.fetch(name, start, stop, slot)
+        if name not in self._parts:
+            return values
+        total = values.astype(np.float32)
+        self.add(name, start, total, 1.0, 0, 1.0, None)
+        return total
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of the file that belong to a tensor."""
@@ -293,13 +303,21 @@ class ExpertSource:
     ) -> UpdateStats:
         """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size].
 
-        total: float32, flat; for a matrix all of it.
+        total: float32, flat; for a matrix all of it, unless rank 0 and density 1 ask for all that is known of delta.
         """
         part = self._parts[name]
         if not part.matrix:
             return self._add_rest(part, start, total, weight, backend)
+        if not rank and density >= 1:
+            return self._add_known(part, start, total, weight)
         asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
-        matrix = total.reshape(part.shape)
+        return self._add_parts(part, total, weight, asked, kept, backend)
+
+    def _add_parts(
+        self, part: Part, total: np.ndarray, weight: float, asked: int, kept: int, backend: str | None
+    ) -> UpdateStats:
+        """total += weight * (L' + S') of a whole matrix, with `asked` triplets and `kept` entries."""
+        name, matrix = part.name, total.reshape(part.shape)
         left, right = self._factors(part)
         sparse, scale = self._sparse(part)
         try:
@@ -325,13 +343,25 @@ class ExpertSource:
             residual += float((left[:, asked:].astype(np.float64) ** 2).sum())
         return UpdateStats(float(delta), float(residual), energy, kept, 0)
 
+    def _add_known(self, part: Part, start: int, total: np.ndarray, weight: float) -> UpdateStats:
+        """total += weight * (L + S)[start : start + size]."""
+        if getattr(self._local, "name", None) != part.name:
+            self._local.matrix = None  # let the old one go first
+            self._local.name, self._local.matrix = part.name, self.update(part.name).reshape(-1)
+        known = self._local.matrix[start : start + total.size]
+        energy = float(np.vdot(known, known))
+        total += np.float32(weight) * known
+        return UpdateStats(energy, energy, energy, int(np.count_nonzero(known)), 0)
+
     def update(self, name: str) -> np.ndarray:
-        """L + S of a decomposed matrix, or delta of another tensor, float32 in its shape: for reports."""
+        """L + S of a decomposed matrix, or delta of another tensor, float32 in its shape."""
         part = self._parts[name]
         total = np.zeros(part.numel, np.float32)
-        for start in range(0, max(1, part.numel), part.numel or 1) if part.matrix else range(0, part.numel, CHUNK):
-            stop = part.numel if part.matrix else min(start + CHUNK, part.numel)
-            self.add(name, start, total[start:stop], 1.0, part.rank, _exact(part), None)
+        if part.matrix:
+            self._add_parts(part, total, 1.0, part.rank, part.kept, None)
+        else:
+            for start in range(0, part.numel, CHUNK):
+                self._add_rest(part, start, total[start : start + CHUNK], 1.0, None)
         return total.reshape(part.shape)
 
     def rank(self, name: str) -> int:
@@ -420,12 +450,6 @@ class ExpertSource:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "no such tensor" if shape is None else str(list(shape))
-
-
-def _exact(part: Part) -> float:
-    """A density that gives exactly the stored number of entries."""
-    density = part.kept / part.numel if part.numel else 0.0
-    return density if int(density * part.numel) == part.kept else (part.kept + 0.5) / part.numel
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:

@@ -92,6 +92,8 @@ def edit(
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
         change = _removal if remove else _addition
         recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
+        if remove:
+            _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
         _describe(output, checkpoint, target, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
         output.commit()
@@ -162,6 +164,22 @@ def _removal(
     index = before.labels.index(named[0].name)
     models = [entry for at, entry in enumerate(data["models"]) if at != index]
     return _bound(data | {"models": models}), before, index, tuple(e for e in ledger.experts if e is not named[0])
+
+
+def _require_exact(
+    merged: Checkpoint, source: ExpertSource, recipe: Any, ledger: Ledger, experts: Sequence[Source]
+) -> None:
+    """LorsError when the expert was merged from its checkpoint and the file holds only a part of what went in."""
+    from .methods import METHODS
+
+    gone = next(expert for expert in ledger.experts if expert not in experts)
+    if sorted(gone.sha256.values()) == sorted(source.checkpoint.sha256().values()):
+        return
+    if METHODS[recipe.merge_method].everywhere and any(source.stands_in(name) for name in merged.tensors):
+        raise LorsError(
+            f"{source.name}: method {recipe.merge_method} merged all of its checkpoint, the expert file holds rank "
+            f"{source.layout.rank:g} and density {source.layout.density:g} of it: merge again without it"
+        )
 
 
 def _apply(

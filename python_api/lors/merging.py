@@ -36,7 +36,8 @@ from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .recipe import BASE, Recipe
-from .sources import MemorySource, Source
+from .remote import placed
+from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -116,7 +117,8 @@ def merge_recipe(
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         kernels = None if device else backend
-        job = _prepare(recipe, out, stack, backend=kernels, threads=threads, force=force, durable=durable)
+        place = stack.enter_context(placed(out, force))
+        job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
@@ -132,6 +134,7 @@ def merge_recipe(
         writer.finish()
         _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
         job.output.commit()
+    job.report.out = str(out)
     job.report.seconds = time.perf_counter() - begun
     job.report.peak_memory = peak_memory()
     if check:
@@ -151,7 +154,8 @@ def dry_run(
 ) -> MergeReport:
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
-        job = _prepare(recipe, out, stack, backend=backend, threads=threads, force=force, durable=False)
+        place = stack.enter_context(placed(out, force))
+        job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
         job.output.require_space(size)
         job.report.tensors = len(job.works)
@@ -311,7 +315,7 @@ def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
     """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
     if not is_expert_file(checkpoint):
         return checkpoint_source(checkpoint, base)
-    source = ExpertSource(checkpoint)
+    source = ExpertSource(checkpoint, FileSource(base))
     source.require_names(base)
     return source
 
@@ -321,9 +325,18 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
     for index, source in enumerate(experts):
         if not isinstance(source, ExpertSource):
             continue
+        partly = False
         for work in works:
             if work.reductions and (reduction := work.reductions[index]).weight:
                 source.require(work.name, work.matrix, reduction.rank, reduction.density)
+            asked = work.reductions[index].weight if work.reductions else 0
+            whole = work.combination is not None or (bool(asked) and not work.matrix)
+            partly = partly or (whole and source.stands_in(work.name))
+        if partly:
+            report.notices.append(
+                f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
+                f"{source.layout.density:g} where the whole difference is asked for"
+            )
         if source.layout.remainder == "none":
             report.notices.append(
                 f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
@@ -422,9 +435,9 @@ def _on_cluster(
             for work in job.works
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
-    paths = {expert.name: str(expert.path) for expert in job.experts}
+    paths = {expert.name: expert.location for expert in job.experts}
     options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
-    return decompositions(address, str(job.base.path), paths, wanted, **options)
+    return decompositions(address, job.base.location, paths, wanted, **options)
 
 
 def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:
@@ -453,11 +466,13 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _writer(recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work]) -> WeightWriter | OpenAIWriter:
+def _writer(
+    recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work], over: bool = False
+) -> WeightWriter | OpenAIWriter:
     tensors = [(work.name, work.out_dtype, work.spec.shape) for work in works]
     if base.dims is not None:
         return OpenAIWriter(directory / "model.pt", tensors, base.dims)
-    return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES)
+    return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
 def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:

@@ -438,6 +438,8 @@ class WeightWriter:
         metadata: strings for the header; `{"format": "pt"}` is what transformers expects.
         early_writeback: start writing to the disk at once, so that the final fsync finds little left to do. On a 1 GB
             file, fsync took 0.23 s after plain writes and 0.01 s with it.
+        over: files of these names that are there already are written over, in the memory and on the disk that they
+            have; for files that nobody else reads meanwhile. Implies early_writeback=False.
     """
 
     def __init__(
@@ -449,18 +451,20 @@ class WeightWriter:
         shard_bytes: int = 5_000_000_000,
         stem: str = "model",
         early_writeback: bool = True,
+        over: bool = False,
     ) -> None:
         specs = _check_specs(tensors)
         self._specs = {name: (dtype, shape) for name, dtype, shape in specs}
         self._coverage = _Coverage(specs)
-        self._early = early_writeback
+        self._early, self._over = early_writeback and not over, over
         self._directory, self._stem = directory, stem
         self.nbytes = sum(_spec_bytes(spec) for spec in specs)
         self._places: dict[str, tuple[int, int]] = {}  # name -> (file, byte offset)
         self._fds: list[int] = []
-        require_space(directory, self.nbytes)
         shards = _shards(specs, shard_bytes)
         self.files = [directory / _shard_name(stem, index, len(shards)) for index in range(len(shards))]
+        there = sum(file.stat().st_blocks * 512 for file in self.files if over and file.exists())
+        require_space(directory, max(0, self.nbytes - there))
         try:
             for shard, path in zip(shards, self.files, strict=True):
                 self._create(path, shard, {"format": "pt"} if metadata is None else metadata)
@@ -471,7 +475,9 @@ class WeightWriter:
     def _create(self, path: Path, shard: list[TensorSpec], metadata: Mapping[str, str]) -> None:
         header, offsets, end = _layout(shard, metadata)
         with writing(path, end):
-            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            self._fds.append(os.open(path, os.O_RDWR | os.O_CREAT | (0 if self._over else os.O_EXCL), 0o666))
+            if self._over:
+                os.ftruncate(self._fds[-1], end)
             preallocate(self._fds[-1], end)
             _write_all(self._fds[-1], memoryview(header), 0)
         self._places.update({name: (len(self._fds) - 1, offset) for name, offset in offsets.items()})

@@ -14,12 +14,12 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import LorsError
+from .remote import is_url
 
 __all__ = ["connected", "decompositions", "submit_trial"]
 
@@ -78,7 +78,7 @@ def _require_reachable(address: str) -> None:
         raise LorsError(f"--ray {address}: cannot be reached: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Same vector unit, same bits."""
     from lors_kernels.backends.cpu import instruction_set
 
@@ -111,20 +111,20 @@ def decompositions(
 ) -> Iterator[Factors]:
     """Starts the decomposition of all wanted matrices; the function that is yielded waits for the one it is asked for.
 
-    experts: label -> path. wanted: label -> matrices. All paths must be there on every node.
+    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node.
     """
     with connected(address, cpus) as ray:
-        task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=_environment())(decompose_group)
+        task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=environment())(decompose_group)
         references: dict[tuple[str, str], tuple[Any, int]] = {}
         # Tensor by tensor over all experts, as the merge will ask for them.
         parts = {label: groups(items) for label, items in wanted.items()}
+        largest = max((item.nbytes for items in wanted.values() for item in items), default=0)
+        require_fitting(ray, 1, 0, 4 * max(largest, GROUP_BYTES))
         for number in range(max(map(len, parts.values()), default=0)):
             for label in (label for label in parts if number < len(parts[label])):
                 group = parts[label][number]
                 weights = 4 * sum(item.nbytes for item in group)
-                reference = task.options(memory=weights).remote(
-                    str(Path(base).absolute()), label, str(Path(experts[label]).absolute()), group, seed, backend
-                )
+                reference = task.options(memory=weights).remote(base, label, experts[label], group, seed, backend)
                 references |= {(label, item.name): (reference, place) for place, item in enumerate(group)}
 
         def factors(expert: str, name: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -141,6 +141,33 @@ def decompositions(
         finally:
             for reference in {id(r): r for r, _ in references.values()}.values():
                 ray.cancel(reference, force=False)
+
+
+def require_fitting(ray: Any, cpus: int, gpus: int, memory: int) -> None:
+    """LorsError unless one node could run such a task: Ray itself would wait for one forever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name, wanted, unit, scale in (
+        ("CPU", cpus, "cores", 1),
+        ("GPU", gpus, "GPUs", 1),
+        ("memory", memory, "GB", 1e9),
+    ):
+        nodes = [node for node in nodes if node.get(name, 0) >= wanted] or _too_small(nodes, name, wanted, unit, scale)
+
+
+def _too_small(nodes: Sequence[Mapping[str, float]], name: str, wanted: float, unit: str, scale: float) -> Any:
+    most = max((node.get(name, 0) for node in nodes), default=0)
+    raise LorsError(
+        f"--ray: a task needs {wanted / scale:.3g} {unit} on one node, expected such a node, the most is {most / scale:.3g}"
+    )
+
+
+def failure_of(ray: Any, reference: Any) -> str | None:
+    """Why a finished task failed, in one line; None if it did not."""
+    try:
+        _result(ray, reference)
+    except LorsError as error:
+        return str(error)
+    return None
 
 
 def _result(ray: Any, reference: Any) -> Any:
@@ -190,7 +217,7 @@ def _source(path: str, base: str, label: str) -> Any:
     from .checkpoint import open_checkpoint
     from .sources import FileSource
 
-    if not os.path.exists(path):
+    if not is_url(path) and not os.path.exists(path):
         raise LorsError(f"--ray: {path}: not there on node {socket.gethostname()}; every node must see the inputs")
     names = None if path == base else list(open_checkpoint(base, name="base").tensors)
     return FileSource(open_checkpoint(path, name=label), names)
@@ -199,10 +226,11 @@ def _source(path: str, base: str, label: str) -> Any:
 # --- trials
 
 
-def submit_trial(ray: Any, cpus: int, memory: int, runner: Mapping[str, Any], *arguments: Any) -> Future[Any]:
+def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arguments: Any) -> Future[Any]:
     """A trial of a sweep as a task; the future of its `Trial`."""
-    task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=_environment())(_trial)
-    reference = task.remote(dict(runner), *arguments)
+    require_fitting(ray, cpus, 0, memory)
+    task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
+    reference = task.remote(dict(plan), *arguments)
     done: Future[Any] = Future()
     done.set_running_or_notify_cancel()
 
@@ -216,7 +244,19 @@ def submit_trial(ray: Any, cpus: int, memory: int, runner: Mapping[str, Any], *a
     return done
 
 
-def _trial(runner: Mapping[str, Any], *arguments: Any) -> Any:
-    from .sweep import remote_runner
+def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:
+    from .sweep import remote_trial
 
-    return remote_runner(**runner).trial(*arguments)
+    return remote_trial(plan, *arguments)
+
+
+def on_every_node(ray: Any, work: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function once on every node; a node that is lost meanwhile has lost what it kept too."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(work)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    ray.wait(
+        [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=True)).remote(*arguments) for n in nodes],
+        num_returns=len(nodes), timeout=CONNECT_SECONDS * 6,
+    )  # fmt: skip

@@ -130,6 +130,8 @@ class Recipe(_Document):
         """Read a recipe file. Relative model paths are looked up beside the file first."""
         path = Path(path)
         try:
+            if path.exists() and not path.is_file() and not path.is_dir():  # a named pipe would be waited for
+                raise LorsError(f"{path}: expected a file")
             if path.stat().st_size > strict_yaml.MAX_BYTES:
                 raise LorsError(f"{path}: expected a recipe of at most {strict_yaml.MAX_BYTES} bytes")
             text = path.read_bytes().decode("utf-8-sig")

@@ -1,12 +1,8 @@
 """Sweeps: many settings of one merge, each merged and scored; decomposed once, resumed after a kill.
 
-Work is shared between settings in two places. Every expert is decomposed once, at the largest rank of the sweep: a smaller
-rank takes the first columns (agreeing with a decomposition at that rank to its contract, 1e-5 of L). And because
-
-    W(lambda) = W0 + lambda * (W(1) - W0)
-
-settings that differ only in lambda share one merge at lambda = 1, kept in float32; each of them then costs reading two
-models and writing one. A trial may differ from `lors merge` of the same recipe in the last place of a weight.
+`sweep_models` merges a setting, `sweep_score` scores it, `sweep_home` keeps what became of it. A trial may differ from
+`lors merge` of the same recipe in the last place of a weight, and from a decomposition at its own rank by the contract of
+the decomposition, 1e-5 of L.
 
 What is in the directory: sweep.json (what is swept), trials.jsonl (a line per finished trial, on disk before the next
 begins), optuna.log (the sampler's own storage), cache/, and at the end trials.csv, trials.json, best.yml and index.html.
@@ -16,14 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import json
 import os
 import shutil
 import threading
 import time
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -35,21 +28,19 @@ import yaml
 
 import lors_kernels
 
-from .checkpoint import open_checkpoint
 from .errors import LorsError
-from .expert_file import ExpertSource, is_expert_file
-from .merging import merge_recipe
 from .messages import nearest
-from .methods import METHODS, SPECS
-from .output import require_space, writing
+from .methods import SPECS
+from .output import writing
 from .recipe import Recipe
+from .sweep_home import Home, load_lines, scratch
+from .sweep_models import Models, setting_recipe
 from .sweep_score import Objective, Score, Scorer
 from .sweep_space import Space
 
 __all__ = ["Sweep", "Trial", "sweep"]
 
 SAMPLERS = ("grid", "random", "tpe")
-SEPARABLE = ("lors", "svp", "magnitude_prune", "task_arithmetic")  # linear in lambda
 
 
 @dataclass(frozen=True)
@@ -113,6 +104,7 @@ def sweep(
     backend: str | None = None,
     threads: int | None = None,
     ray: str | None = None,
+    retry: bool = False,
     progress: Callable[[Trial], None] = lambda trial: None,
 ) -> Sweep:
     """Merges and scores every setting; goes on where a sweep in the same directory was stopped.
@@ -123,8 +115,10 @@ def sweep(
         methods: methods to compare, each with the same number of trials; default: the recipe's.
         trials: per method; needed for "random" and "tpe", a bound for "grid".
         jobs: trials at a time; fewer when `memory` (bytes) is too little for so many.
+        out: a directory, or an fsspec URL.
         timeout: seconds a scorer may take.
         ray: "local" or the address of a cluster whose nodes all see the inputs and `out`: trials run there.
+        retry: trials of an earlier run that failed are tried again.
 
     A trial that fails, hangs or scores NaN is marked and the sweep goes on. LorsError: settings that are not valid, another
     sweep in the directory, or no trial that could be scored at all.
@@ -134,26 +128,50 @@ def sweep(
     chosen = list(methods) or [recipe.merge_method]
     spaces = [_space(method, options) for method in chosen]
     _check_sampler(sampler, trials, jobs)
-    home = Path(os.path.abspath(os.path.expanduser(out)))
+    home = Home(out)
     plan = {
         "recipe": yaml.safe_load(recipe.to_yaml(resolved=True)), "options": dict(options), "methods": chosen,
         "objectives": [asdict(goal) for goal in goals], "sampler": sampler, "seed": seed,
     }  # fmt: skip
-    with _directory(home, plan):
-        state = Sweep(str(home), goals, _load_trials(home))
-        count = lors_kernels.thread_count(threads)
-        with _Runner(home, recipe, scorer, backend, count, jobs, seed) as runner:
-            runner.prepare(spaces)
-            jobs = runner.fitting(jobs, memory)
-            with _executor(runner, jobs, ray) as submit:
+    each = max(1, lors_kernels.thread_count(threads) // jobs)
+    settings: dict[str, Any] = {"backend": backend, "threads": each, "seed": seed, "units": jobs + 1}
+    with home.open(plan):
+        state = Sweep(str(home), goals, _load_trials(home.path))
+        if retry and len(state.complete) < len(state.trials):
+            state.trials = state.complete
+            home.replace("trials.jsonl", "".join(f"{json.dumps(asdict(trial))}\n" for trial in state.trials))
+            home.push(("trials.jsonl",))
+        models = Models(home.path, recipe, **settings)
+        with contextlib.closing(models), _cleared(home):
+            jobs = _fitting(jobs, memory, models.model_bytes)
+            factors = models.prepare(_largest_rank(spaces))
+            models.adopt({label: str(path) for label, path in factors.items()})
+            remote = _remote_plan(home, recipe, scorer, models, home.share(factors), settings) if ray else None
+            with _executor(_Runner(models, scorer), jobs, ray, remote) as submit:
                 for space in spaces:
-                    draw = _source(space, sampler, trials, state, home, seed)
-                    _run(draw, submit, state, space.method, jobs, progress)
+                    draw = _source(space, sampler, trials, state, home.path, seed)
+                    _run(draw, submit, state, home, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
-            raise LorsError(f"{home}: no trial could be scored; the last one: {last}")
+            raise LorsError(f"{home}: no trial could be scored; the last one: {last} (--retry tries again)")
         _conclude(home, recipe, state)
+    home.forget()
     return state
+
+
+@contextlib.contextmanager
+def _cleared(home: Home) -> Iterator[None]:
+    """What trials share is kept for the next run unless all are done."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        home.clear(finished)
+
+
+def _largest_rank(spaces: Sequence[Space]) -> float | None:
+    return max((rank for rank in (space.largest("rank") for space in spaces) if rank), default=None)
 
 
 def _space(method: str, options: Mapping[str, str]) -> Space:
@@ -178,73 +196,22 @@ def _check_sampler(sampler: str, trials: int | None, jobs: int) -> None:
         raise LorsError(f"--trials, --jobs: expected at least 1, got {trials}, {jobs}")
 
 
-# --- the directory
-
-
-@contextlib.contextmanager
-def _directory(home: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Makes or reopens a sweep's directory, for one process at a time."""
-    with writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-        lock = os.open(home / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LorsError(f"{home}: another sweep is running there") from None
-        path = home / "sweep.json"
-        if path.exists():
-            _require_same(path, plan)
-        elif others := sorted(p.name for p in home.iterdir() if p.name != ".lock"):
-            raise LorsError(f"{home}: expected a new directory or that of a sweep, it has {others[0]!r}")
-        else:
-            _replace(path, json.dumps(plan, indent=2) + "\n")
-        shutil.rmtree(home / "trials", ignore_errors=True)  # models of trials that were under way when it was killed
-        yield
-    finally:
-        os.close(lock)
-
-
-def _require_same(path: Path, plan: dict[str, Any]) -> None:
-    try:
-        before = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise LorsError(f"{path}: cannot be read: {error}") from None
-    now = json.loads(json.dumps(plan))
-    if before != now:
-        odd = next(key for key in now if not isinstance(before, dict) or before.get(key) != now[key])
-        raise LorsError(f"{path.parent}: holds a sweep with another {odd}; use a new directory, or the same settings")
-
-
-def _replace(path: Path, text: str) -> None:
-    with writing(path):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-
 def _load_trials(home: Path) -> list[Trial]:
-    """The trials of an earlier run; a last line that a kill cut off is dropped."""
-    path = home / "trials.jsonl"
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    try:
-        found = [Trial(**json.loads(line)) for line in whole.splitlines()]
-        return [Trial(**{**asdict(trial), "values": tuple(trial.values)}) for trial in found]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LorsError(f"{path}: cannot be read: {error}") from None
+    """The trials of an earlier run."""
+    return load_lines(home, _read_trial)
 
 
-def _save_trial(home: Path, trial: Trial) -> None:
-    path = home / "trials.jsonl"
-    with writing(path), path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(trial)) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+def _read_trial(data: Any) -> Trial:
+    """ValueError or TypeError when it is not what `Trial` was written as."""
+    record = dict(data)
+    trial = Trial(**record | {"values": tuple(record.get("values", ()))})
+    kinds = ((trial.method, str), (trial.number, int), (trial.settings, dict), (trial.state, str), (trial.error, str))
+    numbers = (*trial.values, trial.merge_seconds, trial.score_seconds)
+    if not all(isinstance(value, kind) for value, kind in kinds) or not all(
+        isinstance(n, (int, float)) for n in numbers
+    ):
+        raise ValueError(f"expected a trial, got {str(record)[:80]!r}")
+    return trial
 
 
 # --- which settings
@@ -326,14 +293,18 @@ Submit = Callable[..., "Future[Trial]"]  # (method, number, settings)
 
 
 @contextlib.contextmanager
-def _executor(runner: _Runner, jobs: int, ray: str | None) -> Iterator[Submit]:
+def _executor(runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
-    if ray is not None:
-        from .ray_cluster import connected, submit_trial
+    if ray is not None and plan is not None:
+        from .ray_cluster import connected, on_every_node, submit_trial
 
-        plan = runner.plan()
-        with connected(ray, max(runner.threads, jobs)) as cluster:
-            yield lambda *trial: submit_trial(cluster, runner.threads, 2 * runner.model_bytes, plan, *trial)
+        with connected(ray, max(runner.models.threads, jobs)) as cluster:
+            memory = 2 * runner.models.model_bytes
+            try:
+                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, *trial)
+            finally:
+                if plan["url"] is not None:
+                    on_every_node(cluster, remote_clear, plan["url"])
         return
     with ThreadPoolExecutor(jobs, thread_name_prefix="lors-trial") as pool:
         try:
@@ -344,8 +315,9 @@ def _executor(runner: _Runner, jobs: int, ray: str | None) -> Iterator[Submit]:
             raise
 
 
-def _run(draw: _Draw, submit: Submit, state: Sweep, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
-    home = Path(state.directory)
+def _run(
+    draw: _Draw, submit: Submit, state: Sweep, home: Home, method: str, jobs: int, progress: Callable[[Trial], None]
+) -> None:
     running: set[Future[Trial]] = set()
     while True:
         while len(running) < jobs and (asked := draw.ask()) is not None:
@@ -354,227 +326,100 @@ def _run(draw: _Draw, submit: Submit, state: Sweep, method: str, jobs: int, prog
             return
         finished, running = wait(running, return_when=FIRST_COMPLETED)
         for trial in (future.result() for future in finished):
-            _save_trial(home, trial)
+            home.append(json.dumps(asdict(trial)))
             state.trials.append(trial)
             draw.tell(trial)
             progress(trial)
 
 
-# --- merging one setting
+# --- one setting
 
 
 class _Runner:
-    """Merges settings into directories that live as long as they are scored."""
+    """Merges and scores settings."""
 
-    def __init__(
-        self,
-        home: Path,
-        recipe: Recipe,
-        score: Callable[[Path], Score],
-        backend: str | None,
-        threads: int,
-        jobs: int,
-        seed: int,
-    ) -> None:
-        self._home, self._recipe, self._score, self._backend = home, recipe, score, backend
-        self.threads, self._seed = max(1, threads // jobs), seed
-        self._sources: dict[str, ExpertSource] = {}
-        self._units: OrderedDict[str, _Unit] = OrderedDict()
-        self._lock, self._kept = threading.Lock(), jobs + 1
-        self._owner = True  # of the directory: a worker of a cluster clears nothing up
-        self._stack = contextlib.ExitStack()
+    def __init__(self, models: Models, score: Callable[[Path], Score]) -> None:
+        self.models, self._score = models, score
         self.stop = threading.Event()
-        with open_checkpoint(str(recipe.base_source or recipe.sources[0])) as base:
-            self.model_bytes = sum(info.nbytes for info in base.tensors.values())
-
-    def __enter__(self) -> _Runner:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-        if exception[0] is None:  # all trials are done: what they shared is not needed again
-            shutil.rmtree(self._home / "cache", ignore_errors=True)
-        shutil.rmtree(self._home / "trials", ignore_errors=True)
-
-    def plan(self) -> dict[str, Any]:
-        """What `remote_runner` makes this runner from again, on another node."""
-        if not isinstance(self._score, Scorer):
-            raise LorsError(
-                "--ray: expected a command or module:function as the scorer, got a function of this program"
-            )
-        return {
-            "home": str(self._home), "recipe": self._recipe.to_yaml(resolved=True), "command": self._score.command,
-            "objectives": self._score.objectives, "timeout": self._score.timeout, "backend": self._backend,
-            "threads": self.threads, "seed": self._seed,
-        }  # fmt: skip
-
-    def fitting(self, jobs: int, memory: int | None) -> int:
-        """How many trials fit into the memory: each may have its whole model in the scorer's memory."""
-        if memory is None:
-            return jobs
-        if memory < self.model_bytes:
-            raise LorsError(f"--memory: expected at least {self.model_bytes} bytes, one model, got {memory}")
-        return max(1, min(jobs, memory // self.model_bytes))
-
-    def prepare(self, spaces: Sequence[Space]) -> None:
-        """Decomposes every expert at the largest rank, once."""
-        from .task_vector import decompose
-
-        require_space(self._home, (self._kept + 1) * self.model_bytes)
-        ranks = [space.largest("rank") for space in spaces]
-        rank = max((rank for rank in ranks if rank), default=None)
-        if rank is None or self._recipe.base_source is None:
-            return
-        cache = self._home / "cache"
-        cache.mkdir(exist_ok=True)
-        for index in self._recipe.experts:
-            source, label = self._recipe.sources[index], self._recipe.labels[index]
-            with open_checkpoint(source) as checkpoint:
-                if is_expert_file(checkpoint):
-                    continue
-            path = cache / f"expert-{index}-rank-{rank:g}.lors.safetensors"
-            if not path.exists():
-                decompose(
-                    self._recipe.base_source, source, path, rank=rank, density=0, remainder="none", name=label,
-                    target=None if self._recipe.target is None else self._recipe.target.model_dump(mode="json"),
-                    seed=self._seed, backend=self._backend, threads=self.threads,
-                )  # fmt: skip
-            self._sources[label] = ExpertSource(self._stack.enter_context(open_checkpoint(path)))
-
-    def adopt(self) -> None:
-        """Uses the decompositions that another process has prepared, and leaves the directory to it."""
-        self._owner = False
-        for index in self._recipe.experts:
-            for path in (self._home / "cache").glob(f"expert-{index}-rank-*.lors.safetensors"):
-                source = ExpertSource(self._stack.enter_context(open_checkpoint(path)))
-                self._sources[self._recipe.labels[index]] = source
-
-    def factors(self, expert: str, name: str, rank: int) -> tuple[Any, Any] | None:
-        """(left, right) of one matrix at a rank, from the cache; None when it is not there."""
-        source = self._sources.get(expert)
-        if source is None or source.rank(name) < rank:
-            return None
-        left, right = source.stored_factors(name)
-        return left[:, :rank].copy(), right[:, :rank].copy()
 
     def trial(self, method: str, number: int, settings: dict[str, Any]) -> Trial:
-        """Merges, scores and removes one setting."""
-        model = self._home / "trials" / f"{method}-{number}"
         begun = time.perf_counter()
-        try:
-            self._merge(method, settings, model)
-        except LorsError as error:
-            return Trial(method, number, settings, "failed", (), f"merge: {error}", time.perf_counter() - begun)
-        merged = time.perf_counter()
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                model = stack.enter_context(self.models.model(method, number, settings))
+            except LorsError as error:
+                return Trial(method, number, settings, "failed", (), f"merge: {error}", time.perf_counter() - begun)
+            merged = time.perf_counter()
             score = Score("failed", (), "interrupted") if self.stop.is_set() else self._score(model)
-        finally:
-            shutil.rmtree(model, ignore_errors=True)
         seconds = merged - begun, time.perf_counter() - merged
         return Trial(method, number, settings, score.state, score.values, score.error, *seconds)
 
-    def _merge(self, method: str, settings: dict[str, Any], out: Path) -> None:
-        out.parent.mkdir(exist_ok=True)
-        options: dict[str, Any] = {"backend": self._backend, "threads": self.threads, "durable": False}
-        if not (method in SEPARABLE and "lambda" in settings and self._recipe.rest != "average"):
-            merge_recipe(setting_recipe(self._recipe, method, settings), out, factors=self.factors, **options)
-            return
-        shared = {name: value for name, value in settings.items() if name != "lambda"}
-        with self._unit(method, shared) as unit:
-            if not unit.exists():
-                whole = setting_recipe(self._recipe, method, shared | {"lambda": 1.0}, out_dtype="float32")
-                merge_recipe(whole, unit, factors=self.factors, **options)
-            line = Recipe.from_arguments(
-                self._recipe.base_source, {"unit": unit}, "task_arithmetic", methods=SPECS, lam=settings["lambda"],
-                out_dtype=self._recipe.output_dtype,
-            )  # fmt: skip
-            merge_recipe(line, out, **options)
 
-    @contextlib.contextmanager
-    def _unit(self, method: str, shared: Mapping[str, Any]) -> Iterator[Path]:
-        """The place of the merge at lambda = 1 that settings share; one trial at a time makes it or uses it."""
-        key = json.dumps([method, sorted(shared.items())])
-        with self._lock:
-            unit = self._units.setdefault(key, _Unit(self._home / "cache" / f"unit-{zlib.crc32(key.encode()):08x}"))
-            self._units.move_to_end(key)
-            unit.users += 1
-            unit.path.parent.mkdir(exist_ok=True)
-        try:
-            with _locked(unit.path.with_suffix(".lock")):
-                yield unit.path
-        finally:
-            with self._lock:
-                unit.users -= 1
-                for old in (
-                    []
-                    if not self._owner
-                    else [k for k, u in self._units.items() if u.users == 0][: max(0, len(self._units) - self._kept)]
-                ):
-                    shutil.rmtree(self._units.pop(old).path, ignore_errors=True)
+def _fitting(jobs: int, memory: int | None, model_bytes: int) -> int:
+    """How many trials fit into the memory: each may have its whole model in the scorer's memory."""
+    if memory is None:
+        return jobs
+    if memory < model_bytes:
+        raise LorsError(f"--memory: expected at least {model_bytes} bytes, one model, got {memory}")
+    return max(1, min(jobs, memory // model_bytes))
 
 
-@dataclass
-class _Unit:
-    path: Path
-    users: int = 0
+# --- on other machines
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One holder at a time, of threads and processes."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _remote_plan(
+    home: Home, recipe: Recipe, score: object, models: Models, factors: Mapping[str, str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `remote_trial` makes a runner from, on another node."""
+    if not isinstance(score, Scorer):
+        raise LorsError("--ray: expected a command or module:function as the scorer, got a function of this program")
+    return {
+        "home": str(home.path), "url": home.url, "recipe": recipe.to_yaml(resolved=True), "command": score.command,
+        "objectives": score.objectives, "timeout": score.timeout, "factors": tuple(factors.items()), **options,
+    }  # fmt: skip
 
 
 @cache
-def _adopted(home: str, recipe: str, scorer: Scorer, backend: str | None, threads: int, seed: int) -> _Runner:
-    bound = Recipe.from_yaml(recipe, SPECS)
-    runner = _Runner(Path(home), bound, scorer, backend, threads, 1, seed)
-    runner.adopt()
-    return runner
-
-
-def remote_runner(
+def _adopted(
     home: str,
+    url: str | None,
     recipe: str,
-    command: str,
-    objectives: tuple[Objective, ...],
-    timeout: float | None,
-    backend: str | None,
-    threads: int,
-    seed: int,
+    scorer: Scorer,
+    factors: tuple[tuple[str, str], ...],
+    options: tuple[tuple[str, Any], ...],
 ) -> _Runner:
-    """The runner of `_Runner.plan`, made once per worker."""
-    return _adopted(home, recipe, Scorer(command, tuple(objectives), timeout), backend, threads, seed)
+    path = Path(home) if url is None else scratch(url, "work")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    models = Models(path, Recipe.from_yaml(recipe, SPECS), **dict(options))
+    models.adopt(dict(factors))
+    return _Runner(models, scorer)
 
 
-def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out_dtype: str | None = None) -> Recipe:
-    """The recipe with another method and parameters; what the method has no use for is left out."""
-    known = {spec.name for spec in SPECS[method].parameters}
-    data = recipe.to_dict(resolved=True) | {"merge_method": method}
-    if out_dtype is not None:
-        data["out_dtype"] = out_dtype
-    data["parameters"] = {k: v for k, v in {**data.get("parameters", {}), **settings}.items() if k in known}
-    for entry in data["models"]:
-        own = entry.pop("parameters", {})
-        if own := {name: value for name, value in own.items() if name in known and name not in settings}:
-            entry["parameters"] = own
-    if METHODS[method].everywhere:
-        data.pop("target", None)
-    return Recipe.from_yaml(yaml.safe_dump(data, sort_keys=False), SPECS)
+def remote_trial(plan: Mapping[str, Any], method: str, number: int, settings: dict[str, Any]) -> Trial:
+    """One trial by a runner that every worker makes once."""
+    options = dict(plan)
+    scorer = Scorer(options.pop("command"), tuple(options.pop("objectives")), options.pop("timeout"))
+    home, url, recipe, factors = (options.pop(key) for key in ("home", "url", "recipe", "factors"))
+    return _adopted(home, url, recipe, scorer, factors, tuple(options.items())).trial(method, number, settings)
+
+
+def remote_clear(url: str) -> None:
+    """Removes what workers of one node kept for a sweep at a URL."""
+    shutil.rmtree(scratch(url, "work"), ignore_errors=True)
 
 
 # --- results
 
 
-def _conclude(home: Path, recipe: Recipe, state: Sweep) -> None:
+def _conclude(home: Home, recipe: Recipe, state: Sweep) -> None:
     """CSV, JSON, the best recipes, the page."""
     from .sweep_page import render
 
     names = list(dict.fromkeys(name for trial in state.trials for name in trial.settings))
     goals = [objective.name for objective in state.objectives]
-    with writing(home / "trials.csv"), (home / "trials.csv").open("w", newline="", encoding="utf-8") as stream:
+    path = home.path / "trials.csv"
+    with writing(path), path.open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
         table.writerow(["method", "number", *names, "state", *goals, "merge_seconds", "score_seconds", "error"])
         for t in state.trials:
@@ -597,10 +442,11 @@ def _conclude(home: Path, recipe: Recipe, state: Sweep) -> None:
         "trials": [asdict(trial) for trial in state.trials],
         "front": [[trial.method, trial.number] for trial in state.front()],
     }
-    _replace(home / "trials.json", json.dumps(data, indent=1) + "\n")
+    home.replace("trials.json", json.dumps(data, indent=1) + "\n")
     for index, objective in enumerate(state.objectives):
         best = state.best(index)
         assert best is not None
         text = setting_recipe(recipe, best.method, best.settings).to_yaml()
-        _replace(home / ("best.yml" if index == 0 else f"best-{objective.name}.yml"), text)
-    _replace(home / "index.html", render(state))
+        home.replace(("best.yml" if index == 0 else f"best-{objective.name}.yml"), text)
+    home.replace("index.html", render(state))
+    home.push()

@@ -48,6 +48,7 @@ from .expert_file import (
 from .output import OutputDirectory, WeightWriter, writing
 from .parameters import rank_of
 from .recipe import Target
+from .remote import is_url, placed
 from .sources import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]
@@ -107,8 +108,8 @@ def decompose(
     begun = time.perf_counter()
     chosen = Target.model_validate(dict(target)) if target else None
     _check_options(rank, density, values, index, remainder)
-    path = Path(os.path.abspath(os.path.expanduser(out)))
     with contextlib.ExitStack() as stack:
+        path = Path(os.path.abspath(os.path.expanduser(stack.enter_context(placed(out, force)))))
         origin = stack.enter_context(open_checkpoint(os.fspath(base), name="base"))
         tuned = stack.enter_context(open_checkpoint(os.fspath(expert), name=name))
         for checkpoint in (origin, tuned):
@@ -125,9 +126,10 @@ def decompose(
         folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
         error = _write(folder, layout, origin, tuned, backend, count)
         _publish(folder / "expert.safetensors", path)
-        size = sum(info.nbytes for info in tuned.tensors.values())
+        size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
-    return Decomposition(str(path), path.stat().st_size, size, matrices, error, time.perf_counter() - begun)
+    shown = out if isinstance(out, str) and is_url(out) else str(path)
+    return Decomposition(shown, stored, size, matrices, error, time.perf_counter() - begun)
 
 
 def _check_options(rank: float, density: float, values: str, index: str, remainder: str) -> None:

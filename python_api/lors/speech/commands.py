@@ -232,6 +232,7 @@ def experiment(
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the configuration's].")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time [default: one per core].")] = None,
     stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run stages on a Ray cluster.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the stages and which are done, run nothing.")] = False,
 ) -> None:
     """Fine-tune, merge by every method, score, compare; writes report.html and results.json.
@@ -254,7 +255,7 @@ def experiment(
         for item in build_stages(settings):
             print(f"{'done' if item.done(out) else '    '}  {item.name}")
         return
-    path = run_experiment(settings, out, jobs=jobs, stage=stage, report=lambda line: print(line, flush=True))
+    path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=lambda line: print(line, flush=True))
     if stage is None:
         from .report import print_tables
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import ray_stages
 from ..digest import sha256_file
 from ..errors import LorsError
 from .config import Config, Setting, load_config
@@ -30,12 +31,16 @@ def run_experiment(
     *,
     jobs: int | None = None,
     stage: str | None = None,
+    ray: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Runs what is missing of the experiment in directory `out` and returns its ``report.html``.
 
     `jobs` stages run at a time (default: one per core, one thread each). `stage` runs that one alone, in this process.
+    `ray`: "local" or the address of a cluster whose nodes all see `out`: stages run there.
     """
+    if stage is not None and ray is not None:
+        raise LorsError("--stage: runs in this process, expected no --ray")
     settings = config if isinstance(config, Config) else load_config(config)
     root = Path(out)
     stages = build_stages(settings)
@@ -43,7 +48,10 @@ def run_experiment(
         if stage is not None:
             run_stage(stages, stage, root)
             return root / "report.html"
-        run_stages(stages, root, jobs or os.cpu_count() or 1, report)
+        if ray is None:
+            run_stages(stages, root, jobs or os.cpu_count() or 1, report)
+        else:
+            ray_stages.run_stages(ray, settings, stages, root.absolute(), jobs or os.cpu_count() or 1, report)
         from .report import write_report
 
         return write_report(settings, root, {s.name: s.directory(root) for s in stages})

@@ -1,0 +1,213 @@
+"""The merged models of a sweep's settings: as much as can be is done once for many of them.
+
+Every expert is decomposed once, at the largest rank of the sweep. Settings that differ only in lambda share one merge at
+lambda = 1, the unit, kept in float32:
+
+    W(lambda) = W0 + lambda * (W(1) - W0)
+
+Such a setting costs reading two models and writing one, over the file of the setting before it: pages that are in memory
+already are written over three times as fast as new ones are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .checkpoint import open_checkpoint
+from .engine import Engine, plan
+from .expert_file import ExpertSource, is_expert_file
+from .merge_report import MergeReport
+from .merging import DTYPES, _writer, merge_recipe
+from .methods import METHODS, SPECS, Reduction
+from .output import RECIPE_FILE, require_space, writing
+from .recipe import Recipe
+from .sources import FileSource
+
+__all__ = ["Models", "setting_recipe"]
+
+SEPARABLE = ("lors", "svp", "magnitude_prune", "task_arithmetic")  # linear in lambda
+
+
+class Models:
+    """Merges settings of `recipe` in the directory `home`; used by several threads, and by processes at once.
+
+    units: merges at lambda = 1 that are kept at a time.
+    """
+
+    def __init__(self, home: Path, recipe: Recipe, *, backend: str | None, threads: int, seed: int, units: int) -> None:
+        self._home, self._recipe, self._backend, self.threads, self._seed = home, recipe, backend, threads, seed
+        self._units, self._factors, self._free = units, dict[str, ExpertSource](), list[Path]()
+        self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
+        with open_checkpoint(str(recipe.base_source or recipe.sources[0])) as base:
+            self.model_bytes = sum(info.nbytes for info in base.tensors.values())
+
+    def close(self) -> None:
+        self._stack.close()
+
+    # --- decompositions
+
+    def prepare(self, rank: float | None) -> dict[str, Path]:
+        """Decomposes every expert that is a checkpoint at a rank, unless that is done: label -> file of its factors."""
+        from .task_vector import decompose
+
+        require_space(self._home, (2 * self._units + 1) * self.model_bytes)
+        found: dict[str, Path] = {}
+        if rank is None or self._recipe.base_source is None:
+            return found
+        target = None if self._recipe.target is None else self._recipe.target.model_dump(mode="json")
+        for index in self._recipe.experts:
+            source, label = self._recipe.sources[index], self._recipe.labels[index]
+            with open_checkpoint(source) as checkpoint:
+                if is_expert_file(checkpoint) or checkpoint.adapter is not None:
+                    continue  # has its factors already
+            path = self._home / "cache" / f"expert-{index}-rank-{rank:g}.lors.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                decompose(
+                    self._recipe.base_source, source, path, rank=rank, density=0, remainder="none", name=label,
+                    target=target, seed=self._seed, backend=self._backend, threads=self.threads,
+                )  # fmt: skip
+            found[label] = path
+        return found
+
+    def adopt(self, factors: Mapping[str, str]) -> None:
+        """Uses decompositions that `prepare` made: label -> path or URL."""
+        for label, location in factors.items():
+            self._factors[label] = ExpertSource(self._stack.enter_context(open_checkpoint(location)))
+
+    def factors(self, expert: str, name: str, rank: int) -> tuple[Any, Any] | None:
+        """(left, right) of one matrix at a rank; None when they are not known."""
+        source = self._factors.get(expert)
+        if source is None or source.rank(name) < rank:
+            return None
+        left, right = source.stored_factors(name)
+        return left[:, :rank].copy(), right[:, :rank].copy()
+
+    # --- models
+
+    @contextlib.contextmanager
+    def model(self, method: str, number: int, settings: Mapping[str, Any]) -> Iterator[Path]:
+        """The directory of one setting's merged model, for the time of the block. LorsError when it cannot be merged."""
+        out = self._home / "trials" / f"{method}-{number}"
+        shared = method in SEPARABLE and "lambda" in settings and self._recipe.rest != "average"
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if shared:
+                self._take_free(out)
+                self._along_line(method, settings, out)
+            else:
+                shutil.rmtree(out, ignore_errors=True)  # a worker that was lost may have written it
+                self._merge(setting_recipe(self._recipe, method, settings), out)
+            yield out
+        finally:
+            if shared:
+                self._give_free(out)
+            else:
+                shutil.rmtree(out, ignore_errors=True)
+
+    def _merge(self, recipe: Recipe, out: Path) -> None:
+        merge_recipe(
+            recipe, out, factors=self.factors, backend=self._backend, threads=self.threads, durable=False
+        )  # fmt: skip
+
+    def _take_free(self, out: Path) -> None:
+        """Puts the directory of an earlier setting at `out`, to be written over; what the scorer put there goes."""
+        with self._lock:
+            free = self._free.pop() if self._free else None
+        if free is not None and not out.exists() and free.is_dir():
+            free.rename(out)
+        out.mkdir(exist_ok=True)
+        for path in out.iterdir():
+            status = path.lstat()
+            if path.suffix == ".safetensors" and path.is_file() and not path.is_symlink() and status.st_nlink == 1:
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _give_free(self, out: Path) -> None:
+        idle = out.with_name(f".idle-{secrets.token_hex(8)}")
+        with contextlib.suppress(FileNotFoundError):  # the scorer may have taken it away
+            out.rename(idle)
+            with self._lock:
+                self._free.append(idle)
+
+    def _along_line(self, method: str, settings: Mapping[str, Any], out: Path) -> None:
+        """W0 + lambda * (W(1) - W0)"""
+        recipe = setting_recipe(self._recipe, method, settings)
+        shared = {name: value for name, value in settings.items() if name != "lambda"}
+        dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
+        with contextlib.ExitStack() as stack:
+            unit = stack.enter_context(self._unit(method, shared))
+            base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
+            whole = stack.enter_context(open_checkpoint(unit))
+            sources = FileSource(base), FileSource(whole, list(base.tensors))
+            works = plan(sources[0].tensors, set(), lambda *_: [Reduction(settings["lambda"])], dtype, True)
+            for path in whole.sidecars():
+                with writing(out):
+                    shutil.copyfile(path, out / path.name)
+            report = MergeReport(method, str(self._backend), None, [])
+            with _writer(recipe, base, out, works, over=True) as writer:
+                Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads).run(works)
+                writer.finish()
+        with writing(out):
+            (out / RECIPE_FILE).write_text(recipe.to_yaml(resolved=True), encoding="utf-8")
+
+    # --- merges at lambda = 1
+
+    @contextlib.contextmanager
+    def _unit(self, method: str, shared: Mapping[str, Any]) -> Iterator[Path]:
+        """The merge at lambda = 1: made by whoever comes first, there for the time of the block."""
+        key = hashlib.sha256(json.dumps([method, sorted(shared.items())]).encode()).hexdigest()[:16]
+        path = self._home / "cache" / f"unit-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not path.exists():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    settings = {**shared, "lambda": 1.0}
+                    self._merge(setting_recipe(self._recipe, method, settings, out_dtype="float32"), path)
+                fcntl.flock(lock, fcntl.LOCK_SH)  # not one step: another may forget it in between, then once more
+            os.utime(path)
+            self._forget(path)
+            yield path
+
+    def _forget(self, used: Path) -> None:
+        """Removes the units that were not used for longest and are not in use, but for the last few."""
+        others = []
+        for path in used.parent.glob("unit-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process forgets too
+                if path.is_dir() and path != used:
+                    others.append((path.stat().st_mtime_ns, path))
+        for _, path in sorted(others, reverse=True)[self._units - 1 :]:
+            with path.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out_dtype: str | None = None) -> Recipe:
+    """The recipe with another method and parameters; what the method has no use for is left out."""
+    known = {spec.name for spec in SPECS[method].parameters}
+    data = recipe.to_dict(resolved=True) | {"merge_method": method}
+    if out_dtype is not None:
+        data["out_dtype"] = out_dtype
+    data["parameters"] = {k: v for k, v in {**data.get("parameters", {}), **settings}.items() if k in known}
+    for entry in data["models"]:
+        own = entry.pop("parameters", {})
+        if own := {name: value for name, value in own.items() if name in known and name not in settings}:
+            entry["parameters"] = own
+    if METHODS[method].everywhere:
+        data.pop("target", None)
+    return Recipe.from_yaml(yaml.safe_dump(data, sort_keys=False), SPECS)
