@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def test_synth(tmp_path: Path) -> None:
     assert said.startswith("6 utterances") and len(list((tmp_path / "c").rglob("*.wav"))) == 6
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_every_default(command: str) -> None:
+    """Brackets in a help text would be taken for markup and vanish."""
+    said = " ".join(_run(command, "--help").split())
+    assert "Usage" in said and not re.search(r" \.[^.]", said) and "--model,--model," not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -78,6 +86,15 @@ def test_synth(tmp_path: Path) -> None:
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--tasks", "sing"), "task: expected transcribe"),
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--dtype", "int8"), "--dtype: expected float32"),
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--device", "tpux"), "cannot read x.tsv|device"),
+        (
+            ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny"),
+            "expected A,B of the models tiny",
+        ),
+        (
+            ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny,b"),
+            "expected A,B of the models tiny",
+        ),
+        (("evaluate", "tiny", "--data", "x", "--languages", "ca", "-o", __file__), "cannot write .*: "),
         (("experiment", "quick", "-o", "x", "--list", "--seeds", "a"), "--seeds: expected numbers"),
         (("synth", "x", "--languages", "eo", "--dev", "0", "--test", "0"), "no sentences in 'eo'"),
     ],

@@ -20,6 +20,7 @@ from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
 from lors.speech.report import print_tables
+from lors.speech.whisper import SHIPPED
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +69,27 @@ def test_merging_the_files_gives_the_words_of_the_experiment(
     stages = {stage.name: stage.directory(finished) for stage in build_stages(config)}
     setting = results["grids"]["lors"]["chosen"][0]["setting"]
     experts = {language: stages[f"expert-{language}-s0"] / "model" for language in config.experts}
-    from lors.speech.whisper import SHIPPED
-
     merge(SHIPPED["tiny"], experts, tmp_path / "merged", "lors", out_dtype="float32", durable=False, **setting)
+    evaluation = evaluate(tmp_path / "merged", data=config.data.source or "", languages=config.languages)
+    lines = (stages["test-lors-s0"] / "answers.jsonl").read_text().splitlines()
+    assert [a.hypothesis for r in evaluation.results for a in r.answers] == [json.loads(x)["hypothesis"] for x in lines]
+
+
+def test_lora_experts_merge_from_their_adapters(tmp_path: Path) -> None:
+    """Adapters are experts as they are: the merge of the expanded models, which the experiment makes, says the same."""
+    pytest.importorskip("peft")
+    training = {"train": "lora", "lora_rank": 4, "max_steps": 30, "learning_rate": 3e-3, "warmup_steps": 3}
+    grids = {"lors": Grid(method="lors", parameters={"rank": [3], "density": [0.2], "lam": [0.6]})}
+    changes = {"languages": ("ca", "es"), "training": training, "grids": grids, "against": "lors"}
+    config = cut_config().model_copy(update=changes)
+    run_experiment(config, tmp_path / "x", jobs=2, report=lambda line: None)
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    assert _wer(results, "own expert") < 0.9 * _wer(results, "base")
+
+    stages = {stage.name: stage.directory(tmp_path / "x") for stage in build_stages(config)}
+    adapters = {language: stages[f"expert-{language}-s0"] / "model" / "adapter" for language in config.experts}
+    setting = results["grids"]["lors"]["chosen"][0]["setting"]
+    merge(SHIPPED["tiny"], adapters, tmp_path / "merged", "lors", out_dtype="float32", durable=False, **setting)
     evaluation = evaluate(tmp_path / "merged", data=config.data.source or "", languages=config.languages)
     lines = (stages["test-lors-s0"] / "answers.jsonl").read_text().splitlines()
     assert [a.hypothesis for r in evaluation.results for a in r.answers] == [json.loads(x)["hypothesis"] for x in lines]
