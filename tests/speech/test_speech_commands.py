@@ -70,6 +70,14 @@ def test_synth(tmp_path: Path) -> None:
         "synth", tmp_path / "c", "--languages", "ca,sv", "--train", 0, "--dev", 1, "--test", 2, "--format", "wav"
     )
     assert said.startswith("6 utterances") and len(list((tmp_path / "c").rglob("*.wav"))) == 6
+    before = (tmp_path / "c" / "manifest.tsv").read_bytes()
+    with pytest.raises(LorsError, match="holds a corpus already"):
+        _run("synth", tmp_path / "c", "--languages", "ca")
+    with pytest.raises(LorsError, match="expected utterances in at least one split"):
+        _run("synth", tmp_path / "c", "--force", "--train", 0, "--dev", 0, "--test", 0)
+    assert (tmp_path / "c" / "manifest.tsv").read_bytes() == before
+    with pytest.raises(LorsError, match="cannot write"):
+        _run("synth", tmp_path / "c" / "manifest.tsv" / "x", "--train", 0, "--dev", 0, "--test", 1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -157,6 +157,10 @@ def test_shipped_configurations_are_valid() -> None:
             "training: .*steps",
         ),
         (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ntraining: {lr_scheduler_type: lineer}",
+            "training: lr_scheduler_type: no 'lineer', did you mean 'linear'",
+        ),
+        (
             "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ngrids:\n"
             "  task_arithmetic: {method: task_arithmetic, parameters: {lam: [1, 2, 3]}}\n"
             "  lors: {method: lors, parameters: {rank: [1, 2], lam: [1, 2]}}",
@@ -185,6 +189,12 @@ def test_failing_stage_is_one_line_and_names_the_stage(tmp_path: Path) -> None:
     config = cut_config().model_copy(update={"languages": ("ca", "es", "fi")})
     with pytest.raises(LorsError, match=r"stage test-base: .*no 'fi' in split 'test'.*run the same command again"):
         run_experiment(config, tmp_path / "x", jobs=1, report=lambda line: None)
+
+
+def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LorsError, match="cannot write .*file: "):
+        run_experiment(cut_config(), tmp_path / "file")
 
 
 def test_stages_alone(tmp_path: Path) -> None:

@@ -34,11 +34,14 @@ def synth(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes of espeak-ng at a time (default: cores).")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a corpus in OUT.")] = False,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
     from .languages import parse_languages
     from .synth import synthesise
 
+    if (out / "manifest.tsv").exists() and not force:
+        raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
     with _bar("speaking", len(codes) * sum(sizes.values())) as progress:

@@ -139,6 +139,6 @@ def load_config(source: str | Path, **changes: Any) -> Config:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "configuration"
         raise LorsError(f"{path}: {where}: {first['msg']}") from error
-    except TypeError as error:
+    except (TypeError, LorsError) as error:
         raise LorsError(f"{path}: training: {error}") from error
     return config

@@ -79,8 +79,12 @@ class Stage:
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
     """One run at a time in a directory; the lock dies with the process."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as stream:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = (root / ".lock").open("w")
+    except OSError as error:
+        raise LorsError(f"cannot write {root}: {error.strerror or error}") from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
