@@ -103,6 +103,7 @@ def test_help_tells_every_default(command: str) -> None:
             "expected A,B of the models tiny",
         ),
         (("evaluate", "tiny", "--data", "x", "--languages", "ca", "-o", __file__), "cannot write .*: "),
+        (("experiment", "quick", "-o", "x", "--list", "--rest", "none"), "rest: Input should be 'task_arithmetic'"),
         (("experiment", "quick", "-o", "x", "--list", "--seeds", "a"), "--seeds: expected numbers"),
         (("synth", "x", "--languages", "eo", "--dev", "0", "--test", "0"), "no sentences in 'eo'"),
     ],

@@ -180,6 +180,12 @@ def test_wrong_configurations(tmp_path: Path, text: str, said: str) -> None:
     assert "x.yml" in str(error.value)
 
 
+def test_output_named_like_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quick").mkdir()  # by `lors experiment quick -o quick`, which is then run again
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quick").name == "quick"
+
+
 def test_configuration_that_is_not_there() -> None:
     with pytest.raises(LorsError, match="shipped configurations: clean, clean-variants"):
         load_config("quik")

@@ -242,6 +242,9 @@ def experiment(
         str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Tensors not decomposed, for all methods: task_arithmetic, average or base.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the configuration's).")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time (default: one per core).")] = None,
     stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
@@ -257,6 +260,8 @@ def experiment(
     changes: dict[str, Any] = {}
     if seeds is not None:
         changes["seeds"] = _integers(seeds)
+    if rest is not None:
+        changes["rest"] = rest
     if device is not None:
         changes["device"] = device
     settings = load_config(config, **changes)

@@ -121,7 +121,8 @@ def shipped_configs() -> list[str]:
 def load_config(source: str | Path, **changes: Any) -> Config:
     """A YAML file, or the name of a shipped configuration; `changes` replace top-level keys."""
     path = Path(source)
-    if not path.exists() and str(source) in shipped_configs():
+    # A directory of that name is the output of the first run: the same command again must find the configuration.
+    if not path.is_file() and str(source) in shipped_configs():
         path = _SHIPPED / f"{source}.yml"
     try:
         text = path.read_text("utf-8")
