@@ -67,7 +67,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
     expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; repeat for each.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... [default: lors]")
+        str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... (default: lors)")
     ] = None,
     rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
@@ -83,17 +83,17 @@ def merge(
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
     ] = None,
     device_memory: Annotated[
-        float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU [default: 80 % of what is free].")
+        float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU (default: 80 % of what is free).")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type of the written weights [default: the base's].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the written weights (default: the base's).")] = None,
     out_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest weight file [default: 5GB].")
+        str | None, typer.Option(metavar="SIZE", help="Largest weight file (default: 5GB).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     check: Annotated[
@@ -265,7 +265,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 @app.command()
 def validate(
     backend: Annotated[
-        list[str] | None, typer.Option(help="Only this backend; repeat [default: all that are available].")
+        list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -309,7 +309,7 @@ def decompose(
     remainder: Annotated[
         str, typer.Option(help="Tensors that are not decomposed: float32, float16, int8 or none.")
     ] = "float16",
-    name: Annotated[str | None, typer.Option(help="What the expert is called [default: its directory].")] = None,
+    name: Annotated[str | None, typer.Option(help="What the expert is called (default: its directory).")] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
     ] = None,
@@ -317,7 +317,7 @@ def decompose(
     seed: Annotated[int, typer.Option(min=0, help="Of the decomposition.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -343,11 +343,11 @@ def decompose(
 def add(
     merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
     expert: Annotated[str, typer.Argument(help="Expert file of the same base.")],
-    name: Annotated[str | None, typer.Option(help="What to call it [default: its own name].")] = None,
-    weight: Annotated[float | None, typer.Option(help="Its factor [default: the recipe's].")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call it (default: its own name).")] = None,
+    weight: Annotated[float | None, typer.Option(help="Its factor (default: the recipe's).")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -364,7 +364,7 @@ def remove(
     name: Annotated[str | None, typer.Option(help="Which one, when it is in the model twice.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads [default: LORS_THREADS or all cores].")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -416,7 +416,7 @@ def sweep(
         list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
     ] = None,
     sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method [default: the whole grid].")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method (default: the whole grid).")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")
@@ -424,7 +424,7 @@ def sweep(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials [default: all cores].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials (default: all cores).")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try trials again that failed in an earlier run.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -477,7 +477,7 @@ def report(
     rank: Annotated[float, typer.Option(help="Of L; below 1 a fraction of min(m, n).")] = 7,
     density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [default: all cores].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""

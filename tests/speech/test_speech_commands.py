@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,21 @@ def test_synth(tmp_path: Path) -> None:
         "synth", tmp_path / "c", "--languages", "ca,sv", "--train", 0, "--dev", 1, "--test", 2, "--format", "wav"
     )
     assert said.startswith("6 utterances") and len(list((tmp_path / "c").rglob("*.wav"))) == 6
+    before = (tmp_path / "c" / "manifest.tsv").read_bytes()
+    with pytest.raises(LorsError, match="holds a corpus already"):
+        _run("synth", tmp_path / "c", "--languages", "ca")
+    with pytest.raises(LorsError, match="expected utterances in at least one split"):
+        _run("synth", tmp_path / "c", "--force", "--train", 0, "--dev", 0, "--test", 0)
+    assert (tmp_path / "c" / "manifest.tsv").read_bytes() == before
+    with pytest.raises(LorsError, match="cannot write"):
+        _run("synth", tmp_path / "c" / "manifest.tsv" / "x", "--train", 0, "--dev", 0, "--test", 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_every_default(command: str) -> None:
+    """Brackets in a help text would be taken for markup and vanish."""
+    said = " ".join(_run(command, "--help").split())
+    assert "Usage" in said and not re.search(r" \.[^.]", said) and "--model,--model," not in said
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,16 @@ def test_synth(tmp_path: Path) -> None:
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--tasks", "sing"), "task: expected transcribe"),
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--dtype", "int8"), "--dtype: expected float32"),
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--device", "tpux"), "cannot read x.tsv|device"),
+        (
+            ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny"),
+            "expected A,B of the models tiny",
+        ),
+        (
+            ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny,b"),
+            "expected A,B of the models tiny",
+        ),
+        (("evaluate", "tiny", "--data", "x", "--languages", "ca", "-o", __file__), "cannot write .*: "),
+        (("experiment", "quick", "-o", "x", "--list", "--rest", "none"), "rest: Input should be 'task_arithmetic'"),
         (("experiment", "quick", "-o", "x", "--list", "--seeds", "a"), "--seeds: expected numbers"),
         (("synth", "x", "--languages", "eo", "--dev", "0", "--test", "0"), "no sentences in 'eo'"),
     ],

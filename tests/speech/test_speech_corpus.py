@@ -79,15 +79,16 @@ def test_unusable_audio(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "zero.wav", np.zeros(0, np.float32), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     for name, said in [
-        ("absent.wav", "cannot read audio"),
-        ("empty.wav", "cannot read audio"),
-        ("text.mp3", "cannot read audio"),
+        ("absent.wav", "no such file"),
+        (".", "a directory"),
+        ("empty.wav", "expected WAV, FLAC, MP3, Ogg or Opus"),
+        ("text.mp3", "expected WAV, FLAC, MP3, Ogg or Opus"),
         ("zero.wav", "expected samples, got a file of length 0"),
         ("nan.wav", "expected finite samples"),
     ]:
         with pytest.raises(LorsError, match=said) as error:
             read_audio(AudioFile(tmp_path / name))
-        assert name in str(error.value) and "\n" not in str(error.value)
+        assert f"cannot read audio {tmp_path / name}" in str(error.value) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- manifest
@@ -111,6 +112,9 @@ def test_jsonl_manifest(tmp_path: Path) -> None:
     lines = [{"audio": f"{i}.wav", "sentence": str(i), "language": "sv-SE"} for i in range(3)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv", limit=2)] == ["0.wav", "1.wav"]
+    (tmp_path / "n.jsonl").write_text('{"audio": "a.wav", "text": null, "translation": null, "language": "sv"}')
+    utterance = load_corpus(tmp_path / "n.jsonl", languages="sv")[0]
+    assert utterance.text == "" and utterance.translation is None  # null is not the word "None"
 
 
 def test_length_filter(tmp_path: Path) -> None:
@@ -129,7 +133,17 @@ def test_length_filter(tmp_path: Path) -> None:
         (["id|audio|text|language", "a|a.wav|x"], "m.tsv:2: expected 4 columns"),
         (["id|audio|text|language", "a|a.wav|x|ca|de"], "m.tsv:2: expected 4 columns"),
         (["id|audio|text|language", "a|a.wav|x|da"], "no 'ca' in split 'train', did you mean 'da'|no 'ca'"),
-        (["id|audio|text|language|seconds", "a|a.wav|x|ca|long"], "row 1: expected seconds"),
+        (["id|audio|text|language", "a||x|ca"], "row 1: expected the path of a recording, got ''"),
+        (
+            ["id|audio|text|language|seconds", "a|a.wav|x|ca|long"],
+            "row 1: expected start and seconds, got None and 'long'",
+        ),
+        (
+            ["id|audio|text|language|seconds", "a|a.wav|x|ca|nan"],
+            "row 1: expected start and seconds, got None and 'nan'",
+        ),
+        (["id|audio|text|language|seconds", "a|a.wav|x|ca|-1"], "row 1: expected start and seconds, got None and '-1'"),
+        (["id|audio|text|language|start|seconds", "a|a.wav|x|ca|-1|1"], "expected start and seconds, got '-1' and '1'"),
     ],
 )
 def test_wrong_manifests(tmp_path: Path, rows: list[str], said: str) -> None:

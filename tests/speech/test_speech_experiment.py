@@ -20,6 +20,7 @@ from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
 from lors.speech.report import print_tables
+from lors.speech.whisper import SHIPPED
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +69,27 @@ def test_merging_the_files_gives_the_words_of_the_experiment(
     stages = {stage.name: stage.directory(finished) for stage in build_stages(config)}
     setting = results["grids"]["lors"]["chosen"][0]["setting"]
     experts = {language: stages[f"expert-{language}-s0"] / "model" for language in config.experts}
-    from lors.speech.whisper import SHIPPED
-
     merge(SHIPPED["tiny"], experts, tmp_path / "merged", "lors", out_dtype="float32", durable=False, **setting)
+    evaluation = evaluate(tmp_path / "merged", data=config.data.source or "", languages=config.languages)
+    lines = (stages["test-lors-s0"] / "answers.jsonl").read_text().splitlines()
+    assert [a.hypothesis for r in evaluation.results for a in r.answers] == [json.loads(x)["hypothesis"] for x in lines]
+
+
+def test_lora_experts_merge_from_their_adapters(tmp_path: Path) -> None:
+    """Adapters are experts as they are: the merge of the expanded models, which the experiment makes, says the same."""
+    pytest.importorskip("peft")
+    training = {"train": "lora", "lora_rank": 4, "max_steps": 30, "learning_rate": 3e-3, "warmup_steps": 3}
+    grids = {"lors": Grid(method="lors", parameters={"rank": [3], "density": [0.2], "lam": [0.6]})}
+    changes = {"languages": ("ca", "es"), "training": training, "grids": grids, "against": "lors"}
+    config = cut_config().model_copy(update=changes)
+    run_experiment(config, tmp_path / "x", jobs=2, report=lambda line: None)
+    results = json.loads((tmp_path / "x" / "results.json").read_text())
+    assert _wer(results, "own expert") < 0.9 * _wer(results, "base")
+
+    stages = {stage.name: stage.directory(tmp_path / "x") for stage in build_stages(config)}
+    adapters = {language: stages[f"expert-{language}-s0"] / "model" / "adapter" for language in config.experts}
+    setting = results["grids"]["lors"]["chosen"][0]["setting"]
+    merge(SHIPPED["tiny"], adapters, tmp_path / "merged", "lors", out_dtype="float32", durable=False, **setting)
     evaluation = evaluate(tmp_path / "merged", data=config.data.source or "", languages=config.languages)
     lines = (stages["test-lors-s0"] / "answers.jsonl").read_text().splitlines()
     assert [a.hypothesis for r in evaluation.results for a in r.answers] == [json.loads(x)["hypothesis"] for x in lines]
@@ -91,13 +110,13 @@ def test_a_finished_experiment_does_nothing_and_a_new_method_only_itself(finishe
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
     """SIGKILL while an expert trains: the stage dies with the run, the second run keeps what was finished."""
+    changes = {"experts": ("ca",), "languages": ("ca",), "grids": {}}
     script = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "if __name__ == '__main__':\n"
         "    from cut import cut_config\n"
         "    from lors.speech import run_experiment\n"
-        "    c = cut_config()\n"
-        "    c = c.model_copy(update={'experts': ('ca',), 'languages': ('ca',), 'grids': {}})\n"
+        f"    c = cut_config().model_copy(update={changes!r})\n"
         "    run_experiment(c, sys.argv[1], jobs=2, report=lambda line: print(line, flush=True))\n"
     )
     (tmp_path / "run.py").write_text(script)
@@ -113,8 +132,9 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)  # returns when the last process that holds the pipe is gone
     assert not (tmp_path / "out" / "report.html").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "1 of 3 stages were already done" in done.stdout and (tmp_path / "out" / "report.html").exists()
+    said: list[str] = []
+    run_experiment(cut_config().model_copy(update=changes), tmp_path / "out", jobs=2, report=said.append)
+    assert "1 of 3 stages were already done" in said and (tmp_path / "out" / "report.html").exists()
     trained = next((tmp_path / "out" / "stages").glob("expert-ca-s0-*/model/training.json"))
     assert json.loads(trained.read_text())["resumed_from"] >= 30
 
@@ -138,6 +158,10 @@ def test_shipped_configurations_are_valid() -> None:
             "training: .*steps",
         ),
         (
+            "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ntraining: {lr_scheduler_type: lineer}",
+            "training: lr_scheduler_type: no 'lineer', did you mean 'linear'",
+        ),
+        (
             "name: x\nbase: tiny\ndata: {source: x}\nexperts: [ca]\nlanguages: [ca]\ngrids:\n"
             "  task_arithmetic: {method: task_arithmetic, parameters: {lam: [1, 2, 3]}}\n"
             "  lors: {method: lors, parameters: {rank: [1, 2], lam: [1, 2]}}",
@@ -157,6 +181,12 @@ def test_wrong_configurations(tmp_path: Path, text: str, said: str) -> None:
     assert "x.yml" in str(error.value)
 
 
+def test_output_named_like_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quick").mkdir()  # by `lors experiment quick -o quick`, which is then run again
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quick").name == "quick"
+
+
 def test_configuration_that_is_not_there() -> None:
     with pytest.raises(LorsError, match="shipped configurations: clean, clean-variants"):
         load_config("quik")
@@ -166,6 +196,12 @@ def test_failing_stage_is_one_line_and_names_the_stage(tmp_path: Path) -> None:
     config = cut_config().model_copy(update={"languages": ("ca", "es", "fi")})
     with pytest.raises(LorsError, match=r"stage test-base: .*no 'fi' in split 'test'.*run the same command again"):
         run_experiment(config, tmp_path / "x", jobs=1, report=lambda line: None)
+
+
+def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LorsError, match="cannot write .*file: "):
+        run_experiment(cut_config(), tmp_path / "file")
 
 
 def test_stages_alone(tmp_path: Path) -> None:

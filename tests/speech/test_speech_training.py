@@ -83,33 +83,35 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, recordings: Path) -> None
 
 
 def test_killed_training_continues_to_the_same_weights(tmp_path: Path, recordings: Path) -> None:
+    training = Training(max_steps=18, learning_rate=4e-4, save_steps=3)
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from lors.speech import Training, finetune\n"
-        "training = Training(max_steps=30, learning_rate=4e-4, save_steps=6)\n"
-        f"r = finetune('tiny', sys.argv[1], data={str(recordings)!r}, languages='ca', training=training)\n"
-        "print(r.resumed_from)\n"
+        f"finetune('tiny', sys.argv[1], data={str(recordings)!r}, languages='ca', training={training!r})\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def start(name: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", script, str(tmp_path / name)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    process = start("killed")
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")], env=environment)
+    checkpoints = tmp_path / "killed.checkpoints" / "0-ca"
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed.checkpoints").glob("*/checkpoint-6/trainer_state.json")):
+    while not (checkpoints / "checkpoint-3" / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (tmp_path / "killed").exists()
     # A checkpoint that was being written when the kill came has no state file and must be passed over.
-    (next((tmp_path / "killed.checkpoints").iterdir()) / "checkpoint-29").mkdir()
+    (checkpoints / "checkpoint-17").mkdir()
 
-    runs = [start("killed"), start("whole")]
-    resumed = [int(run.communicate()[0]) for run in runs]
-    assert resumed[0] >= 6 and resumed[1] == 0
+    def again(name: str, changed: Training = training, limit: int | None = None) -> int:
+        out = tmp_path / name
+        return finetune("tiny", out, data=recordings, languages="ca", training=changed, limit=limit).resumed_from
+
+    # Checkpoints of other settings or other data are no start for this run.
+    with pytest.raises(LorsError, match=r"learning_rate was 0.0004 there and is 0.001 here; remove the directory"):
+        again("killed", replace(training, learning_rate=1e-3))
+    with pytest.raises(LorsError, match=r"data was .* there and is .* here"):
+        again("killed", limit=10)
+    assert again("killed") >= 3 and again("whole") == 0
     killed, whole = _weights(tmp_path / "killed"), _weights(tmp_path / "whole")
     for name in whole:
         np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
@@ -196,6 +198,12 @@ def test_bad_models_devices_and_settings(tmp_path: Path, recordings: Path, catal
         Training(train="matrix")
     with pytest.raises(LorsError, match="expected eval_steps, got none"):
         Training(early_stopping_patience=2)
+    with pytest.raises(LorsError, match="lr_scheduler_type: no 'lineer', did you mean 'linear'"):
+        Training(lr_scheduler_type="lineer")
+    with pytest.raises(LorsError, match="learning_rate: expected a positive number, got nan"):
+        Training(learning_rate=float("nan"))
+    with pytest.raises(LorsError, match="absent: expected a model directory"):
+        evaluate(["tiny", "absent"], data="no manifest either", languages="ca")
     assert not (tmp_path / "x").exists()
 
 

@@ -80,3 +80,20 @@ def test_rank_by_energy(merger: Merger) -> None:
         rank = int((torch.linalg.svdvals(change) > 1e-3).sum())
         held = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
         assert held[rank - 1] >= 0.9 and (rank == 1 or held[rank - 2] < 0.9), name
+
+
+def test_orthogonal_low_rank_parts(merger: Merger) -> None:
+    # One expert has nothing to be orthogonal to, and all of its rank: TSV is its delta, and no residual is left.
+    alone = Merger(merger.base, {"expert-0": merger.experts["expert-0"]}, merger.network, merger.processor)
+    setting = {"density": 0.2, "low": 0.4, "sparse": 0.3, "rest": "task_arithmetic"}
+    merged = {k: v.clone() for k, v in alone.merge("lors_orthogonal", setting).state_dict().items()}
+    whole = alone.weights("task_arithmetic", {"lam": 0.4})
+    assert max(float((merged[name] - whole[name]).abs().max()) for name in whole) < 1e-4
+    # Without the sparse part it is TSV; with it the difference has the entries of S, of what a rank of 128 / 3 leaves.
+    name = "model.encoder.layers.0.fc1.weight"
+    tsv = merger.weights("tsv", {"lam": 0.4})[name]
+    torch.testing.assert_close(merger.merge("lors_orthogonal", {**setting, "sparse": 0.0}).state_dict()[name], tsv)
+    added = merger.merge("lors_orthogonal", setting).state_dict()[name] - tsv
+    low = merger.weights("svp", {"rank": 42, "lam": 1.0})[name]
+    expected = merger.weights("lors", {"rank": 42, "density": 0.2, "lam": 1.0})[name] - low
+    torch.testing.assert_close(added, 0.3 * expected, atol=1e-6, rtol=1e-3)

@@ -103,13 +103,13 @@ def read_audio(source: AudioSource) -> NDArray[np.float32]:
     numpy = require("numpy")
     soundfile = require("soundfile")
     try:
-        with soundfile.SoundFile(source.open()) as file:
+        with soundfile.SoundFile(_open(source)) as file:
             rate = file.samplerate
             start, seconds = source.span
             file.seek(min(round(start * rate), file.frames))
             samples = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
-        raise LorsError(f"cannot read audio {source.name}: {error}") from error
+        raise _unreadable(source, error) from error
     if samples.shape[0] == 0:
         raise LorsError(f"cannot read audio {source.name}: expected samples, got a file of length 0")
     mono = samples.mean(axis=1)
@@ -126,7 +126,22 @@ def duration(source: AudioSource) -> float:
     if source.span[1] is not None:
         return source.span[1]
     try:
-        info = soundfile.info(source.open())
+        info = soundfile.info(_open(source))
     except (OSError, RuntimeError) as error:
-        raise LorsError(f"cannot read audio {source.name}: {error}") from error
+        raise _unreadable(source, error) from error
     return float(info.frames / info.samplerate)
+
+
+def _open(source: AudioSource) -> Any:
+    """What soundfile opens. It calls a missing file a "system error", so files are looked at first."""
+    opened = source.open()
+    if isinstance(opened, str) and not Path(opened).is_file():
+        raise IsADirectoryError("a directory") if Path(opened).is_dir() else FileNotFoundError("no such file")
+    return opened
+
+
+def _unreadable(source: AudioSource, error: Exception) -> LorsError:
+    if isinstance(error, OSError):
+        return LorsError(f"cannot read audio {source.name}: {error.strerror or error}")
+    said = str(getattr(error, "error_string", error)).strip()
+    return LorsError(f"cannot read audio {source.name}: expected WAV, FLAC, MP3, Ogg or Opus (libsndfile: {said})")

@@ -7,7 +7,7 @@ the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,13 +32,16 @@ def synth(
     seed: Annotated[int, typer.Option(help="Of sentences and voices.")] = 0,
     audio_format: Annotated[str, typer.Option("--format", help="flac or wav.")] = "flac",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of espeak-ng at a time [default: cores].")
+        int | None, typer.Option(min=1, help="Processes of espeak-ng at a time (default: cores).")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a corpus in OUT.")] = False,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
     from .languages import parse_languages
     from .synth import synthesise
 
+    if (out / "manifest.tsv").exists() and not force:
+        raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
     with _bar("speaking", len(codes) * sum(sizes.values())) as progress:
@@ -55,7 +58,7 @@ def _names(name: str) -> tuple[str, str]:
 
 def finetune(
     model: Annotated[
-        str, typer.Option(*_names("model"), "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
+        str, typer.Option("--model", "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
     ],
     data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
     language: Annotated[str, typer.Option(help="One code: an expert; several with commas: multi-task.")],
@@ -87,7 +90,7 @@ def finetune(
             help="Stop after so many measurements without a better one.",
         ),
     ] = None,
-    dev: Annotated[str | None, typer.Option(help="Corpus whose split dev is used [default: --data].")] = None,
+    dev: Annotated[str | None, typer.Option(help="Corpus whose split dev is used (default: --data).")] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", *_names("max-train-samples"), min=1, help="Utterances per language.")
     ] = None,
@@ -101,7 +104,7 @@ def finetune(
         bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
@@ -150,7 +153,7 @@ def evaluate(
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Leave out longer recordings.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Utterances decoded at a time.")] = 64,
     beams: Annotated[int, typer.Option(min=1, help="1: greedy.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda where there is one].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     compare: Annotated[
         str | None, typer.Option(metavar="A,B", help="Paired bootstrap between two of the models.")
@@ -164,11 +167,16 @@ def evaluate(
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
     from .evaluation import evaluate as run
+    from .evaluation import make_room, model_names
     from .languages import parse_languages
 
+    # All that can be wrong is looked at before hours of decoding.
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
     wanted = parse_languages(languages)
+    pair = None if compare is None else _pair(compare, model_names(models))
+    if out is not None:
+        make_room(out)
     with _bar("decoding", None) as progress:
         evaluation = run(
             models, data=data, languages=wanted, tasks=_tasks(tasks), split=split, limit=limit, max_seconds=max_seconds,
@@ -180,16 +188,21 @@ def evaluate(
         print(json.dumps(evaluation.rows(), indent=1, ensure_ascii=False))
     else:
         show_evaluation(evaluation)
-    if compare is not None:
-        _show_comparison(evaluation, compare, _tasks(tasks))
+    if pair is not None:
+        _show_comparison(evaluation, *pair, _tasks(tasks))
 
 
-def _show_comparison(evaluation: Evaluation, pair: str, tasks: tuple[str, ...]) -> None:
+def _pair(text: str, known: Sequence[str]) -> tuple[str, str]:
+    first, _, second = text.partition(",")
+    for name in (first, second):
+        if name not in known:
+            raise LorsError(f"--compare: expected A,B of the models {', '.join(known)}, got {text!r}")
+    return first, second
+
+
+def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tuple[str, ...]) -> None:
     from .evaluation import compare
 
-    first, comma, second = pair.partition(",")
-    if not comma:
-        raise LorsError(f"--compare: expected A,B, got {pair!r}")
     for task in tasks:
         metric = "wer" if task == "transcribe" else "bleu"
         interval = compare(evaluation, first, second, task=task, metric=metric)
@@ -229,8 +242,11 @@ def experiment(
         str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda [default: the configuration's].")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time [default: one per core].")] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Tensors not decomposed, for all methods: task_arithmetic, average or base.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the configuration's).")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time (default: one per core).")] = None,
     stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run stages on a Ray cluster.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the stages and which are done, run nothing.")] = False,
@@ -245,6 +261,8 @@ def experiment(
     changes: dict[str, Any] = {}
     if seeds is not None:
         changes["seeds"] = _integers(seeds)
+    if rest is not None:
+        changes["rest"] = rest
     if device is not None:
         changes["device"] = device
     settings = load_config(config, **changes)

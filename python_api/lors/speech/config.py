@@ -121,7 +121,8 @@ def shipped_configs() -> list[str]:
 def load_config(source: str | Path, **changes: Any) -> Config:
     """A YAML file, or the name of a shipped configuration; `changes` replace top-level keys."""
     path = Path(source)
-    if not path.exists() and str(source) in shipped_configs():
+    # A directory of that name is the output of the first run: the same command again must find the configuration.
+    if not path.is_file() and str(source) in shipped_configs():
         path = _SHIPPED / f"{source}.yml"
     try:
         text = path.read_text("utf-8")
@@ -139,6 +140,6 @@ def load_config(source: str | Path, **changes: Any) -> Config:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "configuration"
         raise LorsError(f"{path}: {where}: {first['msg']}") from error
-    except TypeError as error:
+    except (TypeError, LorsError) as error:
         raise LorsError(f"{path}: training: {error}") from error
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,20 +172,25 @@ def _manifest(path: Path, split: str) -> Iterator[Utterance]:
 
 def _audio(manifest: Path, row: dict[str, Any], audio: str, number: int) -> AudioFile:
     """The recording of a row; with columns `start` and `seconds`, a part of it."""
+    if not audio:
+        raise LorsError(f"{manifest}: row {number}: expected the path of a recording, got {audio!r}")
     file = manifest.parent / audio
     if not row.get("seconds"):
         return AudioFile(file)
     try:
-        return AudioFile(file, float(row.get("start") or 0), float(row["seconds"]))
-    except ValueError:
+        start, seconds = float(row.get("start") or 0), float(row["seconds"])
+    except (TypeError, ValueError):
+        start, seconds = 0.0, 0.0
+    if not (0 <= start < math.inf and 0 < seconds < math.inf):
         where = f"{manifest}: row {number}"
-        raise LorsError(f"{where}: expected seconds, got {row.get('start')!r} and {row['seconds']!r}") from None
+        raise LorsError(f"{where}: expected start and seconds, got {row.get('start')!r} and {row['seconds']!r}")
+    return AudioFile(file, start, seconds)
 
 
 def _column(path: Path, row: dict[str, Any], names: tuple[str, ...], number: int) -> str:
     for name in names:
         if name in row:
-            return str(row[name])
+            return "" if row[name] is None else str(row[name])  # JSON's null is no text
     raise LorsError(f"{path}: row {number}: expected a column {' or '.join(map(repr, names))}, got {', '.join(row)}")
 
 

@@ -15,13 +15,13 @@ from .corpus import Corpus, Utterance, by_task, load_corpus
 from .features import features
 from .languages import parse_languages
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
-from .whisper import load_model, load_processor, quiet, require_languages
+from .whisper import load_model, load_processor, quiet, require_languages, resolve_model
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "result", "transcribe"]
+__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "make_room", "model_names", "result", "transcribe"]
 
 _CHUNK = 1024  # utterances whose features are held at once when there is no cache
 
@@ -74,7 +74,7 @@ class Evaluation:
 
     def write(self, out: Path) -> None:
         """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance."""
-        (out / "answers").mkdir(parents=True, exist_ok=True)
+        make_room(out)
         for r in self.results:
             name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
             with (out / "answers" / name).open("w", encoding="utf-8") as stream:
@@ -82,6 +82,14 @@ class Evaluation:
                     line = {**asdict(answer), "errors": int(errors), "words": int(words)}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
         (out / "scores.json").write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def make_room(out: Path) -> None:
+    """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be."""
+    try:
+        (out / "answers").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def evaluate(
@@ -107,13 +115,15 @@ def evaluate(
     """
     quiet()
     sources = [models] if isinstance(models, (str, Path)) else list(models)
+    for source in sources:
+        resolve_model(source)  # the last model's mistakes before the first one's hours
     wanted = parse_languages(languages)
     if isinstance(data, list):
         corpus = [u for u in data if u.language in wanted]
     else:
         corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
     results = []
-    for name, source in zip(_names(sources), sources, strict=True):
+    for name, source in zip(model_names(sources), sources, strict=True):
         processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
         require_languages(model, wanted, source)
         for task in tasks:
@@ -127,7 +137,8 @@ def evaluate(
     return Evaluation(tuple(results))
 
 
-def _names(sources: Sequence[str | Path]) -> list[str]:
+def model_names(sources: Sequence[str | Path]) -> list[str]:
+    """What the models are called in results; LorsError when one is there twice."""
     short = [Path(source).name for source in sources]
     if len(set(short)) == len(short):
         return short

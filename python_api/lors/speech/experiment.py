@@ -23,6 +23,7 @@ from .whisper import resolve_model
 __all__ = ["build_stages", "run_experiment"]
 
 _RESTS = ("task_arithmetic", "average", "base")
+_FINETUNE_VERSION = 2  # 2: the encoder's positions are frozen
 
 
 def run_experiment(
@@ -155,7 +156,7 @@ def _training(
         "training": asdict(config.make_training(seed, **changes)),
         "sequential": sequential,
     }
-    return Stage(name, _finetune, parameters, needs, _identity(config))
+    return Stage(name, _finetune, parameters, needs, _identity(config), _FINETUNE_VERSION)
 
 
 # ---------------------------------------------------------------------------------------------------- the stages

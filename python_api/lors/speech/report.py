@@ -13,7 +13,10 @@ from .results import METRIC, summarise
 
 __all__ = ["print_tables", "wide_console", "write_report"]
 
-_COLOURS = ("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276")
+_COLOURS = (  # one for each row of a comparison of all methods
+    *("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276"),
+    *("#7fb3d5", "#f1948a", "#7dcea0", "#c39bd3", "#f8c471", "#76d7c4", "#aeb6bf", "#4a235a"),
+)
 _UNIT = {"transcribe": "WER, %; lower is better", "translate": "BLEU; higher is better"}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#1c2833}

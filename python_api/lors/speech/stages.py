@@ -28,7 +28,6 @@ from ..messages import nearest
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
-_VERSION = 1  # raise it when a stage's code changes what it writes
 _PRELOAD = [
     "torch",
     "transformers.models.whisper.modeling_whisper",
@@ -43,7 +42,8 @@ _PRELOAD = [
 class Stage:
     """`work(directory, inputs, **parameters)` fills its directory; `inputs` are the directories of `needs`, by name.
 
-    `identity` says what else the result depends on: digests of the files that parameters name.
+    `identity` says what else the result depends on: digests of the files that parameters name. `version` is that of the
+    work's code: raise it when the code changes what it writes.
     """
 
     name: str
@@ -51,10 +51,11 @@ class Stage:
     parameters: Mapping[str, Any]
     needs: tuple[Stage, ...] = field(default=())
     identity: str = ""
+    version: int = 1
 
     @property
     def key(self) -> str:
-        what = [_VERSION, self.work.__name__, self.parameters, self.identity, [stage.key for stage in self.needs]]
+        what = [self.version, self.work.__name__, self.parameters, self.identity, [stage.key for stage in self.needs]]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: Path) -> Path:
@@ -78,8 +79,12 @@ class Stage:
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
     """One run at a time in a directory; the lock dies with the process."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as stream:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = (root / ".lock").open("w")
+    except OSError as error:
+        raise LorsError(f"cannot write {root}: {error.strerror or error}") from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

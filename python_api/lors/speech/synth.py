@@ -114,6 +114,8 @@ def synthesise(
         raise LorsError(f"synth: unknown condition {condition!r}{nearest(condition, CONDITIONS)}")
     if audio_format not in ("flac", "wav"):
         raise LorsError(f"synth: expected the format flac or wav, got {audio_format!r}")
+    if not any(sizes.values()):
+        raise LorsError("synth: expected utterances in at least one split, got none")
     program = espeak_program()
     jobs = [
         _Job(out, language, split, index, sentence(concept, language), sentence(concept, "en"), audio_format)
@@ -121,8 +123,11 @@ def synthesise(
         for split, size in sizes.items()
         for index, concept in enumerate(sample(split, size, seed))
     ]
-    for language in {job.language for job in jobs}:
-        (out / language).mkdir(parents=True, exist_ok=True)
+    try:
+        for language in {job.language for job in jobs}:
+            (out / language).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
     def run(job: _Job) -> None:
         job.write(_utterance(program, job, CONDITIONS[condition], f"{seed} {condition} {job.key}"))

@@ -7,7 +7,9 @@ continues by itself after a kill.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..digest import sha256_file
 from ..errors import LorsError
 from ..layers import decomposed
 from ..messages import nearest
@@ -26,7 +29,7 @@ from .features import features, log_mel
 from .languages import parse_languages
 from .scoring import score
 from .tokens import labels
-from .whisper import load_model, load_processor, quiet, require_languages, torch_device
+from .whisper import load_model, load_processor, quiet, require_languages, resolve_model, torch_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["TRAIN", "Trained", "Training", "finetune", "first_process"]
 
 TRAIN = ("all", "matrices", "lora")
+SCHEDULERS = (  # those that need no further settings
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
 _LORA_TARGETS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj|.*\.fc[12]"
 _LOG_STEPS = 50
 
@@ -73,6 +80,11 @@ class Training:
             raise LorsError("early stopping: expected eval_steps, got none")
         if self.max_steps < 1:
             raise LorsError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if not 0 < self.learning_rate < math.inf:
+            raise LorsError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.lr_scheduler_type not in SCHEDULERS:
+            known = nearest(self.lr_scheduler_type, SCHEDULERS)
+            raise LorsError(f"lr_scheduler_type: no {self.lr_scheduler_type!r}{known}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +138,7 @@ def finetune(
     groups = [(language,) for language in wanted] if sequential else [wanted]
     stages, source = [], str(model)
     with _output(out, force, model) as output:
+        _claim(scratch, _identity(str(model), corpus, held_out, wanted, tuple(tasks), training, sequential))
         for number, group in enumerate(groups):
             place = scratch / f"{number}-{'-'.join(group)}"
             target = output.path if number == len(groups) - 1 else place / "final"
@@ -162,6 +175,49 @@ def _output(out: Path, force: bool, model: str | Path) -> Iterator[OutputDirecto
         return
     with OutputDirectory(out, force=force, inputs=[Path(model)] if Path(model).exists() else []) as output:
         yield output
+
+
+def _identity(
+    model: str,
+    corpus: Corpus,
+    dev: Corpus,
+    languages: tuple[str, ...],
+    tasks: tuple[str, ...],
+    training: Training,
+    sequential: bool,
+) -> dict[str, Any]:
+    """What checkpoints depend on. The device is left out: a run may continue on another."""
+    weights = sorted(Path(resolve_model(model)).glob("*.safetensors"))
+    spoken = "".join(f"{u.id}\t{u.text}\t{u.translation}\t{u.language}\n" for u in (*corpus, *dev))
+    settings = {name: value for name, value in asdict(training).items() if name != "device"}
+    return {
+        "model": model,
+        "weights": [sha256_file(path) for path in weights],
+        "languages": list(languages),
+        "tasks": list(tasks),
+        "sequential": sequential,
+        "data": hashlib.sha256(spoken.encode()).hexdigest(),
+        **settings,
+    }
+
+
+def _claim(scratch: Path, identity: dict[str, Any]) -> None:
+    """LorsError when `scratch` holds checkpoints of another run; else the checkpoints to come are this one's."""
+    if not first_process():
+        return
+    record = scratch / "run.json"
+    found = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    if any(scratch.glob("*/checkpoint-*")) or any(scratch.glob("*/final")):
+        for name, value in identity.items():
+            if found.get(name) != value:
+                raise LorsError(
+                    f"{scratch}: expected checkpoints of this run, got another one's: {name} was "
+                    f"{found.get(name)!r} there and is {value!r} here; remove the directory to start anew"
+                )
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = record.with_suffix(".tmp")
+    temporary.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
+    temporary.replace(record)
 
 
 def _corpus(
@@ -269,8 +325,10 @@ class _Job:
                 return metrics
 
         evaluating = t.eval_steps is not None
-        # Named here only when asked for: transformers 5 warns of the old name even when it is off.
-        optional: dict[str, Any] = {"gradient_checkpointing": True} if t.gradient_checkpointing else {}
+        # transformers 5 renames it in the middle of its life, and warns of the old name even when it is off.
+        known = Seq2SeqTrainingArguments.__dataclass_fields__
+        checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+        optional: dict[str, Any] = {checkpointing: True} if t.gradient_checkpointing else {}
         arguments = Seq2SeqTrainingArguments(
             output_dir=str(self.scratch),
             max_steps=t.max_steps,

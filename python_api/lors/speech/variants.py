@@ -49,7 +49,18 @@ def lors_energy(merger: Merger, *, energy: float, density: float, lam: float, re
     return merger.weights("lors", {"rank": ranks, "density": density, "lam": lam, "rest": rest})
 
 
-def _sparse(merger: Merger, rank: int, density: float, experts: Mapping[str, State]) -> State:
+def lors_orthogonal(merger: Merger, *, density: float, low: float, sparse: float, rest: str) -> State:
+    """LoRS whose low-rank parts are made orthogonal to each other, as Task Singular Vectors does it.
+
+    W0 + low * (TSV of the L_t) + sparse * sum S_t, with TSV's rank of int(min(m, n) / T) for T experts.
+    """
+    share = 1 / len(merger.experts)
+    ranks = [{"filter": name, "value": int(min(merger.base[name].shape) * share)} for name in merger.matrices()]
+    merged = merger.weights("tsv", {"lam": low, "rest": rest})
+    return _plus(merged, _sparse(merger, ranks, density, merger.experts), sparse)
+
+
+def _sparse(merger: Merger, rank: Any, density: float, experts: Mapping[str, State]) -> State:
     """Sum of S_t over `experts`; zero for tensors that are not decomposed."""
     both = merger.weights("lors", {"rank": rank, "density": density, "lam": 1.0}, experts=experts)
     low = merger.weights("svp", {"rank": rank, "lam": 1.0}, experts=experts)
@@ -64,4 +75,5 @@ VARIANTS: dict[str, Callable[..., State]] = {
     "lors_scaled": lors_scaled,
     "lors_elect": lors_elect,
     "lors_energy": lors_energy,
+    "lors_orthogonal": lors_orthogonal,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def require_languages(model: Any, languages: Iterable[str], source: object) -> N
 
 def quiet() -> None:
     """Leaves transformers' warnings and loading bars out of a command's output."""
+    # Of names that PEFT and transformers still use of each other: nothing a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
