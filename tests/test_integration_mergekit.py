@@ -12,26 +12,17 @@ import yaml
 
 import lors.integrations.mergekit as bridge
 import whispers
-from helpers import require
+from helpers import module
 from lors import LorsError
 from lors.integrations import peers
 from lors.merging import merge_recipe
 from lors.methods import SPECS
 from lors.recipe import Recipe
 
-try:
-    from mergekit import sparsify
-    from mergekit.architecture.json_definitions import NAME_TO_ARCH
-    from mergekit.merge_methods import registry
-except ImportError as error:
-    REASON = str(error)
-    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
-else:
-    REASON = ""
-
-
-def test_mergekit_is_there() -> None:
-    require("peers", not REASON, REASON)
+module("mergekit", "peers")
+from mergekit import sparsify
+from mergekit.architecture.json_definitions import NAME_TO_ARCH
+from mergekit.merge_methods import registry
 
 
 @pytest.fixture

@@ -9,28 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import WhisperForConditionalGeneration
 
 import lors
 import lors.integrations.peft as bridge
 import whispers
-from helpers import require
+from helpers import module
 from lors import LorsError
 from lors.factors import Factors
 
-try:
-    import peft
-    import torch
-    from peft.utils import merge_utils
-    from transformers import WhisperForConditionalGeneration
-except ImportError as error:
-    REASON = str(error)
-    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
-else:
-    REASON = ""
-
-
-def test_peft_is_there() -> None:
-    require("peers", not REASON, REASON)
+peft = module("peft", "peers")
+from peft.utils import merge_utils
 
 
 def model_of(root: Path) -> Any:

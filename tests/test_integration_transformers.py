@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import lors
 from lors import LorsError
 from lors.integrations.transformers import load_merged
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 
 def test_the_live_model_is_the_written_one(tiny_whisper: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lors
-from helpers import require
+from helpers import module
 from lors import LorsError, operands
 from lors.methods import METHODS
 from lors.methods.della_linear import ROWS
@@ -44,12 +44,9 @@ def ours(base: State, experts: Mapping[str, State], method: str, **parameters: A
 
 
 def mergekit(base: State | None, experts: Mapping[str, State], method: str, parameters: dict[str, Any]) -> State:
-    try:
-        from mergekit.merge_methods import merge_state_dicts
-    except ImportError as error:
-        require("peers", False, str(error))
     import torch
 
+    merge_state_dicts = module("mergekit.merge_methods", "peers").merge_state_dicts
     models = {name: {k: torch.from_numpy(v) for k, v in state.items()} for name, state in experts.items()}
     if base is not None:
         models = {"base": {k: torch.from_numpy(v) for k, v in base.items()}} | models

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.merging import merge_recipe
@@ -21,8 +22,7 @@ from lors.methods import SPECS
 from lors.recipe import Recipe
 from lors.sweep import sweep
 
-psutil = pytest.importorskip("psutil")
-ray = pytest.importorskip("ray", reason="Ray is not installed")
+psutil, ray = module("psutil", "ray"), module("ray", "ray")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
