@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 
 import lors
 from helpers import module
@@ -234,6 +238,45 @@ def test_chunks_and_threads_change_nothing(
         np.testing.assert_allclose(chunked[0][key], whole[key], atol=2e-6)
         if method not in ("model_stock", "dare_linear", "dare_ties"):  # these carry a sum, whose order chunks change
             assert (chunked[0][key] == whole[key]).all()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` and six experts of it in files: a projection and an embedding of 1 MB each."""
+    root = tmp_path_factory.mktemp("large")
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (512, 512), "model.embed_tokens.weight": (2048, 128)}
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    tiny.write(root / "base", base)
+    for t in range(6):
+        state = {name: x + np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for name, x in base.items()}
+        tiny.write(root / f"x{t}", state)
+    return root
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_memory_does_not_depend_on_the_number_of_experts(
+    method: str, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For tensors that are too large to be held with all experts, here from 1 MB on."""
+    monkeypatch.setattr(operands, "BUDGET", 1 << 18)
+    monkeypatch.setattr(operands, "STRIP", 1 << 17)
+    monkeypatch.setattr("lors.methods.della_linear.ROWS", 1 << 15)
+    settings = {key: value for key, value in parameters_of(method).items() if key != "weight"}
+
+    def peak(count: int) -> int:
+        experts = {f"x{t}": large / f"x{t}" for t in range(count)}
+        out = tmp_path / str(count)
+        tracemalloc.start()
+        lors.merge(large / "base", experts, out, method, threads=1, durable=False, **settings)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2)  # what is imported or cached on first use is no part of it
+    shutil.rmtree(tmp_path / "2")
+    two, six = peak(2), peak(6)
+    assert two > 1 << 20 and six - two < 150_000, f"{two} bytes with 2 experts, {six} with 6"
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
