@@ -27,6 +27,22 @@ def test_the_live_model_is_the_written_one(tiny_whisper: Path, tmp_path: Path) -
     assert half.dtype == torch.float16
 
 
+def test_bad_arguments(tiny_whisper: Path) -> None:
+    experts = {"ca": tiny_whisper / "ca"}
+    for arguments, message in (
+        ({"experts": {}}, "expected at least one model"),
+        ({"experts": experts, "rnak": 3}, "unknown parameter 'rnak' of method lors, did you mean 'rank'"),
+        ({"experts": experts, "method": "tise"}, "unknown method 'tise', did you mean 'ties'"),
+        (
+            {"experts": experts, "model_class": "Whisper"},
+            "model_class: expected a class of transformers, got 'Whisper'",
+        ),
+        ({"experts": {"ca": tiny_whisper / "nowhere"}}, "nowhere: no such file or directory"),
+    ):
+        with pytest.raises(LorsError, match=message):
+            load_merged(tiny_whisper / "base", **arguments)  # type: ignore[arg-type]
+
+
 def test_a_class_that_is_not_there(tiny_whisper: Path, tmp_path: Path) -> None:
     import whispers
 

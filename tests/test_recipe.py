@@ -393,6 +393,11 @@ def test_arguments_make_the_recipe_that_yaml_makes() -> None:
         ({"weight": {"ce": 1}}, "parameters.weight: unknown expert 'ce'; known: de"),
         ({"method": "lros"}, "merge_method: unknown method 'lros', did you mean 'lors'?"),
         ({"experts": {}}, "models: expected at least one model, got []"),
+        ({"experts": ["x"]}, "experts: expected a mapping of labels to models, got ['x']"),
+        ({"method": ""}, "merge_method: expected a string that is not empty, got ''"),
+        ({"method": []}, "merge_method: expected a string, got []"),
+        ({"target": "attention"}, "target: expected a mapping, got 'attention'"),
+        ({"target": {"selct": "mlp"}}, "target.selct: unknown key 'selct', did you mean 'select'?"),
         ({"base": None}, "base_model: missing; method lors merges differences to a base"),
         (
             {"dtype": "float64"},
