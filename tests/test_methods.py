@@ -204,14 +204,40 @@ def test_attention_only() -> None:
     )
 
 
-# --- random numbers, chunks, backends --------------------------------------------------------------------------------
-
 EVERY = sorted(set(METHODS) - {"linear", "slerp"})
 
 
 def parameters_of(method: str) -> dict[str, Any]:
     known = {p.name for p in METHODS[method].spec.parameters}
     return {key: value for key, value in {"density": 0.4, "rank": 3, "weight": WEIGHTS}.items() if key in known}
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_rest_of_every_method(method: str) -> None:
+    """What a target leaves out follows `rest`, whichever the method; what is in it does not."""
+    base, experts = states()
+    chosen, *others = SHAPES
+    settings = {"target": {"include": ["q_proj"]}, **parameters_of(method)}
+    spec = METHODS[method].spec
+    lam = getattr(spec.parameter("lambda"), "default", 1.0)
+    weights = WEIGHTS if spec.parameter("weight") else dict.fromkeys(NAMES, 1.0)
+    merged = {
+        rest: ours(base, experts, method, rest=rest, **settings) for rest in ("task_arithmetic", "average", "base")
+    }
+    assert all((state[chosen] == merged["base"][chosen]).all() for state in merged.values())
+    assert (merged["base"][chosen] != base[chosen]).any()
+    for key in others:
+        deltas = {name: experts[name][key] - base[key] for name in NAMES}
+        wanted = {
+            "task_arithmetic": base[key] + lam * sum(weights[name] * deltas[name] for name in NAMES),
+            "average": base[key] + sum(deltas.values()) / 3,
+            "base": base[key],
+        }
+        for rest, want in wanted.items():
+            np.testing.assert_allclose(merged[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
+
+
+# --- random numbers, chunks, backends --------------------------------------------------------------------------------
 
 
 @pytest.fixture
