@@ -162,7 +162,7 @@ def common() -> types.ModuleType:
         )
         return saved(path, t.LlavaForConditionalGeneration(config))
 
-    def run_and_check_merge(config: Any, check_nan: bool = True, validate: Any = None) -> None:
+    def run_and_check_merge(config: Any, check_nan: bool = True, validate: Any = None, **_: Any) -> None:
         with tempfile.TemporaryDirectory() as out:
             run_merge(config, out_path=out, options=MergeOptions())
             assert (Path(out) / "config.json").exists()
