@@ -7,7 +7,7 @@ EXTRAS := dev
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-merge test bench check format native sanitize clean espeak
+.PHONY: demo demo-merge test bench check format native sanitize clean espeak chromium
 
 demo: $(VENV)/.installed espeak
 	$(BIN)/python -m lors.speech.demo demo-out
@@ -15,7 +15,7 @@ demo: $(VENV)/.installed espeak
 demo-merge: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(MODELS)
 
-test: $(VENV)/.installed espeak
+test: $(VENV)/.installed espeak chromium
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
@@ -28,11 +28,20 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
 	touch $@
 
-# Speech for the demonstration and the tests. Where it cannot be installed, the recordings in the package are used.
+# Programs that some tests and the demonstration use: speech (without it the recordings in the package serve), and a
+# browser that judges the pages. Installed where that is possible; else the tests say what they go without.
+define program # names on the PATH, Debian's package
+@for name in $(1); do command -v $$name >/dev/null && exit 0; done; \
+  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(2) >/dev/null; then exit 0; fi; \
+  echo "$(firstword $(1)) is not installed (Debian: apt-get install $(2)); going on without it"
+endef
+
 espeak:
-	@command -v espeak-ng >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-	  apt-get update -qq && apt-get install -qq -y --no-install-recommends espeak-ng >/dev/null; } || \
-	  echo "espeak-ng is not installed (Debian: apt-get install espeak-ng); going on without it"
+	$(call program,espeak-ng,espeak-ng)
+
+chromium:
+	$(call program,chromium chromium-browser google-chrome,chromium)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

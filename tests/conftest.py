@@ -1,6 +1,7 @@
 """Shared fixtures, and the rule that no skip may hide what was asked for.
 
-LORS_REQUIRE=cpu,triton,... names backends (and other optional things) whose absence is a failure instead of a skip.
+LORS_REQUIRE=cpu,peers,chromium,... names backends and other optional things (`helpers.OPTIONAL`) whose absence is a
+failure instead of a skip.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import pytest
 from hypothesis import HealthCheck, settings
 
-from helpers import BACKENDS, require_backend
+from helpers import BACKENDS, OPTIONAL, REQUIRED, require_backend
 
 settings.register_profile(
     "lors",
@@ -24,6 +25,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("lors")
+
+
+def pytest_configure() -> None:
+    if unknown := sorted(REQUIRED - OPTIONAL):
+        raise pytest.UsageError(f"LORS_REQUIRE: unknown {', '.join(unknown)}; known: {', '.join(sorted(OPTIONAL))}")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +13,32 @@ from lors_kernels.dispatch import availability
 
 BACKENDS = ("cpu", "reference")
 REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
+OPTIONAL = frozenset(
+    ("cpu", "reference", "triton", "cuda", "triton-interpreter", "cuda-build", "cuobjdump")
+    + ("peers", "speech", "sweep", "ray", "plot", "chromium", "espeak")
+)
 
 
 def require(name: str, available: bool, reason: str) -> None:
-    """Skips the test when something optional is missing, with the reason; fails if LORS_REQUIRE names it."""
+    """Skips the test when something optional is missing, with the reason; fails if LORS_REQUIRE names it.
+
+    At the top of a test file it skips, or fails, all of it.
+    """
+    assert name in OPTIONAL, name
     if available:
         return
     if name in REQUIRED:
-        pytest.fail(f"{name} is required by LORS_REQUIRE and missing: {reason}")
-    pytest.skip(f"{name}: {reason}")
+        pytest.fail(f"{name} is required by LORS_REQUIRE and missing: {reason}", pytrace=False)
+    pytest.skip(f"{name}: {reason}", allow_module_level=True)
+
+
+def module(path: str, extra: str) -> Any:
+    """An optional module, imported; `require` of its extra when it is not there or broken."""
+    try:
+        return import_module(path)
+    except ImportError as error:
+        reason = str(error)
+    return require(extra, False, reason)
 
 
 def require_backend(name: str) -> str:

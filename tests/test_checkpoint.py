@@ -50,6 +50,7 @@ def whisper(
     for part in ("encoder", "decoder"):
         for layer in range(layers):
             shapes[f"model.{part}.layers.{layer}.self_attn.q_proj.weight"] = (d, d)
+            shapes[f"model.{part}.layers.{layer}.self_attn.out_proj.weight"] = (d, d)
             shapes[f"model.{part}.layers.{layer}.fc1.weight"] = (4 * d, d)
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
@@ -548,7 +549,13 @@ def test_missing_and_extra_tensors_are_counted(tmp_path: Path) -> None:
 
 
 def test_namings(tmp_path: Path) -> None:
-    names = {"model.": "", "layers.": "blocks.", "self_attn.q_proj": "attn.query", "embed_tokens": "token_embedding"}
+    names = {
+        "model.": "",
+        "layers.": "blocks.",
+        "self_attn.q_proj": "attn.query",
+        "self_attn.out_proj": "attn.out",
+        "embed_tokens": "token_embedding",
+    }
     openai = {}
     for name, value in whisper().items():
         for old, new in names.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import whispers
+from helpers import module
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 
@@ -196,7 +197,7 @@ def test_inspect(tiny_whisper: Path, tmp_path: Path) -> None:
         assert row["norm"] == pytest.approx(float(np.linalg.norm(sigma)), rel=1e-5)
         assert row["energy"] == pytest.approx(float((sigma[:2] ** 2).sum() / (sigma**2).sum()), rel=1e-4)
     plot = tmp_path / "spectra.png"
-    pytest.importorskip("matplotlib")
+    module("matplotlib", "plot")
     run("inspect", tiny_whisper / "ca", "--base", tiny_whisper / "base", "--plot", plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
     refused(run("inspect", tiny_whisper / "ca", "--match", "(", check=None), "not a regular expression")

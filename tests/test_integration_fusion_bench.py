@@ -6,29 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lors
-from helpers import require
+from helpers import module
 from lors import LorsError
 
-try:
-    import torch
-    from fusion_bench import BaseModelPool
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c
-    from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
+module("fusion_bench", "peers")
+from fusion_bench import BaseModelPool
+from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 
-    from lors.integrations.fusion_bench import LoRSMerging
-except (ImportError, LorsError) as error:
-    REASON = str(error)
-    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
-else:
-    REASON = ""
+from lors.integrations.fusion_bench import LoRSMerging
 
 SHAPES = {"a.layers.0.attention.q_proj.weight": (48, 40), "wide.weight": (24, 60), "b.bias": (17,)}
-
-
-def test_fusion_bench_is_there() -> None:
-    require("peers", not REASON, REASON)
 
 
 def states(count: int) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -63,7 +54,7 @@ def test_where_theirs_is_not_defined_ours_keeps_to_the_range_of_the_sum() -> Non
     assert torch.allclose(merged, vector / 16, atol=1e-5)
 
 
-class Tiny(torch.nn.Module if not REASON else object):  # type: ignore[misc]
+class Tiny(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)

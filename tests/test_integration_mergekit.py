@@ -12,26 +12,16 @@ import yaml
 
 import lors.integrations.mergekit as bridge
 import whispers
-from helpers import require
+from helpers import module
 from lors import LorsError
-from lors.integrations import peers
 from lors.merging import merge_recipe
 from lors.methods import SPECS
 from lors.recipe import Recipe
 
-try:
-    from mergekit import sparsify
-    from mergekit.architecture.json_definitions import NAME_TO_ARCH
-    from mergekit.merge_methods import registry
-except ImportError as error:
-    REASON = str(error)
-    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
-else:
-    REASON = ""
-
-
-def test_mergekit_is_there() -> None:
-    require("peers", not REASON, REASON)
+module("mergekit", "peers")
+from mergekit import sparsify
+from mergekit.architecture.json_definitions import NAME_TO_ARCH
+from mergekit.merge_methods import registry
 
 
 @pytest.fixture
@@ -125,16 +115,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"weight": 1.0, "density": 0.6, "gamma": 0.05, "int8_mask": True},
     "model_stock": {},
     "lors": {"rank": 3, "density": 0.2, "weight": 1.0},
+    "breadcrumbs_ties": {"weight": 0.7, "density": 0.5, "gamma": 0.1, "normalize": True},
+    "slerp": {"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.4}]},
+    "svp": {"rank": 2, "weight": [0.2, 1.0], "lambda": 0.6},
+    "magnitude_prune": {"density": [{"filter": "fc1", "value": 0.5}, {"value": 0.1}]},
+    "tsv": {"lambda": 0.5},
     "iso_c": {"lambda": 0.5},
 }
 
 
 @pytest.mark.parametrize("method", CONFIGURATIONS)
 def test_the_same_yaml_in_mergekits_command_and_ours(method: str, tiny_whisper: Path, tmp_path: Path) -> None:
+    names = ("base", "ca") if method == "slerp" else ("ca", "de", "es")
     document = {
         "merge_method": method,
         "base_model": str(tiny_whisper / "base"),  # not listed: an input more for `linear`, as mergekit has it
-        "models": [{"model": str(tiny_whisper / name)} for name in ("ca", "de", "es")],
+        "models": [{"model": str(tiny_whisper / name)} for name in names],
         "parameters": CONFIGURATIONS[method],
         "dtype": "float32",
     }
@@ -182,29 +178,3 @@ def test_methods_in_the_registry_on_tensors(registered: None) -> None:
         ours = lors.merge_state_dicts(base, experts, method, config={"model_type": "llama"}, **parameters)
         for name in base:
             assert torch.allclose(theirs[name], ours[name], atol=1e-6), (method, name)
-
-
-@pytest.mark.parametrize(
-    "found,message",
-    [
-        ("0.1.4", "mergekit: expected version 0.1.5 or newer, got 0.1.4"),
-        (None, r"mergekit: not installed; expected mergekit >= 0.1.5 \(pip install 'lors-merging\[peers\]'\)"),
-    ],
-)
-def test_a_missing_or_older_mergekit(found: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        if found is None:
-            raise peers.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(peers, "version", version)
-    for function in (bridge.register, bridge.accelerate):
-        with pytest.raises(LorsError, match=message):
-            function()
-
-
-@pytest.mark.parametrize(
-    "text,numbers", [("0.1.5", (0, 1, 5)), ("0.10.0rc1", (0, 10, 0)), ("1.2.dev0+x", (1, 2)), ("2", (2,))]
-)
-def test_versions(text: str, numbers: tuple[int, ...]) -> None:
-    assert peers.release(text) == numbers

@@ -9,28 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import WhisperForConditionalGeneration
 
 import lors
 import lors.integrations.peft as bridge
 import whispers
-from helpers import require
+from helpers import module
 from lors import LorsError
 from lors.factors import Factors
 
-try:
-    import peft
-    import torch
-    from peft.utils import merge_utils
-    from transformers import WhisperForConditionalGeneration
-except ImportError as error:
-    REASON = str(error)
-    pytestmark = pytest.mark.skipif(True, reason=f"peers: {error}")
-else:
-    REASON = ""
-
-
-def test_peft_is_there() -> None:
-    require("peers", not REASON, REASON)
+peft = module("peft", "peers")
+from peft.utils import merge_utils
 
 
 def model_of(root: Path) -> Any:
@@ -253,9 +243,40 @@ def lors_delta(delta: np.ndarray) -> np.ndarray:
         ((["ca"], [1], "de"), "'de' is already an adapter"),
         ((["ca"], [1], "n", 0), "rank: expected at least 1"),
         ((["ca"], [1], "n", 1, 1.5), r"density: expected a number in \[0, 1\]"),
+        ((["ca"], [1], "n", 1, 0.0, 0), "adapter_rank: expected at least 1"),
+        ((["ca"], [float("nan")], "n"), r"weights: expected finite numbers, got \[nan\]"),
     ],
 )
 def test_add_lors_adapter_refuses(arguments: Any, message: str, two_adapters: Any) -> None:
     with pytest.raises(LorsError, match=message):
-        bridge.add_lors_adapter(two_adapters, *arguments)
+        bridge.add_lors_adapter(
+            two_adapters, *arguments[:5], **dict(zip(["adapter_rank"], arguments[5:], strict=False))
+        )
     assert set(two_adapters.peft_config) == {"ca", "de"}
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"use_dora": True}, "'odd': expected a plain LoRA, got DoRA"),
+        ({"lora_bias": True}, "'odd': expected a plain LoRA, got a LoRA with biases of its own"),
+        ({"modules_to_save": ["layer_norm"]}, "'odd': expected a plain LoRA, got one with whole modules"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens: expected LoRA on linear layers, got Embedding"),
+    ],
+)
+def test_add_lors_adapter_loses_nothing_silently(settings: dict[str, Any], message: str, tiny_whisper: Path) -> None:
+    model = peft.get_peft_model(model_of(tiny_whisper), peft.LoraConfig(r=2, target_modules=["q_proj"]), "ca")
+    model.add_adapter("odd", peft.LoraConfig(**{"r": 2, "target_modules": ["fc1"]} | settings))
+    with pytest.raises(LorsError, match=message):
+        bridge.add_lors_adapter(model, ["ca", "odd"], [1.0, 1.0], "both")
+    assert set(model.peft_config) == {"ca", "odd"}
+    with pytest.raises(LorsError, match="model: expected a PEFT model with adapters, got Whisper"):
+        bridge.add_lors_adapter(model_of(tiny_whisper), ["ca"], [1.0], "both")
+
+
+def test_add_lors_adapter_of_rslora_and_of_lambda_like_weights(tiny_whisper: Path) -> None:
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": False, "lora_alpha": 6}
+    model = peft.get_peft_model(model_of(tiny_whisper), peft.LoraConfig(r=4, use_rslora=True, **settings), "ca")
+    bridge.add_lors_adapter(model, ["ca"], [0.2], "scaled", rank=9)
+    for path, delta in deltas(model, "ca").items():
+        np.testing.assert_allclose(deltas(model, "scaled")[path], 0.2 * delta, atol=1e-6 * np.abs(delta).max())

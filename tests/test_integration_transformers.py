@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import lors
 from lors import LorsError
 from lors.integrations.transformers import load_merged
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 
 def test_the_live_model_is_the_written_one(tiny_whisper: Path, tmp_path: Path) -> None:
@@ -26,6 +25,22 @@ def test_the_live_model_is_the_written_one(tiny_whisper: Path, tmp_path: Path) -
     assert model.generation_config.to_dict() == written.generation_config.to_dict()
     half = load_merged(tiny_whisper / "base", experts, "task_arithmetic", out_dtype="float16")
     assert half.dtype == torch.float16
+
+
+def test_bad_arguments(tiny_whisper: Path) -> None:
+    experts = {"ca": tiny_whisper / "ca"}
+    for arguments, message in (
+        ({"experts": {}}, "expected at least one model"),
+        ({"experts": experts, "rnak": 3}, "unknown parameter 'rnak' of method lors, did you mean 'rank'"),
+        ({"experts": experts, "method": "tise"}, "unknown method 'tise', did you mean 'ties'"),
+        (
+            {"experts": experts, "model_class": "Whisper"},
+            "model_class: expected a class of transformers, got 'Whisper'",
+        ),
+        ({"experts": {"ca": tiny_whisper / "nowhere"}}, "nowhere: no such file or directory"),
+    ):
+        with pytest.raises(LorsError, match=message):
+            load_merged(tiny_whisper / "base", **arguments)  # type: ignore[arg-type]
 
 
 def test_a_class_that_is_not_there(tiny_whisper: Path, tmp_path: Path) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from lors import layers
 from lors.errors import LorsError
 from lors.recipe import Target
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 
 def whisper(d_model: int, encoder_layers: int, decoder_layers: int, mels: int = 80) -> dict[str, tuple[int, ...]]:
@@ -102,6 +101,18 @@ def test_whisper_without_the_model_prefix_and_encoder_only_are_whisper() -> None
     encoder = {name: shape for name, shape in names.items() if name.startswith("encoder.")}
     assert layers.naming(encoder) == "hf-whisper"
     assert len(layers.decomposed(encoder)) == 2 * 6
+
+
+def test_moonshine_has_whispers_convolutions_and_is_no_whisper() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    stacks = {"encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1}
+    config = transformers.MoonshineConfig(**sizes, **stacks)
+    with torch.device("meta"):
+        names = transformers.MoonshineForConditionalGeneration(config).state_dict()
+    assert {"model.encoder.conv1.weight", "model.decoder.layers.0.self_attn.q_proj.weight"} <= names.keys()
+    assert layers.naming(names) == "other"
+    chosen = layers.select(names, config=config.to_dict())
+    assert chosen.notice is not None and "model.decoder.layers.0.encoder_attn.o_proj.weight" in chosen.names
 
 
 def test_a_kind_is_the_same_in_both_namings() -> None:

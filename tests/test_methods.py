@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 
 import lors
-from helpers import require
+from helpers import module
 from lors import LorsError, operands
 from lors.methods import METHODS
 from lors.methods.della_linear import ROWS
@@ -44,12 +48,9 @@ def ours(base: State, experts: Mapping[str, State], method: str, **parameters: A
 
 
 def mergekit(base: State | None, experts: Mapping[str, State], method: str, parameters: dict[str, Any]) -> State:
-    try:
-        from mergekit.merge_methods import merge_state_dicts
-    except ImportError as error:
-        require("peers", False, str(error))
     import torch
 
+    merge_state_dicts = module("mergekit.merge_methods", "peers").merge_state_dicts
     models = {name: {k: torch.from_numpy(v) for k, v in state.items()} for name, state in experts.items()}
     if base is not None:
         models = {"base": {k: torch.from_numpy(v) for k, v in base.items()}} | models
@@ -203,14 +204,40 @@ def test_attention_only() -> None:
     )
 
 
-# --- random numbers, chunks, backends --------------------------------------------------------------------------------
-
 EVERY = sorted(set(METHODS) - {"linear", "slerp"})
 
 
 def parameters_of(method: str) -> dict[str, Any]:
     known = {p.name for p in METHODS[method].spec.parameters}
     return {key: value for key, value in {"density": 0.4, "rank": 3, "weight": WEIGHTS}.items() if key in known}
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_rest_of_every_method(method: str) -> None:
+    """What a target leaves out follows `rest`, whichever the method; what is in it does not."""
+    base, experts = states()
+    chosen, *others = SHAPES
+    settings = {"target": {"include": ["q_proj"]}, **parameters_of(method)}
+    spec = METHODS[method].spec
+    lam = getattr(spec.parameter("lambda"), "default", 1.0)
+    weights = WEIGHTS if spec.parameter("weight") else dict.fromkeys(NAMES, 1.0)
+    merged = {
+        rest: ours(base, experts, method, rest=rest, **settings) for rest in ("task_arithmetic", "average", "base")
+    }
+    assert all((state[chosen] == merged["base"][chosen]).all() for state in merged.values())
+    assert (merged["base"][chosen] != base[chosen]).any()
+    for key in others:
+        deltas = {name: experts[name][key] - base[key] for name in NAMES}
+        wanted = {
+            "task_arithmetic": base[key] + lam * sum(weights[name] * deltas[name] for name in NAMES),
+            "average": base[key] + sum(deltas.values()) / 3,
+            "base": base[key],
+        }
+        for rest, want in wanted.items():
+            np.testing.assert_allclose(merged[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
+
+
+# --- random numbers, chunks, backends --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -237,6 +264,45 @@ def test_chunks_and_threads_change_nothing(
         np.testing.assert_allclose(chunked[0][key], whole[key], atol=2e-6)
         if method not in ("model_stock", "dare_linear", "dare_ties"):  # these carry a sum, whose order chunks change
             assert (chunked[0][key] == whole[key]).all()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` and six experts of it in files: a projection and an embedding of 1 MB each."""
+    root = tmp_path_factory.mktemp("large")
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (512, 512), "model.embed_tokens.weight": (2048, 128)}
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    tiny.write(root / "base", base)
+    for t in range(6):
+        state = {name: x + np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for name, x in base.items()}
+        tiny.write(root / f"x{t}", state)
+    return root
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_memory_does_not_depend_on_the_number_of_experts(
+    method: str, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For tensors that are too large to be held with all experts, here from 1 MB on."""
+    monkeypatch.setattr(operands, "BUDGET", 1 << 18)
+    monkeypatch.setattr(operands, "STRIP", 1 << 17)
+    monkeypatch.setattr("lors.methods.della_linear.ROWS", 1 << 15)
+    settings = {key: value for key, value in parameters_of(method).items() if key != "weight"}
+
+    def peak(count: int) -> int:
+        experts = {f"x{t}": large / f"x{t}" for t in range(count)}
+        out = tmp_path / str(count)
+        tracemalloc.start()
+        lors.merge(large / "base", experts, out, method, threads=1, durable=False, **settings)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2)  # what is imported or cached on first use is no part of it
+    shutil.rmtree(tmp_path / "2")
+    two, six = peak(2), peak(6)
+    assert two > 1 << 20 and six - two < 150_000, f"{two} bytes with 2 experts, {six} with 6"
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import yaml
 
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.merging import merge_recipe
@@ -24,8 +25,7 @@ from lors.recipe import Recipe
 from lors.remote import cache
 from lors.sweep import sweep
 
-psutil = pytest.importorskip("psutil")
-ray = pytest.importorskip("ray", reason="Ray is not installed")
+psutil, ray = module("psutil", "ray"), module("ray", "ray")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 

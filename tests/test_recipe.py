@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import module
 from lors import layers, strict_yaml
 from lors.errors import LorsError
 from lors.methods import SPECS
@@ -169,9 +170,9 @@ TENSORS = ("layers.0.self_attn.q_proj.weight", "layers.1.fc1.weight", "layers.1.
 @settings(max_examples=150, deadline=None)
 @given(own=PARAMETERS, shared=PARAMETERS, tensor=st.sampled_from(TENSORS), t=st.floats(0, 1))
 def test_any_setting_means_what_it_means_to_mergekit(own: dict, shared: dict, tensor: str, t: float) -> None:
-    config = pytest.importorskip("mergekit.config", reason="mergekit is not installed")
-    resolver = pytest.importorskip("mergekit.parameter_resolver", reason="mergekit is not installed")
-    base = pytest.importorskip("mergekit.merge_methods.base", reason="mergekit is not installed")
+    config = module("mergekit.config", "peers")
+    resolver = module("mergekit.parameter_resolver", "peers")
+    base = module("mergekit.merge_methods.base", "peers")
     text = yaml.safe_dump(
         {
             "merge_method": "ties",
@@ -216,8 +217,8 @@ parameters:
 @pytest.mark.parametrize("depths", [(3, 4), (1, 2)])
 def test_a_whole_whisper_gets_the_parameters_that_mergekit_plans(tmp_path: Path, depths: tuple[int, int]) -> None:
     """mergekit plans every tensor of a Whisper; its parameters are those of `resolve` at `layers.positions`."""
-    config = pytest.importorskip("mergekit.config", reason="mergekit is not installed")
-    plan = pytest.importorskip("mergekit.plan", reason="mergekit is not installed")
+    config = module("mergekit.config", "peers")
+    plan = module("mergekit.plan", "peers")
     from mergekit.architecture.json_definitions import NAME_TO_ARCH
     from mergekit.options import MergeOptions
 
@@ -392,6 +393,11 @@ def test_arguments_make_the_recipe_that_yaml_makes() -> None:
         ({"weight": {"ce": 1}}, "parameters.weight: unknown expert 'ce'; known: de"),
         ({"method": "lros"}, "merge_method: unknown method 'lros', did you mean 'lors'?"),
         ({"experts": {}}, "models: expected at least one model, got []"),
+        ({"experts": ["x"]}, "experts: expected a mapping of labels to models, got ['x']"),
+        ({"method": ""}, "merge_method: expected a string that is not empty, got ''"),
+        ({"method": []}, "merge_method: expected a string, got []"),
+        ({"target": "attention"}, "target: expected a mapping, got 'attention'"),
+        ({"target": {"selct": "mlp"}}, "target.selct: unknown key 'selct', did you mean 'select'?"),
         ({"base": None}, "base_model: missing; method lors merges differences to a base"),
         (
             {"dtype": "float64"},

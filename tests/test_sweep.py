@@ -18,6 +18,7 @@ import pytest
 import tiny
 
 import lors
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import METHODS, SPECS
@@ -134,7 +135,7 @@ def test_results(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_optuna_finds_the_minimum_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
+    module("optuna", "sweep")
 
     def score(path: Path) -> Score:
         return norm(path)

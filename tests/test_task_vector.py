@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import lors
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.expert_file import ExpertSource, decode_gaps, encode_gaps
@@ -370,7 +371,7 @@ def test_an_average_cannot_be_edited(family: dict[str, Path], tmp_path: Path) ->
 
 
 def test_peft_loads_the_exported_adapter(family: dict[str, Path], tmp_path: Path) -> None:
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    torch, peft = module("torch", "peers"), module("peft", "peers")
     path = decompose(family["base"], family["ca"], tmp_path / "ca.lors.safetensors", rank=0.2, density=0.0).path
     assert export_lora(path, tmp_path / "adapter", base="openai/whisper-tiny", scale=0.5) == 32
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

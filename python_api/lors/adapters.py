@@ -25,7 +25,7 @@ _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lor
 _UNCHANGED = Factors(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32))
 
 # settings under which delta is not scale * B @ A of the named module
-_REFUSED = {
+REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "lora_bias": "a LoRA with biases of its own (lora_bias)",
@@ -172,6 +172,6 @@ def _check_kind(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise LorsError(f"{name}: expected a LoRA adapter, got peft_type {kind}")
-    for key, meaning in _REFUSED.items():
+    for key, meaning in REFUSED.items():
         if config.get(key):
             raise LorsError(f"{name}: {meaning} is not supported: merge it into its base first")

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .compatibility import EMBEDDING, HEAD, compare, detect_naming, dtype_kind
+from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
 from .formats import TensorInfo, read_safetensors_header, read_torch_archive
+from .layers import naming
 from .remote import fetch, is_url
 
 __all__ = ["Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
@@ -81,7 +82,7 @@ class Checkpoint:
                 raise LorsError(f"{path}: there is no tensor in it")
             self.config = _read_json(directory / "config.json") if directory else None
             self._stack = stack.pop_all()
-        self.naming = detect_naming(self.tensors)
+        self.naming = naming(self.tensors)
 
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
         if _is_torch_archive(file, stream):

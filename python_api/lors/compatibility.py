@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .errors import LorsError
@@ -12,7 +11,7 @@ from .formats import TensorInfo
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
-__all__ = ["HEAD", "EMBEDDING", "compare", "detect_naming", "dtype_kind"]
+__all__ = ["HEAD", "EMBEDDING", "compare", "dtype_kind"]
 
 # Whisper's output projection is its token embedding. transformers stores it once; other writers store both.
 HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
@@ -23,16 +22,6 @@ _FLOATS = {"F16", "BF16", "F32", "F64"}
 _LAYER = re.compile(r"(?:^|\.)(encoder|decoder)\.(?:layers|blocks)\.(\d+)\.")
 _CONV1 = re.compile(r"(?:^|\.)encoder\.conv1\.weight$")
 _TOKENS = re.compile(r"(?:^|\.)(embed_tokens|token_embedding|proj_out)\.weight$")
-
-
-def detect_naming(names: Iterable[str]) -> str:
-    """The convention: "hf-whisper" (transformers), "openai-whisper" or "other", by the names of the tensors."""
-    names = set(names)
-    if "model.encoder.conv1.weight" in names and any(name.startswith("model.decoder.layers.") for name in names):
-        return "hf-whisper"
-    if "encoder.conv1.weight" in names and any(name.startswith("decoder.blocks.") for name in names):
-        return "openai-whisper"
-    return "other"
 
 
 def dtype_kind(info: TensorInfo) -> str:

@@ -123,10 +123,11 @@ class Selection:
 
 
 def naming(names: Iterable[str]) -> str:
-    """Naming scheme of a checkpoint: ``hf-whisper``, ``openai-whisper`` or ``other``.
+    """Naming scheme of a checkpoint, by the names of its tensors: ``hf-whisper``, ``openai-whisper`` or ``other``.
 
-    Both namings of Whisper have an ``encoder.conv1``; the projections tell them apart from each other and from other
-    speech models (Moonshine has the same convolutions and ``o_proj``).
+    Both namings of Whisper have an ``encoder.conv1`` and a projection that no other speech model has: with the
+    convolutions alone, Moonshine (whose output projection is ``o_proj``) would be a Whisper. The prefix ``model.`` and
+    the decoder do not count: a `WhisperModel` is stored without the one, an encoder without the other.
     """
     text = "\n".join(names)
     if re.search(r"(^|\.)encoder\.conv1\.weight$", text, re.M):

@@ -171,6 +171,8 @@ class Recipe(_Document):
         Further keywords are parameters, `lam` stands for `lambda`, None for "not given". A mapping from experts' labels
         to values sets a parameter per expert: `weight={"ca": 1.0, "de": 0.5}`.
         """
+        if not isinstance(experts, Mapping):
+            raise LorsError(f"experts: expected a mapping of labels to models, got {shown(experts)}")
         if "lam" in parameters and "lambda" in parameters:
             raise LorsError("parameters.lambda: given twice, as 'lam' and as 'lambda'")
         shared: dict[str, object] = {}
@@ -185,7 +187,7 @@ class Recipe(_Document):
                     raise LorsError(f"parameters.{parameter}: unknown expert {shown(label)}{nearest(label, own)}")
                 own[label][parameter] = one
         # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
-        spec = (methods or {}).get(method)
+        spec = (methods or {}).get(method) if isinstance(method, str) else None
         without = base is None or (spec is not None and spec.base == "optional")
         document: dict[str, object] = {
             "name": name,
@@ -193,7 +195,7 @@ class Recipe(_Document):
             "base_model": None if without else str(base),
             "models": [{"model": str(experts[label]), "name": label, "parameters": own[label]} for label in experts],
             "parameters": shared,
-            "target": None if target is None else dict(target),
+            "target": dict(target) if isinstance(target, Mapping) else target,
             "rest": rest,
             "seed": seed,
             "dtype": dtype,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from cut import cut_config
 
+from helpers import module, require
 from lors.speech.corpus import Corpus, load_corpus
 from lors.speech.demo import RECORDINGS
 
-for module in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):
-    pytest.importorskip(module, reason="the speech extra is not installed")
+for name in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):
+    module(name, "speech")
 
 # One thread: a 128-wide model is slower on two, and much slower on two that others use. Child processes too.
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -23,6 +25,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def recordings() -> Path:
     return RECORDINGS
+
+
+@pytest.fixture(scope="session")
+def espeak() -> None:
+    require("espeak", shutil.which("espeak-ng") is not None, "espeak-ng is not installed")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +63,7 @@ def test_experiment_lists_its_stages(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+@pytest.mark.usefixtures("espeak")
 def test_synth(tmp_path: Path) -> None:
     said = _run(
         "synth", tmp_path / "c", "--languages", "ca,sv", "--train", 0, "--dev", 1, "--test", 2, "--format", "wav"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from helpers import module
 from lors.errors import LorsError
 from lors.speech.audio import AudioFile, duration, read_audio
 from lors.speech.corpus import Corpus, by_task, load_corpus
@@ -221,7 +222,7 @@ def test_covost_ready_split(common_voice: Path) -> None:
 
 
 def test_fleurs(tmp_path: Path, catalan: Corpus) -> None:
-    pa = pytest.importorskip("pyarrow")
+    pa = module("pyarrow", "speech")
     import pyarrow.parquet as pq
 
     def write(code: str, ids: list[int], texts: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lors.speech.domain import SPLITS, concepts, sample, sentence
 from lors.speech.languages import LANGUAGES
 from lors.speech.synth import synthesise
 
-needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+needs_espeak = pytest.mark.usefixtures("espeak")
 
 
 def test_splits_share_nothing() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.layers import decomposed
@@ -52,7 +53,7 @@ def test_train_all_and_both_tasks(tmp_path: Path, recordings: Path) -> None:
 
 
 def test_lora_gives_the_merged_model_and_the_adapter(tmp_path: Path, recordings: Path) -> None:
-    pytest.importorskip("peft")
+    module("peft", "speech")
     training = replace(SHORT, train="lora", lora_rank=2)
     finetune("tiny", tmp_path / "ca", data=recordings, languages="ca", training=training)
     shapes = {name: value.shape for name, value in _weights(tmp_path / "ca").items()}

@@ -8,11 +8,13 @@ bridge.add_lors_adapter(model, ["ca", "de"], [1.0, 1.0], "both", rank=7, density
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..adapters import REFUSED
 from ..errors import LorsError
 from ..messages import nearest
 from .peers import Swap, largest_entries, peer
@@ -110,16 +112,27 @@ def _check(
         if name not in known:
             raise LorsError(f"adapters: unknown adapter {name!r}{nearest(name, known)}")
         config = known[name]
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind != "LORA" or getattr(config, "use_dora", False):
-            raise LorsError(f"adapters: {name!r}: expected a plain LoRA, got {'DoRA' if kind == 'LORA' else kind}")
+        if problem := _more_than_lora(config):
+            raise LorsError(f"adapters: {name!r}: expected a plain LoRA, got {problem}")
     if adapter_name in known:
         raise LorsError(f"adapter_name: {adapter_name!r} is already an adapter of the model")
     for what, value in (("rank", rank), ("adapter_rank", 1 if adapter_rank is None else adapter_rank)):
         if value < 1:
             raise LorsError(f"{what}: expected at least 1, got {value}")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise LorsError(f"weights: expected finite numbers, got {list(weights)}")
     if not 0 <= density <= 1:
         raise LorsError(f"density: expected a number in [0, 1], got {density}")
+
+
+def _more_than_lora(config: Any) -> str | None:
+    """What an adapter has beside or instead of B @ A, which a merge of B @ A would lose."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return kind
+    if getattr(config, "modules_to_save", None):
+        return "one with whole modules (modules_to_save)"
+    return next((meaning for key, meaning in REFUSED.items() if getattr(config, key, None)), None)
 
 
 def _lora_layers(tuner: Any, adapters: Sequence[str]) -> list[Any]:
