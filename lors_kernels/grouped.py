@@ -245,10 +245,12 @@ def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """The transpose of `rows` as int64 on the device, without waiting for it."""
     import torch
 
-    table = torch.tensor(rows, dtype=torch.int64).T.contiguous()
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.tensor(rows, dtype=torch.int64).T.contiguous(), device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without waiting for it."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def is_aligned(x: Tensor | None) -> bool:

@@ -1,6 +1,6 @@
 """What a GPU backend has to do, on the shared cases. Not collected by its name:
 
-`test_gpu_backends.py` runs it on a device, `test_triton_interpreted.py` runs the Triton kernels on the CPU.
+`test_gpu_backends.py` runs it on a device, `test_triton_interpreted.py` and `test_cuda_emulated.py` on the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from lors_kernels.testing.numerics import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+EMULATED = os.environ.get("LORS_TEST_CUDA_EMULATION")  # path of the emulated CUDA module
+DEVICE = "cpu" if INTERPRETED or EMULATED else "cuda"
+if EMULATED:
+    from cuda_emulation import install
+
+    install(EMULATED)
 # The interpreter takes 10 ms per tile: the cases that differ in kind, and only small ones.
 FEW = (
     "1x1",
@@ -47,10 +52,11 @@ FEW = (
     "fp16-bf16",
     "bf16-fp32",
 )
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SELECTED = [by_name(name) for name in FEW] if INTERPRETED else [case for case in CASES if not case.large]
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cuda", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return require_backend(request.param)
 
@@ -100,6 +106,18 @@ def test_gram_apply(case: Case, side: str, backend: str) -> None:
     assert error <= allowed
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [264] if INTERPRETED else [8, 264, 520, 776, 1032, 1280, 1288])
+def test_gram_apply_of_every_length_that_has_its_own_kernel(inner: int, dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(inner)
+    tuned = torch.randn(24, inner, generator=generator).to(dtype).to(DEVICE)
+    for matrix, side in ((tuned, "right"), (tuned.T.contiguous(), "left")):
+        x = torch.randn(inner, 3, generator=generator).to(DEVICE)
+        found = kernels.gram_apply(None, matrix, x, side=side, backend=backend).double()
+        truth = tuned.double().T @ (tuned.double() @ x.double())
+        assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
+
+
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
 def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backend: str) -> None:
     base, tuned = tensors(case)
@@ -123,12 +141,13 @@ def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backen
             torch.testing.assert_close(out, reference.delta(base, tuned), rtol=1e-5, atol=1e-6 * float(out.abs().max()))
 
 
-def test_update_of_several_experts_in_every_dtype(backend: str) -> None:
+@pytest.mark.parametrize("columns", [130, 136])  # rows with and without 16-byte alignment
+def test_update_of_several_experts_in_every_dtype(columns: int, backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        base = (torch.randn(37, 130, generator=generator) * 0.05).to(dtype).to(DEVICE)
+    for dtype in DTYPES:
+        base = (torch.randn(37, columns, generator=generator) * 0.05).to(dtype).to(DEVICE)
         tuned = [
-            (base.float() + 0.01 * torch.randn(37, 130, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)
+            (base.float() + 0.01 * torch.randn(37, columns, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)
         ]
         pairs = [factors(base, t, 5) for t in tuned]
         lefts, rights = [p[0] for p in pairs], [p[1] for p in pairs]
@@ -217,7 +236,7 @@ def test_non_finite_entries_are_counted(backend: str) -> None:
         kernels.truncated_svd(None, tuned, 2, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED else [case.name for case in CASES])
+@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED or EMULATED else [case.name for case in CASES])
 def test_svd_contract(name: str, backend: str) -> None:
     case = by_name(name)
     base, tuned = tensors(case)

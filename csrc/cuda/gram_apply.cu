@@ -114,9 +114,9 @@ struct Stage {
 template <Kind K, bool Transposed, int PerThread>
 __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
     using S = Stage<K, Transposed>;
-    extern __shared__ __align__(16) char memory[];
-    __shared__ float parts[kWarps][32];
-    __shared__ __align__(16) float sums[32];
+    LORS_DYNAMIC_SHARED(memory);
+    LORS_SHARED(float, parts, [kWarps][32]);
+    LORS_SHARED(__align__(16) float, sums, [32]);
     const int64_t p = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks, column = blockIdx.y * int64_t{kWidth};
     const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth);
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
@@ -200,7 +200,7 @@ __device__ __forceinline__ float entry(const GroupArgs& g, const PairView& v, in
 
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads, 1) plain_y_kernel(Gram a) {
-    __shared__ double parts[kWarps];
+    LORS_SHARED(double, parts, [kWarps]);
     const int64_t p = blockIdx.x / a.outer, o = blockIdx.x % a.outer;
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     for (int64_t c = 0; c < a.b; ++c) {
@@ -241,11 +241,9 @@ __global__ void __launch_bounds__(kThreads) plain_z_kernel(Gram a) {
 template <bool Transposed>
 void launch_plain(const Launch& launch, const Group& group, const Gram& a) {
     const unsigned rows = blocks(a.g.pairs * a.outer, "gram_apply", group);
-    plain_y_kernel<Transposed><<<rows, kThreads, 0, launch.stream>>>(a);
-    finished("gram_apply (plain y)", group);
+    start(launch, "gram_apply (plain y)", group, rows, kThreads, 0, plain_y_kernel<Transposed>, a);
     const unsigned slices = blocks(a.g.pairs * ceil_div(a.inner, kThreads), "gram_apply", group);
-    plain_z_kernel<Transposed><<<slices, kThreads, 0, launch.stream>>>(a);
-    finished("gram_apply (plain z)", group);
+    start(launch, "gram_apply (plain z)", group, slices, kThreads, 0, plain_z_kernel<Transposed>, a);
 }
 
 template <Kind K, bool Transposed, int PerThread>
@@ -254,8 +252,7 @@ void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)),
           "gram_apply", group);
     const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
-    kernel<<<grid, kThreads, static_cast<size_t>(plan.shared), launch.stream>>>(a);
-    finished("gram_apply", group);
+    start(launch, "gram_apply", group, grid, kThreads, plan.shared, kernel, a);
 }
 
 template <Kind K, bool Transposed>

@@ -81,8 +81,8 @@ template <Kind K>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
                  const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
-    __shared__ float float_scratch[kThreads / 32];
-    __shared__ int32_t int_scratch[kThreads / 32];
+    LORS_SHARED(float, float_scratch, [kThreads / 32]);
+    LORS_SHARED(int32_t, int_scratch, [kThreads / 32]);
     const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of(tile, g.n);
     void* out = reinterpret_cast<void*>(out_table[i]);
@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <Kind K>
 __global__ void __launch_bounds__(kThreads) measure_kernel(GroupArgs g, int64_t tiles, float* energy, int32_t* counts) {
-    __shared__ float float_scratch[kThreads / 32];
-    __shared__ int32_t int_scratch[kThreads / 32];
-    __shared__ uint32_t top;
+    LORS_SHARED(float, float_scratch, [kThreads / 32]);
+    LORS_SHARED(int32_t, int_scratch, [kThreads / 32]);
+    LORS_SHARED(uint32_t, top);
     const int64_t p = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of(tile, g.n);
     const PairView view = pair_view(g.table, p, g.pairs);
@@ -196,10 +196,9 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
     const unsigned grid = blocks(group.matrices * tiles, "merge_update", group);
     const Kind kind = out_aligned && out_dtype == group.tuned_dtype ? kind_of(group) : Kind::kAny;
     with_kind(kind, [&](auto tag) {
-        merge_kernel<decltype(tag)::kind>
-            <<<grid, kThreads, 0, launch.stream>>>(g, out_table, out_dtype, tiles, value, cut, weight, energy, counts);
+        start(launch, "merge_update", group, grid, kThreads, 0, merge_kernel<decltype(tag)::kind>, g, out_table,
+              out_dtype, tiles, value, cut, weight, energy, counts);
     });
-    finished("merge_update", group);
 }
 
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts) {
@@ -208,9 +207,9 @@ void measure(const Launch& launch, const Group& group, float* energy, int32_t* c
     const int64_t tiles = merge_tiles(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * tiles, "measure", group);
     with_kind(kind_of(group), [&](auto tag) {
-        measure_kernel<decltype(tag)::kind><<<grid, kThreads, 0, launch.stream>>>(g, tiles, energy, counts);
+        start(launch, "measure", group, grid, kThreads, 0, measure_kernel<decltype(tag)::kind>, g, tiles, energy,
+              counts);
     });
-    finished("measure", group);
 }
 
 }  // namespace lors

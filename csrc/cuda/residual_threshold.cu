@@ -41,19 +41,19 @@ __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t 
 template <Kind K>
 __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int64_t chunks, int shift, int bits,
                                                                 const int32_t* prefix, unsigned long long* counts) {
-    __shared__ uint32_t table[kReplicas][kRadixBuckets];
+    LORS_SHARED(uint32_t, table, [kReplicas * kRadixBuckets]);
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     const uint32_t wanted = static_cast<uint32_t>(prefix[p]), mask = (1u << bits) - 1;
-    for (int i = threadIdx.x; i < kReplicas * kRadixBuckets; i += kThreads) table[0][i] = 0;
+    for (int i = threadIdx.x; i < kReplicas * kRadixBuckets; i += kThreads) table[i] = 0;
     __syncthreads();
-    uint32_t* mine = table[threadIdx.x % kReplicas];
+    uint32_t* mine = table + threadIdx.x % kReplicas * kRadixBuckets;
     each_key<K>(g, p, chunk * kRows, [&](int64_t, int64_t, uint32_t key) {
         if (key >> (shift + bits) == wanted) atomicAdd(mine + ((key >> shift) & mask), 1u);
     });
     __syncthreads();
     for (int i = threadIdx.x; i < kRadixBuckets; i += kThreads) {
         unsigned long long found = 0;
-        for (int replica = 0; replica < kReplicas; ++replica) found += table[replica][i];
+        for (int replica = 0; replica < kReplicas; ++replica) found += table[replica * kRadixBuckets + i];
         if (found) atomicAdd(counts + p * kRadixBuckets + i, found);
     }
 }
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     descend_kernel(bool first, int shift, int bits, const int64_t* counts, int32_t* prefix, int64_t* wanted,
                    int64_t* equal, int64_t* non_finite) {
     constexpr int kEach = kRadixBuckets / kThreads;
-    __shared__ int64_t sums[kThreads];
+    LORS_SHARED(int64_t, sums, [kThreads]);
     const int64_t p = blockIdx.x, *mine = counts + p * kRadixBuckets;
     const int top = kRadixBuckets - 1 - static_cast<int>(threadIdx.x) * kEach;  // this thread's largest digit
     int64_t sum = 0;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     if (equal[p] == ties[p]) return;  // all are kept: no cut to look for
     const uint32_t wanted = static_cast<uint32_t>(key[p]);
-    __shared__ unsigned long long total;
+    LORS_SHARED(unsigned long long, total);
     if (threadIdx.x == 0) total = 0;
     __syncthreads();
     unsigned long long found = 0;
@@ -165,13 +165,11 @@ void threshold_pass(const Launch& launch, const Group& group, const float* left,
     }
     const unsigned grid = blocks(group.pairs() * chunks, "residual_threshold", group);
     with_kind(kind_of(group), [&](auto tag) {
-        histogram_kernel<decltype(tag)::kind><<<grid, kThreads, 0, launch.stream>>>(
-            g, chunks, shift, bits, prefix, reinterpret_cast<unsigned long long*>(counts));
+        start(launch, "residual_threshold (histogram)", group, grid, kThreads, 0, histogram_kernel<decltype(tag)::kind>,
+              g, chunks, shift, bits, prefix, reinterpret_cast<unsigned long long*>(counts));
     });
-    finished("residual_threshold (histogram)", group);
-    descend_kernel<<<blocks(group.pairs(), "residual_threshold", group), kThreads, 0, launch.stream>>>(
-        pass == 0, shift, bits, counts, prefix, wanted, equal, non_finite);
-    finished("residual_threshold (descend)", group);
+    start(launch, "residual_threshold (descend)", group, blocks(group.pairs(), "residual_threshold", group), kThreads,
+          0, descend_kernel, pass == 0, shift, bits, counts, prefix, wanted, equal, non_finite);
 }
 
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
@@ -182,13 +180,11 @@ void threshold_cut(const Launch& launch, const Group& group, const float* left, 
     const unsigned grid = blocks(group.pairs() * chunks, "residual_threshold", group);
     with_kind(kind_of(group), [&](auto tag) {
         constexpr Kind kind = decltype(tag)::kind;
-        tie_kernel<kind><<<grid, kThreads, 0, launch.stream>>>(g, chunks, key, ties, equal,
-                                                               reinterpret_cast<unsigned long long*>(counts));
-        finished("residual_threshold (ties)", group);
-        cut_kernel<kind><<<blocks(group.pairs(), "residual_threshold", group), 32, 0, launch.stream>>>(
-            g, chunks, key, ties, equal, counts, cut);
+        start(launch, "residual_threshold (ties)", group, grid, kThreads, 0, tie_kernel<kind>, g, chunks, key, ties,
+              equal, reinterpret_cast<unsigned long long*>(counts));
+        start(launch, "residual_threshold (cut)", group, blocks(group.pairs(), "residual_threshold", group), 32, 0,
+              cut_kernel<kind>, g, chunks, key, ties, equal, counts, cut);
     });
-    finished("residual_threshold (cut)", group);
 }
 
 }  // namespace lors

@@ -15,6 +15,7 @@ from ..grouped import (
     MatrixGroup,
     is_aligned,
     row_stride,
+    to_device,
     upload,
 )
 from .single import Single
@@ -68,9 +69,20 @@ def _group(group: MatrixGroup) -> tuple[Any, ...]:
 
 
 def _launch(group: MatrixGroup) -> tuple[int, int]:
+    return _stream(group.device)
+
+
+def _stream(device: Any) -> tuple[int, int]:
+    """Number of the device, and its current stream."""
     import torch
 
-    return group.device.index or 0, torch.cuda.current_stream(group.device).cuda_stream
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
+def _processors(device: Any) -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count  # type: ignore[no-any-return]
 
 
 def _factors(left: Any, right: Any) -> tuple[tuple[int, int, int], Any]:
@@ -86,13 +98,10 @@ class Grouped:
     width = 8  # fused multiply-adds, not tensor cores: a wider block would cost in proportion
 
     def gram_apply(self, group: MatrixGroup, x: Any, *, side: str, product: bool = False) -> tuple[Any, Any]:
-        import torch
-
         pairs, inner, b = x.shape
         outer = group.m if side == "right" else group.n
-        processors = torch.cuda.get_device_properties(group.device).multi_processor_count
         size = ITEM_SIZE[group.dtypes[1]]
-        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), processors)
+        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), _processors(group.device))
         _, chunks, per_thread, _ = plan
         y = x.new_empty((pairs, outer, b)) if product or per_thread == 0 else None
         partial = x.new_empty((pairs, chunks, inner, b))
@@ -148,7 +157,7 @@ class Grouped:
         factors, keep = _factors(left, right)
         energy = torch.empty((group.pairs, tiles, 3), dtype=torch.float32, device=device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
-        weights = torch.tensor(weight, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
+        weights = to_device(torch.tensor(weight, dtype=torch.float32), device)
         out_table = upload([[x.data_ptr(), row_stride(x)] for x in out], device)
         value, cut = threshold.value.contiguous(), threshold.cut.contiguous()
         library().merge_update(

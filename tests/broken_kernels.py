@@ -1,0 +1,84 @@
+"""Leaves out every barrier and every wait of the CUDA kernels in turn, and prints those that nobody missed.
+
+Run by test_cuda_emulated.py, as a process of its own: `python broken_kernels.py MODULE`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import torch
+
+import lors_kernels as kernels
+from cuda_emulation import ROOT, install
+from lors_kernels import Threshold
+
+WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
+
+
+def operations() -> list[Callable[[], object]]:
+    """One small call for every kernel; each returns what has to stay the same."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 520, generator=generator)
+    tuned = base + torch.randn(40, 520, generator=generator)
+    odd = torch.randn(9, 67, generator=generator)
+    x, y = (torch.randn(size, 8, generator=generator) for size in (520, 67))
+    ties = torch.zeros(150, 8)
+    ties[3::5] = 0.5
+
+    def update() -> tuple[torch.Tensor, object]:
+        out = base.clone()
+        return out, kernels.merge_update(out, base, tuned, None, None, Threshold(0.5, 0, 0), 1.0, backend="cuda")
+
+    def measure() -> tuple[torch.Tensor, ...]:
+        from lors_kernels.backends.cuda import GROUPED
+        from lors_kernels.grouped import MatrixGroup
+
+        return GROUPED.measure(MatrixGroup([base], [[tuned]]))
+
+    return [
+        lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
+        lambda: kernels.gram_apply(base, tuned, x[:40], side="left", backend="cuda"),
+        lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
+        lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
+        lambda: kernels.residual_threshold(None, ties, k=239, backend="cuda"),
+        update,
+        measure,
+    ]
+
+
+def outcome(call: Callable[[], object]) -> str:
+    try:
+        return repr(call())
+    except RuntimeError as error:
+        return f"failed: {error}"
+
+
+def differs(calls: list[Callable[[], object]], right: list[str], seed: int) -> bool:
+    os.environ["CUDA_EMULATION_SEED"] = str(seed)
+    return any(outcome(call) != text for call, text in zip(calls, right, strict=True))
+
+
+def main(module: str) -> None:
+    install(module)
+    torch.set_printoptions(threshold=sys.maxsize, precision=9)
+    calls = operations()
+    right = [outcome(call) for call in calls]
+    assert not any("failed" in text or "nan" in text for text in right), "nothing is broken yet"
+    places = [
+        f"{path.name}:{number}"
+        for path in sorted((ROOT / "csrc/cuda").glob("*.*u*"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if WAIT.search(line)
+    ]
+    for place in places:
+        os.environ["CUDA_EMULATION_SKIP"] = place
+        missed = any(differs(calls, right, seed) for seed in range(8))
+        print(f"{place} {'missed' if missed else 'NOT MISSED'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
