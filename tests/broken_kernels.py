@@ -14,7 +14,7 @@ import torch
 
 import lors_kernels as kernels
 from cuda_emulation import ROOT, install
-from lors_kernels import Threshold
+from lors_kernels import Keep, Threshold
 
 WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
 
@@ -26,12 +26,15 @@ def operations() -> list[Callable[[], object]]:
     tuned = base + torch.randn(40, 520, generator=generator)
     odd = torch.randn(9, 67, generator=generator)
     x, y = (torch.randn(size, 8, generator=generator) for size in (520, 67))
-    ties = torch.zeros(150, 8)
-    ties[3::5] = 0.5
+    equal = torch.zeros(150, 8)
+    equal[3::5] = 0.5
 
     def update() -> tuple[torch.Tensor, object]:
         out = base.clone()
         return out, kernels.merge_update(out, base, tuned, None, None, Threshold(0.5, 0, 0), 1.0, backend="cuda")
+
+    def ties() -> object:
+        return kernels.ties_update(base.clone(), base, [tuned], [Keep()], [1.0], backend="cuda")
 
     def measure() -> tuple[torch.Tensor, ...]:
         from lors_kernels.backends.cuda import GROUPED
@@ -44,8 +47,9 @@ def operations() -> list[Callable[[], object]]:
         lambda: kernels.gram_apply(base, tuned, x[:40], side="left", backend="cuda"),
         lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
         lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
-        lambda: kernels.residual_threshold(None, ties, k=239, backend="cuda"),
+        lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
         update,
+        ties,
         measure,
     ]
 

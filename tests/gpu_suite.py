@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import lors_kernels as kernels
 from helpers import require_backend
-from lors_kernels import KEEP_NONE, NonFiniteError, Threshold, reference
+from lors_kernels import KEEP_NONE, Keep, NonFiniteError, Threshold, keep_limit, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.grouped import (
     GroupThreshold,
@@ -22,6 +23,7 @@ from lors_kernels.grouped import (
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,
+    ties_update_group,
     truncated_svd_group,
 )
 from lors_kernels.testing.cases import CASES, Case, by_name
@@ -52,6 +54,10 @@ FEW = (
     "fp16-bf16",
     "bf16-fp32",
 )
+TIES = [
+    (1, 1, "float32", True, True, 0), (1, 37, "float32", True, True, 7), (33, 67, "bfloat16", True, False, 2**33),
+    (24, 520, "float32", True, True, 0), (24, 520, "float16", False, True, 0), (17, 264, "bfloat16", False, False, 5),
+]  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SELECTED = [by_name(name) for name in FEW] if INTERPRETED else [case for case in CASES if not case.large]
 
@@ -245,6 +251,70 @@ def test_svd_contract(name: str, backend: str) -> None:
     verdict = judge_low_rank(delta_of(*case.matrices()), low, case.rank)
     assert verdict.ok, f"{svd.method} after {svd.passes} passes: {verdict}"
     assert svd.backend == backend
+
+
+def ties_rules(base: torch.Tensor | None, tuned: list[torch.Tensor], start: int) -> list[Keep]:
+    """A different kind of rule for every expert; thresholds count from `start`, as those of a whole tensor do."""
+    size, key = tuned[0].numel(), 0xF123456789ABCDEF  # a key whose top bit is set
+
+    def threshold(t: int, k: int) -> Threshold:
+        found = kernels.residual_threshold(base, tuned[t], k=k, backend="reference")
+        return found._replace(cut=found.cut + start)
+
+    return [
+        Keep(threshold(0, size // 3)),
+        Keep(threshold(1, size // 2), threshold(1, size // 10), factor=1.5),
+        Keep(key=key, limit=keep_limit(0.3)),
+        Keep(threshold(3, size // 2), key=key + 1, limit=keep_limit(0.7)),
+    ]
+
+
+@pytest.mark.parametrize("case", TIES, ids=lambda case: "-".join(map(str, case)))
+def test_ties_update_has_the_bits_of_the_reference(case: tuple[Any, ...], backend: str) -> None:
+    m, n, dtype, elect, normalize, start = case
+    generator = torch.Generator().manual_seed(m * n)
+    dtype = getattr(torch, dtype)
+
+    def matrix() -> torch.Tensor:  # quarters: many magnitudes and many sums are equal
+        return (torch.randint(-8, 9, (m, n), generator=generator) / 4).to(dtype).to(DEVICE)
+
+    base, tuned, weight = matrix(), [matrix() for _ in range(4)], [0.5, -1.0, 2.0, 0.3]
+    keep = ties_rules(base, tuned, start)
+    options: dict[str, Any] = {"elect": elect, "normalize": normalize, "scale": 0.7, "start": start}
+    outs, stats = [], []
+    for name in (backend, "reference"):
+        out = base.to(torch.float32, copy=True)
+        stats.append(kernels.ties_update(out, base, tuned, keep, weight, backend=name, **options))
+        outs.append(out)
+    assert torch.equal(*outs)
+    for mine, right in zip(*stats, strict=True):
+        assert (mine.kept, mine.non_finite) == (right.kept, right.non_finite)
+        np.testing.assert_allclose(mine[:4], right[:4], rtol=1e-5)
+    account = kernels.ties_update(None, base, tuned, keep, weight, backend=backend, **options)
+    assert account == stats[0]
+    if m * n > 100:
+        assert 0 < stats[0][3].kept < m * n
+        assert not torch.equal(outs[0], base.float())
+
+
+def test_ties_update_of_a_group_equals_each_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    bases = [torch.randn(9, 72, generator=generator).half().to(DEVICE) for _ in range(2)]
+    tuned = [[b + torch.randn(9, 72, generator=generator).half().to(DEVICE) for _ in range(4)] for b in bases]
+    keep = [rule for base, row in zip(bases, tuned, strict=True) for rule in ties_rules(base, row, 0)]
+    weight, out = [1.0, 1.0, -0.5, 2.0], [b.clone() for b in bases]
+    stats = ties_update_group(MatrixGroup(bases, tuned), out, keep, weight, backend=backend).stats()
+    for i, base in enumerate(bases):
+        alone, span = base.clone(), slice(4 * i, 4 * i + 4)
+        assert kernels.ties_update(alone, base, tuned[i], keep[span], weight, backend=backend) == stats[span]
+        assert torch.equal(alone, out[i]) and not torch.equal(alone, base)
+
+
+def test_ties_update_counts_what_is_not_finite(backend: str) -> None:
+    tuned = torch.ones(20, 24, device=DEVICE)
+    tuned[3, 4], tuned[5, 6], tuned[19, 23] = math.nan, math.inf, -math.inf
+    (stats,) = kernels.ties_update(torch.zeros_like(tuned), None, [tuned], [Keep()], [1.0], backend=backend)
+    assert stats.non_finite == 3
 
 
 def test_same_bits_on_every_run(backend: str) -> None:

@@ -68,6 +68,26 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
                   const float* weight, float* energy, int32_t* counts);
 int64_t merge_tiles(int64_t m, int64_t n);
 
+// What ties_update keeps of every pair, as arrays on the device.
+struct TiesRules {
+    const float* numbers;     // [4, P]: values of the low and the high threshold, factor, weight
+    const int64_t* integers;  // [4, P]: cuts of the low and the high threshold, key and limit of the random numbers
+};
+
+// How ties_update puts the experts together.
+struct TiesSum {
+    bool elect, normalize;
+    float scale, all_weights;  // all_weights: the divisor without an election
+    int64_t start;             // row-major index of the matrix's first entry in its tensor
+};
+
+// out_i += scale * consensus over the experts of what is kept of delta_p; out_table null: only the account is made.
+//   energy [P, tiles, 4] float: sums of delta^2, kept^2, |delta|, |kept|
+//   counts [P, tiles, 2] int32: kept, non-finite; tiles = ties_tiles(m, n)
+void ties_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
+                 const TiesRules& rules, const TiesSum& sum, float* energy, int32_t* counts);
+int64_t ties_tiles(int64_t m, int64_t n);
+
 // energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, key of the largest finite
 // one.
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts);

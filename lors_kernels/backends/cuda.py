@@ -10,14 +10,18 @@ from typing import Any
 
 from ..arrays import FLOATS, dtype_name
 from ..grouped import (
+    Consensus,
+    GroupKeepStats,
     GroupStats,
     GroupThreshold,
     MatrixGroup,
     is_aligned,
     row_stride,
+    rule_tables,
     to_device,
     upload,
 )
+from ..types import Keep
 from .single import Single
 
 NAME = "cuda"
@@ -169,10 +173,31 @@ class Grouped:
         sums = counts.sum(1)
         return GroupStats(energy.double().sum(1), sums[:, 0], sums[:, 1])
 
+    def ties_update(
+        self, group: MatrixGroup, out: Sequence[Any] | None, keep: list[Keep], weight: list[float], rule: Consensus
+    ) -> GroupKeepStats:
+        import torch
+
+        device, tiles = group.device, library().ties_tiles(group.m, group.n)
+        energy = torch.empty((group.pairs, tiles, 4), dtype=torch.float32, device=device)
+        counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
+        numbers, integers = rule_tables(keep, weight, device)
+        table = None if out is None else upload([[x.data_ptr(), row_stride(x)] for x in out], device)
+        library().ties_update(
+            _launch(group), _group(group), 0 if table is None else table.data_ptr(),
+            FLOATS.index(dtype_name(group.like if out is None else out[0])), all(is_aligned(x) for x in out or ()),
+            numbers.data_ptr(), integers.data_ptr(),
+            (rule.elect, rule.normalize, rule.scale, rule.divisor(weight), rule.start),
+            energy.data_ptr(), counts.data_ptr(),
+        )  # fmt: skip
+        sums = counts.sum(1)
+        return GroupKeepStats(energy.double().sum(1), sums[:, 0], sums[:, 1])
+
 
 GROUPED = Grouped()
 _single = Single(GROUPED)
 gram_apply = _single.gram_apply
 residual_threshold = _single.residual_threshold
 merge_update = _single.merge_update
+ties_update = _single.ties_update
 truncated_svd = _single.truncated_svd

@@ -20,10 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gram_apply, merge_update, residual_threshold
+from . import gram_apply, merge_update, residual_threshold, ties_update
 from .launch import TL_DTYPES
 
 ARCHES = (80, 90, 100)
+SCALARS = {"start": "i64", "scale": "fp32", "all_weights": "fp32"}  # the others are i32
 PAIRS = (("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"))
 
 
@@ -105,6 +106,13 @@ def _jobs_of(label: str, types: dict[str, Any], every: bool) -> Iterator[Job]:
          "counts": "i32"},
         {**types, "OUT": types["TUNED"], **merge_update.BLOCK}, merge_update.OPTIONS,
     )  # fmt: skip
+    for elect in (True, False) if every else (True,):
+        yield Job(
+            f"ties_update{'' if elect else ' linear'} {label}", ties_update.ties_kernel,
+            {**table, "out_table": "i64", "numbers": "fp32", "integers": "i64", "energy": "fp32", "counts": "i32"},
+            {**types, "OUT": types["TUNED"], "HAS_OUT": True, "ELECT": elect, "NORMALIZE": True, **ties_update.BLOCK},
+            ties_update.OPTIONS,
+        )  # fmt: skip
     yield Job(
         f"measure {label}", merge_update.measure_kernel, {**table, "energy": "fp32", "counts": "i32"},
         {**types, **merge_update.BLOCK}, merge_update.OPTIONS,
@@ -118,7 +126,7 @@ def compile_job(job: Job, arch: int) -> Usage:
         if name in job.constants:
             signature[name] = "constexpr"
         else:
-            signature[name] = f"*{job.pointers[name]}" if name in job.pointers else "i32"
+            signature[name] = f"*{job.pointers[name]}" if name in job.pointers else SCALARS.get(name, "i32")
         if name in job.pointers or name in ("m", "n", "inner", "outer"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(job.kernel, signature, constexprs=job.constants, attrs=attributes)
