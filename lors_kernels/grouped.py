@@ -54,6 +54,8 @@ class MatrixGroup:
             if len(row) != self.experts:
                 raise ValueError(f"tuned[{i}]: expected {self.experts} experts like tuned[0], got {len(row)}")
         self.m, self.n = int(like.shape[0]), int(like.shape[1])
+        if self.m >= 2**31:  # columns are checked with the matrix; kernels count both in 32 bits, their products in 64
+            raise ValueError(f"tuned: expected fewer than 2**31 rows, got {describe(like)}")
 
     @property
     def pairs(self) -> int:

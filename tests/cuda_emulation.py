@@ -33,18 +33,18 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def sanitizer() -> str:
-    """The library that has to be loaded before everything else."""
+def library(name: str) -> str:
     found = subprocess.run(
-        [compiler() or "g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        [compiler() or "g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
     )
     return found.stdout.strip()
 
 
 def environment() -> dict[str, str]:
-    # torch leaks at exit; the interpreter's own allocator would hide what stands beside a tensor's memory
-    options = "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1"
-    return {**os.environ, "LD_PRELOAD": sanitizer(), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"}
+    """AddressSanitizer has to be loaded before everything else, and finds the C++ library only beside it."""
+    preload = f"{library('libasan.so')}:{library('libstdc++.so.6')}"
+    options = "detect_leaks=0:allocator_may_return_null=1"  # torch and Python leak at exit
+    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"}
 
 
 def build(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(residual_threshold.BLOCK, "BM", 32)
         monkeypatch.setitem(residual_threshold.BLOCK, "BN", 128)
+        monkeypatch.setitem(residual_threshold.WIDE_BLOCK, "BN", 8192)
         monkeypatch.setitem(merge_update.BLOCK, "BM", 32)
         monkeypatch.setitem(merge_update.BLOCK, "BN", 128)
 
@@ -217,6 +219,99 @@ def test_group_of_matrices_and_experts_equals_each_alone(backend: str) -> None:
             backend=backend,
         )  # fmt: skip
         assert torch.equal(alone, out[i])
+
+
+@pytest.mark.parametrize("shape", [(3, 9_001)] if INTERPRETED else [(1, 20_000), (3, 9_001), (2, 8_200)], ids=str)
+def test_long_rows_are_cut_in_parts_and_in_order(shape: tuple[int, int], backend: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    tuned = torch.randint(-3, 4, shape, generator=generator).float().to(DEVICE)  # ties in every part
+    values = tuned.cpu().numpy()
+    for k in (11_000,) if INTERPRETED else (1, 3000, shape[0] * shape[1] - 1):
+        threshold = kernels.residual_threshold(None, tuned, k=k, backend=backend)
+        assert (selected(values, threshold) == exact_selection(values, k)).all(), k
+    out = torch.zeros_like(tuned)
+    stats = kernels.merge_update(out, None, tuned, None, None, threshold, 1.0, backend=backend)
+    assert stats.kept == k
+    np.testing.assert_array_equal(out.cpu().numpy(), np.where(exact_selection(values, k), values, 0))
+
+
+def test_a_long_outer_side_is_summed_in_parts(backend: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    tuned, x = (torch.randn(rows, columns, generator=generator).to(DEVICE) for rows, columns in ((4100, 3), (3, 1)))
+    found = kernels.gram_apply(None, tuned, x, backend=backend).double()
+    truth = tuned.double().T @ (tuned.double() @ x.double())
+    assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
+
+
+def test_rows_more_than_two_to_the_31_entries_apart(backend: str, tmp_path: Path) -> None:
+    """Three rows in a sparse file: an offset that is reckoned in 32 bits leaves it or hits the wrong row."""
+    if DEVICE != "cpu":
+        base, tuned, out = (
+            torch.empty_strided((3, 40), (2**31 + 8, 1), dtype=torch.float16, device=DEVICE) for _ in "abc"
+        )
+    else:
+        whole = np.memmap(tmp_path / "sparse", np.float16, "w+", shape=(2 * (2**31 + 8) + 256,))
+        rows = torch.from_numpy(whole).as_strided((3, 256), (2**31 + 8, 1))
+        base, tuned, out = rows[:, :40], rows[:, 64:104], rows[:, 128:168]
+    generator = torch.Generator().manual_seed(4)
+    for x in (base, tuned):
+        x.copy_(torch.randint(-4, 5, (3, 40), generator=generator))
+    out.zero_()
+    delta = (tuned.float() - base.float()).cpu().numpy()
+    threshold = kernels.residual_threshold(base, tuned, k=50, backend=backend)
+    mask = exact_selection(delta, 50)
+    assert (selected(delta, threshold) == mask).all()
+    kernels.merge_update(out, base, tuned, threshold=threshold, backend=backend)
+    np.testing.assert_array_equal(out.float().cpu().numpy(), np.where(mask, delta, 0))
+    kernels.ties_update(out, base, [tuned], [Keep()], [1.0], elect=False, normalize=False, backend=backend)
+    np.testing.assert_array_equal(out.float().cpu().numpy(), np.where(mask, delta, 0) + delta)
+    for side, x in (("right", torch.eye(40)), ("left", torch.eye(3))):
+        z = kernels.gram_apply(base, tuned, x.to(DEVICE), side=side, backend=backend)
+        truth = delta.T @ delta if side == "right" else delta @ delta.T
+        np.testing.assert_array_equal(z.cpu().numpy(), truth)
+
+
+def test_groups_that_are_empty_or_on_several_devices(backend: str) -> None:
+    empty = MatrixGroup(None, [[torch.ones(0, 5, device=DEVICE)]])
+    assert gram_apply_group(empty, torch.ones(1, 5, 2, device=DEVICE), backend=backend).tolist() == [[[0.0] * 2] * 5]
+    assert residual_threshold_group(empty, None, None, 0, backend=backend).cut.tolist() == [0]
+    assert ties_update_group(empty, None, [Keep()], [1.0], backend=backend).kept.tolist() == [0]
+    here, there = torch.ones(2, 3, device=DEVICE), torch.ones(2, 3, device="meta")
+    for bases, tuned in ((None, [[here, there]]), ([there], [[here]]), ([here, there], [[here], [here]])):
+        with pytest.raises(ValueError, match="expected device .* like tuned, got"):
+            MatrixGroup(bases, tuned)
+    group = MatrixGroup(None, [[here]])
+    with pytest.raises(ValueError, match="x: expected a float32 tensor .*, got .* on meta"):
+        gram_apply_group(group, torch.ones(1, 3, 2, device="meta"), backend=backend)
+    with pytest.raises(ValueError, match="out: expected device"):
+        ties_update_group(group, [there], [Keep()], [1.0], backend=backend)
+
+
+if EMULATED:  # errors that a device would report
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"CUDA_EMULATION_ERROR": "209"}, "cudaErrorNoKernelImageForDevice.*this build has .*rebuild with LORS_CUDA_ARCHS"),
+            ({"CUDA_EMULATION_ERROR": "9"}, r"merge_update \[1 matrices x 1 experts, 5 x 7\]: cudaErrorInvalidConfiguration"),
+            ({"CUDA_EMULATION_EARLIER": "700"}, "merge_update .*: not started: an earlier kernel .* cudaErrorIllegalAddress"),
+        ],
+    )  # fmt: skip
+    def test_errors_name_the_kernel_and_the_shape(
+        variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        x = torch.ones(5, 7)
+        with pytest.raises(RuntimeError, match=message):
+            kernels.merge_update(x.clone(), None, x, backend="cuda")
+
+    def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+        from lors_kernels.backends import cuda
+
+        monkeypatch.setattr(cuda, "_stream", lambda device: (3, 0))
+        with pytest.raises(RuntimeError, match="gram_apply .*: cudaErrorInvalidDevice: invalid device ordinal"):
+            kernels.gram_apply(None, torch.ones(2, 2), torch.ones(2, 1), backend="cuda")
 
 
 def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:

@@ -39,7 +39,7 @@ def suite(module: Path, *options: str, seed: int = 0) -> subprocess.CompletedPro
 @pytest.fixture(scope="session")
 def emulated() -> Path:
     require("cuda-emulation", cuda_emulation.compiler() is not None, "no C++ compiler")
-    require("cuda-emulation", Path(cuda_emulation.sanitizer()).is_absolute(), "no AddressSanitizer")
+    require("cuda-emulation", Path(cuda_emulation.library("libasan.so")).is_absolute(), "no AddressSanitizer")
     return cuda_emulation.build(KEPT)
 
 

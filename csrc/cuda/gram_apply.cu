@@ -19,6 +19,7 @@ constexpr int kWidth = 8;  // vectors at a time
 constexpr int kBatch = 4;  // rows reduced at a time: 4 rows x 8 vectors = 32 sums, one per lane
 constexpr int kMaxPerThread = 5;
 constexpr int kRowsPerBlock = 256;  // float32 sums stay short, and the partial sums stay a few percent of the reads
+constexpr int kPlainRows = 4096;    // of a block of the plain kernel
 constexpr int kCopy = 16;           // bytes of one asynchronous copy
 
 template <Kind K>
@@ -221,20 +222,22 @@ __global__ void __launch_bounds__(kThreads, 1) plain_y_kernel(Gram a) {
     }
 }
 
-// z = A.T y, a thread per inner index and vector.
+// z = A.T y, a thread per inner index, a block per 256 of them and kPlainRows rows.
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads) plain_z_kernel(Gram a) {
     const int64_t slices = (a.inner + kThreads - 1) / kThreads;
-    const int64_t p = blockIdx.x / slices, i = blockIdx.x % slices * kThreads + threadIdx.x;
+    const int64_t part = blockIdx.x / slices, i = blockIdx.x % slices * kThreads + threadIdx.x;
     if (i >= a.inner) return;
+    const int64_t p = part / a.chunks, first = part % a.chunks * a.rows;
+    const int64_t end = a.outer < first + a.rows ? a.outer : first + a.rows;
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     for (int64_t c = 0; c < a.b; ++c) {
         double sum = 0;
-        for (int64_t o = 0; o < a.outer; ++o) {
+        for (int64_t o = first; o < end; ++o) {
             const float d = Transposed ? entry(a.g, view, i, o) : entry(a.g, view, o, i);
             sum += static_cast<double>(d) * static_cast<double>(a.y[(p * a.outer + o) * a.b + c]);
         }
-        a.partial[(p * a.inner + i) * a.b + c] = static_cast<float>(sum);
+        a.partial[(part * a.inner + i) * a.b + c] = static_cast<float>(sum);
     }
 }
 
@@ -242,7 +245,7 @@ template <bool Transposed>
 void launch_plain(const Launch& launch, const Group& group, const Gram& a) {
     const unsigned rows = blocks(a.g.pairs * a.outer, "gram_apply", group);
     start(launch, "gram_apply (plain y)", group, rows, kThreads, 0, plain_y_kernel<Transposed>, a);
-    const unsigned slices = blocks(a.g.pairs * ceil_div(a.inner, kThreads), "gram_apply", group);
+    const unsigned slices = blocks(a.g.pairs * a.chunks * ceil_div(a.inner, kThreads), "gram_apply", group);
     start(launch, "gram_apply (plain z)", group, slices, kThreads, 0, plain_z_kernel<Transposed>, a);
 }
 
@@ -269,7 +272,7 @@ void choose_per_thread(const Launch& launch, const Group& group, const GramPlan&
 }  // namespace
 
 GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors) {
-    if (!vectors || inner > kMaxPerThread * kThreads) return {outer, 1, 0, 0};
+    if (!vectors || inner > kMaxPerThread * kThreads) return {kPlainRows, ceil_div(outer, kPlainRows), 0, 0};
     const int64_t stage = kCopy / item_size;
     // Fewer rows per block where there are too few pairs to fill the device twice.
     const int64_t wanted = ceil_div(2 * processors, pairs);

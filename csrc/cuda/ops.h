@@ -55,10 +55,11 @@ void gram_apply(const Launch& launch, const Group& group, bool transposed, const
 void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                     int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite);
 
-// cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m)] is scratch.
+// cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m, n)] is
+// scratch.
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                    const int32_t* key, const int64_t* ties, const int64_t* equal, int64_t* counts, int64_t* cut);
-int64_t tie_chunks(int64_t m);
+int64_t tie_chunks(int64_t m, int64_t n);
 
 // out_i += sum_t weight[p] * (L_p + kept residual), experts in order.
 //   out_table [2, matrices]: address, row stride   value float [P]   cut int64 [P]   weight float [P]

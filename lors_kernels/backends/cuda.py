@@ -140,7 +140,7 @@ class Grouped:
             if k == 0:  # only the count of non-finite entries was wanted
                 none = torch.zeros_like(wanted)
                 return GroupThreshold(torch.full((pairs,), float("inf"), device=device), none, none, non_finite)
-        scratch = torch.empty((pairs, built.tie_chunks(group.m)), dtype=torch.int64, device=device)
+        scratch = torch.empty((pairs, built.tie_chunks(group.m, group.n)), dtype=torch.int64, device=device)
         addresses = [x.data_ptr() for x in (prefix, wanted, equal, scratch, cut)]
         built.threshold_cut(launch, view, factors, *addresses)
         del keep  # freed behind the launches on the same stream: the allocator hands it out only after them

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +75,29 @@ def jobs(every: bool = False) -> Iterator[Job]:
 def _jobs_of(label: str, types: dict[str, Any], every: bool) -> Iterator[Job]:
     table = {"table": "i64"}
     for side in ("right", "left"):
-        for width, product in ((16, False), (16, True), (32, False)) if every else ((16, False),):
+        for width, stored in ((16, False), (16, True), (32, False)) if every else ((16, False),):
             constants = {
-                **types, "TRANSPOSED": side == "left", "STORE_Y": product, "B": width,
+                **types, "TRANSPOSED": side == "left", "STORE_Y": stored, "B": width,
                 "PRECISION": gram_apply.PRECISION, **gram_apply.BLOCK,
             }  # fmt: skip
-            name = f"gram_apply {side} b={width}{' y' if product else ''} {label}"
+            name = f"gram_apply {side} b={width}{' y' if stored else ''} {label}"
             pointers = {**table, "x": "fp32", "y_out": "fp32", "partial": "fp32"}
             yield Job(name, gram_apply.gram_kernel, pointers, constants, gram_apply.OPTIONS)
     factors = {"left": "fp32", "right": "fp32"}
-    for number, (shift, bits) in enumerate(residual_threshold.DIGITS):
+    blocks = {"": residual_threshold.BLOCK, " wide": residual_threshold.WIDE_BLOCK}
+    for (number, (shift, bits)), (form, block) in product(enumerate(residual_threshold.DIGITS), blocks.items()):
         if number == 0 or every:
             yield Job(
-                f"histogram {number} {label}", residual_threshold.histogram_kernel,
+                f"histogram{form} {number} {label}", residual_threshold.histogram_kernel,
                 {**table, **factors, "prefix": "i32", "counts": "i64"},
-                {**types, "SHIFT": shift, "BITS": bits, "BINS": residual_threshold.BINS, **residual_threshold.BLOCK},
+                {**types, "SHIFT": shift, "BITS": bits, "BINS": residual_threshold.BINS, **block},
                 residual_threshold.OPTIONS,
             )  # fmt: skip
     ties = {**table, **factors, "key_of": "i32", "ties": "i64", "equal": "i64", "counts": "i64"}
-    yield Job(
-        f"ties {label}", residual_threshold.tie_kernel, ties, {**types, **residual_threshold.BLOCK},
-        residual_threshold.OPTIONS,
-    )  # fmt: skip
+    for form, block in blocks.items():
+        yield Job(
+            f"ties{form} {label}", residual_threshold.tie_kernel, ties, {**types, **block}, residual_threshold.OPTIONS
+        )
     yield Job(
         f"cut {label}", residual_threshold.cut_kernel, {**ties, "cut": "i64"},
         {**types, **residual_threshold.CUT_BLOCK}, residual_threshold.OPTIONS,

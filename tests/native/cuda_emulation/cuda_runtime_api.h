@@ -31,11 +31,10 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace emulation {
 inline size_t dynamic_limit = 48 << 10;  // of the next launch; more has to be asked for
-inline cudaError_t pending = cudaSuccess;
 
-// CUDA_EMULATION_ERROR: what every launch fails with.
-inline cudaError_t ordered_error() {
-    const char* code = std::getenv("CUDA_EMULATION_ERROR");
+// Errors to order: CUDA_EMULATION_ERROR is what every launch fails with, CUDA_EMULATION_EARLIER what was left behind.
+inline cudaError_t ordered(const char* variable) {
+    const char* code = std::getenv(variable);
     return code ? static_cast<cudaError_t>(std::atoi(code)) : cudaSuccess;
 }
 }  // namespace emulation
@@ -61,9 +60,7 @@ inline cudaError_t cudaSetDevice(int device) {
     return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 inline cudaError_t cudaGetLastError() {
-    const cudaError_t code = emulation::pending;
-    emulation::pending = cudaSuccess;
-    return code;
+    return emulation::ordered("CUDA_EMULATION_EARLIER");
 }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
@@ -77,7 +74,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const dim3 &grid = config->gridDim, &block = config->blockDim;
     const size_t limit = emulation::dynamic_limit;
     emulation::dynamic_limit = 48 << 10;
-    if (const cudaError_t ordered = emulation::ordered_error(); ordered != cudaSuccess) return ordered;
+    if (const cudaError_t code = emulation::ordered("CUDA_EMULATION_ERROR"); code != cudaSuccess) return code;
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || !block.x ||
         block.x * block.y * block.z > 1024 || config->dynamicSmemBytes > limit) {
         return cudaErrorInvalidConfiguration;
