@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import lors
 import lors_kernels as kernels
 from helpers import require_backend
 from lors_kernels import KEEP_NONE, Keep, NonFiniteError, Threshold, keep_limit, reference
@@ -285,6 +286,32 @@ def test_groups_that_are_empty_or_on_several_devices(backend: str) -> None:
         gram_apply_group(group, torch.ones(1, 3, 2, device="meta"), backend=backend)
     with pytest.raises(ValueError, match="out: expected device"):
         ties_update_group(group, [there], [Keep()], [1.0], backend=backend)
+
+
+@pytest.mark.parametrize("method", ["lors", "ties", "dare_ties"])
+def test_state_dicts_are_merged_where_they_are(method: str, backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prefix = "model.encoder.layers.0."
+    shapes = {f"{prefix}self_attn.{x}_proj.weight": (24, 24) for x in "qv"} | {f"{prefix}fc1.weight": (56, 24)}
+    shapes |= {"model.encoder.conv1.weight": (8, 6, 3), f"{prefix}fc1.bias": (56,)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    experts = {
+        f"e{t}": {name: x + 0.1 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
+        for t in range(3)
+    }
+    settings = {"density": 0.3, **({"rank": 3} if method == "lors" else {})}
+    expected = lors.merge_state_dicts(base, experts, method, backend="cpu", **settings)
+
+    def there(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: x.to(DEVICE) for name, x in state.items()}
+
+    found = lors.merge_state_dicts(
+        there(base), {label: there(state) for label, state in experts.items()}, method, backend=backend,
+        device="cpu" if DEVICE == "cpu" else None, **settings,
+    )  # fmt: skip
+    for name, x in found.items():
+        assert x.device.type == DEVICE and not torch.equal(x.cpu(), base[name])
+        torch.testing.assert_close(x.cpu(), expected[name], rtol=2e-6, atol=2e-5)
 
 
 if EMULATED:  # errors that a device would report
