@@ -19,8 +19,8 @@ from lors_kernels import Keep, Threshold
 WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
 
 
-def operations() -> list[Callable[[], object]]:
-    """One small call for every kernel; each returns what has to stay the same."""
+def operations() -> dict[str, list[Callable[[], object]]]:
+    """Small calls of every kernel, by the file whose barriers they pass; each returns what has to stay the same."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(40, 520, generator=generator)
     tuned = base + torch.randn(40, 520, generator=generator)
@@ -42,16 +42,18 @@ def operations() -> list[Callable[[], object]]:
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 
-    return [
-        lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
-        lambda: kernels.gram_apply(base, tuned, x[:40], side="left", backend="cuda"),
-        lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
-        lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
-        lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
-        update,
-        ties,
-        measure,
-    ]
+    return {
+        "gram_apply.cu": [
+            lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
+            lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
+        ],
+        "residual_threshold.cu": [
+            lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
+            lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
+        ],
+        "merge_update.cu": [measure],
+        "tiles.cuh": [update, ties],
+    }
 
 
 def outcome(call: Callable[[], object]) -> str:
@@ -69,19 +71,15 @@ def differs(calls: list[Callable[[], object]], right: list[str], seed: int) -> b
 def main(module: str) -> None:
     install(module)
     torch.set_printoptions(threshold=sys.maxsize, precision=9)
-    calls = operations()
-    right = [outcome(call) for call in calls]
-    assert not any("failed" in text or "nan" in text for text in right), "nothing is broken yet"
-    places = [
-        f"{path.name}:{number}"
-        for path in sorted((ROOT / "csrc/cuda").glob("*.*u*"))
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if WAIT.search(line)
-    ]
-    for place in places:
-        os.environ["CUDA_EMULATION_SKIP"] = place
-        missed = any(differs(calls, right, seed) for seed in range(8))
-        print(f"{place} {'missed' if missed else 'NOT MISSED'}", flush=True)
+    operation = operations()
+    right = {file: [outcome(call) for call in calls] for file, calls in operation.items()}
+    assert not any("failed" in text or "nan" in text for texts in right.values() for text in texts), "broken already"
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if WAIT.search(line):
+                os.environ["CUDA_EMULATION_SKIP"] = f"{path.name}:{number}"
+                missed = any(differs(operation[path.name], right[path.name], seed) for seed in range(8))
+                print(f"{path.name}:{number} {'missed' if missed else 'NOT MISSED'}", flush=True)
 
 
 if __name__ == "__main__":
