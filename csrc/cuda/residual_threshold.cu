@@ -37,10 +37,10 @@ template <Kind K, class F>
 __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t chunk, const F& f) {
     const PairView view = pair_view(g.table, p, g.pairs);
     const Chunk at = chunk_at(chunk, g.m, g.n);
-    const int64_t across = (at.stop - at.col + kVector - 1) / kVector;
-    const int64_t pieces = (at.end - at.row + kRowsAtOnce - 1) / kRowsAtOnce * across;
+    const int across = static_cast<int>((at.stop - at.col + kVector - 1) / kVector);
+    const int pieces = static_cast<int>(at.end - at.row + kRowsAtOnce - 1) / kRowsAtOnce * across;
     const bool whole = K != Kind::kAny && (at.end - at.row) % kRowsAtOnce == 0;
-    for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
+    for (int piece = static_cast<int>(threadIdx.x); piece < pieces; piece += kThreads) {
         const int64_t row = at.row + piece / across * kRowsAtOnce, col = at.col + piece % across * kVector;
         uint32_t keys[kRowsAtOnce][kVector];
         keys8<K, kRowsAtOnce>(g, view, p, row, at.end, col, keys);
