@@ -42,6 +42,7 @@ def test_every_kernel_compiles_without_spills(capsys: pytest.CaptureFixture[str]
     assert all(any(f"sm_{arch:3d}" in row for row in rows) for arch in (80, 90, 100))
     gram = [row for row in rows if row.startswith("gram_apply")]
     assert gram and all("mma" in row for row in gram)
-    # those two read a few kilobytes per matrix, and no matrix of Whisper has rows that are cut in parts ("wide")
-    streaming = [row for row in rows if not row.startswith(("descend", "cut")) and " wide " not in row]
+    streaming = [
+        row for row in rows if not row.startswith(("descend", "cut"))
+    ]  # those two read a few kilobytes per matrix
     assert all("128b" in row for row in streaming), "loads narrower than 16 bytes"

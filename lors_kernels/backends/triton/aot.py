@@ -100,7 +100,7 @@ def _jobs_of(label: str, types: dict[str, Any], every: bool) -> Iterator[Job]:
         )
     yield Job(
         f"cut {label}", residual_threshold.cut_kernel, {**ties, "cut": "i64"},
-        {**types, **residual_threshold.CUT_BLOCK}, residual_threshold.OPTIONS,
+        {**types, "TALL": residual_threshold.BLOCK["TALL"], **residual_threshold.CUT_BLOCK}, residual_threshold.OPTIONS,
     )  # fmt: skip
     yield Job(
         f"merge_update {label}", merge_update.merge_kernel,
@@ -129,7 +129,7 @@ def compile_job(job: Job, arch: int) -> Usage:
             signature[name] = "constexpr"
         else:
             signature[name] = f"*{job.pointers[name]}" if name in job.pointers else SCALARS.get(name, "i32")
-        if name in job.pointers or name in ("m", "n", "inner", "outer"):
+        if name in job.pointers or name in ("m", "n", "inner", "outer", "wide"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(job.kernel, signature, constexprs=job.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job.options)

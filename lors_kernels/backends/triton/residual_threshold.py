@@ -19,11 +19,12 @@ DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) from the top: the e
 BINS = 256
 # A program's chunk is whole rows, or a part of one that is long: either way the order of the chunks is the row-major
 # order that ties are cut in.
-ROWS, WIDE = 64, 8192
-BLOCK = {"BM": 8, "BN": 256}
-WIDE_BLOCK = {"BM": 1, "BN": 2048}
+WIDE = 8192  # longer rows are cut
+BLOCK = {"TALL": 64, "BM": 8, "BN": 256}
+WIDE_BLOCK = {"TALL": 1, "BM": 1, "BN": 2048}
 CUT_BLOCK = {"BN": 1024, "BC": 1024}
-OPTIONS = {"num_warps": 8, "num_stages": 2}  # with 4 warps float16 inputs spill on sm_80
+# With 4 warps float16 inputs spill on sm_80; without a bound of its own the assembler aims for 64 registers and spills.
+OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
 
 
 @triton.jit
@@ -47,18 +48,19 @@ def residual_key(
 
 @triton.jit
 def histogram_kernel(
-    table, left, right, prefix, counts, pairs, m, n, rank, chunks, tall, wide,
+    table, left, right, prefix, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """counts[p, digit] += keys of the chunk whose higher digits are prefix[p]; counts [pairs, BINS] int64."""
     pid = tl.program_id(0)
     p, chunk = pid // chunks, pid % chunks
     wanted = tl.load(prefix + p)
     total = tl.zeros((BINS,), dtype=tl.int64)
-    top, end, left_col, stop = chunk_at(chunk, m, n, tall, wide)
-    for first in range(top, end, BM):
-        rows = (first + tl.arange(0, BM))[:, None]
+    top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
+    for first in range(0, TALL, BM):
+        rows = (top + first + tl.arange(0, BM))[:, None]
         for start in range(left_col, stop, BN):
             cols = (start + tl.arange(0, BN))[None, :]
             inside = (rows < end) & (cols < stop)
@@ -93,9 +95,9 @@ def descend_kernel(
 
 @triton.jit
 def tie_kernel(
-    table, left, right, key_of, ties, equal, counts, pairs, m, n, rank, chunks, tall, wide,
+    table, left, right, key_of, ties, equal, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """counts[p, chunk] = entries of the chunk equal to the threshold; nothing where all of them are kept."""
     pid = tl.program_id(0)
@@ -103,9 +105,9 @@ def tie_kernel(
     if tl.load(equal + p) != tl.load(ties + p):
         wanted = tl.load(key_of + p)
         total = tl.zeros((BM, BN), dtype=tl.int32)
-        top, end, left_col, stop = chunk_at(chunk, m, n, tall, wide)
-        for first in range(top, end, BM):
-            rows = (first + tl.arange(0, BM))[:, None]
+        top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
+        for first in range(0, TALL, BM):
+            rows = (top + first + tl.arange(0, BM))[:, None]
             for start in range(left_col, stop, BN):
                 cols = (start + tl.arange(0, BN))[None, :]
                 inside = (rows < end) & (cols < stop)
@@ -118,9 +120,9 @@ def tie_kernel(
 
 @triton.jit
 def cut_kernel(
-    table, left, right, key_of, ties, equal, counts, cut, pairs, m, n, rank, chunks, tall, wide,
+    table, left, right, key_of, ties, equal, counts, cut, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr,
+    TALL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """cut[p] = row-major index just behind the ties[p]-th equal entry: find its chunk, then walk that chunk."""
     p = tl.program_id(0)
@@ -145,7 +147,7 @@ def cut_kernel(
             earlier = earlier + tl.sum(tl.where(c < chunk, found, 0))
         seen = earlier
         found_at = seen * 0
-        top, end, left_col, stop = chunk_at(chunk, m, n, tall, wide)
+        top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
         for row in range(top, end):
             for start in range(left_col, stop, BN):
                 cols = (start + tl.arange(0, BN))[None, :]
@@ -171,15 +173,15 @@ def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> Gro
     wanted = torch.full((pairs,), max(k, 1), dtype=torch.int64, device=device)
     equal, non_finite, cut = (torch.empty_like(wanted) for _ in range(3))
     long = group.n > WIDE
-    tall, wide, block = (1, WIDE, WIDE_BLOCK) if long else (ROWS, group.n, BLOCK)
-    chunks = triton.cdiv(group.m, tall) * triton.cdiv(group.n, wide)
+    wide, block = (WIDE, WIDE_BLOCK) if long else (group.n, BLOCK)
+    chunks = triton.cdiv(group.m, block["TALL"]) * triton.cdiv(group.n, wide)
     base, tuned = group.dtypes
     factors = (prefix, prefix) if left is None else (left, right)
     common = {
         "BASE": TL_DTYPES[base], "TUNED": TL_DTYPES[tuned], "HAS_BASE": group.bases is not None,
         "ALIGNED": group.aligned, **OPTIONS,
     }  # fmt: skip
-    sizes = (pairs, group.m, group.n, rank, chunks, tall, wide)
+    sizes = (pairs, group.m, group.n, rank, chunks, wide)
     with on_device(device):
         for number, (shift, bits) in enumerate(DIGITS):
             counts = torch.zeros((pairs, BINS), dtype=torch.int64, device=device)
@@ -198,5 +200,7 @@ def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> Gro
                 )
         counts = torch.empty((pairs, chunks), dtype=torch.int64, device=device)
         tie_kernel[(pairs * chunks,)](group.table, *factors, prefix, wanted, equal, counts, *sizes, **block, **common)
-        cut_kernel[(pairs,)](group.table, *factors, prefix, wanted, equal, counts, cut, *sizes, **CUT_BLOCK, **common)
+        cut_kernel[(pairs,)](
+            group.table, *factors, prefix, wanted, equal, counts, cut, *sizes, TALL=block["TALL"], **CUT_BLOCK, **common
+        )
     return GroupThreshold(prefix.view(torch.float32), wanted, cut, non_finite)
