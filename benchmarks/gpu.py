@@ -32,9 +32,10 @@ from lors_kernels.grouped import (
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,
+    ties_update_group,
     truncated_svd_group,
 )
-from lors_kernels.types import Threshold
+from lors_kernels.types import Keep, Threshold
 
 from .errors import BenchmarkError
 from .machine import ROOT, describe_machine
@@ -202,6 +203,8 @@ def _calls(
     threshold = GroupThreshold.of([Threshold(1e-3, 0, 0)] * five.pairs, five.device)
     k = int(DENSITY * m * n)
     passes = 3 if backend == "cuda" else 4  # over delta; the pass for ties is one more where there are any
+    rules, kept = [Keep(Threshold(1e-3, 0, 0))] * 5, [LAMBDA] * 5
+    weights = five.matrices * m * n * item * 3 + five.pairs * m * n * item  # base, out twice, every expert
     return {
         "gram_apply": (
             lambda: gram_apply_group(group, x, side=side, backend=backend),
@@ -213,8 +216,9 @@ def _calls(
         ),
         "merge_update": (
             lambda: merge_update_group(five, out, left5, right5, threshold, [LAMBDA] * 5, backend=backend),
-            five.matrices * m * n * item * 3 + five.pairs * (m * n * item + (m + n) * RANK * 4),
+            weights + five.pairs * (m + n) * RANK * 4,
         ),
+        "ties_update": (lambda: ties_update_group(five, out, rules, kept, backend=backend), weights),
     }
 
 
@@ -280,6 +284,53 @@ def _ours(bench: Bench, size: WhisperSize, dtype: torch.dtype, experts: int, bac
     return {"seconds": total / 1e3, "shapes": rows, "scaled": measured < 1}
 
 
+def resident(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`lors.merge_state_dicts` of state dicts that are on the device: planning, matrices and all other tensors."""
+    import lors
+
+    size, experts = ("micro", 2) if bench.dry else ("small", 5)
+    states = _states(bench, SIZES[size], experts)
+    labels = {f"e{number}": state for number, state in enumerate(states[1:])}
+    place = str(bench.device)
+    rows = {}
+    for method, settings in (
+        ("lors", {"rank": RANK, "density": DENSITY, "lam": LAMBDA}),
+        ("task_arithmetic", {"lam": LAMBDA}),
+        ("ties", {"density": DENSITY}),
+        ("dare_ties", {"density": DENSITY}),
+    ):
+        for backend in bench.backends:
+            options = {"device": place, "backend": backend, **settings}
+
+            def merge(method: str = method, options: dict[str, Any] = options) -> dict[str, Any]:
+                return lors.merge_state_dicts(states[0], labels, method, **options)
+
+            merged = merge()
+            assert all(str(x.device) == place for x in merged.values())
+            ms = bench.ms(merge, 2 if bench.dry else 5)
+            rows[f"{method} {size} float32 x {experts}: {backend}"] = {"ms": ms}
+    return rows
+
+
+def _states(bench: Bench, size: WhisperSize, experts: int) -> list[dict[str, torch.Tensor]]:
+    """Base and experts with every matrix of one size under a projection's name, an embedding and layer norms."""
+    states: list[dict[str, torch.Tensor]] = [{} for _ in range(experts + 1)]
+    for kind, (shape, count) in enumerate(size.matrices().items()):
+        group = bench.group(shape, count, experts, torch.float32, seed=kind)
+        for i, (base, row) in enumerate(zip(group.bases or (), group.tuned, strict=True)):
+            part = ("self_attn.q_proj", "fc1", "fc2")[kind]
+            for state, value in zip(states, (base, *row), strict=True):
+                state[f"model.encoder.layers.{i}.{part}.weight"] = value
+    for name, length in (
+        ("model.decoder.embed_tokens.weight", size.vocabulary),
+        ("model.encoder.layer_norm.weight", 1),
+    ):
+        group = bench.group((length, size.width), 1, experts, torch.float32, seed=7)
+        for state, value in zip(states, (*(group.bases or ()), *group.tuned[0]), strict=True):
+            state[name] = value if length > 1 else value[0]
+    return states
+
+
 def _rivals(bench: Bench, size: WhisperSize, dtype: torch.dtype) -> dict[str, tuple[Any, Any]]:
     shape = next(iter(size.matrices()))
     group = bench.group(shape, 1, 2, dtype, seed=9)
@@ -334,7 +385,7 @@ def files(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 
 SECTIONS = {
     "build": build, "bandwidth": bandwidth, "accuracy": accuracy, "operations": operations, "merges": merges,
-    "files": files, "tests": tests, "sanitizer": sanitizer,
+    "resident": resident, "files": files, "tests": tests, "sanitizer": sanitizer,
 }  # fmt: skip
 
 
@@ -398,6 +449,9 @@ def table(data: dict[str, Any]) -> list[str]:
     for key, row in results.get("merges", {}).items():
         if "seconds" in row:
             lines.append(f"{key:72s} {row['seconds']:10.3f} s{' (scaled)' if row['scaled'] else ''}")
+    for key, row in results.get("resident", {}).items():
+        if "ms" in row:
+            lines.append(f"merge_state_dicts on the device, {key:40s} {row['ms']['median']:10.1f} ms")
     for key, row in results.get("accuracy", {}).items():
         if "error" in row:
             lines.append(f"{key:44s} error of L {row['error']:.1e}")

@@ -74,6 +74,17 @@ void merge_update(const LaunchTuple& l, const GroupTuple& g, uintptr_t out_table
                        at<const float>(weight), at<float>(energy), at<int32_t>(counts));
 }
 
+// (elect, normalize, scale, sum of all weights, start)
+using SumTuple = std::tuple<bool, bool, float, float, int64_t>;
+
+void ties_update(const LaunchTuple& l, const GroupTuple& g, uintptr_t out_table, int out_dtype, bool out_aligned,
+                 uintptr_t numbers, uintptr_t integers, const SumTuple& sum, uintptr_t energy, uintptr_t counts) {
+    const auto& [elect, normalize, scale, all_weights, start] = sum;
+    lors::ties_update(launch(l), group(g), at<const int64_t>(out_table), out_dtype, out_aligned,
+                      {at<const float>(numbers), at<const int64_t>(integers)},
+                      {elect, normalize, scale, all_weights, start}, at<float>(energy), at<int32_t>(counts));
+}
+
 void measure(const LaunchTuple& l, const GroupTuple& g, uintptr_t energy, uintptr_t counts) {
     lors::measure(launch(l), group(g), at<float>(energy), at<int32_t>(counts));
 }
@@ -99,5 +110,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("threshold_pass", threshold_pass, Unlocked());
     module.def("threshold_cut", threshold_cut, Unlocked());
     module.def("merge_update", merge_update, Unlocked());
+    module.def("ties_update", ties_update, Unlocked());
+    module.def("ties_tiles", lors::ties_tiles);
     module.def("measure", measure, Unlocked());
 }

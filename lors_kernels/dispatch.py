@@ -36,6 +36,7 @@ _GPU_ORDER = {
     "gram_apply": ("cuda", "triton", "reference"),
     "residual_threshold": ("cuda", "triton", "reference"),
     "merge_update": ("cuda", "triton", "reference"),
+    "ties_update": ("cuda", "triton", "reference"),
 }
 
 

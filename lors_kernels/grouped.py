@@ -7,13 +7,14 @@ On `cpu` and `reference` the same functions loop over the pairs, so that code wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import dispatch
 from .arrays import check_matrix, check_same_place, describe, dtype_name, is_torch
-from .types import KEEP_ALL, Threshold, UpdateStats
+from .types import KEEP_ALL, Keep, KeepStats, Threshold, UpdateStats
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,8 @@ class MatrixGroup:
             if len(row) != self.experts:
                 raise ValueError(f"tuned[{i}]: expected {self.experts} experts like tuned[0], got {len(row)}")
         self.m, self.n = int(like.shape[0]), int(like.shape[1])
+        if self.m >= 2**31:  # columns are checked with the matrix; kernels count both in 32 bits, their products in 64
+            raise ValueError(f"tuned: expected fewer than 2**31 rows, got {describe(like)}")
 
     @property
     def pairs(self) -> int:
@@ -131,6 +134,32 @@ class GroupStats(NamedTuple):
         return [UpdateStats(energy[0], energy[1], energy[2], kept, bad) for energy, kept, bad in rows]
 
 
+class GroupKeepStats(NamedTuple):
+    """`KeepStats` per pair, on the device."""
+
+    sums: Any  # [P, 4] float64: delta^2, kept delta^2, |delta|, kept |delta|
+    kept: Any  # [P] int64
+    non_finite: Any  # [P] int64
+
+    def stats(self) -> list[KeepStats]:
+        rows = zip(self.sums.tolist(), self.kept.tolist(), self.non_finite.tolist(), strict=True)
+        return [KeepStats(sums[0], sums[1], sums[2], sums[3], kept, bad) for sums, kept, bad in rows]
+
+
+class Consensus(NamedTuple):
+    """How `ties_update` puts the experts together."""
+
+    elect: bool
+    normalize: bool
+    scale: float
+    start: int
+
+    def divisor(self, weight: Sequence[float]) -> float:
+        """What the sum is divided by without an election."""
+        total = math.fsum(weight)
+        return total if abs(total) >= 1e-8 else 1.0
+
+
 class GroupSVD(NamedTuple):
     """A truncated SVD per pair: L_p = left[p] @ right[p].T."""
 
@@ -193,11 +222,7 @@ def merge_update_group(
     threshold None keeps everything. The experts are added in order in float32, with one rounding at the end.
     """
     _check_stacks(left, right, group)
-    if len(out) != group.matrices:
-        raise ValueError(f"out: expected {group.matrices} matrices, got {len(out)}")
-    _check_alike(out, out[0], "out")
-    check_matrix(out[0], "out", shape=(group.m, group.n))
-    check_same_place(group.like, out[0], "out")
+    _check_out(out, group)
     weights = [float(w) for w in weight]
     if len(weights) not in (group.experts, group.pairs):
         raise ValueError(f"weight: expected {group.experts} or {group.pairs} numbers, got {len(weights)}")
@@ -213,6 +238,41 @@ def merge_update_group(
     left, right = _contiguous(left), _contiguous(right)
     module = operations("merge_update", group, backend)
     return module.merge_update(group, tuple(out), left, right, threshold, weights)  # type: ignore[no-any-return]
+
+
+def ties_update_group(
+    group: MatrixGroup,
+    out: Sequence[Tensor] | None,
+    keep: Sequence[Keep],
+    weight: Sequence[float],
+    *,
+    elect: bool = True,
+    normalize: bool = True,
+    scale: float = 1.0,
+    start: int = 0,
+    backend: str | None = None,
+) -> GroupKeepStats:
+    """`ties_update` of every matrix: bases, tuned and out each pass by once.
+
+    out: G tensors [m, n] of one dtype, may be the bases themselves; None: only the account. keep: T rules, or G * T in
+    pair order. weight: T numbers.
+    """
+    if out is not None:
+        _check_out(out, group)
+    rules = list(keep)
+    if len(rules) not in (group.experts, group.pairs):
+        raise ValueError(f"keep: expected {group.experts} or {group.pairs} rules, got {len(rules)}")
+    if len(weight) != group.experts:
+        raise ValueError(f"weight: expected {group.experts} numbers, got {len(weight)}")
+    rules = rules if len(rules) == group.pairs else rules * group.matrices
+    if group.m * group.n == 0:
+        import torch
+
+        zeros = torch.zeros(group.pairs, dtype=torch.int64, device=group.device)
+        return GroupKeepStats(zeros.double().unsqueeze(1).expand(-1, 4), zeros, zeros)
+    module = operations("ties_update", group, backend)
+    rule = Consensus(elect, normalize, float(scale), start)
+    return module.ties_update(group, None if out is None else tuple(out), rules, [float(w) for w in weight], rule)  # type: ignore[no-any-return]
 
 
 def truncated_svd_group(group: MatrixGroup, rank: int, *, seed: int = 0, backend: str | None = None) -> GroupSVD:
@@ -245,10 +305,23 @@ def upload(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """The transpose of `rows` as int64 on the device, without waiting for it."""
     import torch
 
-    table = torch.tensor(rows, dtype=torch.int64).T.contiguous()
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.tensor(rows, dtype=torch.int64).T.contiguous(), device)
+
+
+def rule_tables(keep: Sequence[Keep], weight: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `ties_update` kernels read per pair, for rules in pair order: float32 [4, P] with the values of the low and
+    the high threshold, factor and weight; int64 [4, P] with their cuts, the key (its bits) and the limit."""
+    import torch
+
+    numbers = [(r.low.value, r.high.value, r.factor, weight[p % len(weight)]) for p, r in enumerate(keep)]
+    keys = [r.key - (1 << 64) if r.key >> 63 else r.key for r in keep]
+    integers = [(r.low.cut, r.high.cut, key, r.limit) for r, key in zip(keep, keys, strict=True)]
+    return to_device(torch.tensor(numbers, dtype=torch.float32).T.contiguous(), device), upload(integers, device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without waiting for it."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def is_aligned(x: Tensor | None) -> bool:
@@ -264,6 +337,14 @@ def row_stride(x: Tensor) -> int:
 
 def _columns(x: Tensor | None) -> list[int]:
     return [0, 0] if x is None else [x.data_ptr(), row_stride(x)]
+
+
+def _check_out(out: Sequence[Tensor], group: MatrixGroup) -> None:
+    if len(out) != group.matrices:
+        raise ValueError(f"out: expected {group.matrices} matrices, got {len(out)}")
+    _check_alike(out, out[0], "out")
+    check_matrix(out[0], "out", shape=(group.m, group.n))
+    check_same_place(group.like, out[0], "out")
 
 
 def _check_alike(tensors: Sequence[Tensor], like: Tensor, name: str) -> None:

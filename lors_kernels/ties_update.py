@@ -96,7 +96,7 @@ def _check_keep(rule: Any) -> None:
 
 def _module(backend: str | None, like: Any) -> ModuleType:
     """As `dispatch.select`, passing over backends that have not got this operation."""
-    module = dispatch.select(backend, like)
+    module = dispatch.select(backend, like, "ties_update")
     if hasattr(module, "ties_update"):
         return module
     if backend is not None:

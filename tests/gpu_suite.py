@@ -1,20 +1,23 @@
 """What a GPU backend has to do, on the shared cases. Not collected by its name:
 
-`test_gpu_backends.py` runs it on a device, `test_triton_interpreted.py` runs the Triton kernels on the CPU.
+`test_gpu_backends.py` runs it on a device, `test_triton_interpreted.py` and `test_cuda_emulated.py` on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import lors
 import lors_kernels as kernels
 from helpers import require_backend
-from lors_kernels import KEEP_NONE, NonFiniteError, Threshold, reference
+from lors_kernels import KEEP_NONE, Keep, NonFiniteError, Threshold, keep_limit, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.grouped import (
     GroupThreshold,
@@ -22,6 +25,7 @@ from lors_kernels.grouped import (
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,
+    ties_update_group,
     truncated_svd_group,
 )
 from lors_kernels.testing.cases import CASES, Case, by_name
@@ -33,7 +37,12 @@ from lors_kernels.testing.numerics import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+EMULATED = os.environ.get("LORS_TEST_CUDA_EMULATION")  # path of the emulated CUDA module
+DEVICE = "cpu" if INTERPRETED or EMULATED else "cuda"
+if EMULATED:
+    from cuda_emulation import install
+
+    install(EMULATED)
 # The interpreter takes 10 ms per tile: the cases that differ in kind, and only small ones.
 FEW = (
     "1x1",
@@ -47,10 +56,21 @@ FEW = (
     "fp16-bf16",
     "bf16-fp32",
 )
-SELECTED = [by_name(name) for name in FEW] if INTERPRETED else [case for case in CASES if not case.large]
+TIES = [
+    (1, 1, "float32", True, True, 0), (1, 37, "float32", True, True, 7), (33, 67, "bfloat16", True, False, 2**33),
+    (24, 520, "float32", True, True, 0), (24, 520, "float16", False, True, 0), (17, 264, "bfloat16", False, False, 5),
+]  # fmt: skip
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The emulation takes a microsecond per thread and barrier: all cases but those that add size only.
+LENGTHY = ("wide", "tall", "power-0.5", "spikes", "flat-noise")
+SELECTED = (
+    [by_name(name) for name in FEW]
+    if INTERPRETED
+    else [case for case in CASES if not case.large and not (EMULATED and case.name in LENGTHY)]
+)
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda", "triton"])
+@pytest.fixture(params=["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["cuda", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return require_backend(request.param)
 
@@ -63,6 +83,7 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(residual_threshold.BLOCK, "BM", 32)
         monkeypatch.setitem(residual_threshold.BLOCK, "BN", 128)
+        monkeypatch.setitem(residual_threshold.WIDE_BLOCK, "BN", 8192)
         monkeypatch.setitem(merge_update.BLOCK, "BM", 32)
         monkeypatch.setitem(merge_update.BLOCK, "BN", 128)
 
@@ -100,6 +121,18 @@ def test_gram_apply(case: Case, side: str, backend: str) -> None:
     assert error <= allowed
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [264] if INTERPRETED else [8, 264, 520, 776, 1032, 1280, 1288])
+def test_gram_apply_of_every_length_that_has_its_own_kernel(inner: int, dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(inner)
+    tuned = torch.randn(24, inner, generator=generator).to(dtype).to(DEVICE)
+    for matrix, side in ((tuned, "right"), (tuned.T.contiguous(), "left")):
+        x = torch.randn(inner, 3, generator=generator).to(DEVICE)
+        found = kernels.gram_apply(None, matrix, x, side=side, backend=backend).double()
+        truth = tuned.double().T @ (tuned.double() @ x.double())
+        assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
+
+
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
 def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backend: str) -> None:
     base, tuned = tensors(case)
@@ -123,12 +156,13 @@ def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backen
             torch.testing.assert_close(out, reference.delta(base, tuned), rtol=1e-5, atol=1e-6 * float(out.abs().max()))
 
 
-def test_update_of_several_experts_in_every_dtype(backend: str) -> None:
+@pytest.mark.parametrize("columns", [130, 136])  # rows with and without 16-byte alignment
+def test_update_of_several_experts_in_every_dtype(columns: int, backend: str) -> None:
     generator = torch.Generator().manual_seed(5)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        base = (torch.randn(37, 130, generator=generator) * 0.05).to(dtype).to(DEVICE)
+    for dtype in DTYPES:
+        base = (torch.randn(37, columns, generator=generator) * 0.05).to(dtype).to(DEVICE)
         tuned = [
-            (base.float() + 0.01 * torch.randn(37, 130, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)
+            (base.float() + 0.01 * torch.randn(37, columns, generator=generator).to(DEVICE)).to(dtype) for _ in range(3)
         ]
         pairs = [factors(base, t, 5) for t in tuned]
         lefts, rights = [p[0] for p in pairs], [p[1] for p in pairs]
@@ -194,6 +228,125 @@ def test_group_of_matrices_and_experts_equals_each_alone(backend: str) -> None:
         assert torch.equal(alone, out[i])
 
 
+@pytest.mark.parametrize("shape", [(3, 9_001)] if INTERPRETED else [(1, 20_000), (3, 9_001), (2, 8_200)], ids=str)
+def test_long_rows_are_cut_in_parts_and_in_order(shape: tuple[int, int], backend: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    tuned = torch.randint(-3, 4, shape, generator=generator).float().to(DEVICE)  # ties in every part
+    values = tuned.cpu().numpy()
+    for k in (11_000,) if INTERPRETED else (1, 3000, shape[0] * shape[1] - 1):
+        threshold = kernels.residual_threshold(None, tuned, k=k, backend=backend)
+        assert (selected(values, threshold) == exact_selection(values, k)).all(), k
+    out = torch.zeros_like(tuned)
+    stats = kernels.merge_update(out, None, tuned, None, None, threshold, 1.0, backend=backend)
+    assert stats.kept == k
+    np.testing.assert_array_equal(out.cpu().numpy(), np.where(exact_selection(values, k), values, 0))
+
+
+def test_a_long_outer_side_is_summed_in_parts(backend: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    tuned, x = (torch.randn(rows, columns, generator=generator).to(DEVICE) for rows, columns in ((4100, 3), (3, 1)))
+    found = kernels.gram_apply(None, tuned, x, backend=backend).double()
+    truth = tuned.double().T @ (tuned.double() @ x.double())
+    assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
+
+
+def test_rows_more_than_two_to_the_31_entries_apart(backend: str, tmp_path: Path) -> None:
+    """Three rows in a sparse file: an offset that is reckoned in 32 bits leaves it or hits the wrong row."""
+    if DEVICE != "cpu":
+        base, tuned, out = (
+            torch.empty_strided((3, 40), (2**31 + 8, 1), dtype=torch.float16, device=DEVICE) for _ in "abc"
+        )
+    else:
+        whole = np.memmap(tmp_path / "sparse", np.float16, "w+", shape=(2 * (2**31 + 8) + 256,))
+        rows = torch.from_numpy(whole).as_strided((3, 256), (2**31 + 8, 1))
+        base, tuned, out = rows[:, :40], rows[:, 64:104], rows[:, 128:168]
+    generator = torch.Generator().manual_seed(4)
+    for x in (base, tuned):
+        x.copy_(torch.randint(-4, 5, (3, 40), generator=generator))
+    out.zero_()
+    delta = (tuned.float() - base.float()).cpu().numpy()
+    threshold = kernels.residual_threshold(base, tuned, k=50, backend=backend)
+    mask = exact_selection(delta, 50)
+    assert (selected(delta, threshold) == mask).all()
+    kernels.merge_update(out, base, tuned, threshold=threshold, backend=backend)
+    np.testing.assert_array_equal(out.float().cpu().numpy(), np.where(mask, delta, 0))
+    kernels.ties_update(out, base, [tuned], [Keep()], [1.0], elect=False, normalize=False, backend=backend)
+    np.testing.assert_array_equal(out.float().cpu().numpy(), np.where(mask, delta, 0) + delta)
+    for side, x in (("right", torch.eye(40)), ("left", torch.eye(3))):
+        z = kernels.gram_apply(base, tuned, x.to(DEVICE), side=side, backend=backend)
+        truth = delta.T @ delta if side == "right" else delta @ delta.T
+        np.testing.assert_array_equal(z.cpu().numpy(), truth)
+
+
+def test_groups_that_are_empty_or_on_several_devices(backend: str) -> None:
+    empty = MatrixGroup(None, [[torch.ones(0, 5, device=DEVICE)]])
+    assert gram_apply_group(empty, torch.ones(1, 5, 2, device=DEVICE), backend=backend).tolist() == [[[0.0] * 2] * 5]
+    assert residual_threshold_group(empty, None, None, 0, backend=backend).cut.tolist() == [0]
+    assert ties_update_group(empty, None, [Keep()], [1.0], backend=backend).kept.tolist() == [0]
+    here, there = torch.ones(2, 3, device=DEVICE), torch.ones(2, 3, device="meta")
+    for bases, tuned in ((None, [[here, there]]), ([there], [[here]]), ([here, there], [[here], [here]])):
+        with pytest.raises(ValueError, match="expected device .* like tuned, got"):
+            MatrixGroup(bases, tuned)
+    group = MatrixGroup(None, [[here]])
+    with pytest.raises(ValueError, match="x: expected a float32 tensor .*, got .* on meta"):
+        gram_apply_group(group, torch.ones(1, 3, 2, device="meta"), backend=backend)
+    with pytest.raises(ValueError, match="out: expected device"):
+        ties_update_group(group, [there], [Keep()], [1.0], backend=backend)
+
+
+@pytest.mark.parametrize("method", ["lors", "ties", "dare_ties"])
+def test_state_dicts_are_merged_where_they_are(method: str, backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    prefix = "model.encoder.layers.0."
+    shapes = {f"{prefix}self_attn.{x}_proj.weight": (24, 24) for x in "qv"} | {f"{prefix}fc1.weight": (56, 24)}
+    shapes |= {"model.encoder.conv1.weight": (8, 6, 3), f"{prefix}fc1.bias": (56,)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    experts = {
+        f"e{t}": {name: x + 0.1 * torch.randn(x.shape, generator=generator) for name, x in base.items()}
+        for t in range(3)
+    }
+    settings = {"density": 0.3, **({"rank": 3} if method == "lors" else {})}
+    expected = lors.merge_state_dicts(base, experts, method, backend="cpu", **settings)
+
+    def there(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: x.to(DEVICE) for name, x in state.items()}
+
+    found = lors.merge_state_dicts(
+        there(base), {label: there(state) for label, state in experts.items()}, method, backend=backend,
+        device="cpu" if DEVICE == "cpu" else None, **settings,
+    )  # fmt: skip
+    for name, x in found.items():
+        assert x.device.type == DEVICE and not torch.equal(x.cpu(), base[name])
+        torch.testing.assert_close(x.cpu(), expected[name], rtol=2e-6, atol=2e-5)
+
+
+if EMULATED:  # errors that a device would report
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"CUDA_EMULATION_ERROR": "209"}, "cudaErrorNoKernelImageForDevice.*this build has .*rebuild with LORS_CUDA_ARCHS"),
+            ({"CUDA_EMULATION_ERROR": "9"}, r"merge_update \[1 matrices x 1 experts, 5 x 7\]: cudaErrorInvalidConfiguration"),
+            ({"CUDA_EMULATION_EARLIER": "700"}, "merge_update .*: not started: an earlier kernel .* cudaErrorIllegalAddress"),
+        ],
+    )  # fmt: skip
+    def test_errors_name_the_kernel_and_the_shape(
+        variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        x = torch.ones(5, 7)
+        with pytest.raises(RuntimeError, match=message):
+            kernels.merge_update(x.clone(), None, x, backend="cuda")
+
+    def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+        from lors_kernels.backends import cuda
+
+        monkeypatch.setattr(cuda, "_stream", lambda device: (3, 0))
+        with pytest.raises(RuntimeError, match="gram_apply .*: cudaErrorInvalidDevice: invalid device ordinal"):
+            kernels.gram_apply(None, torch.ones(2, 2), torch.ones(2, 1), backend="cuda")
+
+
 def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:
     tuned = torch.zeros(150, 8, device=DEVICE)
     tuned[3::5] = 0.5
@@ -217,7 +370,7 @@ def test_non_finite_entries_are_counted(backend: str) -> None:
         kernels.truncated_svd(None, tuned, 2, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED else [case.name for case in CASES])
+@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED or EMULATED else [case.name for case in CASES])
 def test_svd_contract(name: str, backend: str) -> None:
     case = by_name(name)
     base, tuned = tensors(case)
@@ -226,6 +379,70 @@ def test_svd_contract(name: str, backend: str) -> None:
     verdict = judge_low_rank(delta_of(*case.matrices()), low, case.rank)
     assert verdict.ok, f"{svd.method} after {svd.passes} passes: {verdict}"
     assert svd.backend == backend
+
+
+def ties_rules(base: torch.Tensor | None, tuned: list[torch.Tensor], start: int) -> list[Keep]:
+    """A different kind of rule for every expert; thresholds count from `start`, as those of a whole tensor do."""
+    size, key = tuned[0].numel(), 0xF123456789ABCDEF  # a key whose top bit is set
+
+    def threshold(t: int, k: int) -> Threshold:
+        found = kernels.residual_threshold(base, tuned[t], k=k, backend="reference")
+        return found._replace(cut=found.cut + start)
+
+    return [
+        Keep(threshold(0, size // 3)),
+        Keep(threshold(1, size // 2), threshold(1, size // 10), factor=1.5),
+        Keep(key=key, limit=keep_limit(0.3)),
+        Keep(threshold(3, size // 2), key=key + 1, limit=keep_limit(0.7)),
+    ]
+
+
+@pytest.mark.parametrize("case", TIES, ids=lambda case: "-".join(map(str, case)))
+def test_ties_update_has_the_bits_of_the_reference(case: tuple[Any, ...], backend: str) -> None:
+    m, n, dtype, elect, normalize, start = case
+    generator = torch.Generator().manual_seed(m * n)
+    dtype = getattr(torch, dtype)
+
+    def matrix() -> torch.Tensor:  # quarters: many magnitudes and many sums are equal
+        return (torch.randint(-8, 9, (m, n), generator=generator) / 4).to(dtype).to(DEVICE)
+
+    base, tuned, weight = matrix(), [matrix() for _ in range(4)], [0.5, -1.0, 2.0, 0.3]
+    keep = ties_rules(base, tuned, start)
+    options: dict[str, Any] = {"elect": elect, "normalize": normalize, "scale": 0.7, "start": start}
+    outs, stats = [], []
+    for name in (backend, "reference"):
+        out = base.to(torch.float32, copy=True)
+        stats.append(kernels.ties_update(out, base, tuned, keep, weight, backend=name, **options))
+        outs.append(out)
+    assert torch.equal(*outs)
+    for mine, right in zip(*stats, strict=True):
+        assert (mine.kept, mine.non_finite) == (right.kept, right.non_finite)
+        np.testing.assert_allclose(mine[:4], right[:4], rtol=1e-5)
+    account = kernels.ties_update(None, base, tuned, keep, weight, backend=backend, **options)
+    assert account == stats[0]
+    if m * n > 100:
+        assert 0 < stats[0][3].kept < m * n
+        assert not torch.equal(outs[0], base.float())
+
+
+def test_ties_update_of_a_group_equals_each_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    bases = [torch.randn(9, 72, generator=generator).half().to(DEVICE) for _ in range(2)]
+    tuned = [[b + torch.randn(9, 72, generator=generator).half().to(DEVICE) for _ in range(4)] for b in bases]
+    keep = [rule for base, row in zip(bases, tuned, strict=True) for rule in ties_rules(base, row, 0)]
+    weight, out = [1.0, 1.0, -0.5, 2.0], [b.clone() for b in bases]
+    stats = ties_update_group(MatrixGroup(bases, tuned), out, keep, weight, backend=backend).stats()
+    for i, base in enumerate(bases):
+        alone, span = base.clone(), slice(4 * i, 4 * i + 4)
+        assert kernels.ties_update(alone, base, tuned[i], keep[span], weight, backend=backend) == stats[span]
+        assert torch.equal(alone, out[i]) and not torch.equal(alone, base)
+
+
+def test_ties_update_counts_what_is_not_finite(backend: str) -> None:
+    tuned = torch.ones(20, 24, device=DEVICE)
+    tuned[3, 4], tuned[5, 6], tuned[19, 23] = math.nan, math.inf, -math.inf
+    (stats,) = kernels.ties_update(torch.zeros_like(tuned), None, [tuned], [Keep()], [1.0], backend=backend)
+    assert stats.non_finite == 3
 
 
 def test_same_bits_on_every_run(backend: str) -> None:

@@ -16,16 +16,21 @@ def test_dry_run_files_every_section_and_says_that_it_is_dry(
 ) -> None:
     out = tmp_path / "gpu.json"
     assert (
-        gpu.main(["--dry-run", "--out", str(out), "--only", "build,bandwidth,accuracy,operations,tests,sanitizer"]) == 0
+        gpu.main(
+            ["--dry-run", "--out", str(out), "--only", "build,bandwidth,accuracy,operations,resident,tests,sanitizer"]
+        )
+        == 0
     )
     data = json.loads(out.read_text())
     assert data["dry_run"] and "say nothing" in data["device"] and "say nothing" in capsys.readouterr().out
     rows = data["results"]["operations"]
-    assert {key.split()[0] for key in rows} == {"gram_apply", "residual_threshold", "merge_update"}
+    assert {key.split()[0] for key in rows} == {"gram_apply", "residual_threshold", "merge_update", "ties_update"}
     # inputs of two bytes move half of what inputs of four do, but for x, z and the factors
     single, half = (rows[f"merge_update reference {dtype} 48x48 x1"]["bytes"] for dtype in ("float32", "float16"))
     factors = 5 * (48 + 48) * 7 * 4
     assert single == 8 * 48 * 48 * 4 + factors and half == 8 * 48 * 48 * 2 + factors
+    methods = [key.split()[0] for key in data["results"]["resident"]]
+    assert methods == ["lors", "task_arithmetic", "ties", "dare_ties"]
     assert data["results"]["accuracy"]["96x64 reference"]["error"] < 1e-6
 
 

@@ -131,7 +131,12 @@ def test_what_the_fast_kernels_cannot_read_goes_to_the_plain_ones(built: ModuleT
 
 
 def test_tiles_and_chunks(built: ModuleType) -> None:
-    assert [built.tie_chunks(m) for m in (1, 64, 65, 1280)] == [1, 1, 2, 20]
+    assert [built.tie_chunks(m, 1280) for m in (1, 64, 65, 1280)] == [1, 1, 2, 20]
+    assert [built.tie_chunks(*shape) for shape in ((64, 8192), (1, 8193), (3, 1 << 20))] == [1, 2, 384]
+    huge = 2**31 - 1  # rows and columns that each fit 32 bits, and whose product does not
+    assert built.tie_chunks(huge, huge) == huge * 2**18
+    assert built.merge_tiles(huge, huge) == 2**27 * 2**23 and built.ties_tiles(huge, huge) == 2**28 * 2**23
+    assert built.plan_gram(1, huge, huge, 4, True, 132)[:2] == (4096, 2**19)
     assert [built.merge_tiles(*shape) for shape in ((1, 1), (16, 256), (17, 257), (1280, 1280))] == [1, 1, 4, 400]
 
 

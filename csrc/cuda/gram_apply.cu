@@ -19,6 +19,7 @@ constexpr int kWidth = 8;  // vectors at a time
 constexpr int kBatch = 4;  // rows reduced at a time: 4 rows x 8 vectors = 32 sums, one per lane
 constexpr int kMaxPerThread = 5;
 constexpr int kRowsPerBlock = 256;  // float32 sums stay short, and the partial sums stay a few percent of the reads
+constexpr int kPlainRows = 4096;    // of a block of the plain kernel
 constexpr int kCopy = 16;           // bytes of one asynchronous copy
 
 template <Kind K>
@@ -114,9 +115,9 @@ struct Stage {
 template <Kind K, bool Transposed, int PerThread>
 __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
     using S = Stage<K, Transposed>;
-    extern __shared__ __align__(16) char memory[];
-    __shared__ float parts[kWarps][32];
-    __shared__ __align__(16) float sums[32];
+    LORS_DYNAMIC_SHARED(memory);
+    LORS_SHARED(float, parts, [kWarps][32]);
+    LORS_SHARED(__align__(16) float, sums, [32]);
     const int64_t p = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks, column = blockIdx.y * int64_t{kWidth};
     const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth);
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
@@ -200,7 +201,7 @@ __device__ __forceinline__ float entry(const GroupArgs& g, const PairView& v, in
 
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads, 1) plain_y_kernel(Gram a) {
-    __shared__ double parts[kWarps];
+    LORS_SHARED(double, parts, [kWarps]);
     const int64_t p = blockIdx.x / a.outer, o = blockIdx.x % a.outer;
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     for (int64_t c = 0; c < a.b; ++c) {
@@ -221,31 +222,31 @@ __global__ void __launch_bounds__(kThreads, 1) plain_y_kernel(Gram a) {
     }
 }
 
-// z = A.T y, a thread per inner index and vector.
+// z = A.T y, a thread per inner index, a block per 256 of them and kPlainRows rows.
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads) plain_z_kernel(Gram a) {
     const int64_t slices = (a.inner + kThreads - 1) / kThreads;
-    const int64_t p = blockIdx.x / slices, i = blockIdx.x % slices * kThreads + threadIdx.x;
+    const int64_t part = blockIdx.x / slices, i = blockIdx.x % slices * kThreads + threadIdx.x;
     if (i >= a.inner) return;
+    const int64_t p = part / a.chunks, first = part % a.chunks * a.rows;
+    const int64_t end = a.outer < first + a.rows ? a.outer : first + a.rows;
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     for (int64_t c = 0; c < a.b; ++c) {
         double sum = 0;
-        for (int64_t o = 0; o < a.outer; ++o) {
+        for (int64_t o = first; o < end; ++o) {
             const float d = Transposed ? entry(a.g, view, i, o) : entry(a.g, view, o, i);
             sum += static_cast<double>(d) * static_cast<double>(a.y[(p * a.outer + o) * a.b + c]);
         }
-        a.partial[(p * a.inner + i) * a.b + c] = static_cast<float>(sum);
+        a.partial[(part * a.inner + i) * a.b + c] = static_cast<float>(sum);
     }
 }
 
 template <bool Transposed>
 void launch_plain(const Launch& launch, const Group& group, const Gram& a) {
     const unsigned rows = blocks(a.g.pairs * a.outer, "gram_apply", group);
-    plain_y_kernel<Transposed><<<rows, kThreads, 0, launch.stream>>>(a);
-    finished("gram_apply (plain y)", group);
-    const unsigned slices = blocks(a.g.pairs * ceil_div(a.inner, kThreads), "gram_apply", group);
-    plain_z_kernel<Transposed><<<slices, kThreads, 0, launch.stream>>>(a);
-    finished("gram_apply (plain z)", group);
+    start(launch, "gram_apply (plain y)", group, rows, kThreads, 0, plain_y_kernel<Transposed>, a);
+    const unsigned slices = blocks(a.g.pairs * a.chunks * ceil_div(a.inner, kThreads), "gram_apply", group);
+    start(launch, "gram_apply (plain z)", group, slices, kThreads, 0, plain_z_kernel<Transposed>, a);
 }
 
 template <Kind K, bool Transposed, int PerThread>
@@ -254,8 +255,7 @@ void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)),
           "gram_apply", group);
     const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
-    kernel<<<grid, kThreads, static_cast<size_t>(plan.shared), launch.stream>>>(a);
-    finished("gram_apply", group);
+    start(launch, "gram_apply", group, grid, kThreads, plan.shared, kernel, a);
 }
 
 template <Kind K, bool Transposed>
@@ -272,7 +272,7 @@ void choose_per_thread(const Launch& launch, const Group& group, const GramPlan&
 }  // namespace
 
 GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors) {
-    if (!vectors || inner > kMaxPerThread * kThreads) return {outer, 1, 0, 0};
+    if (!vectors || inner > kMaxPerThread * kThreads) return {kPlainRows, ceil_div(outer, kPlainRows), 0, 0};
     const int64_t stage = kCopy / item_size;
     // Fewer rows per block where there are too few pairs to fill the device twice.
     const int64_t wanted = ceil_div(2 * processors, pairs);

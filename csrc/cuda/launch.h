@@ -1,6 +1,8 @@
 // Launching with every error reported, and the choice of a kernel's instantiation.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdio>
 
 #include "../lors/views.h"
@@ -35,8 +37,17 @@ inline void begin(const Launch& launch, const char* kernel, const Group& group) 
     }
 }
 
-inline void finished(const char* kernel, const Group& group) {
-    check(cudaGetLastError(), kernel, group);
+// Puts a kernel on the stream. An error of the launch itself (sizes, an architecture that is not in the binary) is
+// thrown.
+template <class... P, class... A>
+void start(const Launch& launch, const char* name, const Group& group, dim3 grid, int threads, int64_t shared,
+           void (*kernel)(P...), const A&... arguments) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = launch.stream;
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), name, group);
 }
 
 inline unsigned blocks(int64_t count, const char* kernel, const Group& group) {

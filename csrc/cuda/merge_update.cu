@@ -1,90 +1,20 @@
 // out_i += sum_t weight_it * (L_it + kept residual). A thread holds its entries of base and of the sum in registers
 // while it goes through the experts, so base and every tuned are read once and out is written once.
-#include "residual.cuh"
+#include "tiles.cuh"
 
 namespace lors {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRowsAtOnce = 2;                                                           // of a thread
-constexpr int kTileRows = 16, kTileCols = kThreads * kRowsAtOnce / kTileRows * kVector;  // 16 x 256
-
-__device__ __forceinline__ void store_any(void* data, int dtype, int64_t at, float v) {
-    switch (dtype) {
-        case static_cast<int>(DType::kFloat16): static_cast<__half*>(data)[at] = __float2half_rn(v); break;
-        case static_cast<int>(DType::kBFloat16): static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(v); break;
-        default: static_cast<float*>(data)[at] = v;
-    }
-}
+constexpr int kRowsAtOnce = 2;  // of a thread
 
 template <Kind K>
-__device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int count, const float* v) {
-    if constexpr (K == Kind::kFloat32) {
-        float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
-        to[0] = make_float4(v[0], v[1], v[2], v[3]);
-        to[1] = make_float4(v[4], v[5], v[6], v[7]);
-    } else if constexpr (K == Kind::kAny) {
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) {
-            if (e < count) store_any(data, dtype, at + e, v[e]);
-        }
-    } else {
-        unsigned words[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            unsigned low, high;
-            if constexpr (K == Kind::kFloat16) {
-                low = __half_as_ushort(__float2half_rn(v[2 * w]));
-                high = __half_as_ushort(__float2half_rn(v[2 * w + 1]));
-            } else {
-                low = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * w]));
-                high = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * w + 1]));
-            }
-            words[w] = low | high << 16;
-        }
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) =
-            make_uint4(words[0], words[1], words[2], words[3]);
-    }
-}
-
-// Sum over the block, in the order lane, warp; the result in thread 0.
-template <class T>
-__device__ __forceinline__ T block_sum(T value, T* scratch) {
-    for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(~0u, value, step);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    T total = 0;
-    if (threadIdx.x == 0) {
-        for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
-    }
-    __syncthreads();
-    return total;
-}
-
-struct Place {
-    int64_t row, col;
-    int count;  // columns of this thread that exist, at most 8
-};
-
-__device__ __forceinline__ Place place_of(int64_t tile, int64_t n) {
-    constexpr int kAcross = kTileCols / kVector;
-    const int64_t across = (n + kTileCols - 1) / kTileCols;
-    const int64_t col = tile % across * kTileCols + threadIdx.x % kAcross * kVector;
-    const int64_t left = n - col;
-    return {tile / across * kTileRows + threadIdx.x / kAcross * kRowsAtOnce, col,
-            static_cast<int>(left < 0         ? 0
-                             : left < kVector ? left
-                                              : kVector)};
-}
-
-template <Kind K>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTileThreads)
     merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
                  const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
-    __shared__ float float_scratch[kThreads / 32];
-    __shared__ int32_t int_scratch[kThreads / 32];
+    LORS_SHARED(float, float_scratch, [kTileThreads / 32]);
+    LORS_SHARED(int32_t, int_scratch, [kTileThreads / 32]);
     const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const Place at = place_of(tile, g.n);
+    const Place at = place_of<kRowsAtOnce>(tile, g.n);
     void* out = reinterpret_cast<void*>(out_table[i]);
     const int64_t out_stride = out_table[g.matrices + i];
     float base[kRowsAtOnce][kVector] = {}, total[kRowsAtOnce][kVector] = {};
@@ -145,12 +75,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Kind K>
-__global__ void __launch_bounds__(kThreads) measure_kernel(GroupArgs g, int64_t tiles, float* energy, int32_t* counts) {
-    __shared__ float float_scratch[kThreads / 32];
-    __shared__ int32_t int_scratch[kThreads / 32];
-    __shared__ uint32_t top;
+__global__ void __launch_bounds__(kTileThreads)
+    measure_kernel(GroupArgs g, int64_t tiles, float* energy, int32_t* counts) {
+    LORS_SHARED(float, float_scratch, [kTileThreads / 32]);
+    LORS_SHARED(int32_t, int_scratch, [kTileThreads / 32]);
+    LORS_SHARED(uint32_t, top);
     const int64_t p = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const Place at = place_of(tile, g.n);
+    const Place at = place_of<kRowsAtOnce>(tile, g.n);
     const PairView view = pair_view(g.table, p, g.pairs);
     if (threadIdx.x == 0) top = 0;
     __syncthreads();
@@ -184,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(GroupArgs g, int64_t 
 }  // namespace
 
 int64_t merge_tiles(int64_t m, int64_t n) {
-    return ceil_div(m, kTileRows) * ceil_div(n, kTileCols);
+    return tiles_of<kRowsAtOnce>(m, n);
 }
 
 void merge_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
@@ -196,10 +127,9 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
     const unsigned grid = blocks(group.matrices * tiles, "merge_update", group);
     const Kind kind = out_aligned && out_dtype == group.tuned_dtype ? kind_of(group) : Kind::kAny;
     with_kind(kind, [&](auto tag) {
-        merge_kernel<decltype(tag)::kind>
-            <<<grid, kThreads, 0, launch.stream>>>(g, out_table, out_dtype, tiles, value, cut, weight, energy, counts);
+        start(launch, "merge_update", group, grid, kTileThreads, 0, merge_kernel<decltype(tag)::kind>, g, out_table,
+              out_dtype, tiles, value, cut, weight, energy, counts);
     });
-    finished("merge_update", group);
 }
 
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts) {
@@ -208,9 +138,9 @@ void measure(const Launch& launch, const Group& group, float* energy, int32_t* c
     const int64_t tiles = merge_tiles(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * tiles, "measure", group);
     with_kind(kind_of(group), [&](auto tag) {
-        measure_kernel<decltype(tag)::kind><<<grid, kThreads, 0, launch.stream>>>(g, tiles, energy, counts);
+        start(launch, "measure", group, grid, kTileThreads, 0, measure_kernel<decltype(tag)::kind>, g, tiles, energy,
+              counts);
     });
-    finished("measure", group);
 }
 
 }  // namespace lors

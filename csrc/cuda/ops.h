@@ -55,10 +55,11 @@ void gram_apply(const Launch& launch, const Group& group, bool transposed, const
 void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                     int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite);
 
-// cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m)] is scratch.
+// cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m, n)] is
+// scratch.
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                    const int32_t* key, const int64_t* ties, const int64_t* equal, int64_t* counts, int64_t* cut);
-int64_t tie_chunks(int64_t m);
+int64_t tie_chunks(int64_t m, int64_t n);
 
 // out_i += sum_t weight[p] * (L_p + kept residual), experts in order.
 //   out_table [2, matrices]: address, row stride   value float [P]   cut int64 [P]   weight float [P]
@@ -67,6 +68,26 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
                   const float* left, const float* right_t, int64_t rank, const float* value, const int64_t* cut,
                   const float* weight, float* energy, int32_t* counts);
 int64_t merge_tiles(int64_t m, int64_t n);
+
+// What ties_update keeps of every pair, as arrays on the device.
+struct TiesRules {
+    const float* numbers;     // [4, P]: values of the low and the high threshold, factor, weight
+    const int64_t* integers;  // [4, P]: cuts of the low and the high threshold, key and limit of the random numbers
+};
+
+// How ties_update puts the experts together.
+struct TiesSum {
+    bool elect, normalize;
+    float scale, all_weights;  // all_weights: the divisor without an election
+    int64_t start;             // row-major index of the matrix's first entry in its tensor
+};
+
+// out_i += scale * consensus over the experts of what is kept of delta_p; out_table null: only the account is made.
+//   energy [P, tiles, 4] float: sums of delta^2, kept^2, |delta|, |kept|
+//   counts [P, tiles, 2] int32: kept, non-finite; tiles = ties_tiles(m, n)
+void ties_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
+                 const TiesRules& rules, const TiesSum& sum, float* energy, int32_t* counts);
+int64_t ties_tiles(int64_t m, int64_t n);
 
 // energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, key of the largest finite
 // one.

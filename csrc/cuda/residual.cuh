@@ -11,6 +11,12 @@
 #include "../lors/ordered_key.h"
 #include "launch.h"
 
+// Shared memory is declared by name, so that a build without a GPU can put an allocation of its own in its place.
+#ifndef LORS_SHARED
+#define LORS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+#define LORS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
+
 namespace lors {
 
 constexpr int kVector = 8;
@@ -123,17 +129,18 @@ inline GroupArgs arguments(const Group& group, const float* left, const float* r
             rank};
 }
 
-// keys[r][e] of |delta - L| for R rows; rows and columns outside the matrix are for the caller to skip
+// keys[r][e] of |delta - L| for R rows below `end`; the others, and columns outside the matrix, are for the caller to
+// skip
 template <Kind K, int R>
-__device__ __forceinline__ void keys8(const GroupArgs& g, const PairView& view, int64_t p, int64_t row, int64_t col,
-                                      uint32_t (*keys)[kVector]) {
+__device__ __forceinline__ void keys8(const GroupArgs& g, const PairView& view, int64_t p, int64_t row, int64_t end,
+                                      int64_t col, uint32_t (*keys)[kVector]) {
     const int count = static_cast<int>(g.n - col < kVector ? g.n - col : kVector);
     float low[R][kVector];
-    low8<K, R>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, row, g.m, col, count, low);
+    low8<K, R>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, row, end, col, count, low);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         float base[kVector], d[kVector] = {};
-        if (row + r < g.m) {
+        if (row + r < end) {
             base8<K>(view, g.base_dtype, row + r, col, count, base);
             delta8<K>(view, g.tuned_dtype, row + r, col, count, base, d);
         }

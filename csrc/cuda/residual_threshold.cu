@@ -8,31 +8,47 @@ namespace lors {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 64;       // of a block; whole rows, so that blocks follow one another in row-major order
+constexpr int kRows = 64;       // of a block
+constexpr int kWide = 8192;     // columns of a block that has one row only
 constexpr int kRowsAtOnce = 2;  // of a thread
 constexpr int kReplicas = 2;    // neighbours often share a digit: two tables halve the conflicts
 
-// Calls f(row, col, keys) for each piece of the block's rows [first, first + kRows); rows and columns inside the
-// matrix.
+// What a block looks at: some whole rows, or a part of one that is long. Either way blocks follow one another in
+// row-major order, which is the order that ties are cut in.
+struct Chunk {
+    int64_t row, end, col, stop;
+};
+
+constexpr __host__ __device__ int64_t chunk_rows(int64_t n) {
+    return n > kWide ? 1 : kRows;
+}
+constexpr __host__ __device__ int64_t chunks_across(int64_t n) {
+    return n > kWide ? (n + kWide - 1) / kWide : 1;
+}
+
+__device__ __forceinline__ Chunk chunk_at(int64_t chunk, int64_t m, int64_t n) {
+    const int64_t rows = chunk_rows(n), across = chunks_across(n);
+    const int64_t row = chunk / across * rows, col = chunk % across * kWide;
+    return {row, m < row + rows ? m : row + rows, col, across == 1 || n < col + kWide ? n : col + kWide};
+}
+
+// Calls f(key) for each entry of the chunk.
 template <Kind K, class F>
-__device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t first, const F& f) {
+__device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t chunk, const F& f) {
     const PairView view = pair_view(g.table, p, g.pairs);
-    const int64_t across = (g.n + kVector - 1) / kVector;
-    const int64_t end = g.m < first + kRows ? g.m : first + kRows;
-    const int64_t pieces = (end - first + kRowsAtOnce - 1) / kRowsAtOnce * across;
-    for (int64_t piece = threadIdx.x; piece < pieces; piece += kThreads) {
-        const int64_t row = first + piece / across * kRowsAtOnce, col = piece % across * kVector;
+    const Chunk at = chunk_at(chunk, g.m, g.n);
+    const int across = static_cast<int>((at.stop - at.col + kVector - 1) / kVector);
+    const int pieces = static_cast<int>(at.end - at.row + kRowsAtOnce - 1) / kRowsAtOnce * across;
+    const bool whole = K != Kind::kAny && (at.end - at.row) % kRowsAtOnce == 0;
+    for (int piece = static_cast<int>(threadIdx.x); piece < pieces; piece += kThreads) {
+        const int64_t row = at.row + piece / across * kRowsAtOnce, col = at.col + piece % across * kVector;
         uint32_t keys[kRowsAtOnce][kVector];
-        keys8<K, kRowsAtOnce>(g, view, p, row, col, keys);
+        keys8<K, kRowsAtOnce>(g, view, p, row, at.end, col, keys);
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
-                if (K != Kind::kAny && (g.m % kRowsAtOnce) == 0) {
-                    f(row + r, col + e, keys[r][e]);
-                } else if (row + r < end && col + e < g.n) {
-                    f(row + r, col + e, keys[r][e]);
-                }
+                if (whole || (row + r < at.end && col + e < at.stop)) f(keys[r][e]);
             }
         }
     }
@@ -41,19 +57,19 @@ __device__ __forceinline__ void each_key(const GroupArgs& g, int64_t p, int64_t 
 template <Kind K>
 __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int64_t chunks, int shift, int bits,
                                                                 const int32_t* prefix, unsigned long long* counts) {
-    __shared__ uint32_t table[kReplicas][kRadixBuckets];
+    LORS_SHARED(uint32_t, table, [kReplicas * kRadixBuckets]);
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     const uint32_t wanted = static_cast<uint32_t>(prefix[p]), mask = (1u << bits) - 1;
-    for (int i = threadIdx.x; i < kReplicas * kRadixBuckets; i += kThreads) table[0][i] = 0;
+    for (int i = threadIdx.x; i < kReplicas * kRadixBuckets; i += kThreads) table[i] = 0;
     __syncthreads();
-    uint32_t* mine = table[threadIdx.x % kReplicas];
-    each_key<K>(g, p, chunk * kRows, [&](int64_t, int64_t, uint32_t key) {
+    uint32_t* mine = table + threadIdx.x % kReplicas * kRadixBuckets;
+    each_key<K>(g, p, chunk, [&](uint32_t key) {
         if (key >> (shift + bits) == wanted) atomicAdd(mine + ((key >> shift) & mask), 1u);
     });
     __syncthreads();
     for (int i = threadIdx.x; i < kRadixBuckets; i += kThreads) {
         unsigned long long found = 0;
-        for (int replica = 0; replica < kReplicas; ++replica) found += table[replica][i];
+        for (int replica = 0; replica < kReplicas; ++replica) found += table[replica * kRadixBuckets + i];
         if (found) atomicAdd(counts + p * kRadixBuckets + i, found);
     }
 }
@@ -63,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     descend_kernel(bool first, int shift, int bits, const int64_t* counts, int32_t* prefix, int64_t* wanted,
                    int64_t* equal, int64_t* non_finite) {
     constexpr int kEach = kRadixBuckets / kThreads;
-    __shared__ int64_t sums[kThreads];
+    LORS_SHARED(int64_t, sums, [kThreads]);
     const int64_t p = blockIdx.x, *mine = counts + p * kRadixBuckets;
     const int top = kRadixBuckets - 1 - static_cast<int>(threadIdx.x) * kEach;  // this thread's largest digit
     int64_t sum = 0;
@@ -94,11 +110,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t p = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
     if (equal[p] == ties[p]) return;  // all are kept: no cut to look for
     const uint32_t wanted = static_cast<uint32_t>(key[p]);
-    __shared__ unsigned long long total;
+    LORS_SHARED(unsigned long long, total);
     if (threadIdx.x == 0) total = 0;
     __syncthreads();
     unsigned long long found = 0;
-    each_key<K>(g, p, chunk * kRows, [&](int64_t, int64_t, uint32_t other) { found += other == wanted; });
+    each_key<K>(g, p, chunk, [&](uint32_t other) { found += other == wanted; });
     if (found) atomicAdd(&total, found);
     __syncthreads();
     if (threadIdx.x == 0) counts[blockIdx.x] = total;
@@ -118,15 +134,15 @@ __global__ void __launch_bounds__(32) cut_kernel(GroupArgs g, int64_t chunks, co
     while (chunk < chunks && counts[p * chunks + chunk] < remaining) remaining -= counts[p * chunks + chunk++];
     const uint32_t wanted = static_cast<uint32_t>(key[p]);
     const PairView view = pair_view(g.table, p, g.pairs);
-    const int64_t end = g.m < (chunk + 1) * kRows ? g.m : (chunk + 1) * kRows;
-    for (int64_t row = chunk * kRows; row < end; ++row) {
-        for (int64_t start = 0; start < g.n; start += 32 * kVector) {
+    const Chunk at = chunk_at(chunk, g.m, g.n);
+    for (int64_t row = at.row; row < at.end; ++row) {
+        for (int64_t start = at.col; start < at.stop; start += 32 * kVector) {
             const int64_t col = start + lane * kVector;
             unsigned hits = 0;
-            if (col < g.n) {
+            if (col < at.stop) {
                 uint32_t keys[1][kVector];
-                keys8<K, 1>(g, view, p, row, col, keys);
-                for (int e = 0; e < kVector; ++e) hits |= (col + e < g.n && keys[0][e] == wanted ? 1u : 0u) << e;
+                keys8<K, 1>(g, view, p, row, at.end, col, keys);
+                for (int e = 0; e < kVector; ++e) hits |= (col + e < at.stop && keys[0][e] == wanted ? 1u : 0u) << e;
             }
             int upto = __popc(hits);  // hits of this lane and the lanes before
             for (int step = 1; step < 32; step *= 2) {
@@ -150,45 +166,38 @@ __global__ void __launch_bounds__(32) cut_kernel(GroupArgs g, int64_t chunks, co
 
 }  // namespace
 
-int64_t tie_chunks(int64_t m) {
-    return ceil_div(m, kRows);
+int64_t tie_chunks(int64_t m, int64_t n) {
+    return ceil_div(m, chunk_rows(n)) * chunks_across(n);
 }
 
 void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                     int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite) {
     begin(launch, "residual_threshold", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
-    const int64_t chunks = tie_chunks(group.m);
+    const int64_t chunks = tie_chunks(group.m, group.n);
     const int shift = kRadixShift[pass], bits = kRadixBits[pass];
-    if (group.n >= (int64_t{1} << 32) / kRows) {
-        throw CudaError(describe("residual_threshold", group) + ": a block's counters hold fewer than 2^32 entries");
-    }
     const unsigned grid = blocks(group.pairs() * chunks, "residual_threshold", group);
     with_kind(kind_of(group), [&](auto tag) {
-        histogram_kernel<decltype(tag)::kind><<<grid, kThreads, 0, launch.stream>>>(
-            g, chunks, shift, bits, prefix, reinterpret_cast<unsigned long long*>(counts));
+        start(launch, "residual_threshold (histogram)", group, grid, kThreads, 0, histogram_kernel<decltype(tag)::kind>,
+              g, chunks, shift, bits, prefix, reinterpret_cast<unsigned long long*>(counts));
     });
-    finished("residual_threshold (histogram)", group);
-    descend_kernel<<<blocks(group.pairs(), "residual_threshold", group), kThreads, 0, launch.stream>>>(
-        pass == 0, shift, bits, counts, prefix, wanted, equal, non_finite);
-    finished("residual_threshold (descend)", group);
+    start(launch, "residual_threshold (descend)", group, blocks(group.pairs(), "residual_threshold", group), kThreads,
+          0, descend_kernel, pass == 0, shift, bits, counts, prefix, wanted, equal, non_finite);
 }
 
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                    const int32_t* key, const int64_t* ties, const int64_t* equal, int64_t* counts, int64_t* cut) {
     begin(launch, "residual_threshold", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
-    const int64_t chunks = tie_chunks(group.m);
+    const int64_t chunks = tie_chunks(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * chunks, "residual_threshold", group);
     with_kind(kind_of(group), [&](auto tag) {
         constexpr Kind kind = decltype(tag)::kind;
-        tie_kernel<kind><<<grid, kThreads, 0, launch.stream>>>(g, chunks, key, ties, equal,
-                                                               reinterpret_cast<unsigned long long*>(counts));
-        finished("residual_threshold (ties)", group);
-        cut_kernel<kind><<<blocks(group.pairs(), "residual_threshold", group), 32, 0, launch.stream>>>(
-            g, chunks, key, ties, equal, counts, cut);
+        start(launch, "residual_threshold (ties)", group, grid, kThreads, 0, tie_kernel<kind>, g, chunks, key, ties,
+              equal, reinterpret_cast<unsigned long long*>(counts));
+        start(launch, "residual_threshold (cut)", group, blocks(group.pairs(), "residual_threshold", group), 32, 0,
+              cut_kernel<kind>, g, chunks, key, ties, equal, counts, cut);
     });
-    finished("residual_threshold (cut)", group);
 }
 
 }  // namespace lors

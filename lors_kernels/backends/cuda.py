@@ -10,13 +10,18 @@ from typing import Any
 
 from ..arrays import FLOATS, dtype_name
 from ..grouped import (
+    Consensus,
+    GroupKeepStats,
     GroupStats,
     GroupThreshold,
     MatrixGroup,
     is_aligned,
     row_stride,
+    rule_tables,
+    to_device,
     upload,
 )
+from ..types import Keep
 from .single import Single
 
 NAME = "cuda"
@@ -68,9 +73,20 @@ def _group(group: MatrixGroup) -> tuple[Any, ...]:
 
 
 def _launch(group: MatrixGroup) -> tuple[int, int]:
+    return _stream(group.device)
+
+
+def _stream(device: Any) -> tuple[int, int]:
+    """Number of the device, and its current stream."""
     import torch
 
-    return group.device.index or 0, torch.cuda.current_stream(group.device).cuda_stream
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
+def _processors(device: Any) -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count  # type: ignore[no-any-return]
 
 
 def _factors(left: Any, right: Any) -> tuple[tuple[int, int, int], Any]:
@@ -86,13 +102,10 @@ class Grouped:
     width = 8  # fused multiply-adds, not tensor cores: a wider block would cost in proportion
 
     def gram_apply(self, group: MatrixGroup, x: Any, *, side: str, product: bool = False) -> tuple[Any, Any]:
-        import torch
-
         pairs, inner, b = x.shape
         outer = group.m if side == "right" else group.n
-        processors = torch.cuda.get_device_properties(group.device).multi_processor_count
         size = ITEM_SIZE[group.dtypes[1]]
-        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), processors)
+        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), _processors(group.device))
         _, chunks, per_thread, _ = plan
         y = x.new_empty((pairs, outer, b)) if product or per_thread == 0 else None
         partial = x.new_empty((pairs, chunks, inner, b))
@@ -127,7 +140,7 @@ class Grouped:
             if k == 0:  # only the count of non-finite entries was wanted
                 none = torch.zeros_like(wanted)
                 return GroupThreshold(torch.full((pairs,), float("inf"), device=device), none, none, non_finite)
-        scratch = torch.empty((pairs, built.tie_chunks(group.m)), dtype=torch.int64, device=device)
+        scratch = torch.empty((pairs, built.tie_chunks(group.m, group.n)), dtype=torch.int64, device=device)
         addresses = [x.data_ptr() for x in (prefix, wanted, equal, scratch, cut)]
         built.threshold_cut(launch, view, factors, *addresses)
         del keep  # freed behind the launches on the same stream: the allocator hands it out only after them
@@ -148,7 +161,7 @@ class Grouped:
         factors, keep = _factors(left, right)
         energy = torch.empty((group.pairs, tiles, 3), dtype=torch.float32, device=device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
-        weights = torch.tensor(weight, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
+        weights = to_device(torch.tensor(weight, dtype=torch.float32), device)
         out_table = upload([[x.data_ptr(), row_stride(x)] for x in out], device)
         value, cut = threshold.value.contiguous(), threshold.cut.contiguous()
         library().merge_update(
@@ -160,10 +173,31 @@ class Grouped:
         sums = counts.sum(1)
         return GroupStats(energy.double().sum(1), sums[:, 0], sums[:, 1])
 
+    def ties_update(
+        self, group: MatrixGroup, out: Sequence[Any] | None, keep: list[Keep], weight: list[float], rule: Consensus
+    ) -> GroupKeepStats:
+        import torch
+
+        device, tiles = group.device, library().ties_tiles(group.m, group.n)
+        energy = torch.empty((group.pairs, tiles, 4), dtype=torch.float32, device=device)
+        counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
+        numbers, integers = rule_tables(keep, weight, device)
+        table = None if out is None else upload([[x.data_ptr(), row_stride(x)] for x in out], device)
+        library().ties_update(
+            _launch(group), _group(group), 0 if table is None else table.data_ptr(),
+            FLOATS.index(dtype_name(group.like if out is None else out[0])), all(is_aligned(x) for x in out or ()),
+            numbers.data_ptr(), integers.data_ptr(),
+            (rule.elect, rule.normalize, rule.scale, rule.divisor(weight), rule.start),
+            energy.data_ptr(), counts.data_ptr(),
+        )  # fmt: skip
+        sums = counts.sum(1)
+        return GroupKeepStats(energy.double().sum(1), sums[:, 0], sums[:, 1])
+
 
 GROUPED = Grouped()
 _single = Single(GROUPED)
 gram_apply = _single.gram_apply
 residual_threshold = _single.residual_threshold
 merge_update = _single.merge_update
+ties_update = _single.ties_update
 truncated_svd = _single.truncated_svd

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ..grouped import GroupStats, GroupThreshold, MatrixGroup
-from ..types import NonFiniteError, Threshold
+from ..grouped import Consensus, GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ..types import Keep, KeepStats, NonFiniteError, Threshold
 
 
 class Loop:
@@ -81,3 +81,22 @@ class Loop:
         energy = torch.tensor([s[:3] for s in stats], dtype=torch.float64, device=group.device)
         counts = torch.tensor([s[3:] for s in stats], dtype=torch.int64, device=group.device)
         return GroupStats(energy, counts[:, 0], counts[:, 1])
+
+    def ties_update(
+        self, group: MatrixGroup, out: Sequence[Any] | None, keep: list[Keep], weight: list[float], rule: Consensus
+    ) -> GroupKeepStats:
+        import torch
+
+        stats, count = list[KeepStats](), group.experts
+        for i in range(group.matrices):
+            stats += self.module.ties_update(
+                None if out is None else out[i],
+                None if group.bases is None else group.bases[i],
+                group.tuned[i],
+                keep[i * count : (i + 1) * count],
+                weight,
+                **rule._asdict(),
+            )
+        sums = torch.tensor([s[:4] for s in stats], dtype=torch.float64, device=group.device)
+        counts = torch.tensor([s[4:] for s in stats], dtype=torch.int64, device=group.device)
+        return GroupKeepStats(sums, counts[:, 0], counts[:, 1])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..grouped import GroupThreshold, MatrixGroup
-from ..types import NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from ..grouped import Consensus, GroupThreshold, MatrixGroup
+from ..types import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 
 class Single:
-    """`gram_apply`, `residual_threshold`, `merge_update`, `truncated_svd` as `dispatch` expects them of a module."""
+    """`gram_apply`, `residual_threshold`, `merge_update`, `ties_update`, `truncated_svd` as `dispatch` expects them of a module."""
 
     def __init__(self, grouped: Any) -> None:
         self.grouped = grouped
@@ -44,6 +44,25 @@ class Single:
         thresholds = GroupThreshold.of(threshold, group.device)
         stats = self.grouped.merge_update(group, (out,), *_stack(left, right), thresholds, list(weight))
         return stats.stats()  # type: ignore[no-any-return]
+
+    def ties_update(
+        self,
+        out: Any,
+        base: Any,
+        tuned: Sequence[Any],
+        keep: Sequence[Keep],
+        weight: Sequence[float],
+        *,
+        elect: bool,
+        normalize: bool,
+        scale: float,
+        start: int,
+        threads: int | None = None,
+    ) -> list[KeepStats]:
+        group = _group(base, _same_dtype(tuned))
+        rule = Consensus(elect, normalize, scale, start)
+        outs = None if out is None else (out,)
+        return self.grouped.ties_update(group, outs, list(keep), list(weight), rule).stats()  # type: ignore[no-any-return]
 
     def truncated_svd(
         self, base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None

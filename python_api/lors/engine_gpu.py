@@ -1,4 +1,8 @@
-"""The merge engine on GPUs: decomposed matrices in groups on devices, every other tensor on the CPU beside them.
+"""The merge engine on GPUs.
+
+From files or host memory (`GpuEngine`): decomposed matrices in groups on devices, every other tensor on the CPU beside
+them, because it is read, added to and written at the speed of the files, which a detour over the bus cannot better.
+State dicts that are on a device already (`ResidentEngine`): everything there, no value passes through the host.
 
 A batch is a few same-shaped matrices. Its tensors are read into page-locked memory by threads, copied on a stream of
 their own while the batch before is computed, merged in float32 on the device, and written behind. Experts come in slices
@@ -9,7 +13,7 @@ A device that runs out of memory gets smaller batches, then an error; nothing of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import lors_kernels
 from lors_kernels import NonFiniteError, TruncatedSVD, UpdateStats
+from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.grouped import (
     MatrixGroup,
     merge_update_group,
@@ -29,9 +35,9 @@ from lors_kernels.grouped import (
 
 from .engine import Engine, Piece, Work
 from .errors import LorsError
-from .operands import Outcome
+from .operands import Chunk, Operands, Outcome, matrix_shape
 from .parameters import rank_of
-from .sources import Slot
+from .sources import Slot, Spec
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4
@@ -151,11 +157,10 @@ def slices(kind: Kind, most: int) -> list[Slice]:
     return found
 
 
-def bytes_on_device(work: Work, experts: int, sizes: tuple[int, int]) -> int:
+def bytes_on_device(work: Work, shape: tuple[int, ...], experts: int, inputs: int) -> int:
     """What one matrix with so many experts takes: inputs (twice: the next ones are copied meanwhile), sum, workspace."""
-    m, n = work.spec.shape
-    inputs = m * n * (sizes[0] + experts * sizes[1])
-    workspace = experts * (min(m, n) * BASIS * 4 * 2 + BASIS * BASIS * 16 + max(m, n) * 64)
+    m, n = shape
+    workspace = experts * (min(m, n) * BASIS * 4 * 2 + BASIS * BASIS * 16 + max(m, n) * 64) if work.matrix else 0
     return 2 * inputs + m * n * (4 + work.out_dtype.itemsize) + workspace
 
 
@@ -218,6 +223,8 @@ class GpuEngine(Engine):
 class _DeviceRun:
     """One device's share of the matrices."""
 
+    resident = False  # whether the inputs are on the device already
+
     def __init__(self, engine: GpuEngine, name: str, pieces: Sequence[Piece], indices: Sequence[int]) -> None:
         self.engine, self.pieces, self.indices = engine, pieces, indices
         self.device = Device(name)
@@ -262,9 +269,14 @@ class _DeviceRun:
             work = self.pieces[indices[0]].work
             sizes = (work.spec.dtype.itemsize, max(e.tensors[work.name].dtype.itemsize for e in self.engine.experts))
             experts = max(1, len(self.engine.experts))
-            while experts > 1 and bytes_on_device(work, experts, sizes) > budget:
+
+            def needs(count: int, work: Work = work, kind: Kind = kind, sizes: tuple[int, int] = sizes) -> int:
+                inputs = 0 if self.resident else work.spec.numel * (sizes[0] + count * sizes[1])
+                return bytes_on_device(work, kind.shape, count, inputs)
+
+            while experts > 1 and needs(experts) > budget:
                 experts = (experts + 1) // 2
-            one = bytes_on_device(work, experts, sizes)
+            one = needs(experts)
             if one > budget:
                 raise LorsError(
                     f"device memory: expected at least {one / 1e6:.3g} MB for tensor {work.name!r}, got {budget / 1e6:.3g} MB"
@@ -354,14 +366,8 @@ class _DeviceRun:
 
     def store(self, index: int, total: Any, outcomes: list[Outcome]) -> Future[None]:
         """Rounds one sum to the output's dtype and hands it to the writer."""
-        from lors_kernels.arrays import dtype_name
-
-        piece, torch, engine = self.pieces[index], self.device.torch, self.engine
-        out = total.to(getattr(torch, str(piece.work.out_dtype)))
-        largest = float(total.abs().max()) if dtype_name(out) == "float16" else 0.0
-        if largest >= 65520:
-            engine._converted(total.cpu().numpy().ravel(), piece.work, _scratch())  # raises the engine's own error
-        host, arrived = self.device.download(out)
+        piece, engine = self.pieces[index], self.engine
+        host, arrived = self.device.download(rounded(engine, piece.work, total))
 
         def write() -> None:
             arrived()
@@ -372,6 +378,16 @@ class _DeviceRun:
                 engine.progress(piece.work.spec.numel)
 
         return self.writer.submit(write)
+
+
+def rounded(engine: Engine, work: Work, total: Any) -> Any:
+    """A sum in the output's dtype; LorsError where float16 cannot hold it."""
+    import torch
+
+    out = total.to(getattr(torch, str(work.out_dtype)))
+    if out.dtype == torch.float16 and out.numel() and float(total.abs().max()) >= 65520:
+        engine._converted(total.cpu().numpy().ravel(), work, _scratch())  # raises the engine's own error
+    return out
 
 
 def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Outcome]]:
@@ -396,3 +412,145 @@ def _scratch() -> Any:
     from .engine import _Worker
 
     return _Worker()
+
+
+# --- state dicts on a device -----------------------------------------------------------------------------------------
+
+
+def place_of(states: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+    """The device all tensors are on; None where there are numpy arrays only. LorsError where they are on several."""
+    place: str | None = None
+    first = True
+    for source, state in states:
+        for name, value in state.items():
+            found = str(value.device) if is_torch(value) else None
+            if first:
+                place, first = found, False
+            elif found != place and not {found, place} <= {None, "cpu"}:
+                wanted, got = (x or "a numpy array" for x in (place, found))
+                raise LorsError(f"{source}: tensor {name!r}: expected all tensors on one device, {wanted}, got {got}")
+    return place
+
+
+class DeviceSource:
+    """A state dict of tensors on one device. What is not contiguous is copied, on the device."""
+
+    def __init__(self, name: str, state: Mapping[str, Any]) -> None:
+        self.name = name
+        self.values = {key: value.detach().contiguous() for key, value in state.items()}
+        self.tensors = {key: Spec(_numpy_dtype(value), tuple(value.shape)) for key, value in state.items()}
+
+    def matrix(self, name: str) -> Any:
+        return self.values[name].reshape(matrix_shape(self.tensors[name].shape))
+
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        """A copy on the host, which only an error's account asks for."""
+        return _numpy(self.values[name].reshape(-1)[start:stop].cpu(), self.tensors[name].dtype)
+
+    def prefetch(self, name: str) -> None:
+        pass
+
+    def factors(self, name: str) -> None:
+        return None
+
+
+@dataclass
+class ResidentEngine(GpuEngine):
+    """`Engine` for `DeviceSource`s: every tensor is merged where it is, same-shaped ones together; see `merged`.
+
+    A tensor that is no matrix is one all the same: its first axis against the others, a vector as one row.
+    """
+
+    def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
+        pieces = [Piece(work, 0, work.spec.numel) for work in works]
+        self.merged: dict[str, Any] = {}
+        self._prepare(pieces)
+        summed = [i for i, piece in enumerate(pieces) if any(r.weight for r in piece.work.reductions)]
+        run = _ResidentRun(self, self.devices[0], pieces, summed)
+        for kind, most, batch in run.batches():
+            run.merge(kind, batch, most, None)
+        for i in sorted(set(range(len(pieces))) - set(summed)):
+            self.alone(pieces[i].work, i, run.device)
+        self._account(pieces)
+
+    def alone(self, work: Work, index: int, device: Device) -> None:
+        """A tensor that is carried over, or that the method treats by a combination of all experts."""
+        assert isinstance(self.base, DeviceSource)
+        if work.combination is None:
+            value = self.base.values[work.name]
+            self.merged[work.name] = rounded(self, work, value.clone()) if work.spec.floating else value.clone()
+            return
+        options = {"backend": self.device_backend}
+        operands = DeviceOperands(
+            work.name, work.spec, self.base, self.experts, self.seed, options, _scratch().buffers,
+            lambda expert: self._non_finite(expert, work),
+        )  # fmt: skip
+        parts = [values for _, values in work.combination(operands)]
+        assert len(parts) == 1, "DeviceOperands hands out one chunk"
+        self._outcomes[index] = operands.outcomes
+        self.merged[work.name] = rounded(self, work, parts[0]).reshape(work.spec.shape)  # type: ignore[attr-defined]
+
+    def kind_of(self, work: Work) -> Kind:
+        return super().kind_of(work)._replace(shape=matrix_shape(work.spec.shape))
+
+
+class _ResidentRun(_DeviceRun):
+    resident = True
+
+    def attempt(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+        engine, torch = self.engine, self.device.torch
+        assert isinstance(engine, ResidentEngine)
+        works = [self.pieces[i].work for i in batch]
+
+        def matrices(source: Any) -> list[Any]:
+            return [source.matrix(work.name) for work in works]
+
+        bases = matrices(engine.base) if kind.base else None
+        options: dict[str, Any] = {"dtype": torch.float32, "device": self.device.device}
+        totals = [x.to(torch.float32, copy=True) for x in bases or ()] or [
+            torch.zeros(kind.shape, **options) for _ in works
+        ]
+        outcomes: list[list[Outcome]] = [[] for _ in batch]
+        for part in slices(kind, most):
+            tuned = zip(*(matrices(engine.experts[e]) for e in part.experts), strict=True)
+            found = self.reduce(batch, part, MatrixGroup(bases, list(tuned)), totals)
+            for row, new in zip(outcomes, found, strict=True):
+                row += new
+        for index, work, total, row in zip(batch, works, totals, outcomes, strict=True):
+            engine.merged[work.name] = rounded(engine, work, total).reshape(work.spec.shape)
+            engine._outcomes[index] = row
+        return []
+
+
+class DeviceOperands(Operands):
+    """`Operands` whose arrays are tensors on a device, whole: nothing has to be read in parts."""
+
+    def base(self) -> Any:
+        return self._values(self.base_source)
+
+    def tuned(self, t: int) -> Any:
+        return self._values(self.experts[t])
+
+    def chunks(self, width: int = 1) -> Iterator[Chunk]:
+        yield Chunk(0, self.base(), [self.tuned(t) for t in range(len(self.experts))])
+
+    def out(self, values: Any) -> Any:
+        import torch
+
+        return values.to(torch.float32, copy=True)
+
+    def _values(self, source: Any) -> Any:
+        return source.values[self.name].reshape(-1)
+
+    def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], **rule: Any) -> None:
+        shape = matrix_shape(self.spec.shape)
+        base, tuned = chunk.base.reshape(shape), [x.reshape(shape) for x in chunk.tuned]
+        stats = lors_kernels.ties_update(out.reshape(shape), base, tuned, keep, weights, **rule, **self.kernels)
+        for t, s in enumerate(stats):
+            if s.non_finite:
+                raise self.blame(self.experts[t])
+            self.outcomes.append(Outcome(UpdateStats(s.delta_energy, s.delta_energy, s.kept_energy, s.kept, 0)))
+
+
+def _numpy_dtype(value: Any) -> np.dtype[Any]:
+    return BFLOAT16 if dtype_name(value) == "bfloat16" else np.dtype(dtype_name(value))

@@ -176,14 +176,21 @@ def merge_state_dicts(
     device_memory: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`merge` on tensors in memory (numpy arrays or CPU torch tensors); returns new tensors of the base's kind.
+    """`merge` on tensors in memory (numpy arrays or torch tensors); returns new tensors of the base's kind.
 
     base, experts: name -> tensor. config: the model's configuration, which tells architectures apart that names do not.
-    settings: as for `merge`.
+    settings: as for `merge`. Tensors on a GPU are merged there, and so is the result; `device` may name that GPU.
     """
     recipe = Recipe.from_arguments("base", {label: label for label in experts}, method, methods=SPECS, **settings)
     chosen = METHODS[method]
-    sources = [MemorySource("base", base), *(MemorySource(label, state) for label, state in experts.items())]
+    states = [("base", base), *experts.items()]
+    if any(is_torch(value) for _, state in states for value in state.values()):
+        from .engine_gpu import place_of
+
+        place = place_of(states)
+        if place not in (None, "cpu") or device == place:
+            return _merge_resident(recipe, chosen, states, str(place), config, device, device_memory, backend)
+    sources = [MemorySource(label, state) for label, state in states]
     for source in sources[1:]:
         _compare_specs(sources[0], source)
     kernels = _backend(None if device else backend)
@@ -195,6 +202,34 @@ def merge_state_dicts(
         return _on_devices(made, device, device_memory, backend) if device else made
 
     return {name: _like(base[name], array) for name, array in _collect(works, engine).items()}
+
+
+def _merge_resident(
+    recipe: Recipe,
+    method: Method,
+    states: Sequence[tuple[str, Mapping[str, Any]]],
+    place: str,
+    config: Mapping[str, Any] | None,
+    device: str | None,
+    device_memory: int | None,
+    backend: str | None,
+) -> dict[str, Any]:
+    """`merge_state_dicts` of tensors that stay on their device."""
+    from .engine_gpu import DeviceSource, ResidentEngine, parse_devices
+
+    if device is not None and parse_devices(device) != [place]:
+        raise LorsError(f"device: expected {place}, where the tensors are, or None, got {device!r}")
+    if not method.on_device:
+        raise LorsError(f"method {recipe.merge_method}: expected tensors in main memory, got tensors on {place}")
+    sources = [DeviceSource(label, state) for label, state in states]
+    for source in sources[1:]:
+        _compare_specs(sources[0], source)
+    report = MergeReport(recipe.merge_method, "", None, [label for label, _ in states[1:]], threads=1)
+    works = _plan(recipe, method, sources[0], layers.naming(states[0][1]), config, report)
+    engine = Engine(sources[0], sources[1:], lambda *_: None, report, None, 1, recipe.seed)
+    resident = _on_devices(engine, place, device_memory, backend, ResidentEngine)
+    resident.run(works)
+    return {work.name: resident.merged[work.name] for work in works}
 
 
 def merge_in_memory(
@@ -386,7 +421,7 @@ def _rest(rule: str, models: Sequence[Mapping[str, Any]], shared: Mapping[str, A
     return [Reduction(shared.get("lambda", 1.0) * model.get("weight", 1.0)) for model in models]
 
 
-def _compare_specs(base: MemorySource, expert: MemorySource) -> None:
+def _compare_specs(base: Source, expert: Source) -> None:
     if odd := sorted(base.tensors.keys() ^ expert.tensors.keys()):
         raise LorsError(f"{expert.name}: expected the tensors of the base, {len(odd)} differ, first {odd[0]!r}")
     for name, spec in base.tensors.items():
@@ -440,8 +475,11 @@ def _on_cluster(
     return decompositions(address, job.base.location, paths, wanted, **options)
 
 
-def _on_devices(engine: Engine, device: str, device_memory: int | None, backend: str | None) -> Engine:
-    """The same engine with its matrices on GPUs; LorsError if a device or the backend is not there."""
+def _on_devices(
+    engine: Engine, device: str, device_memory: int | None, backend: str | None, kind: type[Any] | None = None
+) -> Any:
+    """The same engine with its matrices on GPUs (a `GpuEngine`, or `kind`); LorsError if a device or the backend is not
+    there."""
     from lors_kernels.dispatch import BackendUnavailable, select
 
     from .engine_gpu import GpuEngine, parse_devices
@@ -457,7 +495,7 @@ def _on_devices(engine: Engine, device: str, device_memory: int | None, backend:
     except (ValueError, BackendUnavailable) as error:
         raise LorsError(f"backend: {error}") from None
     engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
-    return GpuEngine(
+    return (kind or GpuEngine)(
         engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,
         progress=engine.progress, devices=devices, device_memory=device_memory, device_backend=kernels,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gram_apply, merge_update, residual_threshold
+from . import gram_apply, merge_update, residual_threshold, ties_update
 from .launch import TL_DTYPES
 
 ARCHES = (80, 90, 100)
+SCALARS = {"start": "i64", "scale": "fp32", "all_weights": "fp32"}  # the others are i32
 PAIRS = (("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"))
 
 
@@ -73,31 +75,32 @@ def jobs(every: bool = False) -> Iterator[Job]:
 def _jobs_of(label: str, types: dict[str, Any], every: bool) -> Iterator[Job]:
     table = {"table": "i64"}
     for side in ("right", "left"):
-        for width, product in ((16, False), (16, True), (32, False)) if every else ((16, False),):
+        for width, stored in ((16, False), (16, True), (32, False)) if every else ((16, False),):
             constants = {
-                **types, "TRANSPOSED": side == "left", "STORE_Y": product, "B": width,
+                **types, "TRANSPOSED": side == "left", "STORE_Y": stored, "B": width,
                 "PRECISION": gram_apply.PRECISION, **gram_apply.BLOCK,
             }  # fmt: skip
-            name = f"gram_apply {side} b={width}{' y' if product else ''} {label}"
+            name = f"gram_apply {side} b={width}{' y' if stored else ''} {label}"
             pointers = {**table, "x": "fp32", "y_out": "fp32", "partial": "fp32"}
             yield Job(name, gram_apply.gram_kernel, pointers, constants, gram_apply.OPTIONS)
     factors = {"left": "fp32", "right": "fp32"}
-    for number, (shift, bits) in enumerate(residual_threshold.DIGITS):
+    blocks = {"": residual_threshold.BLOCK, " wide": residual_threshold.WIDE_BLOCK}
+    for (number, (shift, bits)), (form, block) in product(enumerate(residual_threshold.DIGITS), blocks.items()):
         if number == 0 or every:
             yield Job(
-                f"histogram {number} {label}", residual_threshold.histogram_kernel,
+                f"histogram{form} {number} {label}", residual_threshold.histogram_kernel,
                 {**table, **factors, "prefix": "i32", "counts": "i64"},
-                {**types, "SHIFT": shift, "BITS": bits, "BINS": residual_threshold.BINS, **residual_threshold.BLOCK},
+                {**types, "SHIFT": shift, "BITS": bits, "BINS": residual_threshold.BINS, **block},
                 residual_threshold.OPTIONS,
             )  # fmt: skip
     ties = {**table, **factors, "key_of": "i32", "ties": "i64", "equal": "i64", "counts": "i64"}
-    yield Job(
-        f"ties {label}", residual_threshold.tie_kernel, ties, {**types, **residual_threshold.BLOCK},
-        residual_threshold.OPTIONS,
-    )  # fmt: skip
+    for form, block in blocks.items():
+        yield Job(
+            f"ties{form} {label}", residual_threshold.tie_kernel, ties, {**types, **block}, residual_threshold.OPTIONS
+        )
     yield Job(
         f"cut {label}", residual_threshold.cut_kernel, {**ties, "cut": "i64"},
-        {**types, **residual_threshold.CUT_BLOCK}, residual_threshold.OPTIONS,
+        {**types, "TALL": residual_threshold.BLOCK["TALL"], **residual_threshold.CUT_BLOCK}, residual_threshold.OPTIONS,
     )  # fmt: skip
     yield Job(
         f"merge_update {label}", merge_update.merge_kernel,
@@ -105,6 +108,13 @@ def _jobs_of(label: str, types: dict[str, Any], every: bool) -> Iterator[Job]:
          "counts": "i32"},
         {**types, "OUT": types["TUNED"], **merge_update.BLOCK}, merge_update.OPTIONS,
     )  # fmt: skip
+    for elect in (True, False) if every else (True,):
+        yield Job(
+            f"ties_update{'' if elect else ' linear'} {label}", ties_update.ties_kernel,
+            {**table, "out_table": "i64", "numbers": "fp32", "integers": "i64", "energy": "fp32", "counts": "i32"},
+            {**types, "OUT": types["TUNED"], "HAS_OUT": True, "ELECT": elect, "NORMALIZE": True, **ties_update.BLOCK},
+            ties_update.OPTIONS,
+        )  # fmt: skip
     yield Job(
         f"measure {label}", merge_update.measure_kernel, {**table, "energy": "fp32", "counts": "i32"},
         {**types, **merge_update.BLOCK}, merge_update.OPTIONS,
@@ -118,8 +128,8 @@ def compile_job(job: Job, arch: int) -> Usage:
         if name in job.constants:
             signature[name] = "constexpr"
         else:
-            signature[name] = f"*{job.pointers[name]}" if name in job.pointers else "i32"
-        if name in job.pointers or name in ("m", "n", "inner", "outer"):
+            signature[name] = f"*{job.pointers[name]}" if name in job.pointers else SCALARS.get(name, "i32")
+        if name in job.pointers or name in ("m", "n", "inner", "outer", "wide"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(job.kernel, signature, constexprs=job.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job.options)

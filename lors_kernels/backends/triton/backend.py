@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ...grouped import GroupStats, GroupThreshold, MatrixGroup
+from ...grouped import Consensus, GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ...types import Keep
 from ..single import Single
 
 NAME = "triton"
@@ -61,10 +62,18 @@ class Grouped:
 
         return merge_update(group, out, left, right, threshold, weight)
 
+    def ties_update(
+        self, group: MatrixGroup, out: Any, keep: list[Keep], weight: list[float], rule: Consensus
+    ) -> GroupKeepStats:
+        from .ties_update import ties_update
+
+        return ties_update(group, out, keep, weight, rule)
+
 
 GROUPED = Grouped()
 _single = Single(GROUPED)
 gram_apply = _single.gram_apply
 residual_threshold = _single.residual_threshold
 merge_update = _single.merge_update
+ties_update = _single.ties_update
 truncated_svd = _single.truncated_svd

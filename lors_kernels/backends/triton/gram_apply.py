@@ -40,7 +40,9 @@ def gram_kernel(
     y = tl.zeros((BO, B), dtype=tl.float32)
     for start in range(0, inner, BI):
         i = start + tl.arange(0, BI)
-        x_tile = tl.load(x_p + i[:, None] * b + column, mask=(i[:, None] < inner) & (column < b), other=0.0)
+        x_tile = tl.load(
+            x_p + i[:, None].to(tl.int64) * b + column, mask=(i[:, None] < inner) & (column < b), other=0.0
+        )
         if TRANSPOSED:
             mask = (i[:, None] < inner) & (o[None, :] < outer)
             a = tl.trans(delta_tile(base, base_stride, tuned, tuned_stride, i[:, None], o[None, :], mask, HAS_BASE))
@@ -61,7 +63,7 @@ def gram_kernel(
             mask = (o[:, None] < outer) & (i[None, :] < inner)
             at = tl.trans(delta_tile(base, base_stride, tuned, tuned_stride, o[:, None], i[None, :], mask, HAS_BASE))
         z = tl.dot(at, y, input_precision=PRECISION)
-        tl.store(z_p + i[:, None] * b + column, z, mask=(i[:, None] < inner) & (column < b))
+        tl.store(z_p + i[:, None].to(tl.int64) * b + column, z, mask=(i[:, None] < inner) & (column < b))
 
 
 def block_width(b: int) -> int:

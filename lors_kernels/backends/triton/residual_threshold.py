@@ -17,10 +17,22 @@ from .residual import delta_tile, low_rank_tile, magnitude_key, matrix
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) from the top: the exponent, then the mantissa
 BINS = 256
-# Rows per program. Chunks are whole rows, so that their order is the row-major order that ties are cut in.
-BLOCK = {"ROWS": 64, "BM": 8, "BN": 256}
-CUT_BLOCK = {"ROWS": 64, "BN": 1024, "BC": 1024}
-OPTIONS = {"num_warps": 8, "num_stages": 2}  # with 4 warps float16 inputs spill on sm_80
+# A program's chunk is whole rows, or a part of one that is long: either way the order of the chunks is the row-major
+# order that ties are cut in.
+WIDE = 8192  # longer rows are cut
+BLOCK = {"TALL": 64, "BM": 8, "BN": 256}
+WIDE_BLOCK = {"TALL": 1, "BM": 1, "BN": 2048}
+CUT_BLOCK = {"BN": 1024, "BC": 1024}
+# With 4 warps float16 inputs spill on sm_80; without a bound of its own the assembler aims for 64 registers and spills.
+OPTIONS = {"num_warps": 8, "num_stages": 2, "maxnreg": 128}
+
+
+@triton.jit
+def chunk_at(chunk, m, n, tall, wide):
+    """First and last + 1 row and column of a chunk of tall x wide entries."""
+    across = tl.cdiv(n, wide)
+    row, col = chunk // across * tall, chunk % across * wide
+    return row, tl.minimum(row + tall, m), col, tl.minimum(col + wide, n)
 
 
 @triton.jit
@@ -36,21 +48,22 @@ def residual_key(
 
 @triton.jit
 def histogram_kernel(
-    table, left, right, prefix, counts, pairs, m, n, rank, chunks,
+    table, left, right, prefix, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
     SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr,
-    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """counts[p, digit] += keys of the chunk whose higher digits are prefix[p]; counts [pairs, BINS] int64."""
     pid = tl.program_id(0)
     p, chunk = pid // chunks, pid % chunks
     wanted = tl.load(prefix + p)
     total = tl.zeros((BINS,), dtype=tl.int64)
-    for first in range(0, ROWS, BM):
-        rows = (chunk * ROWS + first + tl.arange(0, BM))[:, None]
-        for start in range(0, n, BN):
+    top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
+    for first in range(0, TALL, BM):
+        rows = (top + first + tl.arange(0, BM))[:, None]
+        for start in range(left_col, stop, BN):
             cols = (start + tl.arange(0, BN))[None, :]
-            inside = (rows < m) & (cols < n)
+            inside = (rows < end) & (cols < stop)
             key = residual_key(
                 table, left, right, p, pairs, m, n, rank, rows, cols, inside, BASE, TUNED, HAS_BASE, ALIGNED
             )
@@ -82,9 +95,9 @@ def descend_kernel(
 
 @triton.jit
 def tie_kernel(
-    table, left, right, key_of, ties, equal, counts, pairs, m, n, rank, chunks,
+    table, left, right, key_of, ties, equal, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """counts[p, chunk] = entries of the chunk equal to the threshold; nothing where all of them are kept."""
     pid = tl.program_id(0)
@@ -92,11 +105,12 @@ def tie_kernel(
     if tl.load(equal + p) != tl.load(ties + p):
         wanted = tl.load(key_of + p)
         total = tl.zeros((BM, BN), dtype=tl.int32)
-        for first in range(0, ROWS, BM):
-            rows = (chunk * ROWS + first + tl.arange(0, BM))[:, None]
-            for start in range(0, n, BN):
+        top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
+        for first in range(0, TALL, BM):
+            rows = (top + first + tl.arange(0, BM))[:, None]
+            for start in range(left_col, stop, BN):
                 cols = (start + tl.arange(0, BN))[None, :]
-                inside = (rows < m) & (cols < n)
+                inside = (rows < end) & (cols < stop)
                 key = residual_key(
                     table, left, right, p, pairs, m, n, rank, rows, cols, inside, BASE, TUNED, HAS_BASE, ALIGNED
                 )
@@ -106,9 +120,9 @@ def tie_kernel(
 
 @triton.jit
 def cut_kernel(
-    table, left, right, key_of, ties, equal, counts, cut, pairs, m, n, rank, chunks,
+    table, left, right, key_of, ties, equal, counts, cut, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    TALL: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """cut[p] = row-major index just behind the ties[p]-th equal entry: find its chunk, then walk that chunk."""
     p = tl.program_id(0)
@@ -132,21 +146,22 @@ def cut_kernel(
             found = tl.load(counts + p.to(tl.int64) * chunks + c, mask=c < chunks, other=0)
             earlier = earlier + tl.sum(tl.where(c < chunk, found, 0))
         seen = earlier
-        end = seen * 0
-        for row in range(chunk * ROWS, chunk * ROWS + ROWS):
-            for start in range(0, n, BN):
+        found_at = seen * 0
+        top, end, left_col, stop = chunk_at(chunk, m, n, TALL, wide)
+        for row in range(top, end):
+            for start in range(left_col, stop, BN):
                 cols = (start + tl.arange(0, BN))[None, :]
                 rows = tl.full((1, 1), row, dtype=tl.int32)
-                inside = (rows < m) & (cols < n)
+                inside = cols < stop
                 key = residual_key(
                     table, left, right, p, pairs, m, n, rank, rows, cols, inside, BASE, TUNED, HAS_BASE, ALIGNED
                 )
                 equals = (inside & (key == wanted)).to(tl.int64)
                 upto = seen + tl.cumsum(equals, 1)
                 hit = (equals == 1) & (upto == remaining)
-                end = end + tl.sum(tl.where(hit, rows.to(tl.int64) * n + cols + 1, 0))
+                found_at = found_at + tl.sum(tl.where(hit, rows.to(tl.int64) * n + cols + 1, 0))
                 seen = seen + tl.sum(equals)
-        tl.store(cut + p, end)
+        tl.store(cut + p, found_at)
 
 
 def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> GroupThreshold:
@@ -157,19 +172,21 @@ def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> Gro
     prefix = torch.zeros(pairs, dtype=torch.int32, device=device)
     wanted = torch.full((pairs,), max(k, 1), dtype=torch.int64, device=device)
     equal, non_finite, cut = (torch.empty_like(wanted) for _ in range(3))
-    chunks = triton.cdiv(group.m, BLOCK["ROWS"])
+    long = group.n > WIDE
+    wide, block = (WIDE, WIDE_BLOCK) if long else (group.n, BLOCK)
+    chunks = triton.cdiv(group.m, block["TALL"]) * triton.cdiv(group.n, wide)
     base, tuned = group.dtypes
     factors = (prefix, prefix) if left is None else (left, right)
     common = {
         "BASE": TL_DTYPES[base], "TUNED": TL_DTYPES[tuned], "HAS_BASE": group.bases is not None,
         "ALIGNED": group.aligned, **OPTIONS,
     }  # fmt: skip
-    sizes = (pairs, group.m, group.n, rank, chunks)
+    sizes = (pairs, group.m, group.n, rank, chunks, wide)
     with on_device(device):
         for number, (shift, bits) in enumerate(DIGITS):
             counts = torch.zeros((pairs, BINS), dtype=torch.int64, device=device)
             histogram_kernel[(pairs * chunks,)](
-                group.table, *factors, prefix, counts, *sizes, SHIFT=shift, BITS=bits, BINS=BINS, **BLOCK, **common
+                group.table, *factors, prefix, counts, *sizes, SHIFT=shift, BITS=bits, BINS=BINS, **block, **common
             )
             descend_kernel[(pairs,)](
                 counts, prefix, wanted, equal, non_finite, FIRST=number == 0, BITS=bits, BINS=BINS, num_warps=4
@@ -182,6 +199,8 @@ def residual_threshold(group: MatrixGroup, left: Any, right: Any, k: int) -> Gro
                     non_finite,
                 )
         counts = torch.empty((pairs, chunks), dtype=torch.int64, device=device)
-        tie_kernel[(pairs * chunks,)](group.table, *factors, prefix, wanted, equal, counts, *sizes, **BLOCK, **common)
-        cut_kernel[(pairs,)](group.table, *factors, prefix, wanted, equal, counts, cut, *sizes, **CUT_BLOCK, **common)
+        tie_kernel[(pairs * chunks,)](group.table, *factors, prefix, wanted, equal, counts, *sizes, **block, **common)
+        cut_kernel[(pairs,)](
+            group.table, *factors, prefix, wanted, equal, counts, cut, *sizes, TALL=block["TALL"], **CUT_BLOCK, **common
+        )
     return GroupThreshold(prefix.view(torch.float32), wanted, cut, non_finite)

@@ -38,6 +38,7 @@ class Method:
         other tensors follow the recipe's `rest` with the plain weights lambda * weight.
     targets: whether the recipe may have a `target`.
     relative: False sums the models themselves instead of their differences to a base.
+    combines_on_device: whether `combine` works on tensors that are on a GPU; what `reduce` says always does.
     """
 
     spec: MethodSpec
@@ -46,6 +47,11 @@ class Method:
     everywhere: bool = False
     targets: bool = True
     relative: bool = True
+    combines_on_device: bool = False
+
+    @property
+    def on_device(self) -> bool:
+        return self.combine is None or self.combines_on_device
 
     def treatment(self, models: Sequence[Parameters], shared: Parameters) -> list[Reduction] | Combination:
         if self.combine is not None:

@@ -49,7 +49,7 @@ def sparsified(
 
         return merge
 
-    return Method(spec(name, normalize, rescale, own), combine=combine, everywhere=True)
+    return Method(spec(name, normalize, rescale, own), combine=combine, everywhere=True, combines_on_device=True)
 
 
 def spec(name: str, normalize: bool, rescale: bool, own: tuple[ParameterSpec, ...]) -> MethodSpec:

@@ -1,0 +1,84 @@
+// What kernels that read and write a tile of a matrix share: whose entries are whose, stores, and sums over the block.
+#pragma once
+
+#include "residual.cuh"
+
+namespace lors {
+
+constexpr int kTileThreads = 256;
+constexpr int kTileCols = 256, kTileRows = kTileThreads * kVector / kTileCols;
+
+__device__ __forceinline__ void store_any(void* data, int dtype, int64_t at, float v) {
+    switch (dtype) {
+        case static_cast<int>(DType::kFloat16): static_cast<__half*>(data)[at] = __float2half_rn(v); break;
+        case static_cast<int>(DType::kBFloat16): static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(v); break;
+        default: static_cast<float*>(data)[at] = v;
+    }
+}
+
+template <Kind K>
+__device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int count, const float* v) {
+    if constexpr (K == Kind::kFloat32) {
+        float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
+        to[0] = make_float4(v[0], v[1], v[2], v[3]);
+        to[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else if constexpr (K == Kind::kAny) {
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) {
+            if (e < count) store_any(data, dtype, at + e, v[e]);
+        }
+    } else {
+        unsigned words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            unsigned low, high;
+            if constexpr (K == Kind::kFloat16) {
+                low = __half_as_ushort(__float2half_rn(v[2 * w]));
+                high = __half_as_ushort(__float2half_rn(v[2 * w + 1]));
+            } else {
+                low = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * w]));
+                high = __bfloat16_as_ushort(__float2bfloat16_rn(v[2 * w + 1]));
+            }
+            words[w] = low | high << 16;
+        }
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+// Sum over the block, in the order lane, warp; the result in thread 0.
+template <class T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+    for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(~0u, value, step);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    T total = 0;
+    if (threadIdx.x == 0) {
+        for (int warp = 0; warp < kTileThreads / 32; ++warp) total += scratch[warp];
+    }
+    __syncthreads();
+    return total;
+}
+
+struct Place {
+    int64_t row, col;
+    int count;  // columns of this thread that exist, at most 8
+};
+
+// 256 columns by 8 rows of threads, each with R rows.
+template <int R>
+__device__ __forceinline__ Place place_of(int64_t tile, int64_t n) {
+    constexpr int kAcross = kTileCols / kVector;
+    const int64_t across = (n + kTileCols - 1) / kTileCols;
+    const int64_t col = tile % across * kTileCols + threadIdx.x % kAcross * kVector;
+    const int64_t left = n - col;
+    const int64_t row = (tile / across * kTileRows + threadIdx.x / kAcross) * R;
+    return {row, col, static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector)};
+}
+
+template <int R>
+int64_t tiles_of(int64_t m, int64_t n) {
+    return ceil_div(m, kTileRows * R) * ceil_div(n, kTileCols);
+}
+
+}  // namespace lors

@@ -1,0 +1,86 @@
+"""Leaves out every barrier and every wait of the CUDA kernels in turn, and prints those that nobody missed.
+
+Run by test_cuda_emulated.py, as a process of its own: `python broken_kernels.py MODULE`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import torch
+
+import lors_kernels as kernels
+from cuda_emulation import ROOT, install
+from lors_kernels import Keep, Threshold
+
+WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
+
+
+def operations() -> dict[str, list[Callable[[], object]]]:
+    """Small calls of every kernel, by the file whose barriers they pass; each returns what has to stay the same."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 520, generator=generator)
+    tuned = base + torch.randn(40, 520, generator=generator)
+    odd = torch.randn(9, 67, generator=generator)
+    x, y = (torch.randn(size, 8, generator=generator) for size in (520, 67))
+    equal = torch.zeros(150, 8)
+    equal[3::5] = 0.5
+
+    def update() -> tuple[torch.Tensor, object]:
+        out = base.clone()
+        return out, kernels.merge_update(out, base, tuned, None, None, Threshold(0.5, 0, 0), 1.0, backend="cuda")
+
+    def ties() -> object:
+        return kernels.ties_update(base.clone(), base, [tuned], [Keep()], [1.0], backend="cuda")
+
+    def measure() -> tuple[torch.Tensor, ...]:
+        from lors_kernels.backends.cuda import GROUPED
+        from lors_kernels.grouped import MatrixGroup
+
+        return GROUPED.measure(MatrixGroup([base], [[tuned]]))
+
+    return {
+        "gram_apply.cu": [
+            lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
+            lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
+        ],
+        "residual_threshold.cu": [
+            lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
+            lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
+        ],
+        "merge_update.cu": [measure],
+        "tiles.cuh": [update, ties],
+    }
+
+
+def outcome(call: Callable[[], object]) -> str:
+    try:
+        return repr(call())
+    except RuntimeError as error:
+        return f"failed: {error}"
+
+
+def differs(calls: list[Callable[[], object]], right: list[str], seed: int) -> bool:
+    os.environ["CUDA_EMULATION_SEED"] = str(seed)
+    return any(outcome(call) != text for call, text in zip(calls, right, strict=True))
+
+
+def main(module: str) -> None:
+    install(module)
+    torch.set_printoptions(threshold=sys.maxsize, precision=9)
+    operation = operations()
+    right = {file: [outcome(call) for call in calls] for file, calls in operation.items()}
+    assert not any("failed" in text or "nan" in text for texts in right.values() for text in texts), "broken already"
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if WAIT.search(line):
+                os.environ["CUDA_EMULATION_SKIP"] = f"{path.name}:{number}"
+                missed = any(differs(operation[path.name], right[path.name], seed) for seed in range(8))
+                print(f"{path.name}:{number} {'missed' if missed else 'NOT MISSED'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
