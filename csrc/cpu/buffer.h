@@ -19,10 +19,11 @@ class BlockCache {
     ~BlockCache() {
         for (Block& block : blocks_) std::free(block.data);
     }
-    void* take(int64_t bytes) {
+    // A block of at least `bytes`, which becomes its true size; nullptr where there is none.
+    void* take(int64_t& bytes) {
         for (Block& block : blocks_) {
             if (block.data && bytes <= block.bytes && block.bytes <= 2 * bytes) {
-                kept_ -= block.bytes;
+                kept_ -= bytes = block.bytes;
                 return std::exchange(block.data, nullptr);
             }
         }

@@ -32,6 +32,7 @@ from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
 PART = 1 << 16  # entries of a matrix that are read at a time to be subtracted from: a quarter of L2
+HALF_OVERFLOWS = 65520.0  # from here on float16 rounds to infinity
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
@@ -144,7 +145,9 @@ class Engine:
         work = piece.work
         base = self.base.fetch(work.name, piece.start, piece.stop, worker.base) if work.relative else None
         total = worker.total.array(piece.stop - piece.start, np.dtype(np.float32))
-        total[:] = 0 if base is None else base
+        total[:] = 0
+        if base is not None:
+            _add(total, base)
         outcomes = []
         for expert, reduction in zip(self.experts, work.reductions, strict=True):
             if self._stop.is_set():
@@ -171,19 +174,17 @@ class Engine:
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """What the kernels subtract, and from what: (base, tuned), or (None, delta).
 
-        A float32 matrix is read a part at a time and the base subtracted while the part is in L2: what is kept of it is
-        delta, and base and tuned need not be read again for each step. Of two bytes an entry the pair is the smaller.
+        A matrix is read a part at a time and the base subtracted while the part is in L2: what is kept of it is delta, and
+        base and tuned need not be read and converted again for each step.
         """
         work = piece.work
-        kinds = {work.spec.dtype, expert.tensors[work.name].dtype}
-        if base is None or not work.matrix or kinds != {np.dtype(np.float32)}:
+        if base is None or not work.matrix:
             return base, expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
-        delta = worker.delta.array(base.size, base.dtype)
-        with np.errstate(invalid="ignore", over="ignore"):  # the kernels count what is not finite
-            for start in range(0, base.size, PART):
-                part = slice(start, min(base.size, start + PART))
-                tuned = expert.fetch(work.name, piece.start + part.start, piece.start + part.stop, worker.tuned)
-                np.subtract(tuned, base[part], out=delta[part])
+        delta = worker.delta.array(base.size, np.dtype(np.float32))
+        for start in range(0, base.size, PART):
+            part = slice(start, min(base.size, start + PART))
+            tuned = expert.fetch(work.name, piece.start + part.start, piece.start + part.stop, worker.tuned)
+            _subtract(delta[part], tuned, base[part])
         return None, delta
 
     def _add_factors(
@@ -250,14 +251,14 @@ class Engine:
         if values.dtype == work.out_dtype:
             return values
         out = worker.out.array(values.size, work.out_dtype)
-        with np.errstate(over="ignore"):
-            out[:] = values
-        if work.out_dtype == np.float16 and not np.isfinite(out).all():
-            largest = float(np.abs(values.astype(np.float32)).max())
+        largest = float(max(values.max(initial=0), -values.min(initial=0)))
+        if work.out_dtype == np.float16 and largest >= HALF_OVERFLOWS:
             raise LorsError(
                 f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most 65504 for float16; "
                 "choose bfloat16 or float32 as out_dtype"
             )
+        out[:] = 0
+        _add(out, values)
         return out
 
     def _non_finite(self, expert: Source, work: Work) -> LorsError:
@@ -302,6 +303,27 @@ class Engine:
         report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
         report.tensors += sum(piece.start == 0 for piece in pieces)
         report.decomposed += sum(piece.work.matrix for piece in pieces)
+
+
+# numpy converts half precision an entry at a time; the kernels do it in vectors. Both take any of the three types.
+
+
+def _add(out: np.ndarray, values: np.ndarray) -> None:
+    """out += values, in float32, rounded once to the type of out."""
+    if values.dtype == out.dtype == np.float32:
+        out += values
+    elif values.size:
+        lors_kernels.merge_update(out[None], None, values[None], threads=1)
+
+
+def _subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """out = a - b in float32; the kernels that read it count what is not finite."""
+    if a.dtype == b.dtype == np.float32:
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.subtract(a, b, out=out)
+    else:
+        out[:] = 0
+        lors_kernels.merge_update(out[None], b[None], a[None], threads=1)
 
 
 def _bytes_read(source: Source, work: Work, entries: int) -> int:
