@@ -16,6 +16,13 @@ class BlockCache {
     static constexpr int64_t kLarge = 1 << 14, kKeep = 1 << 26;
     static constexpr int kBlocks = 32;
 
+    // Sizes in steps of a quarter of a power of two, at least 64: with few different sizes a block that was freed fits
+    // the next request, and the heap does not fragment, however long the program runs.
+    static int64_t round(int64_t bytes) {
+        int64_t step = 64;
+        while (8 * step <= bytes) step *= 2;
+        return (bytes + step - 1) / step * step;
+    }
     ~BlockCache() {
         for (Block& block : blocks_) std::free(block.data);
     }
@@ -85,7 +92,7 @@ class Buffer {
     void allocate(int64_t size) {
         release();
         size_ = size;
-        bytes_ = (size * static_cast<int64_t>(sizeof(T)) + 64) / 64 * 64;
+        bytes_ = BlockCache::round(size * static_cast<int64_t>(sizeof(T)) + 1);
         if (bytes_ >= BlockCache::kLarge) data_ = static_cast<T*>(BlockCache::mine().take(bytes_));
         if (!data_) data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
         if (!data_) throw std::bad_alloc();
