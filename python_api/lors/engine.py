@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, TruncatedSVD, UpdateStats
+from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
 
 from .errors import LorsError
 from .expert_file import ExpertSource
@@ -26,7 +26,7 @@ from .factors import Factors
 from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
-from .operands import Buffers, Combination, Operands, Outcome
+from .operands import Buffers, Certificate, Combination, Operands, Outcome
 from .parameters import rank_of
 from .sources import Slot, Source, Spec, rows_of
 
@@ -205,9 +205,8 @@ class Engine:
         if low is not None:
             total += np.float32(r.weight) * low.flat(0, total.size)
             energy, rest = (float(np.square(part.sigma()).sum()) for part in (factors, remaining))
-            svd = TruncatedSVD(low.left, low.right, low.sigma(), 0, 0.0, "factors", energy, "numpy")
             kept = sum(outcome.stats.kept_energy for outcome in outcomes)
-            outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), svd)]
+            outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), Certificate("factors", 0, 0.0))]
         return outcomes
 
     def _combine(self, work: Work, worker: _Worker) -> list[Outcome]:
@@ -245,7 +244,7 @@ class Engine:
             raise self._non_finite(expert, work) from None
         if stats.non_finite:
             raise self._non_finite(expert, work)
-        return Outcome(stats, svd)
+        return Outcome(stats, Certificate.of(svd))
 
     def _converted(self, values: np.ndarray, work: Work, worker: _Worker) -> np.ndarray:
         if values.dtype == work.out_dtype:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import NonFiniteError, TruncatedSVD, UpdateStats
+from lors_kernels import NonFiniteError, UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.grouped import (
     MatrixGroup,
@@ -35,7 +35,7 @@ from lors_kernels.grouped import (
 
 from .engine import Engine, Piece, Work
 from .errors import LorsError
-from .operands import Chunk, Operands, Outcome, matrix_shape
+from .operands import Certificate, Chunk, Operands, Outcome, matrix_shape
 from .parameters import rank_of
 from .sources import Slot, Spec
 
@@ -395,9 +395,7 @@ def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Ou
     for p, found in enumerate(stats):
         certificate = None
         if svd:
-            certificate = TruncatedSVD(
-                None, None, None, svd.passes[p], svd.residual[p], svd.method[p], svd.energy[p], svd.backend
-            )
+            certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p])
         outcomes.append(Outcome(found, certificate))
     return [outcomes[p : p + experts] for p in range(0, len(outcomes), experts)]
 

@@ -24,11 +24,23 @@ BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; sm
 STRIP = 1 << 21  # the same for tensors beyond it, where nothing is gained by more than a cache holds
 
 
+class Certificate(NamedTuple):
+    """How a decomposition was found. Its factors are not kept: those of all experts are many megabytes."""
+
+    method: str
+    passes: int
+    residual: float
+
+    @classmethod
+    def of(cls, svd: TruncatedSVD | None) -> Certificate | None:
+        return None if svd is None else cls(svd.method, svd.passes, svd.residual)
+
+
 class Outcome(NamedTuple):
     """What one expert contributed to one piece."""
 
     stats: UpdateStats
-    svd: TruncatedSVD | None = None
+    svd: Certificate | None = None
 
 
 class Chunk(NamedTuple):
@@ -141,7 +153,8 @@ class Operands:
         else:
             svd = self._decomposed(t, rank)
         low_energy = float(np.square(svd.sigma, dtype=np.float64).sum())
-        self.outcomes.append(Outcome(UpdateStats(svd.energy, max(0.0, svd.energy - low_energy), 0.0, 0, 0), svd))
+        stats = UpdateStats(svd.energy, max(0.0, svd.energy - low_energy), 0.0, 0, 0)
+        self.outcomes.append(Outcome(stats, Certificate.of(svd)))
         return svd
 
     def _decomposed(self, t: int, rank: int) -> TruncatedSVD:
