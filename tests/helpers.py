@@ -14,7 +14,7 @@ from lors_kernels.dispatch import availability
 BACKENDS = ("cpu", "reference")
 REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
 OPTIONAL = frozenset(
-    ("cpu", "reference", "triton", "cuda", "triton-interpreter", "cuda-build", "cuobjdump")
+    ("cpu", "reference", "triton", "cuda", "triton-interpreter", "cuda-build", "cuda-emulation", "cuobjdump")
     + ("peers", "speech", "sweep", "ray", "plot", "chromium", "espeak")
 )
 
