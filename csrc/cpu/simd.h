@@ -76,7 +76,8 @@ inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #elif defined(__AVX2__)
     return reinterpret_cast<Vec<float>>(_mm256_fmadd_ps(a, b, c));
 #elif defined(__aarch64__)
-    return reinterpret_cast<Vec<float>>(vfmaq_f32(c, a, b));
+    const auto neon = [](Vec<float> v) { return reinterpret_cast<float32x4_t>(v); };
+    return reinterpret_cast<Vec<float>>(vfmaq_f32(neon(c), neon(a), neon(b)));
 #else
     return a * b + c;  // baseline x86-64 has nothing to contract it to
 #endif
