@@ -145,9 +145,10 @@ class Engine:
         work = piece.work
         base = self.base.fetch(work.name, piece.start, piece.stop, worker.base) if work.relative else None
         total = worker.total.array(piece.stop - piece.start, np.dtype(np.float32))
-        total[:] = 0
-        if base is not None:
-            _add(total, base)
+        if base is None:
+            total[:] = 0
+        else:
+            _assign(total, base)
         outcomes = []
         for expert, reduction in zip(self.experts, work.reductions, strict=True):
             if self._stop.is_set():
@@ -250,14 +251,14 @@ class Engine:
         if values.dtype == work.out_dtype:
             return values
         out = worker.out.array(values.size, work.out_dtype)
-        largest = float(max(values.max(initial=0), -values.min(initial=0)))
-        if work.out_dtype == np.float16 and largest >= HALF_OVERFLOWS:
-            raise LorsError(
-                f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most 65504 for float16; "
-                "choose bfloat16 or float32 as out_dtype"
-            )
-        out[:] = 0
-        _add(out, values)
+        if work.out_dtype == np.float16:
+            largest = float(max(values.max(initial=0), -values.min(initial=0)))
+            if not largest < HALF_OVERFLOWS:  # NaN too
+                raise LorsError(
+                    f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most 65504 for float16; "
+                    "choose bfloat16 or float32 as out_dtype"
+                )
+        _assign(out, values)
         return out
 
     def _non_finite(self, expert: Source, work: Work) -> LorsError:
@@ -307,11 +308,12 @@ class Engine:
 # numpy converts half precision an entry at a time; the kernels do it in vectors. Both take any of the three types.
 
 
-def _add(out: np.ndarray, values: np.ndarray) -> None:
-    """out += values, in float32, rounded once to the type of out."""
-    if values.dtype == out.dtype == np.float32:
-        out += values
+def _assign(out: np.ndarray, values: np.ndarray) -> None:
+    """out = values, rounded to the type of out."""
+    if values.dtype == out.dtype:
+        out[:] = values
     elif values.size:
+        out[:] = 0
         lors_kernels.merge_update(out[None], None, values[None], threads=1)
 
 
