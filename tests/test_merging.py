@@ -271,6 +271,12 @@ def test_float16_overflow_is_named(tiny_whisper: Path, tmp_path: Path) -> None:
         lors.merge(tiny_whisper / "base", {"ca": tmp_path / "ca"}, tmp_path / "out", out_dtype="float16")
 
 
+def test_nan_does_not_pass_into_half_precision() -> None:
+    base = {"a": np.array([1.0, np.nan], np.float32)}
+    with pytest.raises(LorsError, match=r"'a'.*reach nan, expected at most 65504 for float16"):
+        lors.merge_state_dicts(base, {"e": base}, method="task_arithmetic", weight=0.0, out_dtype="float16")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
