@@ -82,23 +82,39 @@ def _counts(errors: list[int], words: int = 4) -> Statistics:
 def test_bootstrap_tells_a_real_difference_from_chance() -> None:
     rng = np.random.default_rng(0)
     worse, better = rng.integers(1, 4, 200).tolist(), rng.integers(0, 2, 200).tolist()
-    interval = paired_bootstrap({"ca": _counts(worse)}, {"ca": _counts(better)}, "wer")
+    interval = paired_bootstrap([{"ca": _counts(worse)}], [{"ca": _counts(better)}], "wer")
     assert interval.difference == pytest.approx(100 * (sum(worse) - sum(better)) / 800)
     assert 0 < interval.low < interval.difference < interval.high
     shuffled = rng.permutation(worse).tolist()
-    chance = paired_bootstrap({"ca": _counts(worse)}, {"ca": _counts(shuffled)}, "wer")
+    chance = paired_bootstrap([{"ca": _counts(worse)}], [{"ca": _counts(shuffled)}], "wer")
     assert chance.difference == pytest.approx(0) and chance.low < 0 < chance.high
 
 
 def test_bootstrap_is_paired() -> None:
     # One error more on every utterance: whatever is drawn, the difference is the same.
     errors = np.random.default_rng(1).integers(0, 4, 50)
-    interval = paired_bootstrap({"ca": _counts((errors + 1).tolist())}, {"ca": _counts(errors.tolist())}, "wer")
+    interval = paired_bootstrap([{"ca": _counts((errors + 1).tolist())}], [{"ca": _counts(errors.tolist())}], "wer")
     assert interval.low == pytest.approx(25) and interval.high == pytest.approx(25)
 
 
 def test_bootstrap_refuses_other_utterances() -> None:
     with pytest.raises(LorsError, match="same utterances of 'ca'"):
-        paired_bootstrap({"ca": _counts([1, 2])}, {"ca": _counts([1, 2], words=5)}, "wer")
+        paired_bootstrap([{"ca": _counts([1, 2])}], [{"ca": _counts([1, 2], words=5)}], "wer")
     with pytest.raises(LorsError, match="same languages"):
-        paired_bootstrap({"ca": _counts([1])}, {"de": _counts([1])}, "wer")
+        paired_bootstrap([{"ca": _counts([1])}], [{"de": _counts([1])}], "wer")
+    with pytest.raises(LorsError, match="as many trainings"):
+        paired_bootstrap([{"ca": _counts([1])}], [], "wer")
+    with pytest.raises(LorsError, match="same utterances of 'ca'"):
+        one, two = {"ca": _counts([1, 2])}, {"ca": _counts([1, 2], words=5)}
+        paired_bootstrap([one, two], [one, two], "wer")
+
+
+def test_trainings_that_disagree_widen_the_interval_over_seeds_only() -> None:
+    # One training has one error more on every utterance, the other one less: no utterance drawn changes their mean.
+    errors = np.random.default_rng(2).integers(1, 4, 50)
+    second = [{"ca": _counts(errors.tolist())}] * 2
+    first = [{"ca": _counts((errors + change).tolist())} for change in (1, -1)]
+    interval = paired_bootstrap(first, second, "wer")
+    assert (interval.difference, interval.low, interval.high) == pytest.approx((0, 0, 0))
+    assert (interval.seeds_low, interval.seeds_high) == pytest.approx((-25, 25))
+    assert paired_bootstrap(first[:1], second[:1], "wer").seeds_low is None

@@ -207,4 +207,4 @@ def compare(evaluation: Evaluation, first: str, second: str, *, task: str, metri
         if not side:
             known = dict.fromkeys(r.model for r in evaluation.results)
             raise LorsError(f"compare: no results of {model!r} for {task}; evaluated: {', '.join(known)}")
-    return paired_bootstrap(sides[0], sides[1], metric)
+    return paired_bootstrap([sides[0]], [sides[1]], metric)

@@ -140,7 +140,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> dict[str, Any]:
-    """Each merge minus `against`: bootstrap over utterances with the seeds' counts added, and the seeds one by one."""
+    """Each merge minus `against`: intervals over utterances, over utterances and seeds, and the seeds one by one."""
     compared = {}
     for label in config.grids:
         if label == config.against:
@@ -152,7 +152,7 @@ def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> 
 
 def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int, Tested], task: str) -> dict[str, Any]:
     first, second = (
-        {language: _pool([run.statistics[task, language] for run in side.values()]) for language in config.experts}
+        [{language: side[seed].statistics[task, language] for language in config.experts} for seed in config.seeds]
         for side in (runs, others)
     )
     differences = []
@@ -164,16 +164,6 @@ def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int,
         **asdict(paired_bootstrap(first, second, METRIC[task])),
         "seeds": _spread(differences),
     }
-
-
-def _pool(parts: list[Statistics]) -> Statistics:
-    """The same utterances answered by every seed's model: counts add up, so a resample takes an utterance from all."""
-    import numpy as np
-
-    def total(name: str) -> Any:
-        return np.sum([getattr(part, name) for part in parts], axis=0)
-
-    return Statistics(total("errors"), total("words"), None if parts[0].bleu is None else total("bleu"))
 
 
 def _grid(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, Any]:

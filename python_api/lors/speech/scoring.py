@@ -149,11 +149,17 @@ def _bleu_tokenizer(language: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A difference (first minus second) and the 2.5 and 97.5 percentiles of its resamples."""
+    """A difference (first minus second) and the 2.5 and 97.5 percentiles of its resamples.
+
+    `low`, `high`: utterances drawn, the trainings as they are. `seeds_low`, `seeds_high`: trainings drawn too; None
+    with one training. With S trainings that part of the variance comes out too small by (S - 1) / S.
+    """
 
     difference: float
     low: float
     high: float
+    seeds_low: float | None = None
+    seeds_high: float | None = None
 
 
 def metric(statistics: Statistics, name: str, weights: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -172,29 +178,42 @@ def metric(statistics: Statistics, name: str, weights: NDArray[Any] | None = Non
 
 
 def paired_bootstrap(
-    first: Mapping[str, Statistics],
-    second: Mapping[str, Statistics],
+    first: Sequence[Mapping[str, Statistics]],
+    second: Sequence[Mapping[str, Statistics]],
     name: str,
     *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Difference of the metric's mean over languages, utterances resampled within each language, both models alike.
+    """Difference of the metric, mean over languages and trainings; utterances are drawn within each language.
 
-    Keys are languages and must agree; so must the utterances behind them.
+    One mapping language -> statistics per training (seed), the two sides in the same order. A draw is the same for both
+    sides and all trainings, which must have answered the same utterances of the same languages.
     """
     import numpy as np
 
-    if first.keys() != second.keys() or not first:
-        raise LorsError(f"bootstrap: expected the same languages, got {', '.join(first)} and {', '.join(second)}")
+    if len(first) != len(second) or not first:
+        raise LorsError(f"bootstrap: expected as many trainings on both sides, got {len(first)} and {len(second)}")
+    languages = list(first[0])
+    for other in (*first[1:], *second):
+        if other.keys() != first[0].keys() or not languages:
+            raise LorsError(
+                f"bootstrap: expected the same languages, got {', '.join(languages)} and {', '.join(other)}"
+            )
     generator = np.random.default_rng(seed)
-    point, spread = 0.0, np.zeros(resamples)
-    for language, one in first.items():
-        other, n = second[language], len(one.words)
-        if not np.array_equal(one.words, other.words):
+    points, draws = np.zeros(len(first)), np.zeros((len(first), resamples))
+    for language in languages:
+        words = first[0][language].words
+        if not all(np.array_equal(words, side[language].words) for side in (*first, *second)):
             raise LorsError(f"bootstrap: expected the same utterances of {language!r} from both models")
-        weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
-        point += float(metric(one, name)[0] - metric(other, name)[0])
-        spread += metric(one, name, weights) - metric(other, name, weights)
-    low, high = np.percentile(spread / len(first), [2.5, 97.5])
-    return Interval(point / len(first), float(low), float(high))
+        weights = generator.multinomial(len(words), np.full(len(words), 1 / len(words)), size=resamples).astype(float)
+        for i, (one, two) in enumerate(zip(first, second, strict=True)):
+            points[i] += metric(one[language], name)[0] - metric(two[language], name)[0]
+            draws[i] += metric(one[language], name, weights) - metric(two[language], name, weights)
+    points, draws = points / len(languages), draws / len(languages)
+    low, high = np.percentile(draws.mean(axis=0), [2.5, 97.5]).tolist()
+    if len(first) == 1:
+        return Interval(float(points[0]), low, high)
+    drawn = generator.integers(len(first), size=(len(first), resamples))
+    wide = np.percentile(np.take_along_axis(draws, drawn, axis=0).mean(axis=0), [2.5, 97.5]).tolist()
+    return Interval(float(points.mean()), low, high, *wide)
