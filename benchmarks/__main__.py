@@ -17,7 +17,7 @@ from .operations import run as run_operation
 from .results import Results
 from .shapes import SIZES
 
-PARTS = (*OPERATIONS, "compute", "merge", "integrations", "scaling", "experts")
+PARTS = (*OPERATIONS, "compute", "merge", "integrations", "scaling", "experts", "speech")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--deltas", choices=("powerlaw", "flat"), default="powerlaw")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("-o", "--out", type=Path, default=ROOT / "bench-data")
-    shown = parts.add_parser("table", help="print the README's tables")
-    shown.add_argument("--check", action="store_true", help="fail if the README's block differs")
-    shown.add_argument("--write", action="store_true", help="put the tables into the README")
+    shown = parts.add_parser("table", help="print the tables")
+    shown.add_argument("--check", action="store_true", help="fail if README.md or docs/measurements.md differs")
+    shown.add_argument("--write", action="store_true", help="put the tables into README.md and docs/measurements.md")
     return main
 
 
@@ -56,6 +56,7 @@ HELP = {
     "integrations": "mergekit's TIES with and without our selection, and ours",
     "scaling": "time and memory by experts, rank, density, size; a plot",
     "experts": "expert files: bytes, error and time of every option",
+    "speech": "evaluation and fine-tuning, one thread",
     "all": "every part, each in a process of its own",
 }
 
@@ -87,6 +88,10 @@ def run_part(options: argparse.Namespace) -> None:
         from .bench_integrations import run as run_integrations
 
         run_integrations(results, data, repeats)
+    elif options.part == "speech":
+        from .bench_speech import run as run_speech
+
+        run_speech(results, repeats)
     else:
         from .bench_scaling import run as run_scaling
 

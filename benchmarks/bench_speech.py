@@ -1,52 +1,35 @@
-"""Speech: `evaluate` on 1,000 utterances, and `finetune` against a bare training loop.
+"""Speech: `evaluate` on 1,000 utterances, and `finetune` against a bare training loop, on one thread.
 
-    python -m benchmarks.bench_speech [-o FILE.json]
-
-One thread. Targets: 1,000 utterances of two seconds evaluated in under 10 s (wall time; model loading, cached features,
-decoding and scoring), and training at 90 % or more of the throughput of a bare loop (processor time, so that a busy
-machine does not change the ratio). A training step's time is the difference of a long and a short run, so loading and
-saving cancel. The result says whether a target was met; so does the exit code, 1 if one was missed.
+Targets: 1,000 utterances of two seconds evaluated in under 10 s (wall time; model loading, cached features, decoding and
+scoring), and training at 90 % or more of the throughput of a bare loop (processor time, so that a busy machine does not
+change the ratio). A training step's time is the difference of a long and a short run, so loading and saving cancel.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .machine import describe_machine
+from .results import Results
 
 _UTTERANCES = 1000
 _BATCH = 16
 _SHORT, _LONG = 10, 60  # steps
-_REPEATS = 3
-_MOST_SECONDS, _LEAST_THROUGHPUT = 10.0, 0.9  # the targets
 
 
-def main() -> None:
+def run(results: Results, repeats: int) -> None:
     import torch
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_speech", description="speed of speech")
-    parser.add_argument("-o", "--out", type=Path, help="also write the result to this file")
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    measured = {**evaluation(), **training()}
-    targets = {
-        f"evaluation_wall_seconds < {_MOST_SECONDS:g}": measured["evaluation_wall_seconds"] < _MOST_SECONDS,
-        f"throughput_of_bare_loop >= {_LEAST_THROUGHPUT:g}": measured["throughput_of_bare_loop"] >= _LEAST_THROUGHPUT,
-    }
-    text = json.dumps({"machine": describe_machine(), **measured, "targets_met": targets}, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n", "utf-8")
-    if not all(targets.values()):
-        raise SystemExit(1)
+    pieces = results.record("evaluation", evaluation), results.record("training", partial(training, repeats))
+    for name, value in {**pieces[0], **pieces[1]}.items():
+        print(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}", flush=True)
 
 
 def evaluation() -> dict[str, Any]:
@@ -73,11 +56,11 @@ def evaluation() -> dict[str, Any]:
     }
 
 
-def training() -> dict[str, Any]:
-    """Processor milliseconds of one step of 16 utterances in `finetune` and in a bare loop, the best of three each."""
+def training(repeats: int) -> dict[str, Any]:
+    """Processor milliseconds of one step of 16 utterances in `finetune` and in a bare loop, the best of a few each."""
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = [_step(lambda steps: _finetune(Path(scratch), steps)) for _ in range(_REPEATS)]
-        bare = [_step(lambda steps: _bare(Path(scratch), steps)) for _ in range(_REPEATS)]
+        trainer = [_step(lambda steps: _finetune(Path(scratch), steps)) for _ in range(repeats)]
+        bare = [_step(lambda steps: _bare(Path(scratch), steps)) for _ in range(repeats)]
     return {
         "finetune_ms_per_step": 1e3 * min(trainer),
         "bare_loop_ms_per_step": 1e3 * min(bare),
@@ -131,7 +114,3 @@ def _bare(scratch: Path, steps: int) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-if __name__ == "__main__":
-    main()

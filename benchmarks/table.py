@@ -1,8 +1,10 @@
-"""The README's measured tables, rendered from committed results: no number is typed by hand."""
+"""Measured tables rendered from committed results, no number typed by hand: all of them in docs/measurements.md, the
+main ones in the README."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from .operations import OPERATIONS
 from .results import RESULTS, newest
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
-README = ROOT / "README.md"
+README, DETAILS = ROOT / "README.md", ROOT / "docs" / "measurements.md"
+
+Result = dict[str, Any]
 
 
 def render(directory: Path = RESULTS) -> str:
@@ -20,8 +24,10 @@ def render(directory: Path = RESULTS) -> str:
     sections = [
         (merge_table, "merge"),
         (compute_table, "compute"),
-        (scaling_text, "scaling"),
+        (scaling_table, "scaling"),
+        (integrations_table, "integrations"),
         (experts_table, "experts"),
+        (speech_table, "speech"),
     ]
     blocks = [draw(found, directory) for draw, part in sections if (found := newest(part, directory))]
     operations = {name: found for name in OPERATIONS if (found := newest(name, directory))}
@@ -32,7 +38,20 @@ def render(directory: Path = RESULTS) -> str:
     return "\n\n".join(blocks)
 
 
-def provenance(result: dict[str, Any], command: str) -> str:
+def summary(directory: Path = RESULTS) -> str:
+    """The whole commands of `merge` without their floors, and where the numbers are from."""
+    found = newest("merge", directory)
+    if found is None:
+        raise BenchmarkError(f"{directory.name}: expected a result of `merge`, got none")
+    rows = ["| files to files | time | beside `lors merge` | peak memory |", "|---|---:|---:|---:|"]
+    for title, piece in found["results"].items():
+        if "failed" not in piece and "flat" not in title:
+            shown = {n: run for n, run in piece["commands"].items() if not n.startswith("floor") and "first" not in n}
+            rows += [f"| {title}: {name} | {cells} |" for name, cells in command_cells(shown)]
+    return "\n".join([*rows, "", provenance(found, "python -m benchmarks merge")])
+
+
+def provenance(result: Result, command: str) -> str:
     machine = result["machine"]
     commit = (machine["commit"] or "unknown")[:10] + (" with local changes" if machine["dirty"] else "")
     return (
@@ -42,28 +61,31 @@ def provenance(result: dict[str, Any], command: str) -> str:
     )
 
 
-def merge_table(result: dict[str, Any], directory: Path) -> str:
-    rows = ["**Whole command, files to files**", ""]
+def command_cells(commands: dict[str, Result]) -> Iterator[tuple[str, str]]:
+    """(name, "time | beside `lors merge` | peak memory") of whole commands."""
+    mine = commands["lors"]
+    for name, run in commands.items():
+        if "failed" in run:
+            yield name, "failed | |"
+            continue
+        times = run["wall_s"]["median"] / mine["wall_s"]["median"] if "failed" not in mine else float("nan")
+        yield name, f"{seconds(run['wall_s'])} | {times:.2g}x | {gigabytes(run)}"
+
+
+def merge_table(result: Result, directory: Path) -> str:
+    rows = ["## Whole command, files to files", ""]
     for title, piece in result["results"].items():
         if "failed" in piece:
             rows += [f"{title}: not measured ({piece['failed']})", ""]
             continue
         rows += [f"| {title} | time | beside `lors merge` | peak memory |", "|---|---:|---:|---:|"]
-        mine = piece["commands"]["lors"]
-        for name, run in piece["commands"].items():
-            if "failed" in run:
-                rows.append(f"| {name} | failed | | |")
-                continue
-            times = run["wall_s"]["median"] / mine["wall_s"]["median"] if "failed" not in mine else float("nan")
-            rows.append(
-                f"| {name} | {seconds(run['wall_s'])} | {times:.2g}x | {run['peak_rss']['median'] / 1e9:.2f} GB |"
-            )
+        rows += [f"| {name} | {cells} |" for name, cells in command_cells(piece["commands"])]
         rows.append("")
     return "\n".join([*rows, provenance(result, "python -m benchmarks merge")])
 
 
-def compute_table(result: dict[str, Any], directory: Path) -> str:
-    rows = ["**Computing only, in memory**", "", "| | time | beside ours | error of L |", "|---|---:|---:|---:|"]
+def compute_table(result: Result, directory: Path) -> str:
+    rows = ["## Computing only, in memory", "", "| | time | beside ours | error of L |", "|---|---:|---:|---:|"]
     for title, piece in result["results"].items():
         if "failed" in piece:
             rows.append(f"| {title} | failed | | |")
@@ -76,9 +98,9 @@ def compute_table(result: dict[str, Any], directory: Path) -> str:
     return "\n".join([*rows, "", provenance(result, "python -m benchmarks compute")])
 
 
-def scaling_text(result: dict[str, Any], directory: Path) -> str:
+def scaling_table(result: Result, directory: Path) -> str:
     rows = [
-        "**How the cost grows** (whole command)",
+        "## How the cost grows (whole command)",
         "",
         "| | from | to | time | peak memory |",
         "|---|---|---|---:|---:|",
@@ -92,13 +114,37 @@ def scaling_text(result: dict[str, Any], directory: Path) -> str:
         rows.append(f"| {axis} | {piece['points'][0]} | {piece['points'][-1]} | {times} s | {memory} GB |")
     plots = sorted(directory.glob("scaling-*.png"))
     name = f"scaling-{result['label'] or result['machine']['date'][:10]}.png"
-    picture = [f"![time and memory]({(directory / name).relative_to(ROOT)})", ""] if directory / name in plots else []
+    picture = (
+        [f"![time and memory](../{(directory / name).relative_to(ROOT)})", ""] if directory / name in plots else []
+    )
     return "\n".join([*rows, "", *picture, provenance(result, "python -m benchmarks scaling")])
 
 
-def experts_table(result: dict[str, Any], directory: Path) -> str:
+def integrations_table(result: Result, directory: Path) -> str:
+    rows = ["## Under mergekit", ""]
+    for title, piece in result["results"].items():
+        if "failed" in piece:
+            rows += [f"{title}: not measured ({piece['failed']})", ""]
+            continue
+        rows += [f"| {title} | time | peak memory | relative difference of the results |", "|---|---:|---:|---:|"]
+        apart = {name.partition(" against ")[0]: found["relative"] for name, found in piece["agreement"].items()}
+        for name, run in piece["commands"].items():
+            difference = f"{apart[name]:.1e}" if name in apart else ""
+            rows.append(f"| {name} | {seconds(run['wall_s'])} | {gigabytes(run)} | {difference} |")
+        rows += ["", ratios(piece), ""]
+    return "\n".join([*rows, provenance(result, "python -m benchmarks integrations")])
+
+
+def speech_table(result: Result, directory: Path) -> str:
+    rows = ["## Speech, one thread", "", "| | |", "|---|---:|"]
+    for piece in result["results"].values():
+        rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in piece.items() if name != "failed"]
+    return "\n".join([*rows, "", provenance(result, "python -m benchmarks speech")])
+
+
+def experts_table(result: Result, directory: Path) -> str:
     pieces = {name: piece for name, piece in result["results"].items() if "failed" not in piece}
-    rows = ["**Expert files and sweeps**", ""]
+    rows = ["## Expert files and sweeps", ""]
     if "options" in pieces:
         words = pieces.get("words", {}).get("options", {})
         rows += [
@@ -119,20 +165,16 @@ def experts_table(result: dict[str, Any], directory: Path) -> str:
         if title in pieces:
             rows += [f"| {title} | time | peak memory |", "|---|---:|---:|"]
             rows += [
-                f"| {name} | {seconds(run['wall_s'])} | {run['peak_rss']['median'] / 1e9:.2f} GB |" if "failed" not in run else f"| {name} | failed | |"
+                f"| {name} | {seconds(run['wall_s'])} | {gigabytes(run)} |" if "failed" not in run else f"| {name} | failed | |"
                 for name, run in pieces[title]["commands"].items()
             ]  # fmt: skip
-            rows += [
-                "",
-                "; ".join(f"{name}: {value['median']:.2g}x" for name, value in pieces[title]["ratios"].items()),
-                "",
-            ]
+            rows += ["", ratios(pieces[title]), ""]
     return "\n".join([*rows, provenance(result, "python -m benchmarks experts")])
 
 
-def operations_table(operations: dict[str, dict[str, Any]]) -> str:
+def operations_table(operations: dict[str, Result]) -> str:
     """Float32, cold cache, power-law deltas; the fastest plain torch form beside ours."""
-    rows = ["**Kernel operations**, float32, cold cache", ""]
+    rows = ["## Kernel operations, float32, cold cache", ""]
     rows += ["| | shape | ms | GB/s | plain torch, ms | faster |", "|---|---|---:|---:|---:|---:|"]
     for operation, result in operations.items():
         pieces = result["results"]
@@ -164,25 +206,38 @@ def seconds(spread: dict[str, float]) -> str:
     return f"{spread['median']:.3g} s ({spread['min']:.3g} to {spread['max']:.3g})"
 
 
-def block(readme: str) -> tuple[str, str, str]:
-    """The README before, between and after the markers."""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise BenchmarkError(f"README.md: expected one {START} followed by one {END}")
-    before, rest = readme.split(START)
+def gigabytes(run: Result) -> str:
+    return f"{run['peak_rss']['median'] / 1e9:.2f} GB"
+
+
+def ratios(piece: Result) -> str:
+    return "; ".join(f"{name}: {value['median']:.2g}x" for name, value in piece["ratios"].items())
+
+
+def block(page: Path) -> tuple[str, str, str]:
+    """A page before, between and after the markers."""
+    text = page.read_text()
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise BenchmarkError(f"{page.name}: expected one {START} followed by one {END}")
+    before, rest = text.split(START)
     middle, after = rest.split(END)
     return before, middle, after
 
 
-def update(readme: Path = README, directory: Path = RESULTS) -> None:
-    before, _, after = block(readme.read_text())
-    readme.write_text(f"{before}{START}\n{render(directory)}\n{END}{after}")
+def update(readme: Path = README, details: Path = DETAILS, directory: Path = RESULTS) -> None:
+    for page, draw in ((readme, summary), (details, render)):
+        before, _, after = block(page)
+        page.write_text(f"{before}{START}\n{draw(directory)}\n{END}{after}")
 
 
-def check(readme: Path = README, directory: Path = RESULTS) -> None:
-    """Raise BenchmarkError when the README's block is not what the results say."""
-    _, found, _ = block(readme.read_text())
-    expected = f"\n{render(directory)}\n"
-    if found != expected:
-        changed = list(difflib.unified_diff(found.splitlines(), expected.splitlines(), lineterm="", n=0))
-        line = next((line for line in changed[2:] if line[0] in "+-"), "")
-        raise BenchmarkError(f"README.md: expected the table of `python -m benchmarks table`, got a difference: {line}")
+def check(readme: Path = README, details: Path = DETAILS, directory: Path = RESULTS) -> None:
+    """Raise BenchmarkError when a page's block is not what the results say."""
+    for page, draw in ((readme, summary), (details, render)):
+        _, found, _ = block(page)
+        expected = f"\n{draw(directory)}\n"
+        if found != expected:
+            changed = list(difflib.unified_diff(found.splitlines(), expected.splitlines(), lineterm="", n=0))
+            line = next((line for line in changed[2:] if line[0] in "+-"), "")
+            raise BenchmarkError(
+                f"{page.name}: expected the tables of `python -m benchmarks table`, got a difference: {line}"
+            )

@@ -224,25 +224,34 @@ def run_of(seconds: float) -> dict[str, Any]:
     return {"wall_s": spread([seconds]), "peak_rss": spread([1e9]), "repeats": 1}
 
 
-def test_table_renders_results_and_checks_the_readme(tmp_path: Path) -> None:
+def test_tables_are_rendered_and_checked(tmp_path: Path) -> None:
     results = Results("merge", label="x", directory=tmp_path)
     commands = {"lors": run_of(2.0), "mergekit TIES": run_of(125.0), "as released": {"failed": "killed"}}
+    commands["floor: read inputs"] = run_of(0.5)
     results.record("small", lambda: {"commands": commands, "ratios": {}, "agreement": {}})
     compute = Results("compute", label="x", directory=tmp_path)
     compute.record("ours", lambda: {"seconds": spread([1.0, 1.5, 2.0]), "error": 1e-6})
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.START}\n{table.END}\nafter\n")
+    pages = tmp_path / "README.md", tmp_path / "measurements.md"
+    for page in pages:
+        page.write_text(f"before\n{table.START}\n{table.END}\nafter\n")
     with pytest.raises(BenchmarkError, match="got a difference"):
-        table.check(readme, tmp_path)
-    table.update(readme, tmp_path)
-    table.check(readme, tmp_path)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "| mergekit TIES | 125 s | 62x | 1.00 GB |" in text
-    assert "| as released | failed | | |" in text
-    assert "1.5 s (1 to 2)" in text
-    readme.write_text(text.replace("62x", "99x"))
-    with pytest.raises(BenchmarkError, match="got a difference: .*99x"):
-        table.check(readme, tmp_path)
-    with pytest.raises(BenchmarkError, match="expected one <!-- bench:start -->"):
-        table.block("no markers")
+        table.check(*pages, tmp_path)
+    table.update(*pages, tmp_path)
+    table.check(*pages, tmp_path)
+    short, full = (page.read_text() for page in pages)
+    assert full.startswith("before\n") and full.endswith("\nafter\n")
+    assert "| mergekit TIES | 125 s | 62x | 1.00 GB |" in full and "| as released | failed | | |" in full
+    assert "| floor: read inputs | 0.5 s |" in full and "1.5 s (1 to 2)" in full
+    assert "| small: mergekit TIES | 125 s | 62x | 1.00 GB |" in short and "floor" not in short and "1.5 s" not in short
+    for page, text in zip(pages, (short, full), strict=True):
+        page.write_text(text.replace("62x", "99x"))
+        with pytest.raises(BenchmarkError, match=f"{page.name}: .*got a difference: .*99x"):
+            table.check(*pages, tmp_path)
+        page.write_text(text)
+    pages[1].write_text("no markers")
+    with pytest.raises(BenchmarkError, match="measurements.md: expected one <!-- bench:start -->"):
+        table.check(*pages, tmp_path)
+
+
+def test_committed_tables_are_what_the_results_say() -> None:
+    table.check()
