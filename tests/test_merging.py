@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lors
 import whispers
@@ -298,6 +300,26 @@ def test_wrong_settings(settings: dict[str, object], message: str, tiny_whisper:
         lors.merge(tiny_whisper / "base", experts, tmp_path / "out", **settings)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: lors.merge("a", ["b"], "o"), "experts: expected a mapping label -> path, got list"),
+        (lambda: lors.merge("a", {"x": None}, "o"), "expert 'x': expected a path or hub id, got NoneType"),
+        (lambda: lors.merge(3, {"x": "b"}, "o"), "base: expected a path or hub id, got int"),
+        (lambda: lors.merge_state_dicts({}, [{}]), "experts: expected a mapping label -> state dict, got list"),
+        (lambda: lors.merge_state_dicts(torch.nn.Linear(2, 2), {}), "base: .*got Linear; pass its state_dict()"),
+        (
+            lambda: lors.merge_state_dicts({"w": [1.0]}, {"x": {}}),
+            "base: tensor 'w': expected a torch tensor .* got list",
+        ),
+        (lambda: lors.merge_state_dicts({}, {"x": {0: np.ones(1)}}), "x: expected names that are strings, got 0"),
+    ],
+)
+def test_arguments_of_another_type(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(LorsError, match=message):
+        call()
 
 
 def _without(name: str):  # type: ignore[no-untyped-def]

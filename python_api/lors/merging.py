@@ -71,7 +71,7 @@ def merge(
         base: W0: a Hugging Face directory, a hub id, a .safetensors file or an openai-whisper .pt.
         experts: label -> W_t, fine-tuned from the base: same names and shapes; float32, float16 and bfloat16 may be mixed.
         out: directory to write; must not exist unless `force`.
-        method: "lors", "task_arithmetic", "linear", "svp" or "magnitude_prune".
+        method: "lors", "task_arithmetic", "ties", "tsv", ...: `docs/methods.md` has all with their formulas.
         backend: kernels to use (see `lors_kernels.available_backends`); None chooses.
         threads: None: LORS_THREADS, else all cores. The output has the same bits for every number.
         device: "cuda", "cuda:1" or "cuda:0,cuda:1": decompose on GPUs, tensors split by bytes; None: the CPU. `backend` then
@@ -86,8 +86,8 @@ def merge(
     Raises:
         LorsError: anything wrong with the inputs, in one line; then `out` is as it was before.
     """
-    paths = {label: os.fspath(path) for label, path in experts.items()}
-    recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
+    paths = _paths(experts)
+    recipe = Recipe.from_arguments(_path("base", base), paths, method, methods=SPECS, **settings)
     return merge_recipe(
         recipe, out, backend=backend, threads=threads, device=device, device_memory=device_memory, force=force,
         durable=durable, check=check, progress=progress,
@@ -181,9 +181,9 @@ def merge_state_dicts(
     base, experts: name -> tensor. config: the model's configuration, which tells architectures apart that names do not.
     settings: as for `merge`. Tensors on a GPU are merged there, and so is the result; `device` may name that GPU.
     """
+    states = _states(base, experts)
     recipe = Recipe.from_arguments("base", {label: label for label in experts}, method, methods=SPECS, **settings)
     chosen = METHODS[method]
-    states = [("base", base), *experts.items()]
     if any(is_torch(value) for _, state in states for value in state.values()):
         from .engine_gpu import place_of
 
@@ -242,8 +242,8 @@ def merge_in_memory(
     **settings: Any,
 ) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
-    paths = {label: os.fspath(path) for label, path in experts.items()}
-    recipe = Recipe.from_arguments(os.fspath(base), paths, method, methods=SPECS, **settings)
+    paths = _paths(experts)
+    recipe = Recipe.from_arguments(_path("base", base), paths, method, methods=SPECS, **settings)
     report = MergeReport(method, _backend(backend), None, list(paths), threads=_threads(threads))
     with contextlib.ExitStack() as stack:
         opened, others = _open(recipe, METHODS[method], stack)
@@ -261,6 +261,35 @@ def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[st
 
     engine(keep).run(works)
     return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
+
+
+def _path(what: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise LorsError(f"{what}: expected a path or hub id, got {type(value).__name__}")
+    return os.fspath(value)
+
+
+def _paths(experts: Any) -> dict[str, str]:
+    if not isinstance(experts, Mapping):
+        raise LorsError(f"experts: expected a mapping label -> path, got {type(experts).__name__}")
+    return {label: _path(f"expert {label!r}", path) for label, path in experts.items()}
+
+
+def _states(base: Any, experts: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(experts, Mapping):
+        raise LorsError(f"experts: expected a mapping label -> state dict, got {type(experts).__name__}")
+    states = [("base", base), *experts.items()]
+    for label, state in states:
+        if not isinstance(state, Mapping):
+            hint = "; pass its state_dict()" if hasattr(state, "state_dict") else ""
+            raise LorsError(f"{label}: expected a mapping name -> tensor, got {type(state).__name__}{hint}")
+        for name, value in state.items():
+            if not isinstance(name, str):
+                raise LorsError(f"{label}: expected names that are strings, got {name!r}")
+            if not (is_torch(value) or isinstance(value, np.ndarray)):
+                kind = type(value).__name__
+                raise LorsError(f"{label}: tensor {name!r}: expected a torch tensor or a numpy array, got {kind}")
+    return states
 
 
 # --- checks and planning ---------------------------------------------------------------------------------------------
