@@ -371,6 +371,8 @@ def _reading(results: Mapping[str, Any]) -> str:
         f"<li>{name}: <code>{html.escape(text)}</code></li>" for name, text in results["signatures"].items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    if results["machine"]["commit"]:
+        versions += f"; summed up by commit {results['machine']['commit']}"
     return (
         f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and "
         f"reference words summed over "

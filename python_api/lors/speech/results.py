@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +57,7 @@ def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
         "name": config.name,
         "config": config.model_dump(mode="json"),
         "versions": _versions(),
+        "machine": {"os": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "commit": _commit()},
         "signatures": _signatures(tested["base"]),
         "utterances": {"/".join(c): s["utterances"] for c, s in _first(tested["base"]).scores.items()},
         "dropped": sum(s["dropped"] for s in _first(tested["base"]).scores.values()),
@@ -188,8 +191,17 @@ def _signatures(runs: Mapping[int, Tested]) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "jiwer", "sacrebleu", "numpy")
+    packages = ("lors-merging", "torch", "transformers", "jiwer", "sacrebleu", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _commit() -> str | None:
+    """Of the code that sums up, where it runs from its repository; the stages may be older."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _spectra(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
