@@ -235,6 +235,11 @@ def test_rest_of_every_method(method: str) -> None:
         }
         for rest, want in wanted.items():
             np.testing.assert_allclose(merged[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
+    silent, default = (
+        ours(base, experts, method, **settings),
+        "average" if method in ("tsv", "iso_c") else "task_arithmetic",
+    )
+    assert all((silent[key] == merged[default][key]).all() for key in SHAPES)
 
 
 # --- random numbers, chunks, backends --------------------------------------------------------------------------------

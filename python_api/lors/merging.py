@@ -430,12 +430,13 @@ def _plan(
     report.notices += recipe.unmatched_filters(base.tensors)
     depth = layers.positions(base.tensors)
     indices = recipe.experts if method.relative else recipe.inputs
+    rest = recipe.rest or method.spec.rest
 
     def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
         at: dict[str, Any] = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
         shared = recipe.params_for(**at)
-        return method.treatment(models, shared) if matrix or everywhere else _rest(recipe.rest, models, shared)
+        return method.treatment(models, shared) if matrix or everywhere else _rest(rest, models, shared)
 
     dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
     return plan(base.tensors, matrices, treatments, dtype, method.relative)

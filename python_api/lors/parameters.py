@@ -79,11 +79,15 @@ class ParameterSpec:
         return math.floor(float(value) + 0.5) if counts else value
 
 
+Rest: TypeAlias = Literal["task_arithmetic", "average", "base"]
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """What a recipe has to know of a merge method.
 
-    base: must `base_model` be given? min_experts, max_experts: how many models besides the base it merges.
+    base: must `base_model` be given? min_experts, max_experts: how many models besides the base it merges. rest: what
+    becomes of the tensors it does not decompose, where the recipe does not say.
     """
 
     name: str
@@ -91,6 +95,7 @@ class MethodSpec:
     base: Literal["required", "optional"] = "required"
     min_experts: int = 1
     max_experts: int | None = None
+    rest: Rest = "task_arithmetic"
 
     def parameter(self, name: str) -> ParameterSpec | None:
         return next((spec for spec in self.parameters if spec.name == name), None)

@@ -31,7 +31,7 @@ from . import strict_yaml
 from .errors import LorsError
 from .layers import compile_patterns
 from .messages import nearest, shown
-from .parameters import REQUIRED, MethodSpec, ParameterSpec, Setting, rank_of
+from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
 
 __all__ = [
     "REQUIRED",
@@ -101,7 +101,7 @@ class Recipe(_Document):
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     parameters: dict[str, Setting] = {}
     target: Target | None = None
-    rest: Literal["task_arithmetic", "average", "base"] = "task_arithmetic"
+    rest: Rest | None = None  # None: the method's own
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: DType | None = None
     out_dtype: DType | None = None
@@ -159,7 +159,7 @@ class Recipe(_Document):
         methods: Mapping[str, MethodSpec] | None = None,
         name: str | None = None,
         target: Mapping[str, object] | None = None,
-        rest: str = "task_arithmetic",
+        rest: str | None = None,
         seed: int = 0,
         dtype: str | None = None,
         out_dtype: str | None = None,

@@ -37,4 +37,5 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     return merge
 
 
-METHOD = Method(MethodSpec("iso_c", (WEIGHT, LAMBDA)), combine=combine)
+# as in tsv: lambda wants to be about 1
+METHOD = Method(MethodSpec("iso_c", (WEIGHT, LAMBDA), rest="average"), combine=combine)

@@ -64,4 +64,5 @@ def polar(x: np.ndarray) -> np.ndarray:
     return u[:, there] @ vh[there]  # type: ignore[no-any-return]
 
 
-METHOD = Method(MethodSpec("tsv", (WEIGHT, LAMBDA)), combine=combine)
+# lambda wants to be about 1, which is T times too much for tensors that are not decomposed
+METHOD = Method(MethodSpec("tsv", (WEIGHT, LAMBDA), rest="average"), combine=combine)
