@@ -104,9 +104,9 @@ inline int64_t block_rows(int64_t n) {
     return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);
 }
 
-// z[g, c, :] = A.T @ (A @ x[g, c, :]) for `groups` groups of eight vectors, and A @ x where `product` is not null.
-//   x, z     [groups, 8, padded(n)]
-//   product  [rows, groups, 8]
+// z[g, c, :] = A.T @ (A @ x[g, c, :]) for `groups` groups of kWidth vectors, and A @ x where `product` is not null.
+//   x, z     [groups, kWidth, padded(n)]
+//   product  [rows, groups, kWidth]
 template <class T, class Source>
 void gram(const Source& a, const T* x, int64_t groups, T* z, T* product, int threads) {
     const int64_t n = padded(a.cols()), rows = a.rows(), slab = groups * kWidth * n;

@@ -1,6 +1,6 @@
-// The two inner loops behind every product with delta: a few rows of a matrix against eight vectors.
+// The two inner loops behind every product with delta: a few rows of a matrix against kWidth vectors.
 //
-// The eight vectors are stored as rows, [8, n] padded, so that the vector lanes run along n in both loops. Rows of `a`
+// The vectors are stored as rows, [kWidth, n] padded, so that the vector lanes run along n in both loops. Rows of `a`
 // are meant to sit in L1: `dots` reads them once and `accumulate` reads them again.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace lors {
 
-constexpr int kWidth = 4;  // vectors per group: 2 rows x 8 sums fill half of the 32 AVX-512 registers
+constexpr int kWidth = 4;  // vectors per group; with 6 rows 24 sums, 6 rows and a vector: 31 of 32 AVX-512 registers
 
 template <class T, int R>
 inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t n, T* y) {
@@ -24,7 +24,7 @@ inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t n, T* y) {
     for (int r = 0; r < R; ++r) sum_lanes(acc[r], y + r * kWidth);
 }
 
-// y[i, c] = sum_j a[i, j] * x[c, j]    a [rows, n], row step lda; x [8, n]; y [rows, 8]; n a multiple of kPad
+// y[i, c] = sum_j a[i, j] * x[c, j]    a [rows, n], row step lda; x [kWidth, n]; y [rows, kWidth]; n a multiple of kPad
 template <class T>
 inline void dots(const T* a, int64_t lda, int64_t rows, const T* x, int64_t n, T* y) {
     constexpr int R = kVectorBytes == 64 ? 6 : 2;
@@ -52,7 +52,7 @@ inline void accumulate_columns(const T* a, int64_t lda, int64_t rows, const T* y
     }
 }
 
-// z[c, j] += sum_i y[i, c] * a[i, j]    shapes as above, z [8, n]
+// z[c, j] += sum_i y[i, c] * a[i, j]    shapes as above, z [kWidth, n]
 template <class T>
 inline void accumulate(const T* a, int64_t lda, int64_t rows, const T* y, T* z, int64_t n) {
     constexpr int C = kVectorBytes == 64 ? 4 : 2;

@@ -171,7 +171,7 @@ class Krylov {
         return ritz;
     }
 
-    // v [groups * 8, np] = s @ Q, zero rows past rank
+    // v [groups * kWidth, np] = s @ Q, zero rows past rank
     void combine(const Ritz& ritz, T* v) {
         const int64_t groups = (rank_ + kWidth - 1) / kWidth;
         std::fill(v, v + groups * kWidth * np_, T{});
@@ -252,7 +252,7 @@ class Krylov {
     Random random_;
     Buffer<T> basis_;         // [limit + width, np]
     Buffer<T> image_;         // [width, np]
-    Buffer<T> coefficients_;  // [limit + width, 8]
+    Buffer<T> coefficients_;  // [limit + width, kWidth]
     Buffer<double> t_;        // [limit, limit], size_ x size_ of it in use
     Buffer<double> below_;    // [width, width]: next block = image @ inverse(below)
     int64_t size_ = 0;        // rows of the basis that have been multiplied
@@ -262,8 +262,8 @@ class Krylov {
 
 struct Factors {
     Buffer<double> sigma;    // [rank]
-    Buffer<double> product;  // [rows, groups, 8] = A @ v
-    Buffer<double> vectors;  // [groups * 8, np]
+    Buffer<double> product;  // [rows, groups, kWidth] = A @ v
+    Buffer<double> vectors;  // [groups * kWidth, np]
     double error;
     bool accepted;
 };
