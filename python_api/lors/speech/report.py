@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,37 +70,48 @@ def print_tables(root: Path) -> None:
 
 def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
     config = results["config"]
-    header = ["model", *config["languages"], "experts' mean", "others' mean"]
-    rows = [header]
+    groups = {"experts": "experts' mean", "others": "others' mean"}
+    if not set(config["languages"]) - set(config["experts"]):
+        del groups["others"]
+    rows = [["model", *config["languages"], *groups.values()]]
     for label, model in results["models"].items():
         cells = [
             _number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]
         ]
-        means = [_pm(model["means"].get(f"{task}/{group}")) for group in ("experts", "others")]
+        means = [_pm(model["means"].get(f"{task}/{group}")) for group in groups]
         rows.append([label, *cells, *means])
     return rows
 
 
 def _verdicts(results: Mapping[str, Any]) -> list[str]:
     """One sentence per comparison; it says better, worse, or that the difference may be chance."""
-    against = results["config"]["against"]
-    return [
-        f"{label} minus {against}, {task}: {_verdict(comparison)}"
-        for label, tasks in results["comparisons"].items()
-        for task, comparison in tasks.items()
-    ]
+    lines = []
+    for label, task, c in _compared(results):
+        over_seeds = f", {_interval(c, 'seeds_')} over seeds too" if c["seeds_low"] is not None else ""
+        lines.append(
+            f"{label} minus {results['config']['against']}, {task}: {c['difference']:+.2f} {c['metric'].upper()} "
+            f"{_interval(c)}{over_seeds}: {_verdict(c)}"
+        )
+    return lines
+
+
+def _compared(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for label, tasks in results["comparisons"].items():
+        for task, comparison in tasks.items():
+            yield label, task, comparison
+
+
+def _interval(c: Mapping[str, Any], which: str = "") -> str:
+    return f"[{c[which + 'low']:+.2f}, {c[which + 'high']:+.2f}]"
 
 
 def _verdict(c: Mapping[str, Any]) -> str:
-    """The widest interval that there is decides: over seeds too, where several were run."""
-    low, high, of = c["low"], c["high"], ""
+    """Both intervals decide, where there are several seeds."""
+    low, high = c["low"], c["high"]
     if c["seeds_low"] is not None:
-        of = f" over utterances, [{c['seeds_low']:+.2f}, {c['seeds_high']:+.2f}] over seeds too"
         low, high = min(low, c["seeds_low"]), max(high, c["seeds_high"])
     better, worse = (high < 0, low > 0) if c["metric"] == "wer" else (low > 0, high < 0)
-    verdict = "better" if better else "worse" if worse else "no difference beyond chance"
-    interval = f"[{c['low']:+.2f}, {c['high']:+.2f}]"
-    return f"{c['difference']:+.2f} {c['metric'].upper()} {interval}{of}: {verdict}"
+    return "better" if better else "worse" if worse else "no difference beyond chance"
 
 
 def _number(value: float | None) -> str:
@@ -156,7 +168,8 @@ def _setting(results: Mapping[str, Any]) -> str:
         f"<p>Base <code>{html.escape(config['base'])}</code>; {speech}; experts {', '.join(config['experts'])}; tasks "
         f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
         f"{sum(results['utterances'].values())} test "
-        f"answers per model, {results['dropped']} empty references dropped. Every method was tried with "
+        f"answers per model, {results['dropped']} empty references dropped. Tensors that a method does not decompose: "
+        f"<code>{config['rest']}</code>. Every method was tried with "
         f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
         f"once.{words}</p>"
     )
@@ -195,7 +208,8 @@ def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
         for language in languages
     }
     top = max([v for v in values.values() if v is not None] or [1.0]) or 1.0
-    width, height, bar = 60 + len(languages) * (len(labels) * 9 + 14), 210, 9
+    bar = max(5, min(9, 1000 // (len(languages) * (len(labels) + 2))))
+    width, height = 60 + len(languages) * (len(labels) * bar + 14), 210
     parts = [f'<svg width="{width}" height="{height + 20 + 16 * len(labels)}" role="img">']
     for row, label in enumerate(labels):
         y = height + 22 + 16 * row
@@ -238,9 +252,14 @@ def _normalised(results: Mapping[str, Any]) -> str:
 def _comparisons(results: Mapping[str, Any]) -> str:
     if not results["comparisons"]:
         return ""
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in _verdicts(results))
+    several = len(results["config"]["seeds"]) > 1
+    rows = [["merge", "task", "difference", "over utterances", *["over seeds too"] * several, ""]]
+    for label, task, c in _compared(results):
+        difference = f"{c['difference']:+.2f} {c['metric'].upper()}"
+        intervals = [_interval(c), _interval(c, "seeds_")] if several else [_interval(c)]
+        rows.append([label, task, difference, *intervals, _verdict(c)])
     return (
-        f"<h2>Against {html.escape(results['config']['against'])}</h2><ul>{items}</ul><p class='note'>95 % intervals of a "
+        f"<h2>Against {html.escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "
         "paired bootstrap, means over the experts' languages: test utterances drawn, then test utterances and seeds "
         "drawn. A few seeds make the second a rough figure, rather too narrow than too wide.</p>"
     )
@@ -262,51 +281,50 @@ def _words(setting: Mapping[str, Any]) -> str:
 
 
 def _curves(results: Mapping[str, Any]) -> str:
-    """Dev WER over lambda, for each method the best of its other parameters at every lambda."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for label, grid in results["grids"].items():
-        best: dict[float, float] = {}
-        for record in grid["tried"]:
-            lam = record["setting"].get("lam")
-            if isinstance(lam, (int, float)):  # no list over the depth
-                best[lam] = min(best.get(lam, float("inf")), record["mean"])
-        if len(best) > 1:
-            lines[label] = sorted(best.items())
+    """Dev WER over lambda (logarithmic), for each method the best of its other parameters at every lambda."""
+    lines = _lambda_lines(results["grids"])
     if not lines:
         return ""
     points = [point for line in lines.values() for point in line]
-    x_max, y_min, y_max = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+    (left, right), (best, worst) = ((min(v), max(v)) for v in zip(*points, strict=True))
     width, height = 560, 300
 
-    def place(x: float, y: float) -> str:
-        span = (y_max - y_min) or 1.0
-        return f"{50 + (width - 70) * x / x_max:.1f},{20 + (height - 60) * (y_max - y) / span:.1f}"
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = math.log(x / left) / (math.log(right / left) or 1.0)
+        return 50 + (width - 70) * across, 20 + (height - 60) * (worst - y) / ((worst - best) or 1.0)
 
-    parts = [f'<svg width="{width + 180}" height="{height}" role="img">']
+    def text(x: float, y: float, what: str, more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11"{more}>{html.escape(what)}</text>'
+
+    parts = [f'<svg width="{width + 180}" height="{height}" role="img">', text(4, 12, "dev WER")]
+    parts += [text(4, 26, f"{worst:.1f}"), text(4, height - 38, f"{best:.1f}")]
+    parts += [text(width // 2, height - 6, "lambda")]
     for row, (label, line) in enumerate(lines.items()):
         colour = _COLOURS[row % len(_COLOURS)]
-        path = " ".join(place(x, y) for x, y in line)
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in line:
-            cx, cy = place(x, y).split(",")
-            parts.append(
-                f'<circle cx="{cx}" cy="{cy}" r="3" fill="{colour}"><title>{html.escape(label)}: lambda {x}, '
-                f"WER {y:.2f}</title></circle>"
-            )
-        parts.append(
-            f'<text x="{width}" y="{30 + 16 * row}" font-size="12" fill="{colour}">{html.escape(label)}</text>'
-        )
-    parts.append(
-        f'<text x="4" y="26" font-size="11">{y_max:.1f}</text><text x="4" y="{height - 38}" '
-        f'font-size="11">{y_min:.1f}</text>'
-    )
-    parts.append(f'<text x="{width // 2}" y="{height - 8}" font-size="12">lambda</text>')
-    parts.append(
-        f'<text x="50" y="{height - 22}" font-size="11">0</text><text x="{width - 40}" y="{height - 22}" '
-        f'font-size="11">{x_max:g}</text>'
-    )
-    parts.append('<text x="4" y="12" font-size="11">dev WER</text></svg>')
-    return "".join(parts)
+            title = f"<title>{html.escape(label)}: lambda {x}, WER {y:.2f}</title>"
+            cx, cy = place(x, y)
+            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill="{colour}">{title}</circle>')
+        parts.append(text(width, 30 + 16 * row, label, f' fill="{colour}"'))
+    for tick in (digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)):
+        if left <= tick * 1.001 and tick <= right * 1.001:
+            parts.append(text(place(tick, best)[0], height - 22, f"{tick:g}", ' text-anchor="middle"'))
+    return "".join([*parts, "</svg>"])
+
+
+def _lambda_lines(grids: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    lines = {}
+    for label, grid in grids.items():
+        best: dict[float, float] = {}
+        for record in grid["tried"]:
+            lam = record["setting"].get("lam")
+            if isinstance(lam, (int, float)) and lam > 0:  # no list over the depth
+                best[lam] = min(best.get(lam, math.inf), record["mean"])
+        if len(best) > 1:
+            lines[label] = sorted(best.items())
+    return lines
 
 
 def _rest(results: Mapping[str, Any]) -> str:
