@@ -23,7 +23,8 @@ from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import METHODS, SPECS
 from lors.recipe import Recipe
-from lors.sweep import Sweep, Trial, setting_recipe, sweep
+from lors.sweep import Sweep, Trial, sweep
+from lors.sweep_models import axes, setting_recipe
 from lors.sweep_score import Objective, Score, Scorer
 from lors.sweep_space import Axis, Space
 
@@ -71,10 +72,11 @@ def test_axes() -> None:
 
 def test_a_grid_changes_lambda_fastest_and_leaves_out_what_a_method_has_not() -> None:
     options = {"lambda": "0.1,0.2", "rank": "1,2", "density": "0.5"}
-    grid = list(Space.of(SPECS["svp"], options).grid())
+    grid = list(Space.of("svp", axes("svp"), options).grid())
     assert grid == [{"rank": r, "lambda": x} for r in (1, 2) for x in (0.1, 0.2)]
-    drawn = Space.of(SPECS["lors"], options | {"lambda": "0.1:0.2"}).random(3)
-    again = Space.of(SPECS["lors"], options | {"lambda": "0.1:0.2"}).random(3)
+    assert "rest" in axes("tsv") and "rest" not in axes("ties")
+    drawn = Space.of("lors", axes("lors"), options | {"lambda": "0.1:0.2"}).random(3)
+    again = Space.of("lors", axes("lors"), options | {"lambda": "0.1:0.2"}).random(3)
     first = [next(drawn) for _ in range(20)]
     assert first == [next(again) for _ in range(20)] and len({x["lambda"] for x in first}) == 20
 
@@ -92,9 +94,10 @@ def test_every_trial_is_the_merge_of_its_recipe(recipe: Recipe, tmp_path: Path) 
             seen[path.name] = weights(path)
         return norm(path)
 
-    options = {"rank": "1,3", "density": "0.1,0.3", "lambda": "0.2,1.0"}
-    done = sweep(recipe, options, score, tmp_path / "sweep", methods=("lors", "magnitude_prune"), jobs=2)
-    assert [sum(t.method == m for t in done.trials) for m in ("lors", "magnitude_prune")] == [8, 4]
+    options = {"rank": "1,3", "density": "0.3", "lambda": "0.2,1.0", "rest": "task_arithmetic,average,base"}
+    methods = ("lors", "magnitude_prune", "task_arithmetic")
+    done = sweep(recipe, options, score, tmp_path / "sweep", methods=methods, jobs=2)
+    assert [sum(t.method == m for t in done.trials) for m in methods] == [12, 6, 2]
     assert all(trial.state == "complete" for trial in done.trials)
     with open_checkpoint(str(recipe.base_source)) as checkpoint:
         base = {name: checkpoint.read(name) for name in checkpoint.tensors}

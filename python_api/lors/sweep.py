@@ -34,7 +34,7 @@ from .methods import SPECS
 from .output import writing
 from .recipe import Recipe
 from .sweep_home import Home, load_lines, scratch
-from .sweep_models import Models, setting_recipe
+from .sweep_models import Models, axes, setting_recipe
 from .sweep_score import Objective, Score, Scorer
 from .sweep_space import Space
 
@@ -177,14 +177,14 @@ def _largest_rank(spaces: Sequence[Space]) -> float | None:
 def _space(method: str, options: Mapping[str, str]) -> Space:
     if method not in SPECS:
         raise LorsError(f"--method: unknown method {method!r}{nearest(method, SPECS)}")
-    known = {spec.name for spec in SPECS[method].parameters}
-    everywhere = {spec.name for other in SPECS.values() for spec in other.parameters}
+    known = axes(method)
+    everywhere = {name for other in SPECS for name in axes(other)}
     for name in options:
         if name not in everywhere:
             raise LorsError(f"--{name}: no method has such a parameter{nearest(name, everywhere)}")
-    if not known & options.keys():
+    if not known.keys() & options.keys():
         raise LorsError(f"--{next(iter(options), 'rank')}: method {method} has no such parameter{nearest('', known)}")
-    return Space.of(SPECS[method], options)
+    return Space.of(method, known, options)
 
 
 def _check_sampler(sampler: str, trials: int | None, jobs: int) -> None:

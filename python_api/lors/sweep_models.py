@@ -3,7 +3,7 @@
 Every expert is decomposed once, at the largest rank of the sweep. Settings that differ only in lambda share one merge at
 lambda = 1, the unit, kept in float32:
 
-    W(lambda) = W0 + lambda * (W(1) - W0)
+    W(lambda) = W0 + lambda * (W(1) - W0)         (tensors that `rest: average` has averaged stay as they are)
 
 Such a setting costs reading two models and writing one, over the file of the setting before it: pages that are in memory
 already are written over three times as fast as new ones are made.
@@ -19,25 +19,28 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
-from .checkpoint import open_checkpoint
+from . import layers
+from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .expert_file import ExpertSource, is_expert_file
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
 from .output import RECIPE_FILE, require_space, writing
+from .parameters import ParameterSpec, Rest
 from .recipe import Recipe
 from .sources import FileSource
 
 __all__ = ["Models", "setting_recipe"]
 
 SEPARABLE = ("lors", "svp", "magnitude_prune", "task_arithmetic")  # linear in lambda
+REST = ParameterSpec("rest", "str", choices=get_args(Rest), help="what becomes of the tensors that are not decomposed")
 
 
 class Models:
@@ -101,7 +104,7 @@ class Models:
     def model(self, method: str, number: int, settings: Mapping[str, Any]) -> Iterator[Path]:
         """The directory of one setting's merged model, for the time of the block. LorsError when it cannot be merged."""
         out = self._home / "trials" / f"{method}-{number}"
-        shared = method in SEPARABLE and "lambda" in settings and self._recipe.rest != "average"
+        shared = method in SEPARABLE and "lambda" in settings
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -153,7 +156,8 @@ class Models:
             base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
             whole = stack.enter_context(open_checkpoint(unit))
             sources = FileSource(base), FileSource(whole, list(base.tensors))
-            works = plan(sources[0].tensors, set(), lambda *_: [Reduction(settings["lambda"])], dtype, True)
+            along = _along(recipe, base, settings["lambda"])
+            works = plan(sources[0].tensors, set(), lambda name, _: [Reduction(along(name))], dtype, True)
             for path in whole.sidecars():
                 with writing(out):
                     shutil.copyfile(path, out / path.name)
@@ -197,10 +201,27 @@ class Models:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _along(recipe: Recipe, base: Checkpoint, lam: float) -> Callable[[str], float]:
+    """How far each tensor goes from the base to the merge at lambda = 1."""
+    method = METHODS[recipe.merge_method]
+    if method.everywhere or (recipe.rest or method.spec.rest) != "average":
+        return lambda name: lam
+    matrices = set(layers.select(base.tensors, base.naming, base.config, recipe.target).names)
+    return lambda name: lam if name in matrices else 1.0
+
+
+def axes(method: str) -> dict[str, ParameterSpec]:
+    """What can be varied: the method's parameters, and `rest` where there are tensors that it does not treat."""
+    parameters = {spec.name: spec for spec in SPECS[method].parameters}
+    return parameters if METHODS[method].everywhere else {**parameters, REST.name: REST}
+
+
 def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out_dtype: str | None = None) -> Recipe:
     """The recipe with another method and parameters; what the method has no use for is left out."""
     known = {spec.name for spec in SPECS[method].parameters}
     data = recipe.to_dict(resolved=True) | {"merge_method": method}
+    if "rest" in settings:
+        data["rest"] = settings["rest"]
     if out_dtype is not None:
         data["out_dtype"] = out_dtype
     data["parameters"] = {k: v for k, v in {**data.get("parameters", {}), **settings}.items() if k in known}

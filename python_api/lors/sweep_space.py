@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import LorsError
-from .parameters import MethodSpec, ParameterSpec
+from .parameters import ParameterSpec
 
 __all__ = ["Axis", "Space"]
 
@@ -75,10 +75,9 @@ class Space:
     axes: tuple[Axis, ...]
 
     @classmethod
-    def of(cls, method: MethodSpec, options: Mapping[str, str]) -> Space:
+    def of(cls, method: str, specs: Mapping[str, ParameterSpec], options: Mapping[str, str]) -> Space:
         """Options of parameters that the method has not are left out: methods are compared on what they have."""
-        specs = {spec.name: spec for spec in method.parameters}
-        return cls(method.name, tuple(Axis.parse(specs[name], text) for name, text in options.items() if name in specs))
+        return cls(method, tuple(Axis.parse(specs[name], text) for name, text in options.items() if name in specs))
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every setting; the last axis changes fastest, and lambda is put last, where changing it costs least."""
