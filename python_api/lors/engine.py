@@ -31,7 +31,7 @@ from .parameters import rank_of
 from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
-PART = 1 << 16  # entries of a matrix that are read at a time to be subtracted from: a quarter of L2
+PART = 1 << 18  # entries of a matrix that are read at a time to be subtracted from: in cache, and few calls for Python
 HALF_OVERFLOWS = 65520.0  # from here on float16 rounds to infinity
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
@@ -175,7 +175,7 @@ class Engine:
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """What the kernels subtract, and from what: (base, tuned), or (None, delta).
 
-        A matrix is read a part at a time and the base subtracted while the part is in L2: what is kept of it is delta, and
+        A matrix is read a part at a time and the base subtracted while the part is in the cache: what is kept of it is delta, and
         base and tuned need not be read and converted again for each step.
         """
         work = piece.work
