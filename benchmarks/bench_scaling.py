@@ -107,7 +107,11 @@ def plot(data: dict[str, Any], path: Path) -> None:
         memory.set_ylabel("peak memory, GB", color="tab:gray")
         for position, index in enumerate(order):
             if isinstance(piece["points"][index], str):
-                panel.annotate(piece["points"][index], (x[position], middle[position]), fontsize=7, rotation=30)
+                side = 1 if position % 2 else -1  # neighbours may be close: below right, above left, in turn
+                panel.annotate(
+                    piece["points"][index], (x[position], middle[position]), (-4 * side, 5 * side - 3), fontsize=7,
+                    textcoords="offset points", ha="right" if side > 0 else "left",
+                )  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
