@@ -58,7 +58,7 @@ format: $(VENV)/.installed
 NATIVE := $(wildcard csrc/cpu/*.cpp csrc/lors/*.cpp) tests/native/native_test.cpp
 build/native-%: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
 	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
+	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
 
 native: build/native-plain
 	build/native-plain

@@ -9,7 +9,15 @@
 #include <cstring>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
+#if !defined(__clang__)  // GCC 12 warns about its own header
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
