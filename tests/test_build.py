@@ -1,0 +1,100 @@
+"""What setup.py asks of the compiler on each platform, and what the CPU backend picks there.
+
+The compiler is a script that writes down its arguments: no processor or cross compiler is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lors_kernels.backends import cpu
+
+ROOT = Path(__file__).parent.parent
+X86 = ("-mavx", "-mfma", "-mf16c", "-mpopcnt", "-mprefer")
+RECORDER = f"""#!{sys.executable}
+import json, sys
+with open(__file__ + ".log", "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+open(sys.argv[sys.argv.index("-o") + 1], "w").close()
+"""
+
+
+def setup(folder: Path, target: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """`setup.py build_ext` for a platform: its outcome, and the arguments of every call of the compiler."""
+    compiler = folder / "compiler"
+    compiler.write_text(RECORDER)
+    compiler.chmod(0o755)
+    log = folder / "compiler.log"
+    environment = {**os.environ, "_PYTHON_HOST_PLATFORM": target, "CC": str(compiler), "CXX": str(compiler)}
+    environment |= {"LORS_BUILD_CUDA": "0", "LORS_BUILD_JOBS": "1", "CFLAGS": "", "CXXFLAGS": "", **variables}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib")]
+    command += ["--build-temp", str(folder / "temp")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return done, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("target", "modules"),
+    [
+        ("linux-x86_64", {"avx512", "avx2", "portable"}),
+        ("linux-aarch64", {"portable"}),
+        ("macosx-11.0-arm64", {"portable"}),
+        ("macosx-10.13-universal2", {"portable"}),
+        ("linux-ppc64le", {"portable"}),
+    ],
+)
+def test_flags_follow_the_platform_that_is_built_for(tmp_path: Path, target: str, modules: set[str]) -> None:
+    done, calls = setup(tmp_path, target, LORS_CXXFLAGS="-DWANTED")
+    assert done.returncode == 0, done.stderr[-2000:]
+    built = {path.name.split(".")[0] for path in (tmp_path / "lib" / "lors_kernels").iterdir()}
+    assert built == {f"_cpu_{isa}" for isa in modules}
+    compiled = [call for call in calls if "-c" in call]
+    sources = {path.name for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/lors/*.cpp")]} | {"bindings.cpp"}
+    for isa in modules:
+        mine = [call for call in compiled if f"-DLORS_MODULE=_cpu_{isa}" in call]
+        assert {Path(call[call.index("-c") + 1]).name for call in mine} == sources
+        for call in mine:
+            assert {"-std=c++17", "-O3", "-DWANTED"} <= set(call)
+            given = {flag for flag in call if flag.startswith(X86)}
+            assert ("-mavx512f" in given) == (isa == "avx512")
+            assert ("-mavx2" in given) == (isa != "portable")
+            assert isa != "portable" or not given
+    assert len(compiled) == len(modules) * len(sources)
+
+
+def test_windows_is_refused_in_one_line(tmp_path: Path) -> None:
+    done, calls = setup(tmp_path, "win-amd64")
+    assert done.returncode and not calls
+    assert done.stderr.strip() == "LoRS: expected Linux or macOS, got win-amd64"
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64", "ppc64le"])
+def test_other_processors_take_the_portable_build(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.delenv("LORS_ISA", raising=False)
+    assert cpu.instruction_set() == "portable"
+    monkeypatch.setenv("LORS_ISA", "avx2")
+    with pytest.raises(ValueError, match="LORS_ISA: expected one of portable on this processor, got 'avx2'"):
+        cpu.instruction_set()
+
+
+def test_the_best_build_that_the_processor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("LORS_ISA", raising=False)
+    old = {"sse4_2", "popcnt"}
+    new = old | {"avx2", "fma", "f16c"}
+    newest = new | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    for flags, best in [(old, "portable"), (new, "avx2"), (newest, "avx512"), (newest - {"avx512vl"}, "avx2")]:
+        monkeypatch.setattr(cpu, "cpu_flags", lambda flags=flags: flags)
+        assert cpu.instruction_set() == best
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: new)
+    monkeypatch.setenv("LORS_ISA", "avx512")
+    with pytest.raises(ValueError, match="one of avx2, portable on this processor, got 'avx512'"):
+        cpu.instruction_set()
