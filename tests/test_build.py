@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,20 @@ def test_flags_follow_the_platform_that_is_built_for(tmp_path: Path, target: str
             assert ("-mavx2" in given) == (isa != "portable")
             assert isa != "portable" or not given
     assert len(compiled) == len(modules) * len(sources)
+
+
+def test_a_source_distribution_has_all_that_a_build_and_its_tests_need(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
+    environment = {**os.environ, "LORS_BUILD_CUDA": "0"}  # as where no nvcc names the CUDA sources
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc", "lors_kernels", "python_api/lors", "tests", "benchmarks", "examples", "docs")
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".so")}
+    wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"}
+    assert len(wanted) > 300 and wanted - found == set()
+    assert not [name for name in found if name.endswith((".so", ".pyc"))]
 
 
 def test_windows_is_refused_in_one_line(tmp_path: Path) -> None:
