@@ -11,9 +11,13 @@ import platform
 import subprocess
 import sys
 import tarfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from lors_kernels.backends import cpu
 
@@ -82,6 +86,25 @@ def test_a_source_distribution_has_all_that_a_build_and_its_tests_need(tmp_path:
     wanted |= {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"}
     assert len(wanted) > 300 and wanted - found == set()
     assert not [name for name in found if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_name_one_version_that_this_python_can_have(python: str) -> None:
+    """As far as the packages that are installed here can tell: what each says of the Pythons it needs."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    names = [canonicalize_name(pin.name) for pin in pins]
+    assert len(names) > 100 and len(names) == len(set(names))
+    installed = {canonicalize_name(d.metadata["Name"]): d for d in metadata.distributions()}
+    checked = [(pin, installed[name]) for pin, name in zip(pins, names, strict=True) if name in installed]
+    refused = [
+        str(pin)
+        for pin, found in checked
+        if pin.specifier.contains(found.version)
+        and not SpecifierSet(found.metadata.get("Requires-Python", "")).contains(f"{python}.20")
+    ]
+    assert checked and refused == []
 
 
 def test_windows_is_refused_in_one_line(tmp_path: Path) -> None:
