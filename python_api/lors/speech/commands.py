@@ -37,9 +37,11 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Write over a corpus in OUT.")] = False,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
+    from .audio import require_extra
     from .languages import parse_languages
     from .synth import synthesise
 
+    require_extra()
     if (out / "manifest.tsv").exists() and not force:
         raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
@@ -114,9 +116,11 @@ def finetune(
 
     lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
     """
+    from .audio import require_extra
     from .training import Training, first_process
     from .training import finetune as run
 
+    require_extra()
     training = Training(
         train=train, max_steps=max_steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -166,10 +170,12 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
+    from .audio import require_extra
     from .evaluation import evaluate as run
     from .evaluation import make_room, model_names
     from .languages import parse_languages
 
+    require_extra()
     # All that can be wrong is looked at before hours of decoding.
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
@@ -255,9 +261,11 @@ def experiment(
 
     lors experiment quick -o quick
     """
+    from .audio import require_extra
     from .config import load_config
     from .experiment import build_stages, run_experiment
 
+    require_extra()
     changes: dict[str, Any] = {}
     if seeds is not None:
         changes["seeds"] = _integers(seeds)
