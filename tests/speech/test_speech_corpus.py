@@ -155,10 +155,8 @@ def test_wrong_manifests(tmp_path: Path, rows: list[str], said: str) -> None:
 def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "latin.tsv").write_bytes("audio\ttext\tlanguage\na.wav\tñ\tca\n".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"audio": \n')
-    (tmp_path / "long.tsv").write_text(f"audio\ttext\tlanguage\na.wav\t{'x' * 200_000}\tca\n")
     for name, said in [
         ("latin.tsv", "expected UTF-8 text, got byte 0xf1"),
-        ("long.tsv", "expected tab-separated lines, got field larger than"),
         ("broken.jsonl", "one JSON object per line"),
         ("absent.tsv", "cannot read"),
         ("x.csv", "expected a .tsv or .jsonl manifest"),

@@ -128,8 +128,6 @@ def _rows(path: Path, required: Iterable[str]) -> Iterator[dict[str, str]]:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise LorsError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x}") from error
-    except csv.Error as error:  # a NUL before Python 3.11, a field beyond csv's limit
-        raise LorsError(f"{path}: expected tab-separated lines, got {error}") from error
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
