@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from lors.errors import LorsError
-from lors.speech import audio
+from lors.speech import commands
 from lors.speech.commands import COMMANDS
 
 
@@ -126,7 +126,7 @@ def test_without_the_extra_nothing_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(audio, "EXTRA", ("json", "no_such_module"))
+    monkeypatch.setattr(commands, "EXTRA", ("json", "no_such_module"))
     with pytest.raises(LorsError, match=r"^speech needs no_such_module: pip install 'lors-merging\[speech\]'$"):
         _run(*arguments)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["SAMPLE_RATE", "AudioFile", "AudioSource", "duration", "read_audio", "require", "require_extra"]
+__all__ = ["SAMPLE_RATE", "AudioFile", "AudioSource", "duration", "read_audio", "require"]
 
 SAMPLE_RATE = 16000
 
@@ -83,18 +83,6 @@ class AudioBytes:
     @property
     def span(self) -> tuple[float, float | None]:
         return 0.0, None
-
-
-EXTRA = ("transformers", "accelerate", "jiwer", "sacrebleu", "soundfile", "soxr", "num2words", "babel")
-
-
-def require_extra() -> None:
-    """LorsError that names what is absent of the `speech` extra: before the work, not in the midst of it."""
-    from importlib.util import find_spec
-
-    absent = [module for module in EXTRA if find_spec(module) is None]
-    if absent:
-        raise LorsError(f"speech needs {', '.join(absent)}: pip install 'lors-merging[speech]'")
 
 
 def require(module: str) -> Any:

@@ -19,7 +19,19 @@ from ..errors import LorsError
 if TYPE_CHECKING:
     from .evaluation import Evaluation
 
-__all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "synth"]
+__all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "require_extra", "synth"]
+
+
+EXTRA = ("transformers", "accelerate", "jiwer", "sacrebleu", "soundfile", "soxr", "num2words", "babel")
+
+
+def require_extra() -> None:
+    """LorsError that names what is absent of the `speech` extra: before the work, not in the midst of it."""
+    from importlib.util import find_spec
+
+    absent = [module for module in EXTRA if find_spec(module) is None]
+    if absent:
+        raise LorsError(f"speech needs {', '.join(absent)}: pip install 'lors-merging[speech]'")
 
 
 def synth(
@@ -37,7 +49,6 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Write over a corpus in OUT.")] = False,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
-    from .audio import require_extra
     from .languages import parse_languages
     from .synth import synthesise
 
@@ -116,7 +127,6 @@ def finetune(
 
     lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
     """
-    from .audio import require_extra
     from .training import Training, first_process
     from .training import finetune as run
 
@@ -170,7 +180,6 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
-    from .audio import require_extra
     from .evaluation import evaluate as run
     from .evaluation import make_room, model_names
     from .languages import parse_languages
@@ -261,7 +270,6 @@ def experiment(
 
     lors experiment quick -o quick
     """
-    from .audio import require_extra
     from .config import load_config
     from .experiment import build_stages, run_experiment
 

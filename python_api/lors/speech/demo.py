@@ -30,7 +30,7 @@ def demo_config() -> Config:
 
 def demo(out: Path) -> Path:
     """Runs the experiment in `out` and prints what came out; returns the report."""
-    from .audio import require_extra
+    from .commands import require_extra
     from .experiment import run_experiment
     from .report import print_tables
 
