@@ -7,7 +7,7 @@ EXTRAS := dev
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-merge test bench check format native sanitize clean espeak chromium
+.PHONY: demo demo-merge test bench check format native sanitize aarch64 clean espeak chromium
 
 demo: $(VENV)/.installed espeak
 	$(BIN)/python -m lors.speech.demo demo-out
@@ -58,7 +58,7 @@ format: $(VENV)/.installed
 NATIVE := $(wildcard csrc/cpu/*.cpp csrc/lors/*.cpp) tests/native/native_test.cpp
 build/native-%: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
 	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
+	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
 
 native: build/native-plain
 	build/native-plain
@@ -66,6 +66,16 @@ native: build/native-plain
 sanitize: build/native-address,undefined build/native-thread
 	UBSAN_OPTIONS=halt_on_error=1 build/native-address,undefined
 	build/native-thread
+
+# The same for 64-bit ARM, compiled as the extension module is, on an emulated processor.
+build/native-aarch64: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+	$(call program,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -fno-math-errno -Wall -Wextra -static -Icsrc $(NATIVE) -o $@ -pthread
+
+aarch64: build/native-aarch64
+	$(call program,qemu-aarch64,qemu-user)
+	qemu-aarch64 build/native-aarch64
 
 clean:
 	rm -rf build $(VENV) demo-out bench-data lors_kernels/*.so python_api/*.egg-info

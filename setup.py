@@ -2,7 +2,9 @@
 
 The CPU source is compiled once per instruction set into separate modules (`_cpu_avx512`, `_cpu_avx2`, `_cpu_portable`);
 lors_kernels picks one when it first needs it. Separate modules, because inline functions of the standard library
-compiled for AVX-512 must never be merged by the linker into code that an older processor runs.
+compiled for AVX-512 must never be merged by the linker into code that an older processor runs. Everywhere but on x86-64
+Linux there is one, `_cpu_portable`: with NEON on arm64, and on macOS without -m flags, because one compilation may be for
+both of its processors.
 
 The CUDA module (`_cuda`) is built where nvcc is found: LORS_BUILD_CUDA=auto (the default), 0 (never) or 1 (or fail).
 LORS_CUDA_ARCHS lists the native architectures; PTX of the last one serves newer devices. The CUDA runtime is linked
@@ -12,9 +14,9 @@ statically, and no GPU is looked for: what is built does not depend on the machi
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -22,16 +24,14 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-X86_FLAGS = {
-    # the last two: GCC 12 warns about its own intrinsics' headers
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mpopcnt"),
-        *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"],
-    "portable": [],
-}
-FLAGS = X86_FLAGS if platform.machine().lower() in {"x86_64", "amd64"} else {"portable": []}
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+PLATFORM = sysconfig.get_platform()  # what is built for, which is not always the machine that builds
+if PLATFORM.startswith("win"):
+    raise SystemExit(f"LoRS: expected Linux or macOS, got {PLATFORM}")
+FLAGS: dict[str, list[str]] = {"portable": []}
+if PLATFORM == "linux-x86_64":
+    FLAGS |= {"avx2": AVX2, "avx512": AVX2 + AVX512}
 COMMON = ["-O3", "-Wall", "-Wextra", "-fno-math-errno", *os.environ.get("LORS_CXXFLAGS", "").split()]
 LINK = os.environ.get("LORS_LDFLAGS", "").split()
 

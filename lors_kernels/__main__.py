@@ -33,11 +33,11 @@ def diagnosis() -> dict[str, Any]:
 
 
 def _vector_unit() -> str:
-    from .backends.cpu import instruction_set
+    from .backends.cpu import library
 
     try:
-        return instruction_set()
-    except ValueError as error:
+        return library().isa
+    except (ImportError, ValueError) as error:
         return str(error)
 
 

@@ -75,7 +75,8 @@ def test_machine_names_no_host_user_or_path() -> None:
     assert str(machine.ROOT) not in text
     assert platform.node() not in text.split('"')
     found = json.loads(text)
-    assert found["cores"] >= 1 and found["memory"] > 1e8 and found["versions"]["torch"] == torch.__version__
+    assert found["cores"] >= 1 and found["memory"] > 1e8
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # not every index says "+cu130"
 
 
 @pytest.mark.parametrize(

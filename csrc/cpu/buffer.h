@@ -1,6 +1,8 @@
 // Scratch memory on 64-byte boundaries.
 #pragma once
 
+#include <stdlib.h>  // posix_memalign is of POSIX, not of C++
+
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -94,8 +96,10 @@ class Buffer {
         size_ = size;
         bytes_ = BlockCache::round(size * static_cast<int64_t>(sizeof(T)) + 1);
         if (bytes_ >= BlockCache::kLarge) data_ = static_cast<T*>(BlockCache::mine().take(bytes_));
-        if (!data_) data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
-        if (!data_) throw std::bad_alloc();
+        if (data_) return;
+        void* fresh = nullptr;  // not aligned_alloc: macOS has it from 10.15 on, Python's builds ask for less
+        if (posix_memalign(&fresh, 64, static_cast<size_t>(bytes_)) != 0) throw std::bad_alloc();
+        data_ = static_cast<T*>(fresh);
     }
     void zero() {
         for (int64_t i = 0; i < size_; ++i) data_[i] = T{};

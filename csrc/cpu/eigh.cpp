@@ -33,7 +33,6 @@ void tridiagonalise(double* a, int64_t n, double* diagonal, double* off, double*
         for (int64_t i = k + 1; i < n; ++i) {
             const double* row = a + i * n;
             double sum = 0;
-#pragma GCC ivdep
             for (int64_t j = k + 1; j < n; ++j) sum += row[j] * v[j];
             p[static_cast<size_t>(i)] = beta[k] * sum;
             overlap += p[static_cast<size_t>(i)] * v[i];
@@ -43,7 +42,7 @@ void tridiagonalise(double* a, int64_t n, double* diagonal, double* off, double*
             double* row = a + i * n;
             const double vi = v[i], pi = p[static_cast<size_t>(i)];
             const double* pj = p.data();
-#pragma GCC ivdep
+            LORS_NO_OVERLAP
             for (int64_t j = k + 1; j < n; ++j) row[j] -= vi * pj[j] + pi * v[j];
         }
     }
@@ -82,7 +81,7 @@ void implicit_qr(double* d, double* e, int64_t n, double* z) {
             }
             x = e[k];
             double *zk = z + k * n, *zn = zk + n;
-#pragma GCC ivdep
+            LORS_NO_OVERLAP
             for (int64_t j = 0; j < n; ++j) {
                 const double t = zk[j];
                 zk[j] = c * t + s * zn[j];

@@ -41,6 +41,8 @@ inline void write_row(const Matrix& m, int64_t i, int64_t j, int64_t n, const fl
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k),
                          _mm256_cvtps_ph(_mm256_loadu_ps(row + k), _MM_FROUND_TO_NEAREST_INT));
     }
+#elif defined(__aarch64__)
+    for (; k + 4 <= n; k += 4) vst1_u16(out + k, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(row + k))));
 #endif
     for (; k < n; ++k) out[k] = float_to_half(row[k]);
 }

@@ -9,7 +9,15 @@
 #include <cstring>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
+#if !defined(__clang__)  // GCC 12 warns about its own header
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -24,9 +32,19 @@ constexpr const char* kIsa = "avx512";
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
 constexpr const char* kIsa = "avx2";
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr const char* kIsa = "neon";
 #else
 constexpr int kVectorBytes = 16;
 constexpr const char* kIsa = "portable";
+#endif
+
+// Before a loop whose arrays do not overlap, which no compiler can know.
+#if defined(__clang__)
+#define LORS_NO_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LORS_NO_OVERLAP _Pragma("GCC ivdep")
 #endif
 
 template <class T>
@@ -164,6 +182,11 @@ inline Vec<float> load_vector(const void* row, int64_t j) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         if constexpr (D == DType::kFloat16) return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(bits));
         return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#elif defined(__aarch64__)
+        const uint16x4_t bits = vld1_u16(p);
+        if constexpr (D == DType::kFloat16)
+            return reinterpret_cast<Vec<float>>(vcvt_f32_f16(vreinterpret_f16_u16(bits)));
+        return reinterpret_cast<Vec<float>>(vshlq_n_u32(vmovl_u16(bits), 16));
 #else
         Vec<float> v;
         for (int lane = 0; lane < kLanes<float>; ++lane) v[lane] = load_one<D>(p, lane);

@@ -50,15 +50,12 @@ def cpu_flags() -> set[str]:
 
 def instruction_set() -> str:
     """The best build for this processor, or LORS_ISA."""
-    wanted = os.environ.get("LORS_ISA")
-    if wanted is not None:
-        if wanted not in _X86_NEEDS:
-            raise ValueError(f"LORS_ISA: expected one of {', '.join(_X86_NEEDS)}, got {wanted!r}")
-        return wanted
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        return "portable"
-    flags = cpu_flags()
-    return next(name for name, needs in _X86_NEEDS.items() if needs <= flags)
+    flags = cpu_flags() if platform.machine().lower() in {"x86_64", "amd64"} else set()
+    usable = [name for name, needs in _X86_NEEDS.items() if needs <= flags]
+    wanted = os.environ.get("LORS_ISA", usable[0])
+    if wanted not in usable:
+        raise ValueError(f"LORS_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
+    return wanted
 
 
 @cache

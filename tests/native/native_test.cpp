@@ -1,17 +1,21 @@
 // The kernels without Python, for the sanitizers: every operation on awkward shapes in buffers of exactly the needed
-// size, on one and on several threads, from several callers at once, against plain loops.
+// size, on one and on several threads, from several callers at once, against plain loops. Also what another compiler or
+// processor (make aarch64) has to pass.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/rows.h"
 #include "cpu/simd.h"
+#include "lors/counter_random.h"
 #include "lors/ordered_key.h"
 
 namespace {
@@ -85,6 +89,20 @@ void check(int64_t m, int64_t n, DType base_type, DType tuned_type, int threads,
         lors::truncated_svd(base.matrix, tuned.matrix, rank, 1, left.data(), right.data(), sigma.data(), threads);
     expect(svd.non_finite == 0, "truncated_svd counts", m, n);
     expect(std::fabs(svd.energy - energy) <= 1e-4 * energy + 1e-9, "truncated_svd energy", m, n);
+    double off = 0;  // of L's columns from delta @ right, of right's from each other's perpendicular
+    for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t i = 0; i < m; ++i) {
+            double sum = 0;
+            for (int64_t j = 0; j < n; ++j) sum += double{delta[i * n + j]} * right[j * rank + r];
+            off = std::max(off, std::fabs(sum - left[i * rank + r]) / sigma[0]);
+        }
+        for (int64_t s = 0; s < rank; ++s) {
+            double sum = 0;
+            for (int64_t j = 0; j < n; ++j) sum += double{right[j * rank + r]} * right[j * rank + s];
+            off = std::max(off, std::fabs(sum - (r == s)));
+        }
+    }
+    expect(svd.residual <= 1e-5 && off <= 1e-5, "truncated_svd", m, n);
     const lors::LowRank low{left.data(), right.data(), rank};
 
     for (int64_t k : {int64_t{0}, int64_t{1}, m * n / 3, m * n}) {
@@ -122,16 +140,89 @@ void check_ties() {
     }
 }
 
+// Every half and bfloat there is, by the vector unit and by arithmetic on integers; then back from float32, with what
+// lies between and beside the representable numbers.
+template <DType D>
+void check_conversion(const char* what) {
+    std::vector<uint16_t> all(1 << 16), back;
+    for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);
+    std::vector<float> values(all.size()), wide;
+    lors::read_row({all.data(), D, 1, 1 << 16, 1 << 16}, 0, 0, 1 << 16, values.data());
+    const auto same = [](float a, float b) {
+        return std::isnan(a) ? std::isnan(b) : std::memcmp(&a, &b, sizeof a) == 0;  // a NaN may become quiet
+    };
+    for (int64_t i = 0; i < 1 << 16; ++i) {
+        if (!same(values[i], lors::load_one<D>(all.data(), i))) return expect(false, what, i, 0);
+    }
+    const float infinity = std::numeric_limits<float>::infinity();
+    for (float value : values) {
+        for (float near : {value, std::nextafter(value, infinity), std::nextafter(value, -infinity),
+                           value * 1.00024414f, value * 1.00195312f, value * 1.00048828f}) {
+            wide.push_back(near);
+        }
+    }
+    back.resize(wide.size());
+    const int64_t size = static_cast<int64_t>(wide.size());
+    lors::write_row({back.data(), D, 1, size, size}, 0, 0, size, wide.data());
+    for (int64_t i = 0; i < size; ++i) {
+        const uint16_t one = D == DType::kFloat16 ? lors::float_to_half(wide[i]) : lors::float_to_bfloat(wide[i]);
+        if (!same(lors::load_one<D>(&one, 0), lors::load_one<D>(back.data(), i))) return expect(false, what, i, 1);
+    }
+}
+
+// Three experts, entries dropped at random, signs elected, weights normalised: entry by entry.
+void check_ties_update(int64_t m, int64_t n, int threads, std::mt19937& random) {
+    const Owned base(m, n, DType::kFloat16, random);
+    std::vector<Owned> owned;
+    std::vector<lors::TiesExpert> experts;
+    const lors::Threshold everything{0.0f, 0, m * n}, nothing{std::numeric_limits<float>::infinity(), 0, 0};
+    for (uint64_t t = 0; t < 3; ++t) {
+        owned.emplace_back(m, n, DType::kBFloat16, random);
+        const uint64_t limit = t == 2 ? lors::kAlways : lors::kAlways / 4 * (t + 1);
+        experts.push_back({owned[t].matrix, {everything, nothing, 17 * t + 3, limit, 2.0f}, 0.5f + t});
+    }
+    std::vector<float> out(m * n, 1.0f);
+    std::vector<lors::KeepStats> stats(3);
+    lors::ties_update({out.data(), DType::kFloat32, m, n, n}, base.matrix, experts.data(), 3, {true, true, 0.5f}, 0,
+                      stats.data(), threads);
+    int64_t kept[3] = {};
+    double wrong = 0;
+    for (int64_t i = 0; i < m * n; ++i) {
+        double values[3], total = 0, sum = 0, weights = 0;
+        for (int64_t t = 0; t < 3; ++t) {
+            const lors::TiesExpert& e = experts[t];
+            const bool drawn = lors::random_bits(e.keep.key, i) < e.keep.limit;
+            kept[t] += drawn;
+            values[t] = drawn ? 2.0 * e.weight * (owned[t].at(i / n, i % n) - base.at(i / n, i % n)) : 0;
+            total += values[t];
+        }
+        for (int64_t t = 0; t < 3; ++t) {
+            if (values[t] == 0 || (values[t] > 0) != (total >= 0)) continue;
+            sum += values[t];
+            weights += experts[t].weight;
+        }
+        wrong = std::max(wrong, std::fabs(1 + 0.5 * (weights > 0 ? sum / weights : 0) - out[i]));
+    }
+    expect(wrong <= 1e-5, "ties_update", m, n);
+    for (int64_t t = 0; t < 3; ++t)
+        expect(stats[t].kept == kept[t] && !stats[t].non_finite, "ties_update counts", m, n);
+}
+
 }  // namespace
 
 int main() {
+    check_conversion<DType::kFloat16>("float16");
+    check_conversion<DType::kBFloat16>("bfloat16");
     std::mt19937 random(7);
     const std::pair<int64_t, int64_t> shapes[] = {{1, 1},   {1, 50},   {50, 1},   {2, 3},    {15, 17},
                                                   {16, 16}, {33, 129}, {129, 33}, {300, 64}, {64, 300}};
     const DType types[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
     int step = 0;
     for (const auto& [m, n] : shapes) {
-        for (int threads : {1, 3}) check(m, n, types[step % 3], types[step / 3 % 3], threads, random), ++step;
+        for (int threads : {1, 3}) {
+            check(m, n, types[step % 3], types[step / 3 % 3], threads, random), ++step;
+            check_ties_update(m, n, threads, random);
+        }
     }
     check_ties();
     std::vector<std::thread> callers;  // the pool serves one caller at a time; the others work alone

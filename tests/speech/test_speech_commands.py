@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from lors.errors import LorsError
+from lors.speech import commands
 from lors.speech.commands import COMMANDS
 
 
@@ -110,3 +111,22 @@ def test_help_tells_every_default(command: str) -> None:
 def test_wrong_arguments(arguments: tuple[str, ...], said: str) -> None:
     with pytest.raises(LorsError, match=said):
         _run(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("synth", "out"),
+        ("finetune", "--model", "tiny", "--language", "ca", "--data", "x.tsv", "-o", "out"),
+        ("evaluate", "tiny", "--languages", "ca", "--data", "x.tsv"),
+        ("experiment", "quick", "-o", "out"),
+    ],
+)
+def test_without_the_extra_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "EXTRA", ("json", "no_such_module"))
+    with pytest.raises(LorsError, match=r"^speech needs no_such_module: pip install 'lors-merging\[speech\]'$"):
+        _run(*arguments)
+    assert list(tmp_path.iterdir()) == []

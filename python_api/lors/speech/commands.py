@@ -19,7 +19,19 @@ from ..errors import LorsError
 if TYPE_CHECKING:
     from .evaluation import Evaluation
 
-__all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "synth"]
+__all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "require_extra", "synth"]
+
+
+EXTRA = ("transformers", "accelerate", "jiwer", "sacrebleu", "soundfile", "soxr", "num2words", "babel")
+
+
+def require_extra() -> None:
+    """LorsError that names what is absent of the `speech` extra: before the work, not in the midst of it."""
+    from importlib.util import find_spec
+
+    absent = [module for module in EXTRA if find_spec(module) is None]
+    if absent:
+        raise LorsError(f"speech needs {', '.join(absent)}: pip install 'lors-merging[speech]'")
 
 
 def synth(
@@ -40,6 +52,7 @@ def synth(
     from .languages import parse_languages
     from .synth import synthesise
 
+    require_extra()
     if (out / "manifest.tsv").exists() and not force:
         raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
@@ -117,6 +130,7 @@ def finetune(
     from .training import Training, first_process
     from .training import finetune as run
 
+    require_extra()
     training = Training(
         train=train, max_steps=max_steps, per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
@@ -170,6 +184,7 @@ def evaluate(
     from .evaluation import make_room, model_names
     from .languages import parse_languages
 
+    require_extra()
     # All that can be wrong is looked at before hours of decoding.
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
@@ -258,6 +273,7 @@ def experiment(
     from .config import load_config
     from .experiment import build_stages, run_experiment
 
+    require_extra()
     changes: dict[str, Any] = {}
     if seeds is not None:
         changes["seeds"] = _integers(seeds)

@@ -30,9 +30,11 @@ def demo_config() -> Config:
 
 def demo(out: Path) -> Path:
     """Runs the experiment in `out` and prints what came out; returns the report."""
+    from .commands import require_extra
     from .experiment import run_experiment
     from .report import print_tables
 
+    require_extra()
     began = time.monotonic()
     report = run_experiment(demo_config(), out, report=lambda line: print(line, flush=True))
     print_tables(out)
