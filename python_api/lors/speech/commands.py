@@ -7,14 +7,14 @@ the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import LorsError
+from .progress import bar
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -44,7 +44,7 @@ def synth(
         raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
-    with _bar("speaking", len(codes) * sum(sizes.values())) as progress:
+    with bar("speaking", len(codes) * sum(sizes.values())) as progress:
         manifest = synthesise(
             out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format,
             workers=workers, progress=progress,
@@ -126,8 +126,8 @@ def finetune(
         device=_device(device),
     )  # fmt: skip
     result = run(
-        model, out, data=data, languages=language, tasks=_tasks(task), training=training, dev=dev, limit=limit,
-        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=not as_json,
+        model, out, data=data, languages=language, tasks=task, training=training, dev=dev, limit=limit,
+        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=True,
     )  # fmt: skip
     if not first_process():
         return
@@ -136,10 +136,11 @@ def finetune(
 
         print(json.dumps({**asdict(result), "path": str(result.path)}))
         return
+    loss = "" if result.train_loss is None else f", loss {result.train_loss:.3f}"
     wer = "" if result.dev_wer is None else f", dev WER {result.dev_wer:.2f} %"
     resumed = f" (continued from step {result.resumed_from})" if result.resumed_from else ""
     skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
-    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}, loss {result.train_loss:.3f}{wer}, "
+    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
           f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
 
 
@@ -166,6 +167,7 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
+    from .corpus import parse_tasks
     from .evaluation import evaluate as run
     from .evaluation import make_room, model_names
     from .languages import parse_languages
@@ -173,13 +175,13 @@ def evaluate(
     # All that can be wrong is looked at before hours of decoding.
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
-    wanted = parse_languages(languages)
+    wanted, chosen = parse_languages(languages), parse_tasks(tasks)
     pair = None if compare is None else _pair(compare, model_names(models))
     if out is not None:
         make_room(out)
-    with _bar("decoding", None) as progress:
+    with bar("decoding", None) as progress:
         evaluation = run(
-            models, data=data, languages=wanted, tasks=_tasks(tasks), split=split, limit=limit, max_seconds=max_seconds,
+            models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
             batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=progress,
         )  # fmt: skip
     if out is not None:
@@ -189,7 +191,7 @@ def evaluate(
     else:
         show_evaluation(evaluation)
     if pair is not None:
-        _show_comparison(evaluation, *pair, _tasks(tasks))
+        _show_comparison(evaluation, *pair, chosen)
 
 
 def _pair(text: str, known: Sequence[str]) -> tuple[str, str]:
@@ -288,37 +290,12 @@ def _integers(text: str) -> list[int]:
         raise LorsError(f"--seeds: expected numbers separated by commas, got {text!r}") from None
 
 
-def _tasks(text: str) -> tuple[str, ...]:
-    tasks = ("transcribe", "translate") if text == "both" else tuple(dict.fromkeys(text.split(",")))
-    for task in tasks:
-        if task not in ("transcribe", "translate"):
-            raise LorsError(f"task: expected transcribe, translate or both, got {task!r}")
-    return tasks
-
-
 def _device(device: str | None) -> str:
     if device is not None:
         return device
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _bar(label: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # What the command line registers, by name.

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
+from ..output import writing
 from .audio import SAMPLE_RATE, duration
-from .corpus import Corpus, Utterance, by_task, load_corpus
+from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
 from .languages import parse_languages
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
-from .whisper import load_model, load_processor, quiet, require_languages, resolve_model
+from .whisper import load_model, load_processor, quiet, require_languages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,8 +74,15 @@ class Evaluation:
         ]  # fmt: skip
 
     def write(self, out: Path) -> None:
-        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance."""
+        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance.
+
+        LorsError when `out` cannot be written.
+        """
         make_room(out)
+        with writing(out):
+            self._write(out)
+
+    def _write(self, out: Path) -> None:
         for r in self.results:
             name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
             with (out / "answers" / name).open("w", encoding="utf-8") as stream:
@@ -86,10 +94,8 @@ class Evaluation:
 
 def make_room(out: Path) -> None:
     """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be."""
-    try:
+    with writing(out):
         (out / "answers").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def evaluate(
@@ -97,7 +103,7 @@ def evaluate(
     *,
     data: str | Path | Corpus,
     languages: str | Iterable[str],
-    tasks: Sequence[str] = ("transcribe",),
+    tasks: str | Sequence[str] = ("transcribe",),
     split: str = "test",
     limit: int | None = None,
     max_seconds: float | None = None,
@@ -108,33 +114,39 @@ def evaluate(
     cache: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Decodes `data` with every model and scores it. Models are named by directory name, or path where two agree.
+    """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
 
-    Greedy decoding (``beams`` > 1: beam search) by ``generate(language=, task=)`` without timestamps. With `cache`,
-    features are kept on disk there. LorsError for bad input of any kind.
+    `data` as for `load_corpus`, like `split`, `limit` (utterances per language) and `max_seconds`; `languages` and
+    `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams, without timestamps,
+    `batch_size` utterances at a time; neither that nor `cache`, a directory that keeps features, changes a word in
+    float32. Models are called by the name of their directory, or their path where two names agree. `progress` is
+    called with the number of utterances as they are done.
+
+    LorsError, before any decoding, for a model, language, task or device that is not there; a recording that cannot be
+    read is met when its turn comes.
     """
     quiet()
     sources = [models] if isinstance(models, (str, Path)) else list(models)
+    names, wanted, chosen = model_names(sources), parse_languages(languages), parse_tasks(tasks)
     for source in sources:
-        resolve_model(source)  # the last model's mistakes before the first one's hours
-    wanted = parse_languages(languages)
-    if isinstance(data, list):
-        corpus = [u for u in data if u.language in wanted]
-    else:
-        corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
+        require_languages(source, wanted)  # the last model's mistakes before the first one's hours
+    corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
+    parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
-    for name, source in zip(model_names(sources), sources, strict=True):
+    for name, source in zip(names, sources, strict=True):
         processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
-        require_languages(model, wanted, source)
-        for task in tasks:
-            for language in wanted:
-                part = by_task((u for u in corpus if u.language == language), task)
-                if not part:
-                    raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
-                results.append(result(name, model, processor, part, task, batch_size, beams, cache))
-                if progress is not None:
-                    progress(len(part))
+        for (task, _), part in parts.items():
+            results.append(result(name, model, processor, part, task, batch_size, beams, cache))
+            if progress is not None:
+                progress(len(part))
     return Evaluation(tuple(results))
+
+
+def _part(corpus: Corpus, task: str, language: str) -> Corpus:
+    part = by_task((u for u in corpus if u.language == language), task)
+    if not part:
+        raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
+    return part
 
 
 def model_names(sources: Sequence[str | Path]) -> list[str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
+from ..output import writing
 from .audio import SAMPLE_RATE, read_audio
 from .corpus import Utterance
 
@@ -43,40 +44,44 @@ def log_mel(utterances: Sequence[Utterance], extractor: Any) -> NDArray[np.float
     return mel.astype(np.float16)  # type: ignore[no-any-return]
 
 
-def features(
-    utterances: Sequence[Utterance],
-    extractor: Any,
-    cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> NDArray[np.float16]:
+def features(utterances: Sequence[Utterance], extractor: Any, cache: Path | None = None) -> NDArray[np.float16]:
     """`log_mel` of all, as one array: in memory, or mapped from a file in `cache` named by the content's identity."""
     import numpy as np
 
     shape = (len(utterances), extractor.feature_size, extractor.nb_max_frames)
     if cache is None:
-        array = np.empty(shape, np.float16)
-        _fill(array, utterances, extractor, progress)
+        array, done = np.empty(shape, np.float16), 0
+        for batch in _batches(utterances, extractor):
+            array[done : done + len(batch)] = batch
+            done += len(batch)
         return array
     path = cache / f"{_key(utterances, extractor)}.npy"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
-            _fill(array, utterances, extractor, progress)
-            array.flush()
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(cache):
+        if not path.exists():
+            _write(path, shape, _batches(utterances, extractor))
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def _fill(array: NDArray[Any], utterances: Sequence[Utterance], extractor: Any, progress: Any) -> None:
+def _batches(utterances: Sequence[Utterance], extractor: Any) -> Iterator[NDArray[np.float16]]:
     for start in range(0, len(utterances), _BATCH):
-        batch = utterances[start : start + _BATCH]
-        array[start : start + len(batch)] = log_mel(batch, extractor)
-        if progress is not None:
-            progress(len(batch))
+        yield log_mel(utterances[start : start + _BATCH], extractor)
+
+
+def _write(path: Path, shape: tuple[int, ...], batches: Iterable[NDArray[np.float16]]) -> None:
+    """A .npy file, batch by batch: into a mapped one, a disk that is full would be a SIGBUS."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in batches:
+                stream.write(batch.tobytes())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _key(utterances: Sequence[Utterance], extractor: Any) -> str:

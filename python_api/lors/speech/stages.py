@@ -33,7 +33,7 @@ _PRELOAD = [
     "transformers.models.whisper.modeling_whisper",
     "transformers.trainer_seq2seq",
     "lors.merging",
-    "lors.speech.training",
+    "lors.speech.trainer",
     "lors.speech.evaluation",
 ]
 
