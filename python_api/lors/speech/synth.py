@@ -11,6 +11,7 @@ espeak-ng is GPL-3 and is called as a program.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
 from ..messages import nearest
+from ..output import writing
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
 
@@ -123,21 +125,19 @@ def synthesise(
         for split, size in sizes.items()
         for index, concept in enumerate(sample(split, size, seed))
     ]
-    try:
+    with writing(out):
         for language in {job.language for job in jobs}:
             (out / language).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
     def run(job: _Job) -> None:
         job.write(_utterance(program, job, CONDITIONS[condition], f"{seed} {condition} {job.key}"))
         if progress is not None:
             progress(1)
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with writing(out), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         for _ in pool.map(run, jobs):
             pass
-    return _write_manifest(out / "manifest.tsv", jobs)
+        return _write_manifest(out / "manifest.tsv", jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,9 @@ class _Job:
         return f"{self.language}/{self.key}.{self.audio_format}"
 
     def write(self, samples: NDArray[np.int16]) -> None:
-        require("soundfile").write(self.out / self.audio, samples, SAMPLE_RATE, subtype="PCM_16")
+        encoded = io.BytesIO()  # libsndfile's error of a full disk would be one of its encoder
+        require("soundfile").write(encoded, samples, SAMPLE_RATE, subtype="PCM_16", format=self.audio_format)
+        (self.out / self.audio).write_bytes(encoded.getvalue())
 
 
 def _write_manifest(path: Path, jobs: list[_Job]) -> Path:
