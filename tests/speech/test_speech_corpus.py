@@ -191,6 +191,9 @@ def test_manifests_of_other_systems(tmp_path: Path) -> None:
 
 def test_choosing_from_a_loaded_corpus(catalan: Corpus) -> None:
     assert load_corpus(catalan, languages="ca", split="test", limit=3) == catalan[:3]
+    assert load_corpus(catalan, languages="ca", split=None) == catalan
+    with pytest.raises(LorsError, match="common_voice:x: expected a split of the corpus, got none"):
+        load_corpus("common_voice:x", languages="ca", split=None)
     shortest = min(duration(u.audio) for u in catalan)
     assert len(load_corpus(catalan, languages="ca", split="test", max_seconds=shortest)) == 1
     for options, said in [

@@ -20,7 +20,7 @@ from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
 from lors.speech.report import print_tables
-from lors.speech.stages import Stage, run_stages
+from lors.speech.stages import Stage, locked, run_stages
 from lors.speech.whisper import SHIPPED
 
 
@@ -224,3 +224,15 @@ def test_stages_alone(tmp_path: Path) -> None:
     for _ in range(2):
         run_experiment(config, tmp_path / "x", stage="test-base", report=said.append)
     assert said[0].startswith("test-base: ") and said[1].startswith("stage test-base was already done")
+
+
+def test_two_runs_in_one_directory(finished: Path) -> None:
+    with (
+        locked(finished / ".lock", ""),
+        pytest.raises(LorsError, match=f"{finished.name}: another experiment is running here"),
+    ):
+        run_experiment(cut_config(), finished)
+    with locked(finished / ".lock", "", shared=True):  # as a stage alone does
+        run_experiment(cut_config(), finished, stage="test-base", report=lambda line: None)
+        with pytest.raises(LorsError, match="another experiment is running here"):
+            run_experiment(cut_config(), finished)

@@ -173,8 +173,6 @@ def evaluate(
     from .languages import parse_languages
 
     # All that can be wrong is looked at before hours of decoding.
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
     wanted, chosen = parse_languages(languages), parse_tasks(tasks)
     pair = None if compare is None else _pair(compare, model_names(models))
     if out is not None:
@@ -212,8 +210,15 @@ def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tup
               f"[{interval.low:+.2f}, {interval.high:+.2f}] (95 %, paired bootstrap)")  # fmt: skip
 
 
+# task -> what the table shows: the score of each language, and means over the languages
+_SHOWN = {
+    "transcribe": ("WER %", {"wer": "mean", "wer_raw": "raw WER", "cer": "CER"}),
+    "translate": ("BLEU", {"bleu": "mean", "chrf": "chrF++", "wer": "WER"}),
+}
+
+
 def show_evaluation(evaluation: Evaluation) -> None:
-    """One table per task: models down, languages across."""
+    """One table per task: models down; languages, and the means of all metrics over them, across."""
     from rich.table import Table
 
     from .report import wide_console
@@ -221,14 +226,18 @@ def show_evaluation(evaluation: Evaluation) -> None:
     console = wide_console()
     for task in dict.fromkeys(r.task for r in evaluation.results):
         rows = [r for r in evaluation.results if r.task == task]
-        metric = "WER %" if task == "transcribe" else "BLEU"
-        languages = list(dict.fromkeys(r.language for r in rows))
-        table = Table(f"{task}: {metric}", *languages, "mean", box=None)
+        title, metrics = _SHOWN[task]
+        main = next(iter(metrics))
+        units = {
+            r.language: f"{r.language} (CER)" if r.score.unit == "CER" and main == "wer" else r.language for r in rows
+        }
+        table = Table(f"{task}: {title}", *units.values(), *metrics.values(), box=None)
         for column in table.columns[1:]:
             column.justify = "right"
         for model in dict.fromkeys(r.model for r in rows):
-            values = [r.score.wer if task == "transcribe" else r.score.bleu or 0.0 for r in rows if r.model == model]
-            table.add_row(model, *(f"{value:.2f}" for value in (*values, sum(values) / len(values))))
+            scores = [r.score for r in rows if r.model == model]
+            means = [sum(getattr(s, name) for s in scores) / len(scores) for name in metrics]
+            table.add_row(model, *(f"{value:.2f}" for value in (*(getattr(s, main) for s in scores), *means)))
         console.print(table)
         dropped = sum(r.score.dropped for r in rows)
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)

@@ -68,7 +68,7 @@ def load_corpus(
     source: str | Path | Corpus,
     *,
     languages: str | Iterable[str],
-    split: str = "train",
+    split: str | None = "train",
     limit: int | None = None,
     max_seconds: float | None = None,
 ) -> Corpus:
@@ -77,10 +77,10 @@ def load_corpus(
     `source` is a manifest (``.tsv``, ``.jsonl``; a directory with ``manifest.tsv``), or a kind and a place:
     ``covost2:DIR`` (``DIR`` holds Common Voice's ``<code>/clips`` and CoVoST's ``covost_v2.<code>_en.<split>.tsv``, or
     ``covost_v2.<code>_en.tsv`` with ``validated.tsv``), ``common_voice:DIR``, ``fleurs:DIR`` (Parquet) or ``fleurs:``
-    for the hub; or utterances loaded before, which are chosen from in the same way (those without a split belong to
-    all). LorsError when a file, a column or a language is missing, an id comes twice, or nothing is left.
+    for the hub; or utterances loaded before, which are chosen from in the same way. An utterance without a split
+    belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column or a language is missing, an id comes twice, or nothing is left.
     """
-    name = "corpus" if isinstance(source, list) else str(source)
+    name, of = "corpus" if isinstance(source, list) else str(source), f" in split {split!r}" if split else ""
     if limit is not None and limit < 1:
         raise LorsError(f"{name}: expected a limit of at least 1, got {limit}")
     corpus: Corpus = []
@@ -88,13 +88,13 @@ def load_corpus(
         chosen = list(_cut(utterances, limit, max_seconds))
         if not chosen:
             within = "" if max_seconds is None else f" of at most {max_seconds:g} s"
-            raise LorsError(f"{name}: expected utterances of {language!r} in split {split!r}{within}, got none")
+            raise LorsError(f"{name}: expected utterances of {language!r}{of}{within}, got none")
         corpus += chosen
     return _unique(corpus, name)
 
 
 def _by_language(
-    source: str | Path | Corpus, wanted: tuple[str, ...], split: str
+    source: str | Path | Corpus, wanted: tuple[str, ...], split: str | None
 ) -> Iterator[tuple[str, Iterable[Utterance]]]:
     """(language, its utterances of the split) for each of `wanted`."""
     if isinstance(source, list):
@@ -103,17 +103,19 @@ def _by_language(
         name = str(source)
         kind, _, place = name.partition(":")
         if kind in _LOADERS:
+            if split is None:
+                raise LorsError(f"{name}: expected a split of the corpus, got none")
             yield from ((language, _LOADERS[kind](place, language, split)) for language in wanted)
             return
         everything = list(_manifest(Path(source)))
-    here = [utterance for utterance in everything if utterance.split in (None, split)]
-    spoken = dict.fromkeys(u.language for u in here)
+    here = [utterance for utterance in everything if split is None or utterance.split in (None, split)]
+    spoken, of = dict.fromkeys(u.language for u in here), f" in split {split!r}" if split else ""
     if not here:
         splits = ", ".join(dict.fromkeys(str(u.split) for u in everything)) or "nothing"
-        raise LorsError(f"{name}: expected utterances in split {split!r}, got {splits}")
+        raise LorsError(f"{name}: expected utterances{of}, got {splits}")
     for language in wanted:
         if language not in spoken:
-            raise LorsError(f"{name}: no {language!r} in split {split!r}{nearest(language, spoken)}")
+            raise LorsError(f"{name}: no {language!r}{of}{nearest(language, spoken)}")
         yield language, (utterance for utterance in here if utterance.language == language)
 
 

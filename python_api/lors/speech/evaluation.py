@@ -16,7 +16,7 @@ from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
 from .languages import parse_languages
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
-from .whisper import load_model, load_processor, quiet, require_languages
+from .whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,21 +116,25 @@ def evaluate(
 ) -> Evaluation:
     """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
 
-    `data` as for `load_corpus`, like `split`, `limit` (utterances per language) and `max_seconds`; `languages` and
-    `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams, without timestamps,
-    `batch_size` utterances at a time; neither that nor `cache`, a directory that keeps features, changes a word in
-    float32. Models are called by the name of their directory, or their path where two names agree. `progress` is
-    called with the number of utterances as they are done.
+    `data` as for `load_corpus`, like `split` (of a corpus loaded before: all), `limit` (utterances per language) and
+    `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams,
+    without timestamps, `batch_size` utterances at a time in `dtype` (float32, float16, bfloat16); neither `batch_size`
+    nor `cache`, a directory that keeps features, changes a word in float32. Models are called by the name of their
+    directory, or their path where two names agree. `progress` is called with the number of utterances as they are done.
 
     LorsError, before any decoding, for a model, language, task or device that is not there; a recording that cannot be
     read is met when its turn comes.
     """
     quiet()
+    if dtype not in DTYPES:
+        raise LorsError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    torch_device(device)
     sources = [models] if isinstance(models, (str, Path)) else list(models)
     names, wanted, chosen = model_names(sources), parse_languages(languages), parse_tasks(tasks)
     for source in sources:
         require_languages(source, wanted)  # the last model's mistakes before the first one's hours
-    corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
+    chosen_split = None if isinstance(data, list) else split
+    corpus = load_corpus(data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds)
     parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
     for name, source in zip(names, sources, strict=True):

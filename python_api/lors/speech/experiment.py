@@ -21,7 +21,7 @@ from ..output import writing
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .domain import SPLITS
-from .stages import Stage, exclusive, run_stage, run_stages
+from .stages import Stage, locked, run_stage, run_stages
 from .whisper import quiet, resolve_model
 
 __all__ = ["build_stages", "run_experiment"]
@@ -49,7 +49,8 @@ def run_experiment(
     settings = config if isinstance(config, Config) else load_config(config)
     root = Path(out)
     stages = build_stages(settings)
-    with exclusive(root):
+    # One run at a time in a directory; stages alone beside each other.
+    with locked(root / ".lock", "another experiment is running here", shared=stage is not None):
         if stage is not None:
             quiet()
             run_stage(stages, stage, root, report)

@@ -28,7 +28,7 @@ from ..errors import LorsError
 from ..messages import nearest
 from ..output import writing
 
-__all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
+__all__ = ["Stage", "locked", "run_stage", "run_stages"]
 
 _PRELOAD = [
     "torch",
@@ -79,16 +79,16 @@ class Stage:
 
 
 @contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """One run at a time in a directory; the lock dies with the process."""
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        stream = (root / ".lock").open("w")
+def locked(path: Path, said: str, *, shared: bool = False) -> Iterator[None]:
+    """Holds the file's lock, alone or with other `shared` ones; it dies with the process. LorsError `said` if taken."""
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LorsError(f"{root}: another experiment is running here") from None
+            raise LorsError(f"{path.parent}: {said}") from None
         yield
 
 
@@ -105,7 +105,7 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[
         report(f"stage {name} was already done: {stage.directory(root)}")
         return
     began = time.monotonic()
-    with writing(root):
+    with locked(root / f".{name}.lock", f"stage {name} is running here already"), writing(root):
         stage.run(root)
     report(f"{name}: {time.monotonic() - began:.0f} s -> {stage.directory(root)}")
 

@@ -130,7 +130,7 @@ def _full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        if shutil.disk_usage(path).free > _FULL_DISK:
+        if "No space left" not in str(error) and shutil.disk_usage(path).free > _FULL_DISK:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 

@@ -16,12 +16,15 @@ from ..messages import first_line, nearest
 from ..remote import is_url
 
 __all__ = [
-    "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",
+    "DTYPES", "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",
     "torch_device",
 ]  # fmt: skip
 
 # Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
 SHIPPED = {"tiny": Path(__file__).parent / "bases" / "final", "tiny-early": Path(__file__).parent / "bases" / "early"}
+
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def resolve_model(source: str | Path) -> str:
