@@ -20,7 +20,7 @@ from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
 from lors.speech.report import print_tables
-from lors.speech.stages import Stage, locked, run_stages
+from lors.speech.stages import Stage, exclusive, run_stages
 from lors.speech.whisper import SHIPPED
 
 
@@ -198,9 +198,15 @@ def test_configuration_that_is_not_there() -> None:
 
 
 def test_failing_stage_is_one_line_and_names_the_stage(tmp_path: Path) -> None:
-    config = cut_config().model_copy(update={"languages": ("ca", "es", "fi")})
-    with pytest.raises(LorsError, match=r"stage test-base: .*no 'fi' in split 'test'.*run the same command again"):
+    config = cut_config().model_copy(update={"languages": ("ca", "es", "en")})
+    with pytest.raises(LorsError, match=r"stage test-base: .*no 'en' in split 'test'.*run the same command again"):
         run_experiment(config, tmp_path / "x", jobs=1, report=lambda line: None)
+
+
+def test_languages_that_the_base_lacks(tmp_path: Path) -> None:
+    with pytest.raises(LorsError, match="tiny: the model has no language 'fi'"):
+        run_experiment(cut_config().model_copy(update={"languages": ("ca", "es", "fi")}), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_stage_that_is_killed_says_so(tmp_path: Path) -> None:
@@ -228,11 +234,11 @@ def test_stages_alone(tmp_path: Path) -> None:
 
 def test_two_runs_in_one_directory(finished: Path) -> None:
     with (
-        locked(finished / ".lock", ""),
+        exclusive(finished),
         pytest.raises(LorsError, match=f"{finished.name}: another experiment is running here"),
     ):
         run_experiment(cut_config(), finished)
-    with locked(finished / ".lock", "", shared=True):  # as a stage alone does
+    with exclusive(finished, shared=True):  # as a stage alone does
         run_experiment(cut_config(), finished, stage="test-base", report=lambda line: None)
         with pytest.raises(LorsError, match="another experiment is running here"):
             run_experiment(cut_config(), finished)

@@ -106,7 +106,9 @@ def finetune(
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep features in this directory; Parquet is slow to train on without.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -21,8 +21,8 @@ from ..output import writing
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .domain import SPLITS
-from .stages import Stage, locked, run_stage, run_stages
-from .whisper import quiet, resolve_model
+from .stages import Stage, exclusive, run_stage, run_stages
+from .whisper import quiet, require_languages, resolve_model
 
 __all__ = ["build_stages", "run_experiment"]
 
@@ -49,8 +49,8 @@ def run_experiment(
     settings = config if isinstance(config, Config) else load_config(config)
     root = Path(out)
     stages = build_stages(settings)
-    # One run at a time in a directory; stages alone beside each other.
-    with locked(root / ".lock", "another experiment is running here", shared=stage is not None):
+    require_languages(settings.base, settings.languages)
+    with exclusive(root, shared=stage is not None):  # stages alone may run beside each other
         if stage is not None:
             quiet()
             run_stage(stages, stage, root, report)

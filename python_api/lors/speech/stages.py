@@ -28,7 +28,7 @@ from ..errors import LorsError
 from ..messages import nearest
 from ..output import writing
 
-__all__ = ["Stage", "locked", "run_stage", "run_stages"]
+__all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
 _PRELOAD = [
     "torch",
@@ -79,8 +79,14 @@ class Stage:
 
 
 @contextmanager
-def locked(path: Path, said: str, *, shared: bool = False) -> Iterator[None]:
-    """Holds the file's lock, alone or with other `shared` ones; it dies with the process. LorsError `said` if taken."""
+def exclusive(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """One run at a time in a directory, or any number of `shared` ones; the lock dies with the process."""
+    with _locked(root / ".lock", "another experiment is running here", shared):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, said: str, shared: bool = False) -> Iterator[None]:
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("w")
@@ -105,7 +111,7 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[
         report(f"stage {name} was already done: {stage.directory(root)}")
         return
     began = time.monotonic()
-    with locked(root / f".{name}.lock", f"stage {name} is running here already"), writing(root):
+    with _locked(root / f".{name}.lock", f"stage {name} is running here already"), writing(root):
         stage.run(root)
     report(f"{name}: {time.monotonic() - began:.0f} s -> {stage.directory(root)}")
 

@@ -200,6 +200,7 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
+        log_level_replica="error",  # of other processes: what the first one says is enough
         logging_steps=_LOG_STEPS,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -144,8 +144,8 @@ def finetune(
     if training.eval_steps is not None:
         source = data if dev is None else dev
         held_out = load_corpus(source, languages=wanted, split="dev", max_seconds=max_seconds)
-    out = Path(out).absolute()
-    scratch = out.with_name(f"{out.name}.checkpoints")
+    out = Path(out)
+    scratch = out.absolute().with_name(f"{out.name}.checkpoints")  # checkpoints hold the path of the best one
     groups = [(language,) for language in wanted] if sequential else [wanted]
     records, start = [], str(model)
     with _output(out, force, model) as output, writing(scratch):
