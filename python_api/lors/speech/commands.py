@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LorsError
-from .progress import bar
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -44,11 +43,10 @@ def synth(
         raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
-    with bar("speaking", len(codes) * sum(sizes.values())) as progress:
-        manifest = synthesise(
-            out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format,
-            workers=workers, progress=progress,
-        )  # fmt: skip
+    manifest = synthesise(
+        out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format, workers=workers,
+        progress=True,
+    )  # fmt: skip
     print(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
 
 
@@ -179,11 +177,10 @@ def evaluate(
     pair = None if compare is None else _pair(compare, model_names(models))
     if out is not None:
         make_room(out)
-    with bar("decoding", None) as progress:
-        evaluation = run(
-            models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
-            batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=progress,
-        )  # fmt: skip
+    evaluation = run(
+        models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
+        batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=True,
+    )  # fmt: skip
     if out is not None:
         evaluation.write(out)
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
 from .languages import parse_languages
+from .progress import bar
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
 from .whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 
@@ -112,7 +114,7 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
 
@@ -120,7 +122,7 @@ def evaluate(
     `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams,
     without timestamps, `batch_size` utterances at a time in `dtype` (float32, float16, bfloat16); neither `batch_size`
     nor `cache`, a directory that keeps features, changes a word in float32. Models are called by the name of their
-    directory, or their path where two names agree. `progress` is called with the number of utterances as they are done.
+    directory, or their path where two names agree. `progress`: a bar on stderr where that is a terminal.
 
     LorsError, before any decoding, for a model, language, task or device that is not there; a recording that cannot be
     read is met when its turn comes.
@@ -137,12 +139,12 @@ def evaluate(
     corpus = load_corpus(data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds)
     parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
-    for name, source in zip(names, sources, strict=True):
-        processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
-        for (task, _), part in parts.items():
-            results.append(result(name, model, processor, part, task, batch_size, beams, cache))
-            if progress is not None:
-                progress(len(part))
+    total = len(sources) * sum(len(part) for part in parts.values())
+    with bar("decoding", total) if progress else nullcontext() as advance:
+        for name, source in zip(names, sources, strict=True):
+            processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
+            for (task, _), part in parts.items():
+                results.append(result(name, model, processor, part, task, batch_size, beams, cache, advance))
     return Evaluation(tuple(results))
 
 
@@ -165,7 +167,15 @@ def model_names(sources: Sequence[str | Path]) -> list[str]:
 
 
 def result(
-    name: str, model: Any, processor: Any, part: Corpus, task: str, batch_size: int, beams: int, cache: Path | None
+    name: str,
+    model: Any,
+    processor: Any,
+    part: Corpus,
+    task: str,
+    batch_size: int,
+    beams: int,
+    cache: Path | None,
+    advance: Callable[[int], None] | None = None,
 ) -> Result:
     """Decodes and scores utterances of one language (`part`) for one task."""
     language = part[0].language
@@ -175,7 +185,9 @@ def result(
         chunk = part[start : start + step]
         mel = features(chunk, processor.feature_extractor, cache)
         began = time.perf_counter()
-        hypotheses += transcribe(model, processor, mel, language, task, batch_size=batch_size, beams=beams)
+        hypotheses += transcribe(
+            model, processor, mel, language, task, batch_size=batch_size, beams=beams, advance=advance
+        )
         seconds += time.perf_counter() - began
     references = [u.reference(task) or "" for u in part]
     target = language if task == "transcribe" else "en"
@@ -197,8 +209,9 @@ def transcribe(
     *,
     batch_size: int = 64,
     beams: int = 1,
+    advance: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """mel [n, bins, frames] -> n texts."""
+    """mel [n, bins, frames] -> n texts; `advance` is told the size of each batch that is done."""
     import torch
 
     texts: list[str] = []
@@ -213,6 +226,8 @@ def transcribe(
                 num_beams=beams,
             )
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
+            if advance is not None:
+                advance(len(batch))
     return [text.strip() for text in texts]
 
 

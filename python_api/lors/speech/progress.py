@@ -10,7 +10,7 @@ __all__ = ["bar"]
 
 
 @contextmanager
-def bar(label: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
+def bar(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
     """On a terminal a progress bar, moved on by what is yielded; None elsewhere."""
     if not sys.stderr.isatty():
         yield None

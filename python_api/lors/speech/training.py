@@ -25,7 +25,7 @@ from .languages import parse_languages
 from .whisper import local_model, quiet, require_languages, torch_device
 
 if TYPE_CHECKING:
-    from .trainer import Record
+    from .trainer import Job, Record
 
 __all__ = ["TRAIN", "Trained", "Training", "finetune", "first_process", "write_json"]
 
@@ -133,7 +133,7 @@ def finetune(
     LorsError, before any training, for a model, corpus, language, task or device that is not there, an `out` that is
     (unless `force`), checkpoints of another run; and for a disk that is full.
     """
-    from .trainer import Job, Record
+    from .trainer import Job
 
     quiet()
     training, wanted, chosen = training or Training(), parse_languages(languages), parse_tasks(tasks)
@@ -152,18 +152,12 @@ def finetune(
         _claim(scratch, _identity(model, corpus, held_out, wanted, chosen, training, sequential))
         for number, group in enumerate(groups):
             place = scratch / f"{number}-{'-'.join(group)}"
-            done = place / "final" / "record.json"
-            if done.exists():
-                records.append(Record(**json.loads(done.read_text("utf-8"))))
-            else:
-                last = number == len(groups) - 1
-                spoken, heard = ([u for u in side if u.language in group] for side in (corpus, held_out))
-                target = output.path if last else done.parent
-                job = Job(start, place, target, spoken, heard, chosen, training, cache, progress and first_process())
-                records.append(job.run())
-                if not last and first_process():
-                    write_json(done, asdict(records[-1]))
-            start = str(done.parent)
+            final = place / "final"
+            spoken, heard = ([u for u in side if u.language in group] for side in (corpus, held_out))
+            target = output.path if group is groups[-1] else final
+            job = Job(start, place, target, spoken, heard, chosen, training, cache, progress and first_process())
+            records.append(_once(job, final / "record.json"))
+            start = str(final)
         result = _summary(out, wanted, chosen, records)
         if isinstance(output, OutputDirectory):
             record = {**asdict(result), "path": out.name, "model": str(model), "training": asdict(training)}
@@ -240,6 +234,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     temporary.replace(path)
+
+
+def _once(job: Job, done: Path) -> Record:
+    """Runs the job, unless `done` holds its record; a job that writes elsewhere, the last one, leaves none."""
+    from .trainer import Record
+
+    if done.exists():
+        return Record(**json.loads(done.read_text("utf-8")))
+    record = job.run()
+    if done.parent == job.target and first_process():
+        write_json(done, asdict(record))
+    return record
 
 
 def _summary(out: Path, languages: tuple[str, ...], tasks: tuple[str, ...], records: list[Record]) -> Trained:
