@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.layers import decomposed
 from lors.speech import Trained, Training, compare, evaluate, finetune, trainer
+from lors.speech.audio import AudioFile
 from lors.speech.corpus import Corpus
 from lors.speech.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
 
@@ -359,6 +361,24 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, recordings: Path) -> None:
     with pytest.raises(LorsError, match="org/absent: not a file or directory here, not in the hub cache, and the hub"):
         finetune("org/absent", tmp_path / "x", data=recordings, languages="ca")
     assert not list(tmp_path.iterdir())  # no checkpoints' directory of a run that never was
+
+
+def test_recordings_that_cannot_be_trained_on(tmp_path: Path, catalan: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the first step, wherever they stand in the corpus."""
+    monkeypatch.setattr(trainer.Job, "_train", None)
+    soundfile.write(tmp_path / "long.wav", np.zeros(40000, np.float32), 16000)
+    soundfile.write(tmp_path / "fits.wav", np.zeros(96001, np.float32), 48000)  # 32,000 samples at 16 kHz
+    (tmp_path / "text.wav").write_text("no audio")
+    fits = AudioFile(tmp_path / "fits.wav")
+    for name, said in [
+        ("long.wav", r"long\.wav: expected at most 2 s, the model's window, got 2\.5 s"),
+        ("absent.wav", r"cannot read audio .*absent\.wav: no such file"),
+        ("text.wav", r"cannot read audio .*text\.wav: expected WAV, FLAC"),
+    ]:
+        audio = [fits] * (len(catalan) - 1) + [AudioFile(tmp_path / name)]
+        data = [replace(u, split="train", audio=a) for u, a in zip(catalan, audio, strict=True)]
+        with pytest.raises(LorsError, match=said):
+            finetune("tiny", tmp_path / "x", data=data, languages="ca", training=SHORT)
 
 
 def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) -> None:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
 from ..output import writing
-from .audio import SAMPLE_RATE, read_audio
+from .audio import SAMPLE_RATE, duration, read_audio
 from .corpus import Utterance
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["features", "log_mel"]
+__all__ = ["features", "log_mel", "require_windows"]
 
 _BATCH = 64
+_ROUNDING = 0.5 / SAMPLE_RATE  # seconds; a header counts in samples of another rate
 
 
 def log_mel(utterances: Sequence[Utterance], extractor: Any) -> NDArray[np.float16]:
@@ -34,14 +35,25 @@ def log_mel(utterances: Sequence[Utterance], extractor: Any) -> NDArray[np.float
     samples = []
     for utterance in utterances:
         audio = read_audio(utterance.audio)
-        if len(audio) > extractor.n_samples:
-            raise LorsError(
-                f"{utterance.audio.name}: expected at most {extractor.n_samples / SAMPLE_RATE:g} s, "
-                f"the model's window, got {len(audio) / SAMPLE_RATE:.1f} s (--max-seconds drops longer ones)"
-            )
+        _require_window(utterance, len(audio) / SAMPLE_RATE, extractor)
         samples.append(audio)
     mel = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="np")["input_features"]
     return mel.astype(np.float16)  # type: ignore[no-any-return]
+
+
+def require_windows(utterances: Sequence[Utterance], extractor: Any) -> None:
+    """LorsError for the first recording that is not there or longer than the model's window, by its header."""
+    for utterance in utterances:
+        _require_window(utterance, duration(utterance.audio), extractor)
+
+
+def _require_window(utterance: Utterance, seconds: float, extractor: Any) -> None:
+    window = extractor.n_samples / SAMPLE_RATE
+    if seconds > window + _ROUNDING:
+        raise LorsError(
+            f"{utterance.audio.name}: expected at most {window:g} s, the model's window, got {seconds:.1f} s "
+            "(--max-seconds drops longer ones)"
+        )
 
 
 def features(utterances: Sequence[Utterance], extractor: Any, cache: Path | None = None) -> NDArray[np.float16]:

@@ -30,7 +30,7 @@ from ..layers import decomposed
 from .audio import require
 from .corpus import Corpus, by_task
 from .evaluation import transcribe
-from .features import features, log_mel
+from .features import features, log_mel, require_windows
 from .progress import bar
 from .scoring import score
 from .tokens import labels
@@ -301,8 +301,11 @@ class _Dataset:
                     rows.append((row, ids))
         if not rows:
             raise LorsError(f"finetune: expected utterances with a reference for {', '.join(tasks)}, got none")
-        mel = features(corpus, processor.feature_extractor, cache) if cache is not None else None
-        return cls(corpus, rows, mel, processor.feature_extractor, skipped)
+        extractor = processor.feature_extractor
+        if cache is not None:
+            return cls(corpus, rows, features(corpus, extractor, cache), extractor, skipped)
+        require_windows(corpus, extractor)  # now, and not after hours when the turn of a recording comes
+        return cls(corpus, rows, None, extractor, skipped)
 
     def __len__(self) -> int:
         return len(self.rows)
