@@ -209,6 +209,16 @@ def test_languages_that_the_base_lacks(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(LorsError, match="^device: 'cuda' was asked for, and PyTorch"):
+        run_experiment(cut_config().model_copy(update={"device": "cuda"}), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_stage_that_is_killed_says_so(tmp_path: Path) -> None:
     with pytest.raises(LorsError, match=r"stage x: killed by SIGKILL, as systems do .*; run the same command again"):
         run_stages([Stage("x", dies, {})], tmp_path, 1, lambda line: None)

@@ -22,7 +22,7 @@ from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .domain import SPLITS
 from .stages import Stage, exclusive, run_stage, run_stages
-from .whisper import quiet, require_languages, resolve_model
+from .whisper import quiet, require_languages, resolve_model, torch_device
 
 __all__ = ["build_stages", "run_experiment"]
 
@@ -50,6 +50,8 @@ def run_experiment(
     root = Path(out)
     stages = build_stages(settings)
     require_languages(settings.base, settings.languages)
+    if ray is None and settings.device != "cpu":
+        torch_device(settings.device)
     with exclusive(root, shared=stage is not None):  # stages alone may run beside each other
         if stage is not None:
             quiet()
