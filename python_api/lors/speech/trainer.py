@@ -245,7 +245,7 @@ def _last_checkpoint(scratch: Path, max_steps: int) -> _Checkpoint | None:
         except (OSError, ValueError):
             continue
         best = scratch / Path(state["best_model_checkpoint"] or path).name
-        if state["best_model_checkpoint"]:
+        if state["best_model_checkpoint"] not in (None, str(best)):
             # In a directory that was moved the trainer would give up the best weights without a word.
             write_json(file, {**state, "best_model_checkpoint": str(best)})
         stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]

@@ -231,7 +231,7 @@ def _claim(scratch: Path, identity: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes the file, which is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes of a distributed run may write it too
     temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     temporary.replace(path)
 
