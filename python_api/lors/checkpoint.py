@@ -27,7 +27,7 @@ from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
 from .remote import fetch, is_url
 
-__all__ = ["Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
+__all__ = ["HUB_ID", "Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
 
 # What a merged model needs beside its weights, as transformers names the files.
 SIDECARS = (
@@ -39,7 +39,7 @@ SIDECARS = (
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMPARE_ELEMENTS = 1 << 20
 
 
@@ -246,7 +246,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
         if path.exists():
             directory = path.parent if (path.parent / "config.json").is_file() else None
             return Checkpoint(name or _file_label(path), path, [path], directory=directory)
-        if isinstance(source, str) and (hub := _HUB_ID.fullmatch(text)):
+        if isinstance(source, str) and (hub := HUB_ID.fullmatch(text)):
             snapshot = _download(hub["repo"], hub["revision"])
             return _open_directory(snapshot, name or text, hub["repo"])
     except OSError as error:  # a directory that may not be entered, a name that is too long ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["nearest", "shown"]
+__all__ = ["first_line", "nearest", "shown"]
 
 
 def shown(value: object) -> str:
@@ -29,3 +29,8 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the lines of advice that follow; its type when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

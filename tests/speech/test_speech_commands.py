@@ -92,8 +92,14 @@ def test_help_tells_every_default(command: str) -> None:
     [
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca"), "cannot read x.tsv"),
         (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--tasks", "sing"), "task: expected transcribe"),
-        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--dtype", "int8"), "--dtype: expected float32"),
-        (("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--device", "tpux"), "cannot read x.tsv|device"),
+        (
+            ("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--dtype", "int8"),
+            "dtype: expected float32, float16, bfloat16, got 'int8'",
+        ),
+        (
+            ("evaluate", "tiny", "--data", "x.tsv", "--languages", "ca", "--device", "tpux"),
+            "device: expected cpu or cuda, got 'tpux'",
+        ),
         (
             ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny"),
             "expected A,B of the models tiny",

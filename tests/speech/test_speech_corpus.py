@@ -72,11 +72,20 @@ def test_a_part_of_a_file(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.arange(16000, dtype=np.int16), 16000)
     part = read_audio(AudioFile(tmp_path / "a.wav", start=0.25, seconds=0.5)) * 32768
     assert part.tolist() == list(range(4000, 12000))
+    with pytest.raises(LorsError, match=r"expected a whole recording, got 0\.50 s of 1\.00 s"):
+        read_audio(AudioFile(tmp_path / "a.wav", start=0.5, seconds=1.0))
+    with pytest.raises(LorsError, match="length 0"):
+        read_audio(AudioFile(tmp_path / "a.wav", start=2, seconds=1.0))
 
 
 def test_unusable_audio(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.mp3").write_text("not audio at all")
+    for name in ("cut.mp3", "cut.flac", "cut.ogg"):
+        soundfile.write(tmp_path / name, _tone(3.0), 16000)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+    soundfile.write(tmp_path / "short.wav", _tone(3 / 48000, 48000)[:1], 48000)
     soundfile.write(tmp_path / "zero.wav", np.zeros(0, np.float32), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, np.float32), 16000, subtype="FLOAT")
     for name, said in [
@@ -85,6 +94,10 @@ def test_unusable_audio(tmp_path: Path) -> None:
         ("empty.wav", "expected WAV, FLAC, MP3, Ogg or Opus"),
         ("text.mp3", "expected WAV, FLAC, MP3, Ogg or Opus"),
         ("zero.wav", "expected samples, got a file of length 0"),
+        ("short.wav", "expected samples, got a file of length 0"),
+        ("cut.mp3", r"expected a whole recording, got 1\.\d\d s of 3\.00 s"),
+        ("cut.flac", "expected WAV, FLAC, MP3, Ogg or Opus"),
+        ("cut.ogg", "expected WAV, FLAC, MP3, Ogg or Opus"),
         ("nan.wav", "expected finite samples"),
     ]:
         with pytest.raises(LorsError, match=said) as error:
@@ -113,6 +126,7 @@ def test_jsonl_manifest(tmp_path: Path) -> None:
     lines = [{"audio": f"{i}.wav", "sentence": str(i), "language": "sv-SE"} for i in range(3)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv", limit=2)] == ["0.wav", "1.wav"]
+    assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv")] == ["0.wav", "1.wav", "2.wav"]
     (tmp_path / "n.jsonl").write_text('{"audio": "a.wav", "text": null, "translation": null, "language": "sv"}')
     utterance = load_corpus(tmp_path / "n.jsonl", languages="sv")[0]
     assert utterance.text == "" and utterance.translation is None  # null is not the word "None"
@@ -133,17 +147,30 @@ def test_length_filter(tmp_path: Path) -> None:
         (["id|audio|text|language", "a|a.wav|x|ca", "a|b.wav|y|ca"], "expected ids that differ, got 'a' twice"),
         (["id|audio|text|language", "a|a.wav|x"], "m.tsv:2: expected 4 columns"),
         (["id|audio|text|language", "a|a.wav|x|ca|de"], "m.tsv:2: expected 4 columns"),
+        (["id|audio|text|language", "", "a|a.wav|x"], "m.tsv:3: expected 4 columns"),
+        (["id|audio|text|text|language", "a|a.wav|x|y|ca"], "expected columns of different names, got 'id', 'audio'"),
+        (
+            ["id,audio,text,language", "a,a.wav,x,ca"],
+            "expected a column 'language' between tabs, got 'id,audio,text,la",
+        ),
+        (["id|audio|text|language", f"a|a.wav|{'x' * 200_000}|ca"], "m.tsv:1: expected a row of a table: field larger"),
         (["id|audio|text|language", "a|a.wav|x|da"], "no 'ca' in split 'train', did you mean 'da'|no 'ca'"),
-        (["id|audio|text|language", "a||x|ca"], "row 1: expected the path of a recording, got ''"),
+        (["id|audio|text|language", "a|a.wav|x| "], "m.tsv:2: expected a language, got ' '"),
+        (["id|audio|text|language|split", "a|a.wav|x|ca|test"], "expected utterances in split 'train', got test"),
+        (["id|audio|text|language"], "expected utterances in split 'train', got nothing"),
+        (["id|audio|text|language", "a||x|ca"], "m.tsv:2: expected the path of a recording, got ''"),
         (
             ["id|audio|text|language|seconds", "a|a.wav|x|ca|long"],
-            "row 1: expected start and seconds, got None and 'long'",
+            "m.tsv:2: expected start and seconds, got None and 'long'",
         ),
         (
             ["id|audio|text|language|seconds", "a|a.wav|x|ca|nan"],
-            "row 1: expected start and seconds, got None and 'nan'",
+            "m.tsv:2: expected start and seconds, got None and 'nan'",
         ),
-        (["id|audio|text|language|seconds", "a|a.wav|x|ca|-1"], "row 1: expected start and seconds, got None and '-1'"),
+        (
+            ["id|audio|text|language|seconds", "a|a.wav|x|ca|-1"],
+            "m.tsv:2: expected start and seconds, got None and '-1'",
+        ),
         (["id|audio|text|language|start|seconds", "a|a.wav|x|ca|-1|1"], "expected start and seconds, got '-1' and '1'"),
     ],
 )
@@ -152,12 +179,50 @@ def test_wrong_manifests(tmp_path: Path, rows: list[str], said: str) -> None:
         load_corpus(_tsv(tmp_path / "m.tsv", *rows), languages="ca")
 
 
+def test_manifests_of_other_systems(tmp_path: Path) -> None:
+    """With a byte order mark, Windows line ends, blank lines, spaces about a code, ids that are numbers."""
+    table = '\ufeffid\taudio\ttext\tlanguage\r\n\r\na\ta.wav\tuna «cita"\t CA \r\n'
+    (tmp_path / "m.tsv").write_text(table, "utf-8", newline="")
+    rows = '\ufeff{"id": 0, "audio": "a.wav", "text": "x", "language": "ca"}\r\n\r\n'
+    (tmp_path / "m.jsonl").write_text(rows, "utf-8", newline="")
+    assert [(u.id, u.text) for u in load_corpus(tmp_path / "m.tsv", languages="ca")] == [("a", 'una «cita"')]
+    assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="ca")] == ["0"]
+
+
+def test_choosing_from_a_loaded_corpus(catalan: Corpus) -> None:
+    assert load_corpus(catalan, languages="ca", split="test", limit=3) == catalan[:3]
+    assert load_corpus(catalan, languages="ca", split=None) == catalan
+    with pytest.raises(LorsError, match="common_voice:x: expected a split of the corpus, got none"):
+        load_corpus("common_voice:x", languages="ca", split=None)
+    shortest = min(duration(u.audio) for u in catalan)
+    assert len(load_corpus(catalan, languages="ca", split="test", max_seconds=shortest)) == 1
+    for options, said in [
+        ({"languages": "ca", "split": "train"}, "corpus: expected utterances in split 'train', got test"),
+        ({"languages": "ca,de", "split": "test"}, "corpus: no 'de' in split 'test'"),
+        ({"languages": "ca", "split": "test", "limit": 0}, "corpus: expected a limit of at least 1, got 0"),
+        ({"languages": "ca", "split": "test", "max_seconds": 0.1}, "'ca' in split 'test' of at most 0.1 s, got none"),
+    ]:
+        with pytest.raises(LorsError, match=said):
+            load_corpus(catalan, **options)  # type: ignore[arg-type]
+    with pytest.raises(LorsError, match="expected ids that differ"):
+        load_corpus(catalan + catalan[:1], languages="ca", split="test")
+
+
 def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "latin.tsv").write_bytes("audio\ttext\tlanguage\na.wav\tñ\tca\n".encode("latin-1"))
-    (tmp_path / "broken.jsonl").write_text('{"audio": \n')
+    good = '{"audio": "a.wav", "text": "x", "language": "ca"}\n'
+    (tmp_path / "broken.jsonl").write_text(good + '{"audio": \n')
+    (tmp_path / "latin.jsonl").write_bytes(good.replace('"x"', '"ñ"').encode("latin-1"))
+    (tmp_path / "nan.jsonl").write_text(good.replace('"x"', "NaN"))  # how pandas writes a text that is missing
+    (tmp_path / "half.jsonl").write_text(good.replace('"x"', r'"\ud800"'))
+    (tmp_path / "list.jsonl").write_text("[1]")
     for name, said in [
         ("latin.tsv", "expected UTF-8 text, got byte 0xf1"),
-        ("broken.jsonl", "one JSON object per line"),
+        ("latin.jsonl", "expected UTF-8 text, got byte 0xf1"),
+        ("broken.jsonl", "broken.jsonl:2: expected one JSON object per line"),
+        ("nan.jsonl", "nan.jsonl:1: expected text in 'text', got nan"),
+        ("half.jsonl", "expected text in 'text', got '.ud800'"),
+        ("list.jsonl", "list.jsonl:1: expected an object, got list"),
         ("absent.tsv", "cannot read"),
         ("x.csv", "expected a .tsv or .jsonl manifest"),
     ]:
@@ -198,19 +263,21 @@ def test_covost_by_the_official_rule(common_voice: Path) -> None:
     _tsv(
         common_voice / "covost_v2.sv-SE_en.tsv",
         "path|translation|split",
+        rf"{names[2]}|a \"quoted\" two|train_covost",
         f"{names[0]}|zero|train",
         f"{names[1]}|one|dev",
-        f"{names[2]}|two|train_covost",
-        f"{names[3]}|three|test",
+        f"{names[3]}|three|test_covost",
         "common_voice_sv-SE_99.mp3|not validated|train",
     )
     source = f"covost2:{common_voice}"
+    # In validated.tsv's order, and the additions of version 1 to dev and test belong to no split of version 2.
     assert [(u.id, u.translation) for u in load_corpus(source, languages="sv")] == [
         (names[0], "zero"),
-        (names[2], "two"),
+        (names[2], 'a "quoted" two'),
     ]
     assert [u.translation for u in load_corpus(source, languages="sv", split="dev")] == ["one"]
-    assert [u.translation for u in load_corpus(source, languages="sv", split="test")] == ["three"]
+    with pytest.raises(LorsError, match="expected utterances of 'sv' in split 'test', got none"):
+        load_corpus(source, languages="sv", split="test")
 
 
 def test_covost_ready_split(common_voice: Path) -> None:
@@ -244,6 +311,24 @@ def test_fleurs(tmp_path: Path, catalan: Corpus) -> None:
         np.testing.assert_allclose(read_audio(read.audio), np.clip(read_audio(original.audio), -1, 1), atol=2**-14)
     with pytest.raises(LorsError, match=r"expected de_de/validation-\*.parquet, got none"):
         load_corpus(f"fleurs:{tmp_path}", languages="de", split="dev")
+
+    def table(**columns: list[object]) -> None:
+        pq.write_table(pa.table(columns), tmp_path / "ca_es" / "validation-00000-of-00001.parquet")
+
+    # A copy without the sound, one without a sentence, one of other columns, one that is cut.
+    table(id=[7], raw_transcription=["set"], audio=[{"bytes": None, "path": "a.wav"}])
+    with pytest.raises(LorsError, match="cannot read audio ca_es/dev/7/.*: expected bytes in the column 'audio'"):
+        read_audio(load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")[0].audio)
+    table(id=[7], raw_transcription=[None], audio=[{"bytes": b"x", "path": "a.wav"}])
+    with pytest.raises(LorsError, match="parquet:0:0: expected an id and a text, got "):
+        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
+    table(id=[7], transcription=["set"])
+    with pytest.raises(LorsError, match="expected a column 'audio', got id, transcription"):
+        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
+    (tmp_path / "ca_es" / "validation-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(LorsError, match=r"cannot read .*parquet: ") as error:
+        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- features

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cut import cut_config
+from cut import cut_config, dies
 
 from lors import merge
 from lors.errors import LorsError
@@ -20,6 +20,7 @@ from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
 from lors.speech.report import print_tables
+from lors.speech.stages import Stage, exclusive, run_stages
 from lors.speech.whisper import SHIPPED
 
 
@@ -104,6 +105,10 @@ def test_a_finished_experiment_does_nothing_and_a_new_method_only_itself(finishe
     changed = config.model_copy(update={"grids": grids})
     todo = [stage.name for stage in build_stages(changed) if not stage.done(finished)]
     assert todo == ["dev-svp-s0", "test-svp-s0"]
+    # Other test sentences are no reason to train again.
+    data = config.data.model_copy(update={"test": 24})
+    todo = [s.name for s in build_stages(config.model_copy(update={"data": data})) if not s.done(finished)]
+    assert todo == ["test-base", *(f"test-{name}-s0" for name in ("task_arithmetic", "lors", "expert-ca", "expert-es"))]
     other = config.model_copy(update={"training": {**config.training, "learning_rate": 1e-4}})
     assert [stage.name for stage in build_stages(other) if stage.done(finished)] == ["test-base"]
 
@@ -193,9 +198,30 @@ def test_configuration_that_is_not_there() -> None:
 
 
 def test_failing_stage_is_one_line_and_names_the_stage(tmp_path: Path) -> None:
-    config = cut_config().model_copy(update={"languages": ("ca", "es", "fi")})
-    with pytest.raises(LorsError, match=r"stage test-base: .*no 'fi' in split 'test'.*run the same command again"):
+    config = cut_config().model_copy(update={"languages": ("ca", "es", "en")})
+    with pytest.raises(LorsError, match=r"stage test-base: .*no 'en' in split 'test'.*run the same command again"):
         run_experiment(config, tmp_path / "x", jobs=1, report=lambda line: None)
+
+
+def test_languages_that_the_base_lacks(tmp_path: Path) -> None:
+    with pytest.raises(LorsError, match="tiny: the model has no language 'fi'"):
+        run_experiment(cut_config().model_copy(update={"languages": ("ca", "es", "fi")}), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(LorsError, match="^device: 'cuda' was asked for, and PyTorch"):
+        run_experiment(cut_config().model_copy(update={"device": "cuda"}), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_stage_that_is_killed_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LorsError, match=r"stage x: killed by SIGKILL, as systems do .*; run the same command again"):
+        run_stages([Stage("x", dies, {})], tmp_path, 1, lambda line: None)
 
 
 def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
@@ -209,3 +235,20 @@ def test_stages_alone(tmp_path: Path) -> None:
         run_experiment(cut_config(), tmp_path / "x", stage="test-lors-s0")
     with pytest.raises(LorsError, match="no 'test-bass', did you mean 'test-base'"):
         run_experiment(cut_config(), tmp_path / "x", stage="test-bass")
+    config = cut_config().model_copy(update={"languages": ("ca", "es")})
+    said: list[str] = []
+    for _ in range(2):
+        run_experiment(config, tmp_path / "x", stage="test-base", report=said.append)
+    assert said[0].startswith("test-base: ") and said[1].startswith("stage test-base was already done")
+
+
+def test_two_runs_in_one_directory(finished: Path) -> None:
+    with (
+        exclusive(finished),
+        pytest.raises(LorsError, match=f"{finished.name}: another experiment is running here"),
+    ):
+        run_experiment(cut_config(), finished)
+    with exclusive(finished, shared=True):  # as a stage alone does
+        run_experiment(cut_config(), finished, stage="test-base", report=lambda line: None)
+        with pytest.raises(LorsError, match="another experiment is running here"):
+            run_experiment(cut_config(), finished)

@@ -77,3 +77,16 @@ def test_without_espeak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(LorsError, match="espeak-ng: expected the program on PATH"):
         synthesise(tmp_path / "x", languages=["ca"], sizes={"test": 1})
     assert not (tmp_path / "x").exists()
+
+
+def test_an_espeak_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; and the manifest of the corpus that was there no longer says that its files are whole."""
+    program = tmp_path / "espeak-ng"
+    program.write_text("#!/bin/sh\necho no such voice >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "manifest.tsv").write_text("old")
+    with pytest.raises(LorsError, match=r"espeak-ng: expected speech for '.*' with voice ca.*, got: no such voice"):
+        synthesise(tmp_path / "c", languages=["ca"], sizes={"test": 1})
+    assert not (tmp_path / "c" / "manifest.tsv").exists()

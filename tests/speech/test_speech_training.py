@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.layers import decomposed
-from lors.speech import Training, compare, evaluate, finetune
+from lors.speech import Trained, Training, compare, evaluate, finetune, trainer
+from lors.speech.audio import AudioFile
 from lors.speech.corpus import Corpus
-from lors.speech.whisper import SHIPPED, load_model, resolve_model
+from lors.speech.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
 
 SHORT = Training(max_steps=4, learning_rate=4e-4)
 
@@ -118,6 +125,103 @@ def test_killed_training_continues_to_the_same_weights(tmp_path: Path, recording
         np.testing.assert_array_equal(killed[name], whole[name], err_msg=name)
 
 
+class Cut(Exception):
+    pass
+
+
+def _cut(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int) -> None:
+    """The method ends the run when it is called for the `call`-th time; `monkeypatch.undo` mends it."""
+    original, calls = getattr(owner, method), itertools.count(1)
+
+    def cut(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise Cut
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, method, cut)
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_cut_after_the_last_step(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch, train: str) -> None:
+    """With nothing left to train, the trainer would still take a step."""
+    if train == "lora":
+        module("peft", "speech")
+    training = replace(SHORT, max_steps=2, save_steps=2, lr_scheduler_type="constant", train=train)
+
+    def run(name: str) -> Trained:
+        return finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training)
+
+    whole = run("whole")
+    _cut(monkeypatch, trainer.Job, "_save", 1)
+    with pytest.raises(Cut):
+        run("cut")
+    monkeypatch.undo()
+    cut = run("cut")
+    assert (cut.steps, cut.resumed_from, cut.train_loss) == (2, 2, None) and whole.train_loss is not None
+    before, after = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_cut_in_sequential_training(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = replace(SHORT, max_steps=1, save_steps=1)
+    _cut(monkeypatch, trainer.Job, "_save", 2)
+    for expectation in (pytest.raises(Cut), nullcontext()):
+        with expectation:
+            result = finetune(
+                "tiny", tmp_path / "s", data=recordings, languages="ca,es", training=training, sequential=True
+            )
+    assert (result.steps, result.items) == (2, 200)  # what was done before counts
+
+
+def test_early_stopping_goes_on_counting(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dev WER only rises here, so training stops at the third measurement, also when it is cut in or after that."""
+    training = Training(max_steps=12, learning_rate=0.05, eval_steps=1, early_stopping_patience=2)
+
+    def run(name: str) -> Trained:
+        return finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training, limit=20)
+
+    whole = run("whole")
+    assert whole.steps == 3
+    for owner, method, call in ((trainer._DevSet, "wer", 3), (trainer.Job, "_save", 1)):
+        _cut(monkeypatch, owner, method, call)
+        with pytest.raises(Cut):
+            run(method)
+        monkeypatch.undo()
+        # Moved in between: the best checkpoint must be found by the new path.
+        for name in (method, f"{method}.checkpoints"):
+            if (tmp_path / name).exists():
+                (tmp_path / name).rename(tmp_path / f"moved-{name}")
+        assert run(f"moved-{method}").steps == 3
+        before, after = _weights(tmp_path / "whole"), _weights(tmp_path / f"moved-{method}")
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_progress_tells_loss_and_wer(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "_LOG_STEPS", 2)
+    training = replace(SHORT, eval_steps=4)
+    finetune("tiny", tmp_path / "x", data=recordings, languages="ca", training=training, limit=32, progress=True)
+    said = capfd.readouterr()
+    assert said.out == "" and re.fullmatch(
+        r"ca: step 2 of 4: loss \d\.\d{3}\nca: step 4 of 4: loss \d\.\d{3}\n(ca: step 4 of 4: dev WER \d\d\.\d\d %\n)+",
+        said.err,
+    )
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_FULL_DISK", 1 << 62)  # whatever torch says now, it is the disk
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664]")  # what torch.save says
+
+    monkeypatch.setattr(trainer._Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(LorsError, match=r"cannot write .*x\.checkpoints: the disk is full: .* free$"):
+        training = replace(SHORT, save_steps=1)
+        finetune("tiny", tmp_path / "x", data=recordings, languages="ca", training=training, limit=16)
+    assert not (tmp_path / "x").exists()
+
+
 def test_two_processes_train_one_model(tmp_path: Path, recordings: Path) -> None:
     """As `accelerate launch` starts them; each step takes a batch in each process, one of them writes."""
     command = [
@@ -136,7 +240,7 @@ def test_two_processes_train_one_model(tmp_path: Path, recordings: Path) -> None
 
 
 def test_evaluate_writes_every_answer(tmp_path: Path, catalan: Corpus) -> None:
-    evaluation = evaluate("tiny", data=catalan, languages="ca", tasks=("transcribe", "translate"), cache=tmp_path / "c")
+    evaluation = evaluate("tiny", data=catalan, languages="ca", tasks="transcribe,translate", cache=tmp_path / "c")
     evaluation.write(tmp_path)
     rows = json.loads((tmp_path / "scores.json").read_text())
     assert [row["task"] for row in rows] == ["transcribe", "translate"] and rows[1]["bleu"] > 0
@@ -184,13 +288,13 @@ def test_bad_models_devices_and_settings(tmp_path: Path, recordings: Path, catal
     ]:
         with pytest.raises(LorsError, match=said):
             resolve_model(source)
-    with pytest.raises(LorsError, match="cannot load the model"):
+    with pytest.raises(LorsError, match=r"broken: no weights in this directory: expected model\.safetensors"):
         load_model(broken)
     with pytest.raises(LorsError, match="the model has no language 'ja'"):
         evaluate("tiny", data=[replace(u, language="ja") for u in catalan], languages="ja")
     with pytest.raises(LorsError, match="expected utterances with a reference"):
         evaluate("tiny", data=[replace(u, translation=None) for u in catalan], languages="ca", tasks=("translate",))
-    with pytest.raises(LorsError, match="expected transcribe or translate, got 'sing'"):
+    with pytest.raises(LorsError, match="expected transcribe, translate or both, got 'sing'"):
         evaluate("tiny", data=catalan, languages="ca", tasks=("sing",))
     if not torch.cuda.is_available():
         with pytest.raises(LorsError, match="'cuda' was asked for, and PyTorch"):
@@ -201,11 +305,80 @@ def test_bad_models_devices_and_settings(tmp_path: Path, recordings: Path, catal
         Training(early_stopping_patience=2)
     with pytest.raises(LorsError, match="lr_scheduler_type: no 'lineer', did you mean 'linear'"):
         Training(lr_scheduler_type="lineer")
-    with pytest.raises(LorsError, match="learning_rate: expected a positive number, got nan"):
-        Training(learning_rate=float("nan"))
+    for settings, said in [
+        ({"learning_rate": float("nan")}, "learning_rate: expected a positive number, got nan"),
+        ({"learning_rate": "2e-4"}, "learning_rate: expected a positive number, got '2e-4'"),
+        ({"save_steps": 0}, "save_steps: expected an integer of at least 1, got 0"),
+        ({"device": "cuda:1"}, "device: training takes cpu or cuda .CUDA_VISIBLE_DEVICES chooses., got 'cuda:1'"),
+    ]:
+        with pytest.raises(LorsError, match=said):
+            Training(**settings)
+    for device in ("mps", "tpu", ""):
+        with pytest.raises(LorsError, match=f"device: expected cpu or cuda, got {device!r}"):
+            torch_device(device)
     with pytest.raises(LorsError, match="absent: expected a model directory"):
         evaluate(["tiny", "absent"], data="no manifest either", languages="ca")
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_that_are_not_the_models(tmp_path: Path, catalan: Corpus) -> None:
+    """transformers fills in what is missing at random, and a network with NaN answers too: both would be scored."""
+    from safetensors.numpy import load_file, save_file
+
+    name = "model.decoder.layers.1.fc2.weight"
+    weights = load_file(SHIPPED["tiny"] / "model.safetensors")
+    without = {key: value for key, value in weights.items() if key != name}
+
+    def model(label: str, changed: dict[str, np.ndarray]) -> Path:
+        shutil.copytree(SHIPPED["tiny"], tmp_path / label)
+        save_file(changed, tmp_path / label / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path / label
+
+    for path, said in [
+        (model("less", without), f"expected all weights of config.json, 1 are missing: {name}"),
+        (
+            model("shape", {**weights, name: weights[name].T.copy()}),
+            rf"expected {name} of shape \[128, 512\], got \[512",
+        ),
+        (model("nan", {**weights, name: weights[name] * np.float16("nan")}), f"got NaN or infinity in {name}"),
+    ]:
+        with pytest.raises(LorsError, match=said):
+            evaluate(path, data=catalan, languages="ca", limit=1)
+    cut = model("cut", weights) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    with pytest.raises(LorsError, match=r"cut/model\.safetensors: truncated"):
+        evaluate(tmp_path / "cut", data=catalan, languages="ca")
+    silent = model("silent", weights)
+    (silent / "processor_config.json").unlink()
+    with pytest.raises(LorsError, match=r"silent: expected the files of a WhisperProcessor .* beside the weights"):
+        load_processor(silent)
+    (silent / "generation_config.json").unlink()
+    with pytest.raises(LorsError, match="silent: expected a multilingual Whisper, got .* without lang_to_id"):
+        finetune(silent, tmp_path / "x", data=catalan, languages="ca")
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path, recordings: Path) -> None:
+    with pytest.raises(LorsError, match="org/absent: not a file or directory here, not in the hub cache, and the hub"):
+        finetune("org/absent", tmp_path / "x", data=recordings, languages="ca")
+    assert not list(tmp_path.iterdir())  # no checkpoints' directory of a run that never was
+
+
+def test_recordings_that_cannot_be_trained_on(tmp_path: Path, catalan: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before the first step, wherever they stand in the corpus."""
+    monkeypatch.setattr(trainer.Job, "_train", None)
+    soundfile.write(tmp_path / "long.wav", np.zeros(40000, np.float32), 16000)
+    soundfile.write(tmp_path / "fits.wav", np.zeros(96001, np.float32), 48000)  # 32,000 samples at 16 kHz
+    (tmp_path / "text.wav").write_text("no audio")
+    fits = AudioFile(tmp_path / "fits.wav")
+    for name, said in [
+        ("long.wav", r"long\.wav: expected at most 2 s, the model's window, got 2\.5 s"),
+        ("absent.wav", r"cannot read audio .*absent\.wav: no such file"),
+        ("text.wav", r"cannot read audio .*text\.wav: expected WAV, FLAC"),
+    ]:
+        audio = [fits] * (len(catalan) - 1) + [AudioFile(tmp_path / name)]
+        data = [replace(u, split="train", audio=a) for u, a in zip(catalan, audio, strict=True)]
+        with pytest.raises(LorsError, match=said):
+            finetune("tiny", tmp_path / "x", data=data, languages="ca", training=SHORT)
 
 
 def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) -> None:

@@ -1,6 +1,7 @@
 """``python -m lors.speech COMMAND``: the speech commands alone, for launchers that start a module.
 
-accelerate launch --num_processes 4 -m lors.speech finetune --model openai/whisper-small ...
+accelerate launch --num_processes 4 -m lors.speech finetune --model openai/whisper-small ...  (GPUs, machines)
+torchrun --nproc_per_node 4 -m lors.speech finetune --device cpu ...                          (cores: gloo)
 """
 
 from __future__ import annotations

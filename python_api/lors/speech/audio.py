@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLE_RATE", "AudioFile", "AudioSource", "duration", "read_audio", "require"]
 
 SAMPLE_RATE = 16000
+_WHOLE = 0.9  # of the samples announced: fewer is a file that was cut or damaged
 
 
 class AudioSource(Protocol):
@@ -98,7 +99,9 @@ def require(module: str) -> Any:
 def read_audio(source: AudioSource) -> NDArray[np.float32]:
     """Mono float32 samples at 16 kHz: channels are averaged, other rates resampled (soxr, high quality).
 
-    LorsError for a file that is missing, unreadable, has no samples, or holds NaN or infinity.
+    LorsError for a file that is missing, unreadable, has no samples, ends before nine tenths of what its header or the
+    span tells (MP3 headers are not exact), or holds NaN or infinity. A WAV or Opus file that was cut cannot be told
+    from a shorter recording.
     """
     numpy = require("numpy")
     soundfile = require("soundfile")
@@ -107,16 +110,20 @@ def read_audio(source: AudioSource) -> NDArray[np.float32]:
             rate = file.samplerate
             start, seconds = source.span
             file.seek(min(round(start * rate), file.frames))
-            samples = file.read(-1 if seconds is None else round(seconds * rate), dtype="float32", always_2d=True)
+            expected = file.frames - file.tell() if seconds is None else round(seconds * rate)
+            samples = file.read(-1 if seconds is None else expected, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile.LibsndfileError is a RuntimeError
         raise _unreadable(source, error) from error
-    if samples.shape[0] == 0:
-        raise LorsError(f"cannot read audio {source.name}: expected samples, got a file of length 0")
     mono = samples.mean(axis=1)
+    if rate != SAMPLE_RATE and len(mono):
+        mono = require("soxr").resample(mono, rate, SAMPLE_RATE)
+    if len(mono) == 0:
+        raise LorsError(f"cannot read audio {source.name}: expected samples, got a file of length 0")
+    if len(samples) < _WHOLE * expected:
+        found = f"{len(samples) / rate:.2f} s of {expected / rate:.2f} s"
+        raise LorsError(f"cannot read audio {source.name}: expected a whole recording, got {found}")
     if not numpy.isfinite(mono).all():
         raise LorsError(f"cannot read audio {source.name}: expected finite samples, got NaN or infinity")
-    if rate != SAMPLE_RATE:
-        mono = require("soxr").resample(mono, rate, SAMPLE_RATE)
     return numpy.ascontiguousarray(mono, dtype=numpy.float32)  # type: ignore[no-any-return]
 
 

@@ -7,8 +7,7 @@ the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,11 +56,10 @@ def synth(
         raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
-    with _bar("speaking", len(codes) * sum(sizes.values())) as progress:
-        manifest = synthesise(
-            out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format,
-            workers=workers, progress=progress,
-        )  # fmt: skip
+    manifest = synthesise(
+        out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format, workers=workers,
+        progress=True,
+    )  # fmt: skip
     print(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
 
 
@@ -119,7 +117,9 @@ def finetune(
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
-    cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep features in this directory; Parquet is slow to train on without.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -140,8 +140,8 @@ def finetune(
         device=_device(device),
     )  # fmt: skip
     result = run(
-        model, out, data=data, languages=language, tasks=_tasks(task), training=training, dev=dev, limit=limit,
-        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=not as_json,
+        model, out, data=data, languages=language, tasks=task, training=training, dev=dev, limit=limit,
+        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=True,
     )  # fmt: skip
     if not first_process():
         return
@@ -150,10 +150,11 @@ def finetune(
 
         print(json.dumps({**asdict(result), "path": str(result.path)}))
         return
+    loss = "" if result.train_loss is None else f", loss {result.train_loss:.3f}"
     wer = "" if result.dev_wer is None else f", dev WER {result.dev_wer:.2f} %"
     resumed = f" (continued from step {result.resumed_from})" if result.resumed_from else ""
     skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
-    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}, loss {result.train_loss:.3f}{wer}, "
+    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
           f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
 
 
@@ -180,23 +181,21 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
+    from .corpus import parse_tasks
     from .evaluation import evaluate as run
     from .evaluation import make_room, model_names
     from .languages import parse_languages
 
     require_extra()
     # All that can be wrong is looked at before hours of decoding.
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise LorsError(f"--dtype: expected float32, float16 or bfloat16, got {dtype!r}")
-    wanted = parse_languages(languages)
+    wanted, chosen = parse_languages(languages), parse_tasks(tasks)
     pair = None if compare is None else _pair(compare, model_names(models))
     if out is not None:
         make_room(out)
-    with _bar("decoding", None) as progress:
-        evaluation = run(
-            models, data=data, languages=wanted, tasks=_tasks(tasks), split=split, limit=limit, max_seconds=max_seconds,
-            batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=progress,
-        )  # fmt: skip
+    evaluation = run(
+        models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
+        batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=True,
+    )  # fmt: skip
     if out is not None:
         evaluation.write(out)
     if as_json:
@@ -204,7 +203,7 @@ def evaluate(
     else:
         show_evaluation(evaluation)
     if pair is not None:
-        _show_comparison(evaluation, *pair, _tasks(tasks))
+        _show_comparison(evaluation, *pair, chosen)
 
 
 def _pair(text: str, known: Sequence[str]) -> tuple[str, str]:
@@ -225,8 +224,15 @@ def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tup
               f"[{interval.low:+.2f}, {interval.high:+.2f}] (95 %, paired bootstrap)")  # fmt: skip
 
 
+# task -> what the table shows: the score of each language, and means over the languages
+_SHOWN = {
+    "transcribe": ("WER %", {"wer": "mean", "wer_raw": "raw WER", "cer": "CER"}),
+    "translate": ("BLEU", {"bleu": "mean", "chrf": "chrF++", "wer": "WER"}),
+}
+
+
 def show_evaluation(evaluation: Evaluation) -> None:
-    """One table per task: models down, languages across."""
+    """One table per task: models down; languages, and the means of all metrics over them, across."""
     from rich.table import Table
 
     from .report import wide_console
@@ -234,14 +240,18 @@ def show_evaluation(evaluation: Evaluation) -> None:
     console = wide_console()
     for task in dict.fromkeys(r.task for r in evaluation.results):
         rows = [r for r in evaluation.results if r.task == task]
-        metric = "WER %" if task == "transcribe" else "BLEU"
-        languages = list(dict.fromkeys(r.language for r in rows))
-        table = Table(f"{task}: {metric}", *languages, "mean", box=None)
+        title, metrics = _SHOWN[task]
+        main = next(iter(metrics))
+        units = {
+            r.language: f"{r.language} (CER)" if r.score.unit == "CER" and main == "wer" else r.language for r in rows
+        }
+        table = Table(f"{task}: {title}", *units.values(), *metrics.values(), box=None)
         for column in table.columns[1:]:
             column.justify = "right"
         for model in dict.fromkeys(r.model for r in rows):
-            values = [r.score.wer if task == "transcribe" else r.score.bleu or 0.0 for r in rows if r.model == model]
-            table.add_row(model, *(f"{value:.2f}" for value in (*values, sum(values) / len(values))))
+            scores = [r.score for r in rows if r.model == model]
+            means = [sum(getattr(s, name) for s in scores) / len(scores) for name in metrics]
+            table.add_row(model, *(f"{value:.2f}" for value in (*(getattr(s, main) for s in scores), *means)))
         console.print(table)
         dropped = sum(r.score.dropped for r in rows)
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
@@ -304,37 +314,12 @@ def _integers(text: str) -> list[int]:
         raise LorsError(f"--seeds: expected numbers separated by commas, got {text!r}") from None
 
 
-def _tasks(text: str) -> tuple[str, ...]:
-    tasks = ("transcribe", "translate") if text == "both" else tuple(dict.fromkeys(text.split(",")))
-    for task in tasks:
-        if task not in ("transcribe", "translate"):
-            raise LorsError(f"task: expected transcribe, translate or both, got {task!r}")
-    return tasks
-
-
 def _device(device: str | None) -> str:
     if device is not None:
         return device
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _bar(label: str, total: int | None) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    import sys
-
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 # What the command line registers, by name.

@@ -7,19 +7,21 @@ computed. Every loader takes Whisper's language codes and returns them.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import LorsError
-from ..messages import nearest
+from ..messages import first_line, nearest
 from .audio import AudioBytes, AudioFile, AudioSource, duration
 from .languages import common_voice_code, fleurs_code, parse_languages, whisper_code
 
-__all__ = ["TASKS", "Corpus", "Utterance", "by_task", "load_corpus"]
+__all__ = ["TASKS", "Corpus", "Utterance", "by_task", "load_corpus", "parse_tasks"]
 
 TASKS = ("transcribe", "translate")
 _AUDIO_COLUMNS = ("audio", "path", "audio_path", "file")
@@ -46,17 +48,27 @@ Corpus = list[Utterance]
 
 
 def by_task(corpus: Iterable[Utterance], task: str) -> Corpus:
-    """The utterances that have a reference for the task; LorsError for an unknown task."""
-    if task not in TASKS:
-        raise LorsError(f"task: expected transcribe or translate, got {task!r}")
+    """The utterances that have a reference for the task."""
     return [utterance for utterance in corpus if utterance.reference(task) is not None]
 
 
+def parse_tasks(text: str | Iterable[str]) -> tuple[str, ...]:
+    """``transcribe,translate`` (or a sequence, or ``both``) -> tasks, in order, without repeats."""
+    parts = text.split(",") if isinstance(text, str) else text
+    tasks = TASKS if text == "both" else tuple(dict.fromkeys(part.strip() for part in parts))
+    for task in tasks:
+        if task not in TASKS:
+            raise LorsError(f"task: expected transcribe, translate or both, got {task!r}")
+    if not tasks:
+        raise LorsError("task: expected transcribe, translate or both, got none")
+    return tasks
+
+
 def load_corpus(
-    source: str | Path,
+    source: str | Path | Corpus,
     *,
     languages: str | Iterable[str],
-    split: str = "train",
+    split: str | None = "train",
     limit: int | None = None,
     max_seconds: float | None = None,
 ) -> Corpus:
@@ -65,28 +77,46 @@ def load_corpus(
     `source` is a manifest (``.tsv``, ``.jsonl``; a directory with ``manifest.tsv``), or a kind and a place:
     ``covost2:DIR`` (``DIR`` holds Common Voice's ``<code>/clips`` and CoVoST's ``covost_v2.<code>_en.<split>.tsv``, or
     ``covost_v2.<code>_en.tsv`` with ``validated.tsv``), ``common_voice:DIR``, ``fleurs:DIR`` (Parquet) or ``fleurs:``
-    for the hub. LorsError when a file, a column or a language is missing, an id comes twice, or nothing is left.
+    for the hub; or utterances loaded before, which are chosen from in the same way. An utterance without a split
+    belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column or a language is missing, an id comes twice, or nothing is left.
     """
-    kind, _, place = str(source).partition(":")
-    wanted = parse_languages(languages)
-    if kind in _LOADERS:
-        if limit is not None and limit < 1:
-            raise LorsError(f"{source}: expected a limit of at least 1, got {limit}")
-        corpus = [u for language in wanted for u in _cut(_LOADERS[kind](place, language, split), limit, max_seconds)]
+    name, of = "corpus" if isinstance(source, list) else str(source), f" in split {split!r}" if split else ""
+    if limit is not None and limit < 1:
+        raise LorsError(f"{name}: expected a limit of at least 1, got {limit}")
+    corpus: Corpus = []
+    for language, utterances in _by_language(source, parse_languages(languages), split):
+        chosen = list(_cut(utterances, limit, max_seconds))
+        if not chosen:
+            within = "" if max_seconds is None else f" of at most {max_seconds:g} s"
+            raise LorsError(f"{name}: expected utterances of {language!r}{of}{within}, got none")
+        corpus += chosen
+    return _unique(corpus, name)
+
+
+def _by_language(
+    source: str | Path | Corpus, wanted: tuple[str, ...], split: str | None
+) -> Iterator[tuple[str, Iterable[Utterance]]]:
+    """(language, its utterances of the split) for each of `wanted`."""
+    if isinstance(source, list):
+        name, everything = "corpus", source
     else:
-        everything = list(_manifest(Path(source), split))
-        corpus = [
-            u
-            for language in wanted
-            for u in _cut((u for u in everything if u.language == language), limit, max_seconds)
-        ]
-        spoken = dict.fromkeys(u.language for u in everything)
-        for language in wanted:
-            if language not in spoken:
-                raise LorsError(f"{source}: no {language!r} in split {split!r}{nearest(language, spoken)}")
-    if not corpus:
-        raise LorsError(f"{source}: expected utterances of {', '.join(wanted)} in split {split!r}, got none")
-    return _unique(corpus, str(source))
+        name = str(source)
+        kind, _, place = name.partition(":")
+        if kind in _LOADERS:
+            if split is None:
+                raise LorsError(f"{name}: expected a split of the corpus, got none")
+            yield from ((language, _LOADERS[kind](place, language, split)) for language in wanted)
+            return
+        everything = list(_manifest(Path(source)))
+    here = [utterance for utterance in everything if split is None or utterance.split in (None, split)]
+    spoken, of = dict.fromkeys(u.language for u in here), f" in split {split!r}" if split else ""
+    if not here:
+        splits = ", ".join(dict.fromkeys(str(u.split) for u in everything)) or "nothing"
+        raise LorsError(f"{name}: expected utterances{of}, got {splits}")
+    for language in wanted:
+        if language not in spoken:
+            raise LorsError(f"{name}: no {language!r}{of}{nearest(language, spoken)}")
+        yield language, (utterance for utterance in here if utterance.language == language)
 
 
 def _cut(utterances: Iterable[Utterance], limit: int | None, max_seconds: float | None) -> Iterator[Utterance]:
@@ -99,11 +129,11 @@ def _cut(utterances: Iterable[Utterance], limit: int | None, max_seconds: float 
             yield utterance
 
 
-def _unique(corpus: Corpus, source: str) -> Corpus:
+def _unique(corpus: Corpus, name: str) -> Corpus:
     seen: set[str] = set()
     for utterance in corpus:
         if utterance.id in seen:
-            raise LorsError(f"{source}: expected ids that differ, got {utterance.id!r} twice")
+            raise LorsError(f"{name}: expected ids that differ, got {utterance.id!r} twice")
         seen.add(utterance.id)
     return corpus
 
@@ -111,70 +141,84 @@ def _unique(corpus: Corpus, source: str) -> Corpus:
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-def _rows(path: Path, required: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a TSV file with a header. Quotes are text: corpora hold unbalanced ones."""
+@contextmanager
+def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A UTF-8 text file, with or without a byte order mark; LorsError when it cannot be read as one."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = reader.fieldnames or []
-            for column in required:
-                if column not in header:
-                    raise LorsError(f"{path}: expected a column {column!r}, got {', '.join(header) or 'nothing'}")
-            for number, row in enumerate(reader, 2):
-                if None in row or None in row.values():
-                    raise LorsError(f"{path}:{number}: expected {len(header)} columns, got another number")
-                yield row
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise LorsError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x}") from error
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise LorsError(f"{path}:{number}: expected an object, got {type(row).__name__}")
-                    yield row
-    except OSError as error:
-        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # not JSON, not UTF-8
-        raise LorsError(f"{path}: expected one JSON object per line: {error}") from error
+def _rows(path: Path, required: Iterable[str], escape: str | None = None) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a TSV file with a header. Quotes are text: corpora hold unbalanced ones."""
+    with _opened(path, newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
+        try:
+            header = list(reader.fieldnames or [])
+            found = ", ".join(map(repr, header)) or "nothing"
+            for column in required:
+                if column not in header:
+                    raise LorsError(f"{path}: expected a column {column!r} between tabs, got {found}")
+            if len(set(header)) != len(header):
+                raise LorsError(f"{path}: expected columns of different names, got {found}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise LorsError(f"{path}:{reader.line_num}: expected {len(header)} columns, got another number")
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise LorsError(f"{path}:{reader.line_num}: expected a row of a table: {error}") from error
 
 
-def _manifest(path: Path, split: str) -> Iterator[Utterance]:
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _opened(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise LorsError(f"{path}:{number}: expected one JSON object per line: {error}") from error
+            if not isinstance(row, dict):
+                raise LorsError(f"{path}:{number}: expected an object, got {type(row).__name__}")
+            yield number, row
+
+
+def _manifest(path: Path) -> Iterator[Utterance]:
     if path.is_dir():
         path = path / "manifest.tsv"
     if path.suffix not in (".tsv", ".jsonl"):
         raise LorsError(f"{path}: expected a .tsv or .jsonl manifest, a directory with manifest.tsv, or KIND:DIR "
                         f"with KIND one of {', '.join(_LOADERS)}")  # fmt: skip
     rows = _json_rows(path) if path.suffix == ".jsonl" else _rows(path, ["language"])
-    for number, row in enumerate(rows, 1):
-        audio = _column(path, row, _AUDIO_COLUMNS, number)
-        text = _column(path, row, _TEXT_COLUMNS, number)
-        if (row.get("split") or split) != split:
-            continue
-        language = row.get("language")
-        if not language:
-            raise LorsError(f"{path}: row {number}: expected a language, got {language!r}")
+    for number, row in rows:
+        where = f"{path}:{number}"
+        audio = _text(where, row, *_AUDIO_COLUMNS)
         yield Utterance(
-            id=str(row.get("id") or audio),
-            audio=_audio(path, row, audio, number),
-            text=text,
-            translation=row.get("translation") or None,
-            language=whisper_code(str(language)),
-            split=row.get("split") or None,
+            id=str(audio if row.get("id") in (None, "") else row["id"]),
+            audio=_audio(where, path.parent, row, audio),
+            text=_text(where, row, *_TEXT_COLUMNS),
+            translation=_text(where, row, "translation", required=False) or None,
+            language=_language(where, row),
+            split=_text(where, row, "split", required=False) or None,
         )
 
 
-def _audio(manifest: Path, row: dict[str, Any], audio: str, number: int) -> AudioFile:
+def _language(where: str, row: dict[str, Any]) -> str:
+    language = whisper_code(_text(where, row, "language"))
+    if not language:
+        raise LorsError(f"{where}: expected a language, got {row['language']!r}")
+    return language
+
+
+def _audio(where: str, directory: Path, row: dict[str, Any], audio: str) -> AudioFile:
     """The recording of a row; with columns `start` and `seconds`, a part of it."""
     if not audio:
-        raise LorsError(f"{manifest}: row {number}: expected the path of a recording, got {audio!r}")
-    file = manifest.parent / audio
+        raise LorsError(f"{where}: expected the path of a recording, got {audio!r}")
+    file = directory / audio
     if not row.get("seconds"):
         return AudioFile(file)
     try:
@@ -182,16 +226,31 @@ def _audio(manifest: Path, row: dict[str, Any], audio: str, number: int) -> Audi
     except (TypeError, ValueError):
         start, seconds = 0.0, 0.0
     if not (0 <= start < math.inf and 0 < seconds < math.inf):
-        where = f"{manifest}: row {number}"
         raise LorsError(f"{where}: expected start and seconds, got {row.get('start')!r} and {row['seconds']!r}")
     return AudioFile(file, start, seconds)
 
 
-def _column(path: Path, row: dict[str, Any], names: tuple[str, ...], number: int) -> str:
-    for name in names:
-        if name in row:
-            return "" if row[name] is None else str(row[name])  # JSON's null is no text
-    raise LorsError(f"{path}: row {number}: expected a column {' or '.join(map(repr, names))}, got {', '.join(row)}")
+def _text(where: str, row: dict[str, Any], *names: str, required: bool = True) -> str:
+    """The text in the first of the columns that is there. JSON's null is none, and NaN, a number, is an error."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        if not required:
+            return ""
+        raise LorsError(f"{where}: expected a column {' or '.join(map(repr, names))}, got {', '.join(row)}")
+    value = row[name]
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not _encodable(value):
+        raise LorsError(f"{where}: expected text in {name!r}, got {value!r}")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------- Common Voice and CoVoST 2
@@ -207,7 +266,7 @@ def _common_voice_root(place: str, language: str) -> Path:
 
 def _common_voice(place: str, language: str, split: str) -> Iterator[Utterance]:
     root = _common_voice_root(place, language)
-    for row in _rows(root / f"{split}.tsv", ["path", "sentence"]):
+    for _, row in _rows(root / f"{split}.tsv", ["path", "sentence"]):
         yield _clip(root, row["path"], row["sentence"], None, language, split)
 
 
@@ -216,26 +275,28 @@ def _clip(root: Path, name: str, text: str, translation: str | None, language: s
 
 
 def _covost2(place: str, language: str, split: str) -> Iterator[Utterance]:
-    """X -> English. With the release's own table (``covost_v2.ca_en.tsv``) splits follow its ``split`` column.
+    """X -> English, from the split's own table or made by the release's rule from its table and Common Voice's.
 
-    The official rule: a row belongs to split s when its column says s or ``s_covost`` (CoVoST's own additions), and
-    sentences come from Common Voice's ``validated.tsv`` by an inner join on ``path``.
+    The rule of version 2: the rows of ``validated.tsv`` that ``covost_v2.ca_en.tsv`` has as well, joined on ``path``, in
+    the order of the former; split s is what the latter's column ``split`` says, and train is ``train_covost`` too. A
+    backslash escapes in these tables: the release's script writes them so.
     """
     root = _common_voice_root(place, language)
     code = common_voice_code(language)
     ready = _first_file([d / f"covost_v2.{code}_en.{split}.tsv" for d in (root, Path(place))])
     if ready is not None:
-        for row in _rows(ready, ["path", "sentence", "translation"]):
+        for _, row in _rows(ready, ["path", "sentence", "translation"], escape="\\"):
             yield _clip(root, row["path"], row["sentence"], row["translation"] or None, language, split)
         return
     table = _first_file([d / f"covost_v2.{code}_en.tsv" for d in (root, Path(place))])
     if table is None:
         raise LorsError(f"{place}: expected covost_v2.{code}_en.{split}.tsv or covost_v2.{code}_en.tsv, got neither")
-    sentences = {row["path"]: row["sentence"] for row in _rows(root / "validated.tsv", ["path", "sentence"])}
-    accepted = {split, f"{split}_covost"}
-    for row in _rows(table, ["path", "translation", "split"]):
-        if row["split"] in accepted and row["path"] in sentences:
-            yield _clip(root, row["path"], sentences[row["path"]], row["translation"] or None, language, split)
+    accepted = {split, "train_covost"} if split == "train" else {split}
+    rows = _rows(table, ["path", "translation", "split"], escape="\\")
+    translations = {row["path"]: row["translation"] for _, row in rows if row["split"] in accepted}
+    for _, row in _rows(root / "validated.tsv", ["path", "sentence"], escape="\\"):
+        if row["path"] in translations:
+            yield _clip(root, row["path"], row["sentence"], translations[row["path"]] or None, language, split)
 
 
 def _first_file(paths: Iterable[Path]) -> Path | None:
@@ -255,7 +316,10 @@ class ParquetAudio:
     name: str
 
     def open(self) -> Any:
-        return AudioBytes(self.name, _row_group(self.path, self.group)[self.row]["bytes"]).open()
+        audio = _row_group(self.path, self.group)[self.row]
+        if not audio or not audio.get("bytes"):
+            raise LorsError(f"cannot read audio {self.name}: expected bytes in the column 'audio', got none")
+        return AudioBytes(self.name, audio["bytes"]).open()
 
     @property
     def key(self) -> str:
@@ -266,67 +330,72 @@ class ParquetAudio:
         return 0.0, None
 
 
-_GROUPS: dict[tuple[Path, int], list[Any]] = {}
-
-
-def _row_group(path: Path, group: int) -> list[Any]:
-    import pyarrow.parquet as pq
-
-    if (path, group) not in _GROUPS:
-        _GROUPS.clear()  # one at a time: a group of FLEURS is a few hundred megabytes
-        _GROUPS[path, group] = pq.ParquetFile(path).read_row_group(group, columns=["audio"])["audio"].to_pylist()
-    return _GROUPS[path, group]
-
-
-def _fleurs(place: str, language: str, split: str) -> Iterator[Utterance]:
-    """X -> English by FLEURS's sentence ids: the English split with the same id is the translation."""
-    english = {int(row["id"]): str(row["raw_transcription"]) for *_, row in _fleurs_rows(place, "en", split)}
-    for path, group, index, row in _fleurs_rows(place, language, split):
-        name = f"{fleurs_code(language)}/{split}/{row['id']}/{path.name}:{group}:{index}"
-        audio = ParquetAudio(path, group, index, name)
-        translation = english.get(int(row["id"]))
-        yield Utterance(name, audio, str(row["raw_transcription"]), translation, language, split)
-
-
-def _fleurs_rows(place: str, language: str, split: str) -> Iterator[tuple[Path, int, int, dict[str, Any]]]:
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """A Parquet file; LorsError when it cannot be read as one."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise LorsError(f"FLEURS is Parquet and needs pyarrow: pip install 'lors-merging[speech]' ({error})") from error
+    try:
+        yield pq.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise LorsError(f"cannot read {path}: {first_line(error)}") from error
 
+
+@functools.lru_cache(maxsize=1)  # a group of FLEURS is tens of megabytes
+def _row_group(path: Path, group: int) -> list[Any]:
+    with _parquet(path) as table:
+        return list(table.read_row_group(group, columns=["audio"])["audio"].to_pylist())
+
+
+def _fleurs(place: str, language: str, split: str) -> Iterator[Utterance]:
+    """X -> English by FLEURS's sentence ids: the English split with the same id is the translation."""
+    english = {row["id"]: row["raw_transcription"] for *_, row in _fleurs_rows(place, "en", split)}
+    for path, group, index, row in _fleurs_rows(place, language, split):
+        name = f"{fleurs_code(language)}/{split}/{row['id']}/{path.name}:{group}:{index}"
+        audio = ParquetAudio(path, group, index, name)
+        yield Utterance(name, audio, row["raw_transcription"], english.get(row["id"]), language, split)
+
+
+def _fleurs_rows(place: str, language: str, split: str) -> Iterator[tuple[Path, int, int, dict[str, Any]]]:
     stem = {"dev": "validation"}.get(split, split)
     files = _fleurs_files(place, fleurs_code(language), stem)
     if not files and language != "en":
         raise LorsError(f"{place}: expected {fleurs_code(language)}/{stem}-*.parquet, got none")
     for path in files:
-        table = pq.ParquetFile(path)
-        missing = {"id", "raw_transcription", "audio"} - set(table.schema_arrow.names)
-        if missing:
-            raise LorsError(f"{path}: expected a column {min(missing)!r}, got {', '.join(table.schema_arrow.names)}")
-        for group in range(table.num_row_groups):
-            rows = table.read_row_group(group, columns=["id", "raw_transcription"]).to_pylist()
-            yield from ((path, group, index, row) for index, row in enumerate(rows))
+        with _parquet(path) as table:
+            names = table.schema_arrow.names
+            missing = {"id", "raw_transcription", "audio"} - set(names)
+            if missing:
+                raise LorsError(f"{path}: expected a column {min(missing)!r}, got {', '.join(names)}")
+            for group in range(table.num_row_groups):
+                rows = table.read_row_group(group, columns=["id", "raw_transcription"]).to_pylist()
+                for index, row in enumerate(rows):
+                    if not isinstance(row["raw_transcription"], str) or row["id"] is None:
+                        raise LorsError(f"{path}:{group}:{index}: expected an id and a text, got {row}")
+                    yield path, group, index, row
 
 
 def _fleurs_files(place: str, code: str, stem: str) -> list[Path]:
     root = Path(place) if place else _fleurs_hub(code, stem)
-    patterns = (f"{code}/{stem}-*.parquet", f"{code}/{stem}/*.parquet", f"{stem}-*.parquet" if not place else "")
-    return next((found for p in patterns if p and (found := sorted(root.glob(p)))), [])
+    return next((found for pattern in _fleurs_patterns(code, stem) if (found := sorted(root.glob(pattern)))), [])
 
 
+def _fleurs_patterns(code: str, stem: str) -> list[str]:
+    return [f"{code}/{stem}-*.parquet", f"{code}/{stem}/*.parquet"]
+
+
+@functools.cache
 def _fleurs_hub(code: str, stem: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{code}/{stem}-*.parquet", f"{code}/{stem}/*.parquet"]
+    # The hub keeps a Parquet conversion of script data sets beside them, in this revision.
+    revision, patterns = "refs/convert/parquet", _fleurs_patterns(code, stem)
     try:
-        # The hub keeps a Parquet conversion of script data sets beside them, in this revision.
-        return Path(
-            snapshot_download(
-                "google/fleurs", repo_type="dataset", revision="refs/convert/parquet", allow_patterns=patterns
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise LorsError(f"fleurs: cannot fetch google/fleurs from the hub: {error}") from error
+        return Path(snapshot_download("google/fleurs", repo_type="dataset", revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network and HTTP errors come from several libraries
+        raise LorsError(f"fleurs: cannot fetch google/fleurs from the hub: {first_line(error)}") from error
 
 
 _LOADERS: dict[str, Callable[[str, str, str], Iterable[Utterance]]] = {

@@ -19,7 +19,7 @@ def score(data: str, languages: str, model: str, tasks: str = "transcribe") -> d
     """Percentages: `wer` (transcribe) and `bleu` (translate), means over the languages, and each language's own."""
     from .evaluation import evaluate
 
-    evaluation = evaluate(model, data=data, languages=languages, tasks=tasks.split(","), split="dev")
+    evaluation = evaluate(model, data=data, languages=languages, tasks=tasks, split="dev")
     found: dict[str, float] = {}
     for metric, task in (("wer", "transcribe"), ("bleu", "translate")):
         values = {r.language: getattr(r.score, metric) for r in evaluation.results if r.task == task}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
+from ..output import writing
 from .audio import SAMPLE_RATE, duration
-from .corpus import Corpus, Utterance, by_task, load_corpus
+from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
 from .languages import parse_languages
+from .progress import bar
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
-from .whisper import load_model, load_processor, quiet, require_languages, resolve_model
+from .whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,8 +76,15 @@ class Evaluation:
         ]  # fmt: skip
 
     def write(self, out: Path) -> None:
-        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance."""
+        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance.
+
+        LorsError when `out` cannot be written.
+        """
         make_room(out)
+        with writing(out):
+            self._write(out)
+
+    def _write(self, out: Path) -> None:
         for r in self.results:
             name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
             with (out / "answers" / name).open("w", encoding="utf-8") as stream:
@@ -86,10 +96,8 @@ class Evaluation:
 
 def make_room(out: Path) -> None:
     """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be."""
-    try:
+    with writing(out):
         (out / "answers").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def evaluate(
@@ -97,7 +105,7 @@ def evaluate(
     *,
     data: str | Path | Corpus,
     languages: str | Iterable[str],
-    tasks: Sequence[str] = ("transcribe",),
+    tasks: str | Sequence[str] = ("transcribe",),
     split: str = "test",
     limit: int | None = None,
     max_seconds: float | None = None,
@@ -106,35 +114,45 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Decodes `data` with every model and scores it. Models are named by directory name, or path where two agree.
+    """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
 
-    Greedy decoding (``beams`` > 1: beam search) by ``generate(language=, task=)`` without timestamps. With `cache`,
-    features are kept on disk there. LorsError for bad input of any kind.
+    `data` as for `load_corpus`, like `split` (of a corpus loaded before: all), `limit` (utterances per language) and
+    `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams,
+    without timestamps, `batch_size` utterances at a time in `dtype` (float32, float16, bfloat16); neither `batch_size`
+    nor `cache`, a directory that keeps features, changes a word in float32. Models are called by the name of their
+    directory, or their path where two names agree. `progress`: a bar on stderr where that is a terminal.
+
+    LorsError, before any decoding, for a model, language, task or device that is not there; a recording that cannot be
+    read is met when its turn comes.
     """
     quiet()
+    if dtype not in DTYPES:
+        raise LorsError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    torch_device(device)
     sources = [models] if isinstance(models, (str, Path)) else list(models)
+    names, wanted, chosen = model_names(sources), parse_languages(languages), parse_tasks(tasks)
     for source in sources:
-        resolve_model(source)  # the last model's mistakes before the first one's hours
-    wanted = parse_languages(languages)
-    if isinstance(data, list):
-        corpus = [u for u in data if u.language in wanted]
-    else:
-        corpus = load_corpus(data, languages=wanted, split=split, limit=limit, max_seconds=max_seconds)
+        require_languages(source, wanted)  # the last model's mistakes before the first one's hours
+    chosen_split = None if isinstance(data, list) else split
+    corpus = load_corpus(data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds)
+    parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
-    for name, source in zip(model_names(sources), sources, strict=True):
-        processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
-        require_languages(model, wanted, source)
-        for task in tasks:
-            for language in wanted:
-                part = by_task((u for u in corpus if u.language == language), task)
-                if not part:
-                    raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
-                results.append(result(name, model, processor, part, task, batch_size, beams, cache))
-                if progress is not None:
-                    progress(len(part))
+    total = len(sources) * sum(len(part) for part in parts.values())
+    with bar("decoding", total) if progress else nullcontext() as advance:
+        for name, source in zip(names, sources, strict=True):
+            processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
+            for (task, _), part in parts.items():
+                results.append(result(name, model, processor, part, task, batch_size, beams, cache, advance))
     return Evaluation(tuple(results))
+
+
+def _part(corpus: Corpus, task: str, language: str) -> Corpus:
+    part = by_task((u for u in corpus if u.language == language), task)
+    if not part:
+        raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
+    return part
 
 
 def model_names(sources: Sequence[str | Path]) -> list[str]:
@@ -149,7 +167,15 @@ def model_names(sources: Sequence[str | Path]) -> list[str]:
 
 
 def result(
-    name: str, model: Any, processor: Any, part: Corpus, task: str, batch_size: int, beams: int, cache: Path | None
+    name: str,
+    model: Any,
+    processor: Any,
+    part: Corpus,
+    task: str,
+    batch_size: int,
+    beams: int,
+    cache: Path | None,
+    advance: Callable[[int], None] | None = None,
 ) -> Result:
     """Decodes and scores utterances of one language (`part`) for one task."""
     language = part[0].language
@@ -159,7 +185,9 @@ def result(
         chunk = part[start : start + step]
         mel = features(chunk, processor.feature_extractor, cache)
         began = time.perf_counter()
-        hypotheses += transcribe(model, processor, mel, language, task, batch_size=batch_size, beams=beams)
+        hypotheses += transcribe(
+            model, processor, mel, language, task, batch_size=batch_size, beams=beams, advance=advance
+        )
         seconds += time.perf_counter() - began
     references = [u.reference(task) or "" for u in part]
     target = language if task == "transcribe" else "en"
@@ -181,8 +209,9 @@ def transcribe(
     *,
     batch_size: int = 64,
     beams: int = 1,
+    advance: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """mel [n, bins, frames] -> n texts."""
+    """mel [n, bins, frames] -> n texts; `advance` is told the size of each batch that is done."""
     import torch
 
     texts: list[str] = []
@@ -197,6 +226,8 @@ def transcribe(
                 num_beams=beams,
             )
             texts += processor.batch_decode(tokens, skip_special_tokens=True)
+            if advance is not None:
+                advance(len(batch))
     return [text.strip() for text in texts]
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import ray_stages
 from ..digest import sha256_file
 from ..errors import LorsError
+from ..output import writing
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
+from .domain import SPLITS
 from .stages import Stage, exclusive, run_stage, run_stages
-from .whisper import resolve_model
+from .whisper import quiet, require_languages, resolve_model, torch_device
 
 __all__ = ["build_stages", "run_experiment"]
 
@@ -45,9 +49,13 @@ def run_experiment(
     settings = config if isinstance(config, Config) else load_config(config)
     root = Path(out)
     stages = build_stages(settings)
-    with exclusive(root):
+    require_languages(settings.base, settings.languages)
+    if ray is None and settings.device != "cpu":
+        torch_device(settings.device)
+    with exclusive(root, shared=stage is not None):  # stages alone may run beside each other
         if stage is not None:
-            run_stage(stages, stage, root)
+            quiet()
+            run_stage(stages, stage, root, report)
             return root / "report.html"
         if ray is None:
             run_stages(stages, root, jobs or os.cpu_count() or 1, report)
@@ -55,7 +63,8 @@ def run_experiment(
             ray_stages.run_stages(ray, settings, stages, root.absolute(), jobs or os.cpu_count() or 1, report)
         from .report import write_report
 
-        return write_report(settings, root, {s.name: s.directory(root) for s in stages})
+        with writing(root):
+            return write_report(settings, root, {s.name: s.directory(root) for s in stages})
 
 
 def build_stages(config: Config) -> list[Stage]:
@@ -65,55 +74,98 @@ def build_stages(config: Config) -> list[Stage]:
         raise LorsError(
             f"{config.name}: expected data.synth or data.source (--data), got {'both' if data.synth else 'neither'}"
         )
-    corpus = Stage("corpus", _synthesise, _synthesis(config)) if data.synth else None
-    first = (corpus,) if corpus else ()
-    stages: list[Stage] = list(first)
-    evaluated = {
-        "data": data.model_dump(),
-        "languages": config.languages,
-        "tasks": config.tasks,
-        "batch_size": config.batch_size,
-        "device": config.device,
-    }
-    identity = _identity(config)
-    stages.append(Stage("test-base", _test_model, {**evaluated, "model": config.base}, first, identity))
+    plan = _Plan(config, _identity(config))
+    stages = [*plan.corpus, plan.stage("test-base", _test_model, plan.evaluated("test", model=config.base), ())]
     for seed in config.seeds:
-        experts = [
-            _training(config, f"expert-{language}-s{seed}", (language,), seed, first) for language in config.experts
-        ]
+        stages += plan.of_seed(seed)
+    return stages
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the stages of one configuration have in common; `identity` is that of the files it names."""
+
+    config: Config
+    identity: str
+
+    @cached_property
+    def corpus(self) -> tuple[Stage, ...]:
+        """The stage that makes the corpus, if one does."""
+        data = self.config.data
+        if data.synth is None:
+            return ()
+        parameters = {
+            "experts": self.config.experts,
+            "languages": self.config.languages,
+            "sizes": {"train": data.train, "dev": data.dev, "test": data.test},
+            **data.synth.model_dump(),
+        }
+        return (Stage("corpus", _synthesise, parameters),)
+
+    def of_seed(self, seed: int) -> list[Stage]:
+        """Dev grids before the slow baselines and tests: with several jobs the longest chain starts first."""
+        config = self.config
+        experts = [self.training(f"expert-{language}-s{seed}", (language,), seed) for language in config.experts]
         baselines = []
-        if config.multi_task_steps is not None:
+        if (steps := config.multi_task_steps) is not None:
+            baselines.append(self.training(f"multi_task-s{seed}", config.experts, seed, max_steps=steps))
+        if (steps := config.sequential_steps) is not None:
             baselines.append(
-                _training(config, f"multi_task-s{seed}", config.experts, seed, first, steps=config.multi_task_steps)
+                self.training(f"sequential-s{seed}", config.experts, seed, sequential=True, max_steps=steps)
             )
-        if config.sequential_steps is not None:
-            steps = config.sequential_steps
-            name = f"sequential-s{seed}"
-            baselines.append(_training(config, name, config.experts, seed, first, steps=steps, sequential=True))
-        # Dev grids before the slow baselines and tests: with several jobs the longest chain starts first.
-        stages += experts
-        for label, grid in config.grids.items():
-            parameters = {
-                **evaluated,
-                "languages": config.experts,
-                "base": config.base,
-                "method": grid.method,
-                "settings": grid.settings(),
-                "rest": config.rest,
-                "compare_rest": config.compare_rest and seed == config.seeds[0],
-            }
-            stages.append(Stage(f"dev-{label}-s{seed}", _search, parameters, (*first, *experts), identity))
-            parameters = {**evaluated, "base": config.base, "method": grid.method, "rest": config.rest}
-            parameters["check_reference"] = label == "lors" and seed == config.seeds[0]
-            stages.append(
-                Stage(f"test-{label}-s{seed}", _test_merge, parameters, (*first, *experts, stages[-1]), identity)
-            )
-        stages += baselines
-        stages += [
-            Stage(f"test-{s.name}", _test_model, {**evaluated, "model": None}, (*first, s))
+        merges = [stage for label in config.grids for stage in self.merges(label, seed, experts)]
+        tests = [
+            # The model comes from the stage before, whose key holds the base's digest already.
+            Stage(f"test-{s.name}", _test_model, self.evaluated("test", model=None), (*self.corpus, s))
             for s in (*experts, *baselines)
         ]
-    return stages
+        return [*experts, *merges, *baselines, *tests]
+
+    def merges(self, label: str, seed: int, experts: Sequence[Stage]) -> tuple[Stage, Stage]:
+        """The search on dev, and the test of what it chose."""
+        config, grid, first = self.config, self.config.grids[label], seed == self.config.seeds[0]
+        common = {"base": config.base, "method": grid.method, "rest": config.rest}
+        parameters = self.evaluated("dev", **common, settings=grid.settings())
+        parameters |= {"languages": config.experts, "compare_rest": config.compare_rest and first}
+        search = self.stage(f"dev-{label}-s{seed}", _search, parameters, experts)
+        parameters = self.evaluated("test", **common, check_reference=label == "lors" and first)
+        return search, self.stage(f"test-{label}-s{seed}", _test_merge, parameters, (*experts, search))
+
+    def training(
+        self, name: str, languages: Sequence[str], seed: int, sequential: bool = False, **changes: Any
+    ) -> Stage:
+        training = self.config.make_training(seed, **changes)
+        parameters = {
+            "base": self.config.base,
+            "data": self.data("train", *(["dev"] if training.eval_steps else [])),
+            "languages": languages,
+            "tasks": self.config.tasks,
+            "training": asdict(training),
+            "sequential": sequential,
+        }
+        return self.stage(name, _finetune, parameters, (), _FINETUNE_VERSION)
+
+    def evaluated(self, split: str, **more: Any) -> dict[str, Any]:
+        """Parameters of a stage that decodes the split."""
+        config = self.config
+        return {
+            "data": self.data(split),
+            "languages": config.languages,
+            "tasks": config.tasks,
+            "batch_size": config.batch_size,
+            "device": config.device,
+            **more,
+        }
+
+    def data(self, *splits: str) -> dict[str, Any]:
+        """What a stage that reads these splits depends on: speech made for one is made for all."""
+        everything = self.config.data.model_dump()
+        return {k: v for k, v in everything.items() if self.corpus or k not in SPLITS or k in splits}
+
+    def stage(
+        self, name: str, work: Callable[..., None], parameters: dict[str, Any], needs: Sequence[Stage], version: int = 1
+    ) -> Stage:
+        return Stage(name, work, parameters, (*self.corpus, *needs), self.identity, version)
 
 
 def _identity(config: Config) -> str:
@@ -123,40 +175,6 @@ def _identity(config: Config) -> str:
     manifest = [] if source is None else [source / "manifest.tsv" if source.is_dir() else source]
     files = [path for path in [*sorted(base.glob("*.safetensors")), *manifest] if path.is_file()]
     return " ".join(sha256_file(path) for path in files)
-
-
-def _synthesis(config: Config) -> dict[str, Any]:
-    data = config.data
-    assert data.synth is not None
-    return {
-        "experts": config.experts,
-        "languages": config.languages,
-        "sizes": {"train": data.train, "dev": data.dev, "test": data.test},
-        **data.synth.model_dump(),
-    }
-
-
-def _training(
-    config: Config,
-    name: str,
-    languages: Sequence[str],
-    seed: int,
-    needs: tuple[Stage, ...],
-    steps: int | None = None,
-    sequential: bool = False,
-) -> Stage:
-    changes = {"max_steps": steps} if steps is not None else {}
-    from dataclasses import asdict
-
-    parameters = {
-        "base": config.base,
-        "data": config.data.model_dump(),
-        "languages": languages,
-        "tasks": config.tasks,
-        "training": asdict(config.make_training(seed, **changes)),
-        "sequential": sequential,
-    }
-    return Stage(name, _finetune, parameters, needs, _identity(config), _FINETUNE_VERSION)
 
 
 # ---------------------------------------------------------------------------------------------------- the stages
@@ -196,6 +214,7 @@ def _finetune(
         sequential=sequential,
         cache=out.parent.parent / "features",
         force=True,
+        progress=True,
     )
 
 
@@ -277,8 +296,6 @@ def _write_answers(
     out: Path, network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int
 ) -> list[str]:
     """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``. Returns the answers."""
-    from dataclasses import asdict
-
     from .evaluation import result
 
     out.mkdir(exist_ok=True)

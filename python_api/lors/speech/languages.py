@@ -29,7 +29,7 @@ _FLEURS = {
 
 def whisper_code(code: str) -> str:
     """Whisper's code for a corpus's code: ``sv-SE``, ``sv_se``, ``sv`` -> ``sv``; ``cmn_hans_cn`` -> ``zh``."""
-    head = code.replace("_", "-").split("-")[0].lower()
+    head = code.strip().replace("_", "-").split("-")[0].lower()
     return {"cmn": "zh", "nb": "no"}.get(head, head)
 
 
@@ -48,7 +48,7 @@ def fleurs_code(language: str) -> str:
 def parse_languages(text: str | Iterable[str]) -> tuple[str, ...]:
     """``ca,de,sv-SE`` (or a sequence) -> Whisper's codes, in order, without repeats."""
     parts = text.split(",") if isinstance(text, str) else list(text)
-    codes = tuple(dict.fromkeys(whisper_code(part.strip()) for part in parts if part.strip()))
+    codes = tuple(dict.fromkeys(whisper_code(part) for part in parts if part.strip()))
     if not codes:
         raise LorsError(f"languages: expected at least one code such as ca,de, got {text!r}")
     return codes

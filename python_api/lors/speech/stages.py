@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from typing import Any
 
 from ..errors import LorsError
 from ..messages import nearest
+from ..output import writing
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
@@ -33,7 +35,7 @@ _PRELOAD = [
     "transformers.models.whisper.modeling_whisper",
     "transformers.trainer_seq2seq",
     "lors.merging",
-    "lors.speech.training",
+    "lors.speech.trainer",
     "lors.speech.evaluation",
 ]
 
@@ -77,23 +79,27 @@ class Stage:
 
 
 @contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """One run at a time in a directory; the lock dies with the process."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        stream = (root / ".lock").open("w")
-    except OSError as error:
-        raise LorsError(f"cannot write {root}: {error.strerror or error}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LorsError(f"{root}: another experiment is running here") from None
+def exclusive(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """One run at a time in a directory, or any number of `shared` ones; the lock dies with the process."""
+    with _locked(root / ".lock", "another experiment is running here", shared):
         yield
 
 
-def run_stage(stages: Sequence[Stage], name: str, root: Path) -> None:
-    """Runs one stage alone, in this process."""
+@contextmanager
+def _locked(path: Path, said: str, shared: bool = False) -> Iterator[None]:
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LorsError(f"{path.parent}: {said}") from None
+        yield
+
+
+def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[str], None]) -> None:
+    """Runs one stage alone, in this process, unless it is done."""
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
         raise LorsError(f"stage: no {name!r}{nearest(name, by_name)}")
@@ -101,8 +107,13 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path) -> None:
     missing = [need.name for need in stage.needs if not need.done(root)]
     if missing:
         raise LorsError(f"stage {name}: needs {', '.join(missing)} first")
-    if not stage.done(root):
+    if stage.done(root):
+        report(f"stage {name} was already done: {stage.directory(root)}")
+        return
+    began = time.monotonic()
+    with _locked(root / f".{name}.lock", f"stage {name} is running here already"), writing(root):
         stage.run(root)
+    report(f"{name}: {time.monotonic() - began:.0f} s -> {stage.directory(root)}")
 
 
 def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
@@ -136,7 +147,7 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
                     done += 1
                     report(f"[{done}/{len(stages)}] {stage.name}: {time.monotonic() - began:.0f} s")
                 elif failure is None:
-                    said = receiver.recv() if receiver.poll() else f"killed (exit code {process.exitcode})"
+                    said = _last_words(receiver, process.exitcode)
                     failure = f"stage {stage.name}: {said}; run the same command again to continue"
     finally:
         for _, (process, _), _ in running.values():
@@ -146,6 +157,18 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
         raise LorsError(failure)
 
 
+def _last_words(receiver: Any, exit_code: int) -> str:
+    """What a failed stage sent; one that was killed, by a user or for its memory, sent nothing."""
+    try:
+        return str(receiver.recv())
+    except EOFError:
+        if exit_code >= 0:
+            return f"ended with exit code {exit_code}"
+        return f"killed by {signal.Signals(-exit_code).name}" + (
+            ", as systems do that are out of memory" if -exit_code == signal.SIGKILL else ""
+        )
+
+
 def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
     return next((stage for stage in waiting if all(need.done(root) for need in stage.needs)), None)
 
@@ -153,7 +176,10 @@ def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
 def _child(stage: Stage, root: Path, sender: Any, lifeline: Any) -> None:
     import torch
 
+    from .whisper import quiet
+
     torch.set_num_threads(1)
+    quiet()
     threading.Thread(target=_die_with_the_run, args=(lifeline,), daemon=True).start()
     (root / "logs").mkdir(exist_ok=True)
     with (root / "logs" / f"{stage.name}.log").open("a", encoding="utf-8") as log:

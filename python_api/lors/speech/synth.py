@@ -11,20 +11,24 @@ espeak-ng is GPL-3 and is called as a program.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
 from ..messages import nearest
+from ..output import writing
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
+from .progress import bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,12 +107,14 @@ def synthesise(
     seed: int = 0,
     audio_format: str = "flac",
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool = False,
 ) -> Path:
     """Writes ``out/manifest.tsv`` and ``out/<language>/<id>.<format>``; returns the manifest.
 
     `sizes` is utterances per language and split (train, dev, test). The same sentences are drawn for all languages of a
-    split. The manifest appears last: a directory with one is complete.
+    split. The manifest appears last: a directory with one is complete. `workers`: processes of espeak-ng at a time
+    (default: cores). `progress`: a bar on stderr where that is a terminal. LorsError for a condition, format or
+    language that is not there, no espeak-ng, or a place that cannot be written.
     """
     if condition not in CONDITIONS:
         raise LorsError(f"synth: unknown condition {condition!r}{nearest(condition, CONDITIONS)}")
@@ -123,21 +129,23 @@ def synthesise(
         for split, size in sizes.items()
         for index, concept in enumerate(sample(split, size, seed))
     ]
-    try:
+    with writing(out):
+        (out / "manifest.tsv").unlink(missing_ok=True)  # of a corpus that is written over
         for language in {job.language for job in jobs}:
             (out / language).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LorsError(f"cannot write {out}: {error.strerror or error}") from error
 
     def run(job: _Job) -> None:
         job.write(_utterance(program, job, CONDITIONS[condition], f"{seed} {condition} {job.key}"))
-        if progress is not None:
-            progress(1)
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with (
+        writing(out),
+        bar("speaking", len(jobs)) if progress else nullcontext() as advance,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
         for _ in pool.map(run, jobs):
-            pass
-    return _write_manifest(out / "manifest.tsv", jobs)
+            if advance is not None:
+                advance(1)
+        return _write_manifest(out / "manifest.tsv", jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,9 @@ class _Job:
         return f"{self.language}/{self.key}.{self.audio_format}"
 
     def write(self, samples: NDArray[np.int16]) -> None:
-        require("soundfile").write(self.out / self.audio, samples, SAMPLE_RATE, subtype="PCM_16")
+        encoded = io.BytesIO()  # libsndfile's error of a full disk would be one of its encoder
+        require("soundfile").write(encoded, samples, SAMPLE_RATE, subtype="PCM_16", format=self.audio_format)
+        (self.out / self.audio).write_bytes(encoded.getvalue())
 
 
 def _write_manifest(path: Path, jobs: list[_Job]) -> Path:

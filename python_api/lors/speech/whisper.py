@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
@@ -9,23 +10,48 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import HUB_ID, open_checkpoint
 from ..errors import LorsError
-from ..messages import nearest
+from ..messages import first_line, nearest
+from ..remote import is_url
 
-__all__ = ["SHIPPED", "load_model", "load_processor", "require_languages", "resolve_model", "torch_device"]
+__all__ = [
+    "DTYPES", "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",
+    "torch_device",
+]  # fmt: skip
 
 # Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
 SHIPPED = {"tiny": Path(__file__).parent / "bases" / "final", "tiny-early": Path(__file__).parent / "bases" / "early"}
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+
+
 def resolve_model(source: str | Path) -> str:
-    """A path, a hub id, or `tiny` and `tiny-early` for the shipped bases; checked to be a Whisper where it is local."""
+    """The path, hub id or URL behind a name, where `tiny` and `tiny-early` are the shipped bases; fetches nothing.
+
+    What is local is checked to be a Whisper. LorsError for what can be none of these.
+    """
     path = SHIPPED.get(str(source), Path(source))
-    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1):
-        raise LorsError(f"{source}: expected a model directory, a hub id or {' or '.join(SHIPPED)}, got none of them")
     if path.exists():
         _check_whisper(path)
-    return str(path)
+        return str(path)
+    if is_url(str(source)) or (HUB_ID.fullmatch(str(source)) and not isinstance(source, Path)):
+        return str(source)
+    raise LorsError(f"{source}: expected a model directory, a hub id or {' or '.join(SHIPPED)}, got none of them")
+
+
+def local_model(source: str | Path) -> Path:
+    """The directory of a Whisper's files on this machine, fetched where it is a hub id or URL; headers are checked."""
+    path = Path(_fetched(resolve_model(source)))
+    _check_whisper(path)
+    return path
+
+
+@functools.cache
+def _fetched(source: str) -> Path:
+    with open_checkpoint(source) as checkpoint:
+        return checkpoint.path
 
 
 def _check_whisper(path: Path) -> None:
@@ -39,27 +65,45 @@ def _check_whisper(path: Path) -> None:
 
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Any:
-    """WhisperForConditionalGeneration in evaluation mode on the device."""
+    """WhisperForConditionalGeneration in evaluation mode on the device.
+
+    LorsError for weights that are missing, of another shape, or not finite: a library that fills them in at random
+    would give scores of a model that nobody has.
+    """
     import torch
     from transformers import WhisperForConditionalGeneration
 
     where = torch_device(device)
-    path = resolve_model(source)
+    path = local_model(source)
     try:
-        model = WhisperForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, dtype))
+        model, loaded = WhisperForConditionalGeneration.from_pretrained(
+            path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the tensor's name
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise LorsError(f"{source}: cannot load the model: {error}") from error
+        raise LorsError(f"{source}: cannot load the model: {first_line(error)}") from error
+    for name, found, expected in loaded["mismatched_keys"]:
+        raise LorsError(f"{source}: expected {name} of shape {list(expected)}, got {list(found)}")
+    if missing := sorted(loaded["missing_keys"]):
+        raise LorsError(f"{source}: expected all weights of config.json, {len(missing)} are missing: {missing[0]} ...")
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise LorsError(f"{source}: expected finite weights, got NaN or infinity in {name}")
     return model.to(where).eval()
 
 
 def load_processor(source: str | Path) -> Any:
-    """WhisperProcessor of a model directory or hub id."""
+    """WhisperProcessor (feature extractor and tokenizer) of a model directory, hub id or URL."""
     from transformers import WhisperProcessor
 
+    path = local_model(source)
     try:
-        return WhisperProcessor.from_pretrained(resolve_model(source))
-    except (OSError, ValueError) as error:
-        raise LorsError(f"{source}: cannot load the processor: {error}") from error
+        return WhisperProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise LorsError(
+            f"{source}: expected the files of a WhisperProcessor (preprocessor_config.json or processor_config.json, "
+            f"tokenizer.json ...) beside the weights, as its base has them: {first_line(error).split('. ')[0]}"
+        ) from error
 
 
 def torch_device(device: str) -> Any:
@@ -68,18 +112,27 @@ def torch_device(device: str) -> Any:
 
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise LorsError(f"device: expected cpu or cuda, got {device!r}") from error
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise LorsError(f"device: expected cpu or cuda, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise LorsError(f"device: {device!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise LorsError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return chosen
 
 
-def require_languages(model: Any, languages: Iterable[str], source: object) -> None:
-    """LorsError naming the first language the model has no token for."""
-    known = getattr(model.generation_config, "lang_to_id", None)
-    if known is None:
-        raise LorsError(f"{source}: expected a multilingual Whisper, got one without language tokens")
+def require_languages(source: str | Path, languages: Iterable[str]) -> None:
+    """LorsError naming the first language the model has no token for; reads its generation_config.json, no weights."""
+    try:
+        known = json.loads((local_model(source) / "generation_config.json").read_text("utf-8")).get("lang_to_id")
+    except FileNotFoundError:
+        known = None
+    except (OSError, ValueError, AttributeError) as error:
+        raise LorsError(f"{source}: cannot read generation_config.json: {first_line(error)}") from error
+    if not isinstance(known, dict):
+        raise LorsError(f"{source}: expected a multilingual Whisper, got a generation_config.json without lang_to_id")
     codes = [token[2:-2] for token in known]
     for language in languages:
         if language not in codes:

@@ -1,0 +1,357 @@
+"""One training run with transformers' Seq2SeqTrainer: from a model to a directory, over checkpoints of its own.
+
+The trainer brings several devices and machines (``accelerate launch``), bf16, gradient checkpointing and checkpoints;
+here are the choice of trained weights, the data, dev WER measured as `evaluate` measures it, and the way on after a
+kill, to the weights of a run that was not killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ..errors import LorsError
+from ..layers import decomposed
+from .audio import require
+from .corpus import Corpus, by_task
+from .evaluation import transcribe
+from .features import features, log_mel, require_windows
+from .progress import bar
+from .scoring import score
+from .tokens import labels
+from .training import Training, write_json
+from .whisper import load_model, load_processor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Job", "Record"]
+
+_LORA_TARGETS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj|.*\.fc[12]"
+_LOG_STEPS = 50
+_KEPT_BYTES = 1 << 30
+_FULL_DISK = 1 << 16  # bytes free: less than any file written here needs
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a run did."""
+
+    items: int
+    skipped: int
+    steps: int
+    resumed_from: int
+    loss: float | None  # None when the checkpoint was the last one already
+    dev_wer: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Trains the model `source` on `corpus` and saves it in `target`; checkpoints stand in `scratch`."""
+
+    source: str
+    scratch: Path
+    target: Path
+    corpus: Corpus
+    dev: Corpus
+    tasks: tuple[str, ...]
+    training: Training
+    cache: Path | None
+    progress: bool
+
+    def run(self) -> Record:
+        """Trains, from the last complete checkpoint where there is one."""
+        began = time.monotonic()
+        set_seed(self.training.seed)
+        processor, model = load_processor(self.source), load_model(self.source)
+        data = _Dataset.build(self.corpus, self.tasks, processor, model.config.max_target_positions, self.cache)
+        checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
+        dev = _DevSet(self.dev, self.tasks, processor, self.cache)
+        trainer = _trainer(_trainable(model, self.training), self.training, self.scratch, data, dev)
+        if checkpoint is not None and checkpoint.finished:
+            trainer._load_from_checkpoint(str(checkpoint.best))  # train() would take one step more
+            steps, loss = checkpoint.step, None
+        else:
+            steps, loss = self._train(trainer, checkpoint)
+        record = Record(
+            items=len(data),
+            skipped=data.skipped,
+            steps=steps,
+            resumed_from=checkpoint.step if checkpoint else 0,
+            loss=loss,
+            dev_wer=trainer.evaluate()["eval_wer"] if self.dev else None,
+            seconds=time.monotonic() - began,
+        )
+        if trainer.is_world_process_zero():
+            with _full_disk(self.target):
+                self._save(trainer.accelerator.unwrap_model(trainer.model), processor)
+        trainer.accelerator.wait_for_everyone()
+        return record
+
+    def _train(self, trainer: _Trainer, checkpoint: _Checkpoint | None) -> tuple[int, float]:
+        """(steps, mean loss since the checkpoint)."""
+        language = ",".join(dict.fromkeys(u.language for u in self.corpus))
+        with bar(language, self.training.max_steps) if self.progress else nullcontext() as advance:
+            if self.progress:
+                trainer.add_callback(_Progress(language, advance))
+            with _full_disk(self.scratch):
+                output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        return int(trainer.state.global_step), float(output.training_loss)
+
+    def _save(self, model: Any, processor: Any) -> None:
+        if self.training.train == "lora":
+            model.save_pretrained(self.target / "adapter")
+            model = model.merge_and_unload()
+        model.config.use_cache = True
+        model.save_pretrained(self.target)
+        processor.tokenizer.set_prefix_tokens(language="english", task="transcribe", predict_timestamps=False)
+        processor.save_pretrained(self.target)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """torch and safetensors have errors of their own for a disk that is full; here it is an OSError."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if "No space left" not in str(error) and shutil.disk_usage(path).free > _FULL_DISK:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+# --------------------------------------------------------------------------------------------------- the trainer
+
+
+class _Trainer(Seq2SeqTrainer):
+    """Measures dev WER the way `evaluate` does instead of looping over a data loader."""
+
+    dev: _DevSet
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        metrics = {"eval_wer": self.dev.wer(self.accelerator.unwrap_model(self.model).eval())}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
+
+
+def _trainer(model: Any, training: Training, scratch: Path, data: _Dataset, dev: _DevSet) -> _Trainer:
+    # A dataset is anything with __len__ and __getitem__; the annotation of Trainer knows torch's class only.
+    dataset: Any = data
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(training, scratch),
+        train_dataset=dataset,
+        eval_dataset=dataset if training.eval_steps else None,  # only looked at to see that there is one
+        data_collator=_collate,
+    )
+    trainer.dev = dev
+    if training.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
+    evaluating = t.eval_steps is not None
+    # transformers 5 renames it in the middle of its life, and warns of the old name even when it is off.
+    known = Seq2SeqTrainingArguments.__dataclass_fields__
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    optional: dict[str, Any] = {checkpointing: True} if t.gradient_checkpointing else {}
+    return Seq2SeqTrainingArguments(
+        output_dir=str(scratch),
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        lr_scheduler_type=t.lr_scheduler_type,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        optim="adamw_torch_fused",
+        save_strategy="steps",
+        save_steps=t.eval_steps or t.save_steps,
+        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
+        eval_strategy="steps" if evaluating else "no",
+        eval_steps=t.eval_steps,
+        load_best_model_at_end=evaluating,
+        metric_for_best_model="wer",
+        greater_is_better=False,
+        bf16=t.bf16,
+        seed=t.seed,
+        data_seed=t.seed,
+        use_cpu=t.device == "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        log_level_replica="error",  # of other processes: what the first one says is enough
+        logging_steps=_LOG_STEPS,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        **optional,
+    )
+
+
+class _Progress(TrainerCallback):
+    """A line each time the trainer logs, also for the log of a cluster; on a terminal a bar below."""
+
+    def __init__(self, label: str, advance: Callable[[int], None] | None) -> None:
+        self._label, self._advance, self._seen = label, advance, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._advance is not None:
+            self._advance(state.global_step - self._seen)
+        self._seen = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        told = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []
+        told += [f"dev WER {logs['eval_wer']:.2f} %"] if "eval_wer" in logs else []
+        if told:
+            print(f"{self._label}: step {state.global_step} of {state.max_steps}: {', '.join(told)}", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    path: Path
+    step: int
+    best: Path  # the checkpoint of the lowest dev WER; where none is measured, this one
+    finished: bool  # all steps are done, or training stopped early here
+
+
+def _last_checkpoint(scratch: Path, max_steps: int) -> _Checkpoint | None:
+    """The newest checkpoint that is complete: the trainer writes ``trainer_state.json`` last."""
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in found:
+        file = path / "trainer_state.json"
+        try:
+            state = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        best = scratch / Path(state["best_model_checkpoint"] or path).name
+        if state["best_model_checkpoint"] not in (None, str(best)):
+            # In a directory that was moved the trainer would give up the best weights without a word.
+            write_json(file, {**state, "best_model_checkpoint": str(best)})
+        stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+        return _Checkpoint(path, state["global_step"], best, stopped or state["global_step"] >= max_steps)
+    return None
+
+
+def _trainable(model: Any, training: Training) -> Any:
+    """Freezes what is not trained; with LoRA the model is wrapped."""
+    # The encoder's positions are a fixed sinusoid; from_pretrained of transformers 5 forgets that it is not trained.
+    model.model.encoder.embed_positions.requires_grad_(False)
+    if training.train == "matrices":
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        chosen = decomposed(shapes, config=model.config.to_dict())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    if training.gradient_checkpointing:
+        model.config.use_cache = False
+        model.enable_input_require_grads()
+    if training.train == "lora":
+        peft = require("peft")
+        config = peft.LoraConfig(r=training.lora_rank, lora_alpha=training.lora_alpha, target_modules=_LORA_TARGETS)
+        model = peft.get_peft_model(model, config)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True)
+class _Dataset:
+    """Items (row, labels); features from the cache, or computed when an item is asked for and kept while they fit."""
+
+    corpus: Corpus
+    rows: list[tuple[int, list[int]]]
+    mel: NDArray[np.float16] | None
+    extractor: Any
+    skipped: int
+    kept: dict[int, NDArray[np.float16]] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, corpus: Corpus, tasks: Sequence[str], processor: Any, longest: int, cache: Path | None) -> _Dataset:
+        rows: list[tuple[int, list[int]]] = []
+        skipped = 0
+        for task in tasks:
+            for row, utterance in enumerate(corpus):
+                if not utterance.reference(task):
+                    continue
+                ids = labels(processor.tokenizer, utterance, task)
+                if len(ids) > longest:
+                    skipped += 1
+                else:
+                    rows.append((row, ids))
+        if not rows:
+            raise LorsError(f"finetune: expected utterances with a reference for {', '.join(tasks)}, got none")
+        extractor = processor.feature_extractor
+        if cache is not None:
+            return cls(corpus, rows, features(corpus, extractor, cache), extractor, skipped)
+        require_windows(corpus, extractor)  # now, and not after hours when the turn of a recording comes
+        return cls(corpus, rows, None, extractor, skipped)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, ids = self.rows[index]
+        return {"input_features": self._features(row), "labels": ids}
+
+    def _features(self, row: int) -> NDArray[np.float16]:
+        if self.mel is not None:
+            return self.mel[row]  # type: ignore[no-any-return]
+        if row in self.kept:
+            return self.kept[row]
+        mel = log_mel([self.corpus[row]], self.extractor)[0]
+        if (len(self.kept) + 1) * mel.nbytes <= _KEPT_BYTES:
+            self.kept[row] = mel
+        return mel
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    longest = max(len(item["labels"]) for item in items)
+    padded = [item["labels"] + [-100] * (longest - len(item["labels"])) for item in items]
+    mel = torch.from_numpy(np.stack([item["input_features"] for item in items])).float()
+    return {"input_features": mel, "labels": torch.tensor(padded)}
+
+
+class _DevSet:
+    """Dev utterances and their features, computed when first needed and kept for the next measurement."""
+
+    def __init__(self, corpus: Corpus, tasks: Sequence[str], processor: Any, cache: Path | None) -> None:
+        self._parts = [
+            (task, language, by_task((u for u in corpus if u.language == language), task))
+            for task in tasks
+            for language in dict.fromkeys(u.language for u in corpus)
+        ]
+        self._processor, self._cache = processor, cache
+        self._features: dict[tuple[str, str], NDArray[np.float16]] = {}
+
+    def wer(self, model: Any) -> float:
+        """Mean of WER over languages and tasks."""
+        scores = []
+        for task, language, part in self._parts:
+            if (task, language) not in self._features:
+                self._features[task, language] = features(part, self._processor.feature_extractor, self._cache)
+            said = transcribe(model, self._processor, self._features[task, language], language, task)
+            references = [u.reference(task) or "" for u in part]
+            target = language if task == "transcribe" else "en"
+            scores.append(score(references, said, language=target, task=task)[0].wer)
+        return sum(scores) / len(scores)
