@@ -51,13 +51,13 @@ def summary(directory: Path = RESULTS) -> str:
     return "\n".join([*rows, "", provenance(found, "python -m benchmarks merge")])
 
 
-def provenance(result: Result, command: str) -> str:
+def provenance(result: Result, command: str, numbers: str = "Median (least to greatest)") -> str:
     machine = result["machine"]
     commit = (machine["commit"] or "unknown")[:10] + (" with local changes" if machine["dirty"] else "")
     return (
         f"<sub>`{command}` on {machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
         f"Python {machine['python']}, torch {machine['versions']['torch']}; commit {commit}, {machine['date'][:10]}. "
-        f"Median (least to greatest).</sub>"
+        f"{numbers}.</sub>"
     )
 
 
@@ -139,7 +139,7 @@ def speech_table(result: Result, directory: Path) -> str:
     rows = ["## Speech, one thread", "", "| | |", "|---|---:|"]
     for piece in result["results"].values():
         rows += [f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in piece.items() if name != "failed"]
-    return "\n".join([*rows, "", provenance(result, "python -m benchmarks speech")])
+    return "\n".join([*rows, "", provenance(result, "python -m benchmarks speech", "Of a step's times the least")])
 
 
 def experts_table(result: Result, directory: Path) -> str:
