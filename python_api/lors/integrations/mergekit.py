@@ -123,7 +123,7 @@ def _parameter(parameter: ParameterSpec) -> Any:
 
 
 def _merge(spec: MethodSpec, group: Any, parameters: Mapping[str, Any]) -> Any:
-    """One output tensor of mergekit: the projection matrices by the method, all others by task arithmetic."""
+    """One output tensor of mergekit: the projection matrices by the method, all others as the method's `rest` says."""
     from ..merging import merge_state_dicts
 
     base, entries = group.base.tensor, group.non_base
@@ -133,7 +133,9 @@ def _merge(spec: MethodSpec, group: Any, parameters: Mapping[str, Any]) -> Any:
     labels = {entry.id: f"{index}: {entry.id}" for index, entry in enumerate(entries)}
     settings = {p.name: _value(p, parameters[p.name], labels) for p in spec.parameters}
     decomposed = layers.is_projection(name, tuple(base.shape))
-    if not decomposed:
+    if not decomposed and spec.rest == "average":
+        settings = {"lambda": 1 / len(entries)}
+    elif not decomposed:
         settings = {key: value for key, value in settings.items() if key in ("weight", "lambda")}
     merged = merge_state_dicts(
         {name: base.detach().cpu()},
