@@ -148,7 +148,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 
 def test_shipped_configurations_are_valid() -> None:
-    assert shipped_configs() == ["clean", "clean-variants", "covost-small", "fleurs", "hard", "quick"]
+    assert shipped_configs() == ["clean", "clean-variants", "covost-small", "fleurs", "hard", "hard-variants", "quick"]
     for name in shipped_configs():
         load_config(name)
 
