@@ -305,10 +305,10 @@ def test_wrong_settings(settings: dict[str, object], message: str, tiny_whisper:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: lors.merge("a", ["b"], "o"), "experts: expected a mapping label -> path, got list"),
-        (lambda: lors.merge("a", {"x": None}, "o"), "expert 'x': expected a path or hub id, got NoneType"),
-        (lambda: lors.merge(3, {"x": "b"}, "o"), "base: expected a path or hub id, got int"),
-        (lambda: lors.merge_state_dicts({}, [{}]), "experts: expected a mapping label -> state dict, got list"),
+        (lambda: lors.merge("a", ["b"], "o"), r"experts: expected a mapping of labels to models, got \['b'\]"),
+        (lambda: lors.merge("a", {"x": None}, "o"), "expert 'x': expected a path or hub id, got nothing"),
+        (lambda: lors.merge(3, {"x": "b"}, "o"), "base: expected a path or hub id, got 3"),
+        (lambda: lors.merge_state_dicts({}, [{}]), "experts: expected a mapping of labels to state dicts, got list"),
         (lambda: lors.merge_state_dicts(torch.nn.Linear(2, 2), {}), "base: .*got Linear; pass its state_dict()"),
         (
             lambda: lors.merge_state_dicts({"w": [1.0]}, {"x": {}}),

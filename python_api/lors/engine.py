@@ -175,8 +175,8 @@ class Engine:
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """What the kernels subtract, and from what: (base, tuned), or (None, delta).
 
-        A matrix is read a part at a time and the base subtracted while the part is in the cache: what is kept of it is delta, and
-        base and tuned need not be read and converted again for each step.
+        A matrix is read a part at a time and the base subtracted while the part is in the cache: what is kept of it is
+        delta, and base and tuned need not be read and converted again for each step.
         """
         work = piece.work
         if base is None or not work.matrix:

@@ -86,8 +86,7 @@ def merge(
     Raises:
         LorsError: anything wrong with the inputs, in one line; then `out` is as it was before.
     """
-    paths = _paths(experts)
-    recipe = Recipe.from_arguments(_path("base", base), paths, method, methods=SPECS, **settings)
+    recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)
     return merge_recipe(
         recipe, out, backend=backend, threads=threads, device=device, device_memory=device_memory, force=force,
         durable=durable, check=check, progress=progress,
@@ -242,9 +241,8 @@ def merge_in_memory(
     **settings: Any,
 ) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
-    paths = _paths(experts)
-    recipe = Recipe.from_arguments(_path("base", base), paths, method, methods=SPECS, **settings)
-    report = MergeReport(method, _backend(backend), None, list(paths), threads=_threads(threads))
+    recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)
+    report = MergeReport(method, _backend(backend), None, list(experts), threads=_threads(threads))
     with contextlib.ExitStack() as stack:
         opened, others = _open(recipe, METHODS[method], stack)
         sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
@@ -263,26 +261,14 @@ def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[st
     return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
 
 
-def _path(what: str, value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)):
-        raise LorsError(f"{what}: expected a path or hub id, got {type(value).__name__}")
-    return os.fspath(value)
-
-
-def _paths(experts: Any) -> dict[str, str]:
-    if not isinstance(experts, Mapping):
-        raise LorsError(f"experts: expected a mapping label -> path, got {type(experts).__name__}")
-    return {label: _path(f"expert {label!r}", path) for label, path in experts.items()}
-
-
 def _states(base: Any, experts: Any) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(experts, Mapping):
-        raise LorsError(f"experts: expected a mapping label -> state dict, got {type(experts).__name__}")
+        raise LorsError(f"experts: expected a mapping of labels to state dicts, got {type(experts).__name__}")
     states = [("base", base), *experts.items()]
     for label, state in states:
         if not isinstance(state, Mapping):
             hint = "; pass its state_dict()" if hasattr(state, "state_dict") else ""
-            raise LorsError(f"{label}: expected a mapping name -> tensor, got {type(state).__name__}{hint}")
+            raise LorsError(f"{label}: expected a mapping of names to tensors, got {type(state).__name__}{hint}")
         for name, value in state.items():
             if not isinstance(name, str):
                 raise LorsError(f"{label}: expected names that are strings, got {name!r}")

@@ -152,8 +152,8 @@ class Recipe(_Document):
     @classmethod
     def from_arguments(
         cls,
-        base: str | Path | None,
-        experts: Mapping[str, str | Path],
+        base: str | os.PathLike[str] | None,
+        experts: Mapping[str, str | os.PathLike[str]],
         method: str = "lors",
         *,
         methods: Mapping[str, MethodSpec] | None = None,
@@ -173,6 +173,12 @@ class Recipe(_Document):
         """
         if not isinstance(experts, Mapping):
             raise LorsError(f"experts: expected a mapping of labels to models, got {shown(experts)}")
+        for what, model in (
+            ("base", "" if base is None else base),
+            *((f"expert {l!r}", m) for l, m in experts.items()),
+        ):
+            if not isinstance(model, (str, os.PathLike)):
+                raise LorsError(f"{what}: expected a path or hub id, got {shown(model)}")
         if "lam" in parameters and "lambda" in parameters:
             raise LorsError("parameters.lambda: given twice, as 'lam' and as 'lambda'")
         shared: dict[str, object] = {}

@@ -158,13 +158,14 @@ def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int,
         [{language: side[seed].statistics[task, language] for language in config.experts} for seed in config.seeds]
         for side in (runs, others)
     )
-    differences = []
-    for seed in config.seeds:
-        one, two = (_group(side[seed], task, config.experts) for side in (runs, others))
-        differences.append((one or 0.0) - (two or 0.0))
+    metric, cells = METRIC[task], [(task, language) for language in config.experts]
+    differences = [
+        _mean([runs[seed].scores[cell][metric] - others[seed].scores[cell][metric] for cell in cells])
+        for seed in config.seeds
+    ]
     return {
-        "metric": METRIC[task],
-        **asdict(paired_bootstrap(first, second, METRIC[task])),
+        "metric": metric,
+        **asdict(paired_bootstrap(first, second, metric)),
         "seeds": _spread(differences),
     }
 
