@@ -12,58 +12,87 @@ namespace lors {
 namespace {
 
 constexpr int64_t kTaskRows = 16;
-constexpr int64_t kStrip = 1024;  // columns at a time: two rows of float32 stay in L1
+constexpr int64_t kStrip = 1024;  // columns at a time, whose conversions stay in L1
 
 typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
 
-void read_or_zero(const Matrix& m, int64_t i, int64_t j, int64_t n, float* row) {
-    if (m.data) {
-        read_row(m, i, j, n, row);
-    } else {
-        std::fill(row, row + n, 0.0f);
+// m[i, j : j + n] as float32: where it lies, or converted into `strip`.
+const float* row_of(const Matrix& m, int64_t i, int64_t j, int64_t n, float* strip) {
+    if (!m.data) {
+        std::fill(strip, strip + n, 0.0f);
+        return strip;
     }
-    std::fill(row + n, row + padded(n), 0.0f);
+    if (m.dtype == DType::kFloat32) return static_cast<const float*>(m.at(i, j));
+    read_row(m, i, j, n, strip);
+    return strip;
 }
 
-// row[j] = scale * row[j] + update[j] for j in [0, padded(n)); returns the largest magnitude as a key. NaN has the
-// largest of all.
-uint32_t add(float* row, const float* update, int64_t n, double scale) {
-    const float nearest = static_cast<float>(scale);  // float32 may lack bits of the scale: two numbers hold them
-    const Vec<float> factor = splat(nearest), rest = splat(static_cast<float>(scale - double{nearest}));
-    Mask largest = {};
-    for (int64_t j = 0; j < padded(n); j += kLanes<float>) {
-        const Vec<float> base = load(row + j);
-        const Vec<float> sum = multiply_add(factor, base, multiply_add(rest, base, load(update + j)));
-        store(row + j, sum);
-        const Mask key = reinterpret_cast<Mask>(sum) & static_cast<int32_t>(kMagnitudeMask), larger = key > largest;
-        largest = (key & larger) | (largest & ~larger);
+// scale * base + update; what float32 has not got of the scale is added beside it.
+struct Sum {
+    Vec<float> scale, rest;
+
+    explicit Sum(double s)
+        : scale(splat(static_cast<float>(s))), rest(splat(static_cast<float>(s - double{static_cast<float>(s)}))) {}
+
+    Vec<float> operator()(const float* base, const float* update) const {
+        const Vec<float> b = load(base);
+        return multiply_add(scale, b, multiply_add(rest, b, load(update)));
     }
-    int32_t key = 0;
-    for (int lane = 0; lane < kLanes<float>; ++lane) key = std::max(key, largest[lane]);
-    return static_cast<uint32_t>(key);
+};
+
+// The largest magnitude by its key; NaN's is larger than any number's.
+void note(Mask& largest, Vec<float> values) {
+    const Mask key = reinterpret_cast<Mask>(values) & static_cast<int32_t>(kMagnitudeMask);
+    largest = key > largest ? key : largest;
+}
+
+// to[j] = sum of base[j] and update[j] for j in [0, n).
+void add_row(const Sum& sum, const float* base, const float* update, int64_t n, float* to, Mask& largest) {
+    constexpr int64_t L = kLanes<float>;
+    const Sum add = sum;  // values, which `to` cannot point into
+    Mask most = largest;
+    int64_t j = 0;
+    for (; j + L <= n; j += L) {
+        const Vec<float> values = add(base + j, update + j);
+        store(to + j, values);
+        note(most, values);
+    }
+    if (j < n) {
+        float b[L] = {}, u[L] = {};
+        std::copy(base + j, base + n, b);
+        std::copy(update + j, update + n, u);
+        const Vec<float> values = add(b, u);
+        store(b, values);
+        note(most, values);
+        std::copy(b, b + (n - j), to + j);
+    }
+    largest = most;
 }
 
 }  // namespace
 
 float apply_update(const Matrix& out, const Matrix& base, const Matrix& update, double scale, int threads) {
-    const int64_t tasks = (out.rows + kTaskRows - 1) / kTaskRows, strip = padded(std::min(kStrip, out.cols));
+    const int64_t tasks = (out.rows + kTaskRows - 1) / kTaskRows, strip = std::min(kStrip, out.cols);
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
-    Buffer<float> scratch(workers * 2 * strip);
+    const Sum sum(scale);
+    Buffer<float> scratch(workers * 3 * strip);
     std::vector<uint32_t> largest(static_cast<size_t>(tasks));
     parallel_for(tasks, workers, [&](int64_t task, int worker) {
-        float *row = scratch.data() + worker * 2 * strip, *added = row + strip;
-        uint32_t key = 0;
+        float *first = scratch.data() + worker * 3 * strip, *second = first + strip, *sums = second + strip;
+        Mask most = {};
         const int64_t end = std::min(out.rows, (task + 1) * kTaskRows);
         for (int64_t i = task * kTaskRows; i < end; ++i) {
             for (int64_t j = 0; j < out.cols; j += kStrip) {
                 const int64_t n = std::min(kStrip, out.cols - j);
-                read_or_zero(base, i, j, n, row);
-                read_or_zero(update, i, j, n, added);
-                key = std::max(key, add(row, added, n, scale));
-                write_row(out, i, j, n, row);
+                const bool direct = out.dtype == DType::kFloat32;
+                float* to = direct ? static_cast<float*>(const_cast<void*>(out.at(i, j))) : sums;
+                add_row(sum, row_of(base, i, j, n, first), row_of(update, i, j, n, second), n, to, most);
+                if (!direct) write_row(out, i, j, n, sums);
             }
         }
-        largest[static_cast<size_t>(task)] = key;
+        int32_t key = 0;
+        for (int lane = 0; lane < kLanes<float>; ++lane) key = std::max(key, most[lane]);
+        largest[static_cast<size_t>(task)] = static_cast<uint32_t>(key);
     });
     return key_to_magnitude(*std::max_element(largest.begin(), largest.end()));
 }
