@@ -26,7 +26,9 @@ from lors import output
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.formats import DTYPES
-from lors.output import OpenAIWriter, OutputDirectory, Terminated, WeightWriter, terminate_cleanly
+from lors.locks import Lock
+from lors.output import OpenAIWriter, OutputDirectory, WeightWriter
+from lors.signals import Terminated, terminate_cleanly
 
 F32 = np.dtype(np.float32)
 
@@ -63,7 +65,8 @@ def waiting_writer(target: Path, *, force: bool = False) -> Iterator[subprocess.
     """A process in the middle of writing to `target`, until it is killed or its standard input closes."""
     code = """
 import sys
-from lors.output import OutputDirectory, terminate_cleanly
+from lors.output import OutputDirectory
+from lors.signals import terminate_cleanly
 with terminate_cleanly(), OutputDirectory(sys.argv[1], force=sys.argv[2] == "True") as out:
     out.write_text("config.json", "new")
     print("ready", flush=True)
@@ -101,7 +104,7 @@ def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: boo
     if not atomic:  # a file system that cannot exchange two names
         monkeypatch.setattr(output, "exchange", lambda first, second: False)
     target = old_checkpoint(tmp_path / "out")
-    (target / "stale.json").write_text("of the old one")
+    (target / "vocab.json").write_text("of the old one")
     inode = target.stat().st_ino
     with OutputDirectory(target, force=True, durable=durable) as out:
         out.write_text("config.json", "new")
@@ -197,11 +200,11 @@ def test_a_lock_whose_file_is_gone_locks_nothing(tmp_path: Path, monkeypatch: py
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    assert output._acquire(lock) is None
+    assert Lock.acquire(lock) is None
     os.close(third[0])
-    fd = output._acquire(lock)
-    assert fd is not None
-    output._release(lock, fd)
+    held = Lock.acquire(lock)
+    assert held is not None
+    held.release()
 
 
 def test_symbolic_links_are_followed(tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_targets_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names(tmp_path) == ["home", "old"]
 
 
-@pytest.mark.parametrize("content", [None, "config.json", "lors_recipe.yml", "x.safetensors"])
+@pytest.mark.parametrize("content", [None, "config.json", "lors_recipe.yml", "model.safetensors"])
 def test_what_force_replaces(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "out").mkdir()
     if content:
@@ -304,7 +307,7 @@ def test_one_of_many_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         try:
             with OutputDirectory(target, force=True, durable=False) as out:
                 out.write_text("config.json", str(number))
-                out.write_text("again", str(number))
+                out.write_text("training.json", str(number))
                 out.commit()
         except LorsError as error:
             assert "another run" in str(error)
@@ -314,7 +317,7 @@ def test_one_of_many_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, range(60))) >= 1
     assert names(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == (target / "again").read_text()
+    assert (target / "config.json").read_text() == (target / "training.json").read_text()
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -340,7 +343,7 @@ from lors.output import OutputDirectory
 for number in itertools.count():
     with OutputDirectory(sys.argv[1], force=True, durable=False) as out:
         out.write_text("config.json", str(number))
-        out.write_text("again", str(number))
+        out.write_text("training.json", str(number))
         out.commit()
     if number == 0:
         print("ready", flush=True)
@@ -352,8 +355,8 @@ for number in itertools.count():
         time.sleep(0.0037 * moment)
         process.kill()
         process.communicate()
-        assert names(target) == ["again", "config.json"]
-        assert (target / "again").read_text() == (target / "config.json").read_text() != ""
+        assert names(target) == ["config.json", "training.json"]
+        assert (target / "training.json").read_text() == (target / "config.json").read_text() != ""
     with OutputDirectory(tmp_path / "neighbour"):
         pass
     assert [name for name in names(tmp_path) if name.endswith((".tmp", ".old"))] == []

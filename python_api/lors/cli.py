@@ -30,7 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: one line and exit code 2 for what a user can put right, 130 for Ctrl-C."""
-    from .output import terminate_cleanly
+    from .signals import terminate_cleanly
 
     try:
         with terminate_cleanly():
@@ -478,21 +478,24 @@ def report(
     density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report in FILE.html and FILE.json.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
     from .interference import interference
-    from .interference_page import findings, render
-    from .output import writing
+    from .interference_page import findings, output_files, render
 
     named = dict(_named(path) for path in experts)
     if len(named) < len(experts):
         raise LorsError("report: expected experts with different names; NAME=PATH gives one")
+    page, data = output_files(out, force)
     with _progress(quiet) as progress:
         found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
-    for path, text in ((out, render(found)), (out.with_suffix(".json"), json.dumps(found.to_dict(), indent=1) + "\n")):
-        with writing(path):
-            path.write_text(text, encoding="utf-8")
+    with page, data:
+        page.write_text(render(found))
+        data.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        data.commit()
+        page.commit()
     if not quiet:
         print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LorsError"]
+__all__ = ["LorsError", "LorsWarning"]
 
 # A path or a tensor name may hold any character; a message is one line all the same.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
@@ -23,3 +23,7 @@ class LorsError(Exception):
         if len(text) > _LONGEST:  # a name out of a damaged file
             text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
         super().__init__(text)
+
+
+class LorsWarning(UserWarning):
+    """Something that the user should know of a result that is in place all the same, in one line."""

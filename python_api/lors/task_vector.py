@@ -45,10 +45,11 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .output import OutputDirectory, WeightWriter, writing
+from .output import OutputDirectory, OutputFile, WeightWriter
 from .parameters import rank_of
 from .recipe import Target
 from .remote import is_url, placed
+from .replaceable import EXPERT_FILE
 from .sources import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]
@@ -123,9 +124,9 @@ def decompose(
             name or tuned.name, origin.sha256(), tuned.sha256(), tuned.hub_id or tuned.path.resolve().name, rank, density, seed,
             cast(Any, values), cast(Any, kind), cast(Any, remainder), parts,
         )  # fmt: skip
-        folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
-        error = _write(folder, layout, origin, tuned, backend, count)
-        _publish(folder / "expert.safetensors", path)
+        output = stack.enter_context(OutputFile(path, EXPERT_FILE, force=force, inputs=[*origin.files, *tuned.files]))
+        error = _write(output.path, layout, origin, tuned, backend, count)
+        output.commit()
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
     shown = out if isinstance(out, str) and is_url(out) else str(path)
@@ -166,32 +167,10 @@ def _parts(base: Checkpoint, target: Target | None, rank: float, density: float)
     return parts
 
 
-@contextlib.contextmanager
-def _room_for(path: Path, force: bool, inputs: list[Path]) -> Any:
-    """A folder beside `path` that is gone afterwards, also (by the next run) after a kill."""
-    if path.is_dir():
-        raise LorsError(f"{path}: expected a file to write, it is a directory")
-    if path.exists() and not force:
-        raise LorsError(f"{path}: exists already; --force replaces it")
-    if any(path.exists() and path.samefile(file) for file in inputs):
-        raise LorsError(f"{path}: the output would replace the input")
-    with OutputDirectory(path.with_name(f"{path.name}.writing")) as folder:  # never committed: only its file is kept
-        yield folder.path
-
-
-def _publish(file: Path, path: Path) -> None:
-    with writing(path):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(file, path)
-
-
-def _write(
-    folder: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int
-) -> float:
+def _write(path: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int) -> float:
     text = layout.to_json()
     with WeightWriter(
-        folder, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem="expert", early_writeback=False
+        path.parent, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem=path.stem, early_writeback=False
     ) as writer:
         encoder = _Encoder(layout, FileSource(base), FileSource(tuned, list(base.tensors)), writer, backend)
         encoder.run(threads)

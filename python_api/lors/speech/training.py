@@ -20,6 +20,7 @@ from ..digest import sha256_file
 from ..errors import LorsError
 from ..messages import nearest
 from ..output import OutputDirectory, writing
+from ..replaceable import CHECKPOINTS, RUN, foreign, require_file
 from .corpus import Corpus, load_corpus, parse_tasks
 from .languages import parse_languages
 from .whisper import local_model, quiet, require_languages, torch_device
@@ -216,7 +217,10 @@ def _claim(scratch: Path, identity: dict[str, Any]) -> None:
     """LorsError when `scratch` holds checkpoints of another run; else the checkpoints to come are this one's."""
     if not first_process():
         return
+    if scratch.is_dir() and (odd := foreign(scratch, CHECKPOINTS)):
+        raise LorsError(f"{scratch}: expected a new directory, or checkpoints of `lors finetune`, it has {odd!r}")
     record = scratch / "run.json"
+    require_file(record, RUN, force=True)
     found = json.loads(record.read_text("utf-8")) if record.exists() else {}
     if any(scratch.glob("*/checkpoint-*")) or any(scratch.glob("*/final")):
         for name, value in identity.items():
