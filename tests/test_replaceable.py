@@ -221,6 +221,22 @@ def test_what_changes_while_an_edit_runs_is_kept(
     assert (out / "eval" / "answers.txt").read_text() == "first"
 
 
+def test_an_edit_keeps_a_card_that_was_written_by_hand(family: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lors.merge(family["base"], {"ca": family["ca.file"]}, out)
+    edit(out, family["de.file"])
+    edit(out, family["de.file"], remove=True)
+    assert [name for name in os.listdir(out) if name.startswith("README")] == ["README.md"]
+    mine = (out / "README.md").read_text().replace("# Merged", "How to use it: ...\n\n# Merged")
+    (out / "README.md").write_text(mine)
+    done = edit(out, family["de.file"])
+    assert any("README.before-3.md" in notice for notice in done.notices)
+    assert (out / "README.before-3.md").read_text() == mine and "de" in (out / "README.md").read_text()
+    done = edit(out, family["de.file"], remove=True)
+    assert not any("README" in notice for notice in done.notices)
+    assert (out / "README.before-3.md").read_text() == mine
+
+
 # --- single files
 
 

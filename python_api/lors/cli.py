@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import LorsError
+from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -460,7 +461,8 @@ def sweep(
     best = done.best()
     if best is not None and not quiet:
         print(
-            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html"
+            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
+            f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
 
 
@@ -502,10 +504,12 @@ def report(
 
 def _named(text: str) -> tuple[str, str]:
     """("ca", path) of "ca=path" or of a path whose last part is ca."""
+    from .remote import is_url
+
     name, equals, path = text.partition("=")
-    if equals and path and not Path(text).exists():
+    if equals and path and not is_url(text) and not Path(text).exists():
         return name, path
-    return Path(text.rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
+    return Path(public(text).rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
 
 
 for _name, _command in SPEECH_COMMANDS.items():

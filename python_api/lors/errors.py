@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .public import public_text
+
 __all__ = ["LorsError", "LorsWarning"]
 
 # A path or a tensor name may hold any character; a message is one line all the same.
@@ -15,11 +17,11 @@ class LorsError(Exception):
     """Something the user can put right: what, where, what was expected, what was found, in one line.
 
     The command line prints ``error: <message>`` and exits with 2. Control characters are escaped, so the message is
-    one line whatever a path or a tensor name contains.
+    one line whatever a path or a tensor name contains. URLs are `public`.
     """
 
     def __init__(self, message: str) -> None:
-        text = message.translate(_CONTROL)
+        text = public_text(message).translate(_CONTROL)
         if len(text) > _LONGEST:  # a name out of a damaged file
             text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
         super().__init__(text)

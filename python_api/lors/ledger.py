@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import Source, write_card
+from .card import Source, is_untouched, write_card
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import LorsError
 from .expert_file import ExpertSource
@@ -223,7 +223,11 @@ def _apply(
 
 
 def _describe(output: OutputDirectory, merged: Checkpoint, recipe: Any, ledger: Ledger, report: MergeReport) -> None:
-    """Card, recipe and ledger; all else beside the weights is carried over."""
+    """Card, recipe and ledger; all else beside the weights is carried over, and so is a card with a user's words."""
+    if (card := merged.card()) is not None and not is_untouched(card):
+        kept = f"README.before-{ledger.edits}.md"
+        output.copy(card, kept)
+        report.notices.append(f"README.md was changed by hand and is written anew; what it was is kept in {kept}")
     write_ledger(output, ledger.base, ledger.experts, ledger.edits)
     from .merging import _plain
     from .methods import SPECS
@@ -236,7 +240,7 @@ def _describe(output: OutputDirectory, merged: Checkpoint, recipe: Any, ledger: 
             experts=ledger.experts,
             method=recipe.merge_method,
             parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-            recipe=recipe.to_yaml(),
+            recipe=recipe.published().to_yaml(),
             backend=report.backend,
             naming=merged.naming,
             base_card=merged.card(),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from .errors import LorsError
 from .output import writing
+from .public import public
 from .remote import Store, cache, local_path
 
 __all__ = ["Home", "load_lines"]
@@ -38,7 +39,7 @@ class Home:
             self.path = scratch(str(self.url), "sweep")
 
     def __str__(self) -> str:
-        return self.url or str(self.path)
+        return str(self.path) if self.url is None else public(self.url)
 
     @contextlib.contextmanager
     def open(self, plan: dict[str, Any]) -> Iterator[None]:
@@ -104,7 +105,7 @@ class Home:
         if self.url is None:
             return
         store = Store(self.url)
-        infos = store.listing()
+        infos = store.entries()
         if infos and "sweep.json" not in infos:
             raise LorsError(f"{self}: expected nothing there or a sweep, it has {min(infos)!r}")
         known = self.path / "trials.jsonl"
@@ -132,7 +133,7 @@ class Home:
         shutil.rmtree(self.path / "cache", ignore_errors=True)
         if self.url is not None:
             store = Store(f"{self.url}/cache")
-            store.remove([name for name in store.listing() if name])
+            store.remove([name for name in store.listing() if name.endswith(".lors.safetensors")])
 
     def forget(self) -> None:
         """Removes the local copy of a sweep that is complete at its URL."""

@@ -166,7 +166,7 @@ class Models:
                 Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads).run(works)
                 writer.finish()
         with writing(out):
-            (out / RECIPE_FILE).write_text(recipe.to_yaml(resolved=True), encoding="utf-8")
+            (out / RECIPE_FILE).write_text(recipe.published().to_yaml(resolved=True), encoding="utf-8")
 
     # --- merges at lambda = 1
 

@@ -47,6 +47,7 @@ from .expert_file import (
 )
 from .output import OutputDirectory, OutputFile, WeightWriter
 from .parameters import rank_of
+from .public import public
 from .recipe import Target
 from .remote import is_url, placed
 from .replaceable import EXPERT_FILE
@@ -110,7 +111,11 @@ def decompose(
     chosen = Target.model_validate(dict(target)) if target else None
     _check_options(rank, density, values, index, remainder)
     with contextlib.ExitStack() as stack:
-        path = Path(os.path.abspath(os.path.expanduser(stack.enter_context(placed(out, force)))))
+        path = Path(
+            os.path.abspath(
+                os.path.expanduser(stack.enter_context(placed(out, force, inputs=[base, expert], kind=EXPERT_FILE)))
+            )
+        )
         origin = stack.enter_context(open_checkpoint(os.fspath(base), name="base"))
         tuned = stack.enter_context(open_checkpoint(os.fspath(expert), name=name))
         for checkpoint in (origin, tuned):
@@ -129,7 +134,7 @@ def decompose(
         output.commit()
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
-    shown = out if isinstance(out, str) and is_url(out) else str(path)
+    shown = public(out) if isinstance(out, str) and is_url(out) else str(path)
     return Decomposition(shown, stored, size, matrices, error, time.perf_counter() - begun)
 
 
@@ -373,7 +378,8 @@ def export_lora(
                 writer.write(f"base_model.model.{module}.lora_A.weight", np.ascontiguousarray(right.T))
                 writer.write(f"base_model.model.{module}.lora_B.weight", left)
             writer.finish()
-        config = _adapter_config({module: part.rank for module, part in modules.items()}, base, scale)
+        ranks = {module: part.rank for module, part in modules.items()}
+        config = _adapter_config(ranks, None if base is None else public(base), scale)
         directory.write_text("adapter_config.json", json.dumps(config, indent=2) + "\n")
         directory.commit()
     return len(modules)

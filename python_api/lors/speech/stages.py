@@ -27,6 +27,7 @@ from typing import Any
 from ..errors import LorsError
 from ..messages import nearest
 from ..output import writing
+from ..public import public_text
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
@@ -74,7 +75,7 @@ class Stage:
         began = time.time()
         self.work(partial, {stage.name: stage.directory(root) for stage in self.needs}, **self.parameters)
         record = {"name": self.name, "seconds": round(time.time() - began, 1), "parameters": dict(self.parameters)}
-        (partial / "stage.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (partial / "stage.json").write_text(public_text(json.dumps(record, indent=1)) + "\n", "utf-8")
         partial.rename(final)
 
 
