@@ -307,6 +307,7 @@ def _prepare(
     report = MergeReport(recipe.merge_method, _backend(backend), public(str(out)), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
+    base.sidecars(), base.card()  # a link that is refused is refused before the work
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
