@@ -30,21 +30,32 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can put right, 130 for Ctrl-C."""
-    from .signals import terminate_cleanly
+    """Entry point."""
+    run(app)
+
+
+def run(command: typer.Typer) -> None:
+    """Runs a command: one line and exit code 2 for what a user can put right, 130 for Ctrl-C, 128 + signal."""
+    from .console import say, standard_streams
+    from .signals import Terminated, terminate_cleanly
 
     try:
-        with terminate_cleanly():
-            app()
+        with terminate_cleanly(), standard_streams():
+            command()
     except LorsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:
-        sys.stderr.close()
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(130) from None
+    except SystemExit as error:
+        if isinstance(error, Terminated):
+            say(f"terminated by {error.name}")
+        elif error.code == 130:  # what typer makes of Ctrl-C
+            say("interrupted")
+        raise
 
 
 @app.callback(invoke_without_command=True)

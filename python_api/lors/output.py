@@ -588,7 +588,9 @@ class WeightWriter:
         written = list(self.files)
         if len(self.files) > 1:
             written.append(self._write_index())
-        self.close()
+        while self._fds:
+            with writing(self.files[len(self._fds) - 1], self.nbytes):  # some network file systems write only now
+                os.close(self._fds.pop())
         return written
 
     def _write_index(self) -> Path:
@@ -601,9 +603,10 @@ class WeightWriter:
         return path
 
     def close(self) -> None:
-        """Closes the files, complete or not."""
+        """Closes the files as they are; an error is of no interest, because what is not finished is thrown away."""
         while self._fds:
-            os.close(self._fds.pop())
+            with contextlib.suppress(OSError):
+                os.close(self._fds.pop())
 
     def __enter__(self) -> WeightWriter:
         return self

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import LorsError
+from .locks import flock
 from .output import writing
 from .public import public
 from .remote import Store, cache, local_path
@@ -49,7 +50,7 @@ class Home:
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
             except BlockingIOError:
                 raise LorsError(f"{self}: another sweep is running there") from None
             self._pull()

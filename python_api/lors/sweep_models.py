@@ -29,6 +29,7 @@ from . import layers
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .expert_file import ExpertSource, is_expert_file
+from .locks import flock
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
@@ -177,13 +178,13 @@ class Models:
         path = self._home / "cache" / f"unit-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            flock(lock, fcntl.LOCK_SH, path)
             while not path.exists():
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                flock(lock, fcntl.LOCK_EX, path)
                 if not path.exists():
                     settings = {**shared, "lambda": 1.0}
                     self._merge(setting_recipe(self._recipe, method, settings, out_dtype="float32"), path)
-                fcntl.flock(lock, fcntl.LOCK_SH)  # not one step: another may forget it in between, then once more
+                flock(lock, fcntl.LOCK_SH, path)  # not one step: another may forget it in between, then once more
             os.utime(path)
             self._forget(path)
             yield path
@@ -197,7 +198,7 @@ class Models:
                     others.append((path.stat().st_mtime_ns, path))
         for _, path in sorted(others, reverse=True)[self._units - 1 :]:
             with path.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LorsError
+from ..locks import flock
 from ..messages import nearest
 from ..output import writing
 from ..public import public_text
@@ -93,7 +94,7 @@ def _locked(path: Path, said: str, shared: bool = False) -> Iterator[None]:
         stream = path.open("w")
     with stream:
         try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, path.parent)
         except BlockingIOError:
             raise LorsError(f"{path.parent}: {said}") from None
         yield
