@@ -211,6 +211,17 @@ def test_a_part_is_not_taken_for_the_whole_when_an_expert_is_removed(family: dic
     assert distance(state(tmp_path / "files"), state(tmp_path / "want"), state(family["base"])) < 1e-3
 
 
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_a_file_of_low_rank_alone_has_no_other_directions(family: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """The rounding of W0 + L is none: as large as the others, it would be the most of the update."""
+    path = decompose(family["base"], family["ca"], tmp_path / "ca.lors.safetensors", rank=3, density=0.0).path
+    lors.merge(family["base"], {"ca": path}, tmp_path / "out", method)
+    name = "model.encoder.layers.0.fc1.weight"
+    update = state(tmp_path / "out")[name].astype(np.float64) - state(family["base"])[name]
+    sigma = np.linalg.svd(update, compute_uv=False)
+    assert sigma[2] > 1e-5 and sigma[3] < 1e-6, "three directions, and the rounding of W0 + update"
+
+
 def test_left_out_remainder_keeps_the_base(family: dict[str, Path], tmp_path: Path) -> None:
     made = files(family, tmp_path, remainder="none")
     report = lors.merge(family["base"], made, tmp_path / "out")

@@ -18,11 +18,10 @@ import numpy as np
 from .checkpoint import Checkpoint
 from .errors import LorsError
 from .factors import Factors
-from .sources import FileSource, Slot, Source, Spec
+from .sources import FileSource, Slot, Source, Spec, matrix_shape
 
 PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
-_UNCHANGED = Factors(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.float32))
 
 # settings under which delta is not scale * B @ A of the named module
 REFUSED = {
@@ -71,7 +70,10 @@ class AdapterSource:
 
     def factors(self, name: str) -> Factors | None:
         """delta as factors, of rank 0 where the adapter changes nothing; None where it replaces the tensor."""
-        return None if name in self._whole else self._factors.get(name, _UNCHANGED)
+        if name in self._whole:
+            return None
+        rows, columns = matrix_shape(self.tensors[name].shape)
+        return self._factors.get(name) or Factors(np.zeros((rows, 0), np.float32), np.zeros((columns, 0), np.float32))
 
     def _spec(self, name: str) -> Spec:
         if name in self._whole:

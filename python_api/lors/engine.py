@@ -20,6 +20,7 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
 
+from .blas import one_thread_each
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .factors import Factors
@@ -100,7 +101,7 @@ class Engine:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
         pieces = [piece for work in works for piece in work.pieces()]
         self._prepare(pieces)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
+        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [pool.submit(task) for task in also]
             futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
             try:

@@ -33,11 +33,12 @@ from lors_kernels.grouped import (
     truncated_svd_group,
 )
 
+from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError
-from .operands import Certificate, Chunk, Operands, Outcome, matrix_shape
+from .operands import Certificate, Chunk, Operands, Outcome
 from .parameters import rank_of
-from .sources import Slot, Spec
+from .sources import Slot, Spec, matrix_shape
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4
@@ -184,7 +185,8 @@ class GpuEngine(Engine):
         ]
         chosen = set(grouped)
         self._prepare(pieces)
-        with ThreadPoolExecutor(self.threads + len(self.devices), thread_name_prefix="lors") as pool:
+        workers = self.threads + len(self.devices)
+        with one_thread_each(), ThreadPoolExecutor(workers, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [
                 pool.submit(_DeviceRun(self, name, pieces, indices).run)
                 for name, indices in self.shares(pieces, grouped)

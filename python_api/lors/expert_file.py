@@ -27,6 +27,7 @@ from lors_kernels.arrays import BFLOAT16
 
 from .checkpoint import Checkpoint
 from .errors import LorsError
+from .factors import Factors
 from .parameters import rank_of
 from .sources import Slot, Source, Spec
 
@@ -368,9 +369,10 @@ class ExpertSource:
         """Stored rank of a tensor, 0 where it is not decomposed."""
         return self._parts[name].rank
 
-    def factors(self, name: str) -> None:
-        """Never asked for its difference by factors: `add` knows L and S."""
-        return None
+    def factors(self, name: str) -> Factors | None:
+        """L, where the file knows no more of a matrix (density 0): exact, while `fetch` rounds W0 + L to float32."""
+        part = self._parts.get(name)
+        return Factors(*self.stored_factors(name)) if part is not None and part.matrix and not part.kept else None
 
     def stored_factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) of a decomposed matrix; [m, 0] and [n, 0] at rank 0."""
