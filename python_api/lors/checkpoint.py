@@ -27,7 +27,16 @@ from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
 from .remote import fetch, is_url
 
-__all__ = ["HUB_ID", "Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
+__all__ = [
+    "HUB_ID",
+    "Checkpoint",
+    "TensorInfo",
+    "compare",
+    "dtype_kind",
+    "open_checkpoint",
+    "require_unchanged",
+    "sha256_checkpoints",
+]
 
 # What a merged model needs beside its weights, as transformers names the files.
 SIDECARS = (
@@ -39,6 +48,8 @@ SIDECARS = (
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_CARD = "README.md"
+_Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMPARE_ELEMENTS = 1 << 20
 
@@ -76,6 +87,8 @@ class Checkpoint:
         self._directory = directory
         with contextlib.ExitStack() as stack:
             self._streams = [stack.enter_context(_open(file)) for file in files]
+            held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
+            self._opened = self._beside() | held
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
                 self._read_contents(index, file, stream)
             if not self.tensors:
@@ -208,14 +221,37 @@ class Checkpoint:
 
     def sidecars(self) -> list[Path]:
         """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
-        if self._directory is None:
-            return []
-        return [path for name in SIDECARS if (path := self._directory / name).is_file()]
+        return [path for path in self._opened if path.name in SIDECARS]
 
     def card(self) -> Path | None:
         """The model card (README.md) beside the weights, if there is one."""
-        path = self._directory / "README.md" if self._directory else None
-        return path if path and path.is_file() else None
+        return next((path for path in self._opened if path.name == _CARD), None)
+
+    def require_unchanged(self) -> None:
+        """LorsError unless the weight files and those beside them are what they were on opening.
+
+        Told by device, inode, size and times, of the names: a file that was written to, replaced, removed or added.
+        """
+        now: dict[Path, _Identity | None] = {**self._beside(), **{file: _identity_of(file) for file in self.files}}
+        for path in (*self._opened, *now):
+            before, after = self._opened.get(path), now.get(path)
+            if before != after:
+                what = "was removed while it" if after is None else "changed while it"
+                what = f"appeared while {self.name}" if before is None else what
+                raise LorsError(f"{path}: {what} was being read; start again when it is complete")
+
+    def _beside(self) -> dict[Path, _Identity]:
+        """The files beside the weights that matter, and what they are just now."""
+        if self._directory is None:
+            return {}
+        found = {path: _identity_of(path) for path in (self._directory / name for name in (*SIDECARS, _CARD))}
+        return {path: identity for path, identity in found.items() if identity is not None}
+
+
+def require_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """:meth:`Checkpoint.require_unchanged` of several; to be asked before what was made of them is shown or kept."""
+    for checkpoint in checkpoints:
+        checkpoint.require_unchanged()
 
 
 def sha256_checkpoints(checkpoints: Iterable[Checkpoint], threads: int | None = None) -> list[dict[str, str]]:
@@ -344,6 +380,22 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    # The time of the last change of its state is set by writing, even where the time of writing is put back.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _identity_of(path: Path) -> _Identity | None:
+    """None where there is no file."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+    return _identity(status) if stat.S_ISREG(status.st_mode) else None
 
 
 def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:

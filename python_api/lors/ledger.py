@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import Source, write_card
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
@@ -95,6 +95,7 @@ def edit(
         if remove:
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
+        require_unchanged((checkpoint, source.checkpoint))
         _describe(output, checkpoint, target, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()

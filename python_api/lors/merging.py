@@ -25,7 +25,7 @@ from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import write_card
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
@@ -131,7 +131,9 @@ def merge_recipe(
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
         writer.finish()
+        require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
         _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        require_unchanged((job.base, *job.experts))
         job.output.commit()
     job.report.out = str(out)
     job.report.seconds = time.perf_counter() - begun
@@ -247,7 +249,9 @@ def merge_in_memory(
         opened, others = _open(recipe, METHODS[method], stack)
         sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
         works = _plan(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
-        return _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None)), opened
+        merged = _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None))
+        require_unchanged((opened, *others))
+        return merged, opened
 
 
 def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:

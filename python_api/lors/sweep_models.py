@@ -164,6 +164,7 @@ class Models:
             report = MergeReport(method, str(self._backend), None, [])
             with _writer(recipe, base, out, works, over=True) as writer:
                 Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads).run(works)
+                base.require_unchanged()
                 writer.finish()
         with writing(out):
             (out / RECIPE_FILE).write_text(recipe.to_yaml(resolved=True), encoding="utf-8")

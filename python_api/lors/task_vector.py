@@ -27,7 +27,7 @@ import lors_kernels
 from lors_kernels import KEEP_NONE, NonFiniteError
 
 from . import layers
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import (
     BLOCK,
@@ -125,6 +125,7 @@ def decompose(
         )  # fmt: skip
         folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
         error = _write(folder, layout, origin, tuned, backend, count)
+        require_unchanged((origin, tuned))
         _publish(folder / "expert.safetensors", path)
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)

@@ -1,0 +1,164 @@
+"""What is read: inputs that change meanwhile end the work, and what they lack or have in common is said."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import lors
+from lors import LorsError
+from lors.checkpoint import Checkpoint
+from lors.inspect import inspect_command
+from lors.interference import interference
+from lors.ledger import edit
+from lors.merging import merge_in_memory
+from lors.task_vector import decompose
+
+Family = dict[str, Path]
+EXPERTS = ("ca", "de")
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return tiny.family(tmp_path / "models", EXPERTS)
+
+
+def experts(family: Family) -> dict[str, Path]:
+    return {name: family[name] for name in EXPERTS}
+
+
+# --- inputs that change while they are read
+
+
+def replaced(path: Path) -> None:
+    """Another file of the same size under the name."""
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    other.replace(path)
+
+
+def rewritten(path: Path) -> None:
+    """Written to in place and given back its old time."""
+    status = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def gone(path: Path) -> None:
+    """With all that is around it."""
+    shutil.rmtree(path.parent)
+
+
+def added(path: Path) -> None:
+    path.with_name("tokenizer.json").write_text("{}")
+
+
+CHANGES: list[tuple[Callable[[Path], None], str, str]] = [
+    (replaced, "ca/model.safetensors", "ca/model.safetensors: changed while it was being read"),
+    (rewritten, "ca/model.safetensors", "ca/model.safetensors: changed while it was being read"),
+    (rewritten, "base/model.safetensors", "base/model.safetensors: changed while it was being read"),
+    (rewritten, "base/config.json", "base/config.json: changed while it was being read"),
+    (removed, "base/config.json", "base/config.json: was removed while it was being read"),
+    (gone, "base/config.json", "base/.*: was removed while it was being read"),
+    (added, "base/config.json", "base/tokenizer.json: appeared while base was being read"),
+]
+
+
+def during_reading(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+    """Calls `change` once, when the first large matrix is read: everything is open by then."""
+    honest, waiting = Checkpoint.read, [change]
+
+    def read(self: Checkpoint, name: str, *args: Any) -> Any:
+        if ".fc1." in name and waiting:
+            waiting.pop()()
+        return honest(self, name, *args)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+
+
+@pytest.mark.parametrize(("change", "which", "message"), CHANGES)
+def test_a_merge_ends_when_an_input_changes(
+    change: Callable[[Path], None], which: str, message: str, family: Family, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    during_reading(monkeypatch, lambda: change(tmp_path / "models" / which))
+    with pytest.raises(LorsError, match=message):
+        lors.merge(family["base"], experts(family), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def _in_memory(family: Family, tmp_path: Path) -> None:
+    merge_in_memory(family["base"], experts(family))
+
+
+def _decompose(family: Family, tmp_path: Path) -> None:
+    decompose(family["base"], family["ca"], tmp_path / "ca.lors.safetensors")
+
+
+def _interference(family: Family, tmp_path: Path) -> None:
+    interference(family["base"], experts(family))
+
+
+def _inspect(family: Family, tmp_path: Path) -> None:
+    inspect_command(str(family["ca"]), str(family["base"]), rank=2, top=2, match=None, plot=None, as_json=True)
+
+
+@pytest.mark.parametrize("work", [_in_memory, _decompose, _interference, _inspect])
+def test_everything_that_reads_ends_when_an_input_changes(
+    work: Callable[[Family, Path], None], family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during_reading(monkeypatch, lambda: replaced(family["ca"] / "model.safetensors"))
+    with pytest.raises(LorsError, match="ca/model.safetensors: changed while it was being read"):
+        work(family, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("which", ["file", "model"])
+@pytest.mark.parametrize("remove", [False, True])
+def test_an_edit_ends_when_an_input_changes(
+    which: str, remove: bool, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, merged = tmp_path / "de.lors.safetensors", tmp_path / "out"
+    decompose(family["base"], family["de"], file, name="de")
+    lors.merge(family["base"], experts(family) if remove else {"ca": family["ca"]}, merged)
+    before = {path.name: path.read_bytes() for path in merged.iterdir()}
+    changed = file if which == "file" else merged / "model.safetensors"
+    during_reading(monkeypatch, lambda: os.utime(changed))
+    with pytest.raises(LorsError, match=f"{changed.name}: changed while it was being read"):
+        edit(merged, file, remove=remove)
+    assert before == {path.name: path.read_bytes() for path in merged.iterdir()}
+
+
+def test_the_check_of_a_merge_reads_what_was_merged(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between writing and checking an expert is replaced: that is said, and not that the result is wrong."""
+    from lors import verify
+    from lors.merging import merge_recipe
+    from lors.methods import SPECS
+    from lors.recipe import Recipe
+
+    recipe = Recipe.from_arguments(family["base"], experts(family), methods=SPECS, lam=1.0)
+    merge_recipe(recipe, tmp_path / "out")
+    during_reading(monkeypatch, lambda: replaced(family["ca"] / "model.safetensors"))
+    with pytest.raises(LorsError, match="ca/model.safetensors: changed while it was being read"):
+        verify.verify(recipe, tmp_path / "out")
+
+
+def test_what_others_may_do_meanwhile(family: Family, tmp_path: Path) -> None:
+    with lors.open_checkpoint(family["base"]) as checkpoint:
+        (family["base"] / "model.safetensors").read_bytes()
+        (family["base"] / "notes.txt").write_text("mine")
+        checkpoint.require_unchanged()
