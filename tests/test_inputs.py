@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import whispers
 
 import lors
 from lors import LorsError
@@ -162,3 +163,27 @@ def test_what_others_may_do_meanwhile(family: Family, tmp_path: Path) -> None:
         (family["base"] / "model.safetensors").read_bytes()
         (family["base"] / "notes.txt").write_text("mine")
         checkpoint.require_unchanged()
+
+
+# --- openai-whisper
+
+
+def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: Path) -> None:
+    """--check, inspect, add, remove, and as the base of the next merge: its directory holds a model.pt."""
+    dims = {"n_mels": 80, "n_audio_state": 64}
+    paths = {
+        name: whispers.save_openai(whispers.load(tiny_whisper / name), tmp_path / f"{name}.pt", dims)
+        for name in ("base", "ca", "de")
+    }
+    out, file = tmp_path / "out", tmp_path / "de.lors.safetensors"
+    report = lors.merge(paths["base"], {"ca": paths["ca"]}, out, check=True)
+    assert "compared with the reference" in report.notices[-1]
+    decompose(paths["base"], paths["de"], file, name="de", values="float32", remainder="float32")
+    edit(out, file)
+    lors.merge(paths["base"], {"ca": paths["ca"], "de": file}, tmp_path / "both")
+    with lors.open_checkpoint(out) as edited, lors.open_checkpoint(tmp_path / "both") as both:
+        assert edited.naming == "openai-whisper" and edited.dims == dims and edited.name == "out"
+        assert all(edited.read(name).tobytes() == both.read(name).tobytes() for name in both.tensors)
+    edit(out, file, remove=True)
+    lors.merge(out, {"de": paths["de"]}, tmp_path / "next", check=True)
+    inspect_command(str(out), str(paths["base"]), rank=2, top=2, match="mlp", plot=None, as_json=True)

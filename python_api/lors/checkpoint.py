@@ -47,6 +47,7 @@ SIDECARS = (
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_OPENAI = "model.pt"  # what a merge of openai-whisper's files writes
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
@@ -265,7 +266,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     """Opens a checkpoint and checks everything but the weights themselves.
 
     `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
-    ``pytorch_model.bin``), a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
+    ``pytorch_model.bin``) or with a merged ``model.pt``, a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
     ``org/name@revision``, or an fsspec URL of such a directory or file, which is copied here first (`remote`). What
     exists on disk is never taken for a hub id. Raises LorsError.
     """
@@ -291,7 +292,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
 
 
 def _file_label(path: Path) -> str:
-    generic = path.name in (_SINGLE, _TORCH_SINGLE)
+    generic = path.name in (_SINGLE, _TORCH_SINGLE, _OPENAI)
     return path.resolve().parent.name if generic else path.stem
 
 
@@ -304,6 +305,8 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
         if (path / index).exists():
             return _open_sharded(path / index, name, hub_id)
+    if (path / _OPENAI).exists():
+        return Checkpoint(name, path, [path / _OPENAI], hub_id=hub_id, directory=path)
     if (path / _ADAPTER_CONFIG).exists():
         return _open_adapter(path, name, hub_id)
     raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
