@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
-import whispers
+from safetensors.numpy import save_file
 
 import lors
+import whispers
 from lors import LorsError
 from lors.checkpoint import Checkpoint
 from lors.inspect import inspect_command
@@ -187,3 +189,98 @@ def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: 
     edit(out, file, remove=True)
     lors.merge(out, {"de": paths["de"]}, tmp_path / "next", check=True)
     inspect_command(str(out), str(paths["base"]), rank=2, top=2, match="mlp", plot=None, as_json=True)
+
+
+# --- what a merged model needs beside its weights
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def stripped(source: Path, target: Path, *names: str) -> Path:
+    """A copy of a checkpoint without these files."""
+    shutil.copytree(source, target)
+    for name in names:
+        (target / name).unlink()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("a configuration", ("config.json",)),
+        ("generation settings", ("generation_config.json",)),
+        ("a feature extractor", ("processor_config.json",)),
+        ("a tokenizer", TOKENIZER),
+        ("a tokenizer", ("tokenizer.json",)),  # what is left of it does not go with another one
+    ],
+)
+def test_what_the_base_lacks_comes_from_an_expert(
+    part: str, names: tuple[str, ...], tiny_whisper: Path, tmp_path: Path
+) -> None:
+    base = stripped(tiny_whisper / "base", tmp_path / "base", *names)
+    ca = stripped(tiny_whisper / "ca", tmp_path / "ca", *names)
+    de = stripped(tiny_whisper / "de", tmp_path / "de")
+    for path in de.glob("*.json"):
+        path.write_text(path.read_text() + "\n")  # told apart from the base's
+    experts = {"ca": ca, "de": de}
+    report = lors.merge(base, experts, tmp_path / "out")
+    assert any(note.startswith(f"base lacks {part} (") and "that of de is taken" in note for note in report.notices)
+    for name in names if "tokenizer.json" not in names else TOKENIZER:
+        assert (tmp_path / "out" / name).read_bytes() == (de / name).read_bytes()
+    assert not lors.merge(tiny_whisper / "base", {"ca": ca}, tmp_path / "whole").notices
+
+
+def test_what_no_input_has_is_said(tiny_whisper: Path, tmp_path: Path) -> None:
+    base = stripped(tiny_whisper / "base", tmp_path / "base", *TOKENIZER, "generation_config.json")
+    ca = stripped(tiny_whisper / "ca", tmp_path / "ca", *TOKENIZER, "generation_config.json")
+    (note,) = lors.merge(base, {"ca": ca}, tmp_path / "out").notices
+    assert "no input has generation settings" in note and "a tokenizer" in note and "extractor" not in note
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_without_any_configuration_nothing_is_merged(bare: bool, tiny_whisper: Path, tmp_path: Path) -> None:
+    base, ca = (stripped(tiny_whisper / name, tmp_path / name, "config.json") for name in ("base", "ca"))
+    if bare:
+        base, ca = base / "model.safetensors", ca / "model.safetensors"
+    with pytest.raises(LorsError, match="expected config.json beside the weights of the base or of an expert"):
+        lors.merge(base, {"ca": ca}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bare_file_gets_everything_from_an_expert(tiny_whisper: Path, tmp_path: Path) -> None:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    bare = tmp_path / "base.safetensors"
+    shutil.copy(tiny_whisper / "base" / "model.safetensors", bare)
+    report = lors.merge(bare, {"ca": tiny_whisper / "ca"}, tmp_path / "out")
+    assert len(report.notices) == 4
+    model, processor = (
+        kind.from_pretrained(tmp_path / "out") for kind in (WhisperForConditionalGeneration, WhisperProcessor)
+    )
+    assert model.generation_config.lang_to_id and len(processor.tokenizer) > 100
+
+
+def test_dims_come_from_an_expert(tiny_whisper: Path, tmp_path: Path) -> None:
+    import torch
+
+    dims = {"n_mels": 80, "n_audio_state": 64}
+    base, ca = (
+        whispers.save_openai(whispers.load(tiny_whisper / name), tmp_path / f"{name}.pt", dims)
+        for name in ("base", "ca")
+    )
+    torch.save(torch.load(base)["model_state_dict"], base)
+    report = lors.merge(base, {"ca": ca}, tmp_path / "out", check=True)
+    assert "base lacks openai-whisper's dims: those of ca are taken" in report.notices
+    assert torch.load(tmp_path / "out" / "model.pt")["dims"] == dims
+    torch.save(torch.load(ca)["model_state_dict"], ca)
+    (note,) = lors.merge(base, {"ca": ca}, tmp_path / "none").notices
+    assert "no input has openai-whisper's dims" in note and (tmp_path / "none" / "model.safetensors").exists()
+
+
+def test_other_models_may_be_weights_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("base", "ca"):
+        save_file({"layer.weight": rng.standard_normal((8, 8)).astype(np.float32)}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "base.safetensors", {"ca": tmp_path / "ca.safetensors"}
+    notices = lors.merge(*files, tmp_path / "out", rank=2).notices
+    assert any("no input has a configuration (config.json): the output is weights alone" in note for note in notices)

@@ -315,7 +315,7 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
 def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
     for file in _ADAPTERS:
         if (path / file).exists():
-            checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id)
+            checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id, directory=path)
             checkpoint.adapter = _read_json(path / _ADAPTER_CONFIG, required=True)
             return checkpoint
     raise LorsError(f"{path}: no weights beside {_ADAPTER_CONFIG}: expected {' or '.join(_ADAPTERS)}")

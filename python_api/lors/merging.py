@@ -26,6 +26,7 @@ from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
+from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
@@ -132,7 +133,7 @@ def merge_recipe(
         engine.run(job.works, hashing)
         writer.finish()
         require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
-        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        _accompany(recipe, job, hashes)
         require_unchanged((job.base, *job.experts))
         job.output.commit()
     job.report.out = str(out)
@@ -292,6 +293,7 @@ class _Job(NamedTuple):
     experts: list[Checkpoint]
     sources: list[Source]
     works: list[Work]
+    companions: list[Path]
     output: OutputDirectory
     report: MergeReport
 
@@ -313,9 +315,11 @@ def _prepare(
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
+    beside = companions(base, experts, report.notices)
+    base.dims = dims(base, experts, report.notices)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, output, report)
+    return _Job(base, experts, sources, works, beside, output, report)
 
 
 def _threads(threads: int | None) -> int:
@@ -544,16 +548,10 @@ def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job
     return task
 
 
-def _accompany(
-    recipe: Recipe,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    output: OutputDirectory,
-    hashes: Mapping[str, Mapping[str, str]],
-    report: MergeReport,
-) -> None:
+def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
-    for path in base.sidecars():
+    base, experts, output = job.base, job.experts, job.output
+    for path in job.companions:
         output.copy(path)
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
@@ -568,7 +566,7 @@ def _accompany(
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
         recipe=recipe.to_yaml(),
-        backend=report.backend,
+        backend=job.report.backend,
         naming=base.naming,
         base_card=base.card(),
     )
