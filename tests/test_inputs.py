@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import yaml
 from safetensors.numpy import save_file
 
 import lors
@@ -21,6 +22,7 @@ from lors.inspect import inspect_command
 from lors.interference import interference
 from lors.ledger import edit
 from lors.merging import merge_in_memory
+from lors.methods import SPECS
 from lors.task_vector import decompose
 
 Family = dict[str, Path]
@@ -284,3 +286,102 @@ def test_other_models_may_be_weights_alone(tmp_path: Path) -> None:
     files = tmp_path / "base.safetensors", {"ca": tmp_path / "ca.safetensors"}
     notices = lors.merge(*files, tmp_path / "out", rank=2).notices
     assert any("no input has a configuration (config.json): the output is weights alone" in note for note in notices)
+
+
+# --- the recipe in the output makes it again from anywhere
+
+
+def digest(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def again(out: Path, into: Path) -> bytes:
+    """What `lors merge OUT/lors_recipe.yml INTO` writes."""
+    lors.merge_recipe(lors.Recipe.load(out / "lors_recipe.yml", SPECS), into)
+    return digest(into)
+
+
+@pytest.fixture
+def work(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, models in ../models; and one that says nothing, to go to."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_options_with_relative_paths(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lors.merge("../models/base", {"ca": "../models/ca", "de": str(tmp_path / "models/de")}, "runs/out")
+    recipe = yaml.safe_load((work / "runs/out/lors_recipe.yml").read_text())
+    models = [recipe["base_model"], *(entry["model"] for entry in recipe["models"])]
+    assert models == ["../../../models/base", "../../../models/ca", str(tmp_path / "models/de")]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert again(work / "runs/out", tmp_path / "again") == digest(work / "runs/out")
+    assert again(tmp_path / "again", tmp_path / "deeper/still/out") == digest(work / "runs/out")
+
+
+def test_a_recipe_with_relative_paths(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the recipe, in the working directory, through a link that leads elsewhere, and two with equal ends."""
+    (tmp_path / "recipes").mkdir()
+    shutil.copytree(tmp_path / "models/ca", tmp_path / "recipes/beside/ca")
+    shutil.copytree(tmp_path / "models/de", work / "ca")
+    (tmp_path / "recipes/link").symlink_to(tmp_path / "elsewhere")  # link/../models is not recipes/models
+    (tmp_path / "recipes/r.yml").write_text(
+        "merge_method: dare_linear\nbase_model: link/../models/base\nmodels: [{model: beside/ca}, {model: ca}]\n"
+        "parameters: {density: 0.5, lambda: 1}\n"
+    )
+    (tmp_path / "shown").symlink_to(tmp_path / "kept/deep")
+    (tmp_path / "kept").mkdir()
+    recipe = lors.Recipe.load(Path("../recipes/r.yml"), SPECS)
+    lors.merge_recipe(recipe, tmp_path / "shown")  # a dangling link: what it points to is written
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert lors.Recipe.load(tmp_path / "shown/lors_recipe.yml").labels == recipe.labels == ("beside-ca", "ca")
+    assert again(tmp_path / "shown", tmp_path / "again") == digest(tmp_path / "kept/deep")
+    assert again(tmp_path / "kept/deep", tmp_path / "again2") == digest(tmp_path / "kept/deep")
+
+
+def test_hub_ids_stay_hub_ids(work: Path) -> None:
+    (work / "me").mkdir()
+    (work / "me/here").mkdir()
+    recipe = lors.Recipe.from_arguments("openai/whisper-small@main", {"a": "me/whisper-ca", "b": "me/here", "c": "~"})
+    data = recipe.to_dict(beside=work / "out")
+    assert data["base_model"] == "openai/whisper-small@main"
+    assert [entry["model"] for entry in data["models"]] == ["me/whisper-ca", "../me/here", "~"]
+
+
+def test_a_path_that_no_recipe_can_name_is_refused_at_once(work: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    (tmp_path / "models").rename(odd)
+    os.chdir(odd / "ca")
+    with pytest.raises(LorsError, match="expected a path in UTF-8: the recipe"):
+        lors.merge("../base", {"ca": "."}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_at_a_url_names_absolute_paths(work: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    lors.merge("../models/base", {"ca": "../models/ca"}, "memory://bucket/out")
+    text = fsspec.filesystem("memory").cat_file("/bucket/out/lors_recipe.yml").decode()
+    assert yaml.safe_load(text)["base_model"] == str(tmp_path / "models/base")
+
+
+def test_an_added_expert_is_named_from_the_model(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lors.merge("../models/base", {"ca": "../models/ca"}, "out")
+    decompose("../models/base", "../models/de", "de.lors.safetensors", name="de", values="float32", remainder="float32")
+    edit("out", "de.lors.safetensors")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert again(work / "out", tmp_path / "again") == digest(work / "out")
+
+
+def test_a_source_that_is_nowhere_is_named_with_its_key_and_the_places(work: Path, tmp_path: Path) -> None:
+    (work / "r.yml").write_text("merge_method: lors\nbase_model: ../models/base\nmodels: [{model: ../models/cat}]\n")
+    with pytest.raises(LorsError) as caught:
+        lors.merge_recipe(lors.Recipe.load(work / "r.yml", SPECS), "out")
+    assert str(caught.value) == (
+        f"{work}/r.yml: models[0].model: ../models/cat: no such file or directory; looked for in {work}, "
+        "did you mean '../models/ca'?"
+    )
+    with pytest.raises(LorsError, match=r"^expert 'ca': /nowhere/ca: no such file or directory$"):
+        lors.merge("../models/base", {"ca": "/nowhere/ca"}, "out")
+    with pytest.raises(LorsError, match=rf"^base: no/where: not a file or directory here, .*; looked for in {work}$"):
+        lors.merge("no/where", {"ca": "../models/ca"}, "out")

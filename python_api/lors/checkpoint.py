@@ -25,6 +25,7 @@ from .digest import sha256_file, sha256_files
 from .errors import LorsError
 from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
+from .messages import near_path
 from .remote import fetch, is_url
 
 __all__ = [
@@ -53,6 +54,14 @@ _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMPARE_ELEMENTS = 1 << 20
+
+
+class SourceNotFound(LorsError):
+    """There is no checkpoint of this name, here or on the hub."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}{near_path(source)}")
+        self.reason = reason
 
 
 class Checkpoint:
@@ -288,7 +297,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
             return _open_directory(snapshot, name or text, hub["repo"])
     except OSError as error:  # a directory that may not be entered, a name that is too long ...
         raise LorsError(f"cannot read {error.filename or text}: {error.strerror or error}") from error
-    raise LorsError(f"{text}: no such file or directory")
+    raise SourceNotFound(text, "no such file or directory")
 
 
 def _file_label(path: Path) -> str:
@@ -461,14 +470,14 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
             f"{label}: access to this hub repository must be granted first; then log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise LorsError(
-            f"{label}: not a file or directory here, and not a repository on the hub (or a private one)"
+        raise SourceNotFound(
+            label, "not a file or directory here, and not a repository on the hub (or a private one)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise LorsError(f"{label}: the hub repository has no revision {revision!r}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise LorsError(
-            f"{label}: not a file or directory here, not in the hub cache, and the hub cannot be reached"
+        raise SourceNotFound(
+            label, "not a file or directory here, not in the hub cache, and the hub cannot be reached"
         ) from error
     except Exception as error:  # network and HTTP errors come from several libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

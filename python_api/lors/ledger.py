@@ -24,6 +24,7 @@ from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
 from .output import RECIPE_FILE, OutputDirectory, writing
+from .recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
 
@@ -91,7 +92,8 @@ def edit(
         source.require_base(ledger.base.sha256)
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
         change = _removal if remove else _addition
-        recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
+        model = written_beside(target, os.fspath(expert))
+        recipe, bound, index, experts = change(_recipe(target), ledger, source, model, weight)
         if remove:
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
@@ -135,12 +137,12 @@ def _separable(recipe: Any) -> bool:
 
 
 def _addition(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     label = source.name
     if label in [expert.name for expert in ledger.experts]:
         raise LorsError(f"{label}: is merged already; --name gives this one another name")
-    entry: dict[str, Any] = {"model": os.fspath(path), "name": label}
+    entry: dict[str, Any] = {"model": model, "name": label}
     if weight is not None:
         entry["parameters"] = {"weight": weight}
     recipe = _bound(data | {"models": [*data["models"], entry]})
@@ -149,7 +151,7 @@ def _addition(
 
 
 def _removal(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     digests = [sorted(d.values()) for d in (source.checkpoint.sha256(), source.layout.expert)]
     found = [expert for expert in ledger.experts if sorted(expert.sha256.values()) in digests]

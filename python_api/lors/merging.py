@@ -25,7 +25,7 @@ from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import write_card
-from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
+from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
@@ -37,7 +37,7 @@ from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .recipe import BASE, Recipe
-from .remote import placed
+from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -119,6 +119,7 @@ def merge_recipe(
         kernels = None if device else backend
         place = stack.enter_context(placed(out, force))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
+        text = recipe.to_yaml(resolved=True) if is_url(out) else recipe.to_yaml(beside=job.output.target)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
@@ -133,7 +134,7 @@ def merge_recipe(
         engine.run(job.works, hashing)
         writer.finish()
         require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
-        _accompany(recipe, job, hashes)
+        _accompany(recipe, job, hashes, text)
         require_unchanged((job.base, *job.experts))
         job.output.commit()
     job.report.out = str(out)
@@ -342,18 +343,8 @@ def _backend(name: str | None) -> str:
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
     indices = recipe.experts if method.relative else recipe.inputs
-    experts = [
-        stack.enter_context(
-            open_checkpoint(str(recipe.base_source), name="base")
-            if index == BASE
-            else open_checkpoint(recipe.sources[index], name=recipe.labels[index])
-        )
-        for index in indices
-    ]
-    if method.relative:
-        base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
-    else:
-        base = experts[0]
+    experts = [stack.enter_context(_open_source(recipe, index)) for index in indices]
+    base = stack.enter_context(_open_source(recipe, BASE)) if method.relative else experts[0]
     if base.adapter is not None:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     if method.relative and is_expert_file(base):
@@ -367,6 +358,14 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         elif expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
+
+
+def _open_source(recipe: Recipe, model: int) -> Checkpoint:
+    source = str(recipe.base_source) if model == BASE else recipe.sources[model]
+    try:
+        return open_checkpoint(source, name="base" if model == BASE else recipe.labels[model])
+    except SourceNotFound as error:
+        raise recipe.missing(model, error.reason) from error
 
 
 def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
@@ -548,7 +547,7 @@ def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job
     return task
 
 
-def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]]) -> None:
+def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]], text: str) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
     base, experts, output = job.base, job.experts, job.output
     for path in job.companions:
@@ -565,7 +564,7 @@ def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]
         experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-        recipe=recipe.to_yaml(),
+        recipe=text,
         backend=job.report.backend,
         naming=base.naming,
         base_card=base.card(),
