@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .layers import kind, select
 
@@ -76,6 +76,7 @@ def inspect_command(
             return
         with open_checkpoint(base, name="base") as origin:
             found = list(spectra(origin, checkpoint, rank, match))
+            require_unchanged((origin, checkpoint))
     if not found:
         raise LorsError(f"{source}: no decomposed matrix" + (f" has a name like {match!r}" if match else ""))
     if as_json:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from .card import Source, is_untouched, write_card
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
 from .output import RECIPE_FILE, OutputDirectory, writing
+from .recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
 
@@ -92,10 +93,12 @@ def edit(
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
         output.outdated([*(file.name for file in checkpoint.files), "model.safetensors.index.json"])
         change = _removal if remove else _addition
-        recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
+        model = written_beside(target, os.fspath(expert))
+        recipe, bound, index, experts = change(_recipe(target), ledger, source, model, weight)
         if remove:
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
+        require_unchanged((checkpoint, source.checkpoint))
         _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
@@ -135,12 +138,12 @@ def _separable(recipe: Any) -> bool:
 
 
 def _addition(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     label = source.name
     if label in [expert.name for expert in ledger.experts]:
         raise LorsError(f"{label}: is merged already; --name gives this one another name")
-    entry: dict[str, Any] = {"model": os.fspath(path), "name": label}
+    entry: dict[str, Any] = {"model": model, "name": label}
     if weight is not None:
         entry["parameters"] = {"weight": weight}
     recipe = _bound(data | {"models": [*data["models"], entry]})
@@ -149,7 +152,7 @@ def _addition(
 
 
 def _removal(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     digests = [sorted(d.values()) for d in (source.checkpoint.sha256(), source.layout.expert)]
     found = [expert for expert in ledger.experts if sorted(expert.sha256.values()) in digests]

@@ -25,7 +25,8 @@ from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import write_card
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
+from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
@@ -37,7 +38,7 @@ from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .public import public
 from .recipe import BASE, Recipe
-from .remote import placed
+from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -119,6 +120,8 @@ def merge_recipe(
         kernels = None if device else backend
         place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
+        shown = recipe.published()
+        text = shown.to_yaml(resolved=True) if is_url(out) else shown.to_yaml(beside=job.output.target)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
@@ -132,7 +135,9 @@ def merge_recipe(
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
         writer.finish()
-        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
+        _accompany(recipe, job, hashes, text)
+        require_unchanged((job.base, *job.experts))
         job.output.commit()
     job.report.out = public(str(out))
     job.report.seconds = time.perf_counter() - begun
@@ -248,7 +253,9 @@ def merge_in_memory(
         opened, others = _open(recipe, METHODS[method], stack)
         sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
         works = _plan(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
-        return _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None)), opened
+        merged = _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None))
+        require_unchanged((opened, *others))
+        return merged, opened
 
 
 def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
@@ -289,6 +296,7 @@ class _Job(NamedTuple):
     experts: list[Checkpoint]
     sources: list[Source]
     works: list[Work]
+    companions: list[Path]
     output: OutputDirectory
     report: MergeReport
 
@@ -311,9 +319,11 @@ def _prepare(
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
+    beside = companions(base, experts, report.notices)
+    base.dims = dims(base, experts, report.notices)
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, output, report)
+    return _Job(base, experts, sources, works, beside, output, report)
 
 
 def _threads(threads: int | None) -> int:
@@ -336,18 +346,8 @@ def _backend(name: str | None) -> str:
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
     indices = recipe.experts if method.relative else recipe.inputs
-    experts = [
-        stack.enter_context(
-            open_checkpoint(str(recipe.base_source), name="base")
-            if index == BASE
-            else open_checkpoint(recipe.sources[index], name=recipe.labels[index])
-        )
-        for index in indices
-    ]
-    if method.relative:
-        base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
-    else:
-        base = experts[0]
+    experts = [stack.enter_context(_open_source(recipe, index)) for index in indices]
+    base = stack.enter_context(_open_source(recipe, BASE)) if method.relative else experts[0]
     if base.adapter is not None:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     if method.relative and is_expert_file(base):
@@ -361,6 +361,14 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         elif expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
+
+
+def _open_source(recipe: Recipe, model: int) -> Checkpoint:
+    source = str(recipe.base_source) if model == BASE else recipe.sources[model]
+    try:
+        return open_checkpoint(source, name="base" if model == BASE else recipe.labels[model])
+    except SourceNotFound as error:
+        raise recipe.missing(model, error.reason) from error
 
 
 def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
@@ -542,16 +550,10 @@ def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job
     return task
 
 
-def _accompany(
-    recipe: Recipe,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    output: OutputDirectory,
-    hashes: Mapping[str, Mapping[str, str]],
-    report: MergeReport,
-) -> None:
+def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]], text: str) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
-    for path in base.sidecars():
+    base, experts, output = job.base, job.experts, job.output
+    for path in job.companions:
         output.copy(path)
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
@@ -565,8 +567,8 @@ def _accompany(
         experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-        recipe=recipe.published().to_yaml(),
-        backend=report.backend,
+        recipe=text,
+        backend=job.report.backend,
         naming=base.naming,
         base_card=base.card(),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["first_line", "nearest", "shown"]
+__all__ = ["first_line", "near_path", "nearest", "shown"]
 
 
 def shown(value: object) -> str:
@@ -29,6 +31,24 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
+
+
+def near_path(text: str, places: Iterable[Path] = (Path(),)) -> str:
+    """End of a message about a path that is not there: ``, did you mean 'x'?`` when there is one of nearly that name."""
+    for place in places:
+        wanted = place / (given := Path(os.path.expanduser(text)))
+        missing = wanted
+        while missing != missing.parent and not os.path.lexists(missing.parent):
+            missing = missing.parent
+        try:
+            there = os.listdir(missing.parent)
+        except OSError:
+            continue
+        for name in difflib.get_close_matches(missing.name, there, cutoff=0.75):
+            found = missing.with_name(name) / wanted.relative_to(missing)
+            if found.exists():
+                return f", did you mean {str(found if given.is_absolute() else found.relative_to(place))!r}?"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -163,8 +163,9 @@ class Models:
                 with writing(out):
                     shutil.copyfile(path, out / path.name)
             report = MergeReport(method, str(self._backend), None, [])
-            with _writer(recipe, base, out, works, over=True) as writer:
+            with _writer(recipe, whole, out, works, over=True) as writer:
                 Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads).run(works)
+                base.require_unchanged()
                 writer.finish()
         with writing(out):
             (out / RECIPE_FILE).write_text(recipe.published().to_yaml(resolved=True), encoding="utf-8")

@@ -27,7 +27,7 @@ import lors_kernels
 from lors_kernels import KEEP_NONE, NonFiniteError
 
 from . import layers
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import (
     BLOCK,
@@ -131,6 +131,7 @@ def decompose(
         )  # fmt: skip
         output = stack.enter_context(OutputFile(path, EXPERT_FILE, force=force, inputs=[*origin.files, *tuned.files]))
         error = _write(output.path, layout, origin, tuned, backend, count)
+        require_unchanged((origin, tuned))
         output.commit()
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
