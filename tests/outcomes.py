@@ -22,10 +22,15 @@ PATIENCE = 10  # seconds of processor time
 
 
 def read(path: str) -> str:
-    """Everything in a checkpoint, a tensor at a time."""
-    from lors.checkpoint import open_checkpoint
+    """Everything in a checkpoint, a tensor at a time, and all that is made of names."""
+    from lors import layers
+    from lors.checkpoint import compare, open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
+        compare(checkpoint, checkpoint)
+        layers.select(checkpoint.tensors, checkpoint.naming, checkpoint.config)
+        layers.positions(checkpoint.tensors)
+        assert checkpoint.head_is_tied in (True, False)
         for name, info in checkpoint.tensors.items():
             if not info.packed:
                 checkpoint.read(name)

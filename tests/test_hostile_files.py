@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zipfile
 from collections.abc import Callable
@@ -184,6 +185,56 @@ def test_a_hostile_archive_is_one_line(attack: str, tmp_path: Path) -> None:
     (end,) = outcomes([path])
     assert end["end"] == "refused" and expected in end["text"] and "\n" not in end["text"], end
     assert end["seconds"] < 5 and end["megabytes"] < 200 + 3 * path.stat().st_size / 1e6, end
+
+
+def header(**entries: object) -> bytes:
+    return json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} | entries).encode()
+
+
+HEADERS: dict[str, tuple[bytes, str]] = {
+    "200,000 dimensions of 2^63 - 1": (b'{"a":' + header(shape=[2**63 - 1] * 200_000) + b"}", "at most 32 dimensions"),
+    "65 dimensions": (b'{"a":' + header(shape=[1] * 64 + [0]) + b"}", "at most 32 dimensions"),
+    "2^62 x 0": (b'{"a":' + header(shape=[2**62, 0]) + b"}", "overflows"),
+    "0 x 2^63 - 1 bits": (b'{"a":' + header(shape=[0, 2**62, 2], dtype="BOOL") + b"}", "overflows"),
+    "half a surrogate pair": (b'{"\\ud800":' + header() + b"}", "\\ud800"),
+    "half a surrogate pair in the middle of an entry": (b'{"a":{"\\ud800":1}}', "\\ud800"),
+    "a terminal's commands": (b'{"\\u001b[2J":' + header() + b"}", "\\x1b[2J"),
+    "text backwards": (b'{"a\\u202eb":' + header() + b"}", "\\u202e"),
+    "a layer of 5,000 digits": (b'{"encoder.layers.%s.a":' % (b"9" * 5000) + header() + b"}", "at most 255"),
+    "a dtype of 5,000 digits": (b'{"a":' + header(dtype=0).replace(b"0", b"9" * 5000, 1) + b"}", "not JSON"),
+    "a dtype of 4,000 digits": (b'{"a":' + header(dtype=0).replace(b"0", b"9" * 4000, 1) + b"}", "integer of 13288 bits"),
+    "a shape of 4,000 digits": (b'{"a":' + header(shape=[0]).replace(b"[0]", b"[%s]" % (b"9" * 4000), 1) + b"}", "13288 bits"),
+    "a nested dtype": (b'{"a":' + header(dtype=0).replace(b"0", b"[" * 900 + b"]" * 900, 1) + b"}", "dtype"),
+    "lists nested 100,000 deep": (b'{"a":' + b"[" * 100_000, "nested too deep"),
+    "objects nested 100,000 deep": (b'{"a":' * 100_000, "nested too deep"),
+    "ten million lists": (b'{"a":[' + b"[]," * 10**7 + b"[]]}", "more than 1,500,000 values"),
+    "seven hundred thousand objects": (b'{"a":[' + b"{}," * 700_000 + b"{}]}", "'a'"),
+    "seven hundred thousand keys": (b'{"a":{' + b",".join(b'"%d":0' % i for i in range(700_000)) + b"}}", "'a'"),
+    "a key 700,000 times": (b'{"a":{' + b",".join([b'"":0'] * 700_000) + b"}}", "has the key '' twice"),
+    "33 MB of text": (b'{"a":"' + b"x" * 33 * 2**20 + b'"}', "over the limit"),
+    "text that is larger in memory": (b'{"a":"\\ud83d\\ude42' + b"x" * 20 * 2**20 + b'"}', "'a'"),
+    "an infinite offset": (b'{"a":' + header().replace(b"[0, 0]", b"[0, 1e999]") + b"}", "non-negative"),
+    "Infinity": (b'{"a":' + header().replace(b"[0, 0]", b"[0, Infinity]") + b"}", "Infinity"),
+    "metadata of numbers": (b'{"__metadata__":{"a":1}}', "__metadata__"),
+    "nothing but metadata": (b'{"__metadata__":{"lors.expert":"{}"}}', "no tensor"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    root = tmp_path_factory.mktemp("headers")
+    paths = [root / f"{number}.safetensors" for number in range(len(HEADERS))]
+    for path, (text, _) in zip(paths, HEADERS.values(), strict=True):
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return dict(zip(HEADERS, outcomes(paths), strict=True))
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_a_hostile_header_is_one_line(attack: str, headers: dict[str, dict[str, object]]) -> None:
+    end, size = headers[attack], len(HEADERS[attack][0])
+    assert end["end"] == "refused" and HEADERS[attack][1] in str(end["text"]), end
+    assert "\n" not in str(end["text"]) and float(str(end["seconds"])) < 5, end
+    assert float(str(end["megabytes"])) < 200 + 3 * size / 1e6, end
 
 
 def test_overlapping_members_are_no_more_than_the_file(tmp_path: Path) -> None:

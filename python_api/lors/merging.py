@@ -24,7 +24,7 @@ from lors_kernels.arrays import BFLOAT16, is_torch
 from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
-from .card import write_card
+from .card import carried_over, write_card
 from .checkpoint import Checkpoint, compare, open_checkpoint
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
@@ -131,7 +131,7 @@ def merge_recipe(
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
         writer.finish()
-        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report, job.carried)
         job.output.commit()
     job.report.out = str(out)
     job.report.seconds = time.perf_counter() - begun
@@ -290,6 +290,7 @@ class _Job(NamedTuple):
     works: list[Work]
     output: OutputDirectory
     report: MergeReport
+    carried: dict[str, Any]  # of the base's model card
 
 
 def _prepare(
@@ -309,9 +310,11 @@ def _prepare(
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
+    carried, notices = carried_over(base.card())
+    report.notices += notices
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, output, report)
+    return _Job(base, experts, sources, works, output, report, carried)
 
 
 def _threads(threads: int | None) -> int:
@@ -547,6 +550,7 @@ def _accompany(
     output: OutputDirectory,
     hashes: Mapping[str, Mapping[str, str]],
     report: MergeReport,
+    carried: Mapping[str, Any],
 ) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
     for path in base.sidecars():
@@ -566,7 +570,7 @@ def _accompany(
         recipe=recipe.to_yaml(),
         backend=report.backend,
         naming=base.naming,
-        base_card=base.card(),
+        carried=carried,
     )
 
 

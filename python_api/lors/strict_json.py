@@ -1,4 +1,7 @@
-"""JSON text to plain data, with a one-line error for anything but one sane value: bounded, no key twice, no NaN."""
+"""JSON text to plain data, with a one-line error for anything but one sane value.
+
+Sane is: of bounded size, no key twice, no NaN, no half of a surrogate pair.
+"""
 
 from __future__ import annotations
 
@@ -30,23 +33,29 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, *, values: int = MAX_VALUES, infinite: bool = False) -> dict[str, Any]:
     """The JSON object in a file."""
-    content = parse(read_bytes(path), str(path))
+    content = parse(read_bytes(path), str(path), values=values, infinite=infinite)
     if not isinstance(content, dict):
         raise LorsError(f"{path}: expected a JSON object, got {shown(content)}")
     return content
 
 
-def parse(text: str | bytes, where: str) -> Any:
-    """One JSON value, in UTF-8, without a key twice and without NaN; LorsError that begins with `where`."""
+def parse(text: str | bytes, where: str, *, values: int = MAX_VALUES, infinite: bool = False) -> Any:
+    """One JSON value; LorsError that begins with `where`.
+
+    values: at most so many numbers, strings, lists and objects. infinite: Infinity and NaN are numbers.
+    """
     if len(text) > MAX_BYTES:
         raise LorsError(f"{where}: expected JSON of at most {MAX_BYTES} bytes, got {len(text)}")
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
-        if sum(map(text.count, ",[{")) > MAX_VALUES:
-            raise LorsError(f"{where}: more than {MAX_VALUES:,} values")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant)
+        if sum(map(text.count, ",[{")) > values:
+            raise LorsError(f"{where}: more than {values:,} values")
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=float if infinite else _refused)
+        if "\\u" in text:
+            _require_whole_characters(content)
+        return content
     except UnicodeDecodeError as error:
         raise LorsError(f"{where}: not UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -62,5 +71,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(name: str) -> NoReturn:
+def _require_whole_characters(content: Any) -> None:
+    """ValueError when a string cannot be encoded: JSON spells characters as surrogate pairs, and can spell half of one."""
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"{shown(item)} has half of a surrogate pair") from None
+
+
+def _refused(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")

@@ -190,6 +190,7 @@ def _write(
     folder: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int
 ) -> float:
     text = layout.to_json()
+    Layout.from_json(text, f"{tuned.name}: the metadata of its expert file")  # what is written can be read
     with WeightWriter(
         folder, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem="expert", early_writeback=False
     ) as writer:
@@ -355,12 +356,10 @@ def open_expert(path: str | os.PathLike[str], name: str | None = None) -> Expert
     try:
         if not is_expert_file(checkpoint):
             raise LorsError(f"{path}: expected an expert file, got a checkpoint; `lors decompose` makes one of it")
+        source = ExpertSource(checkpoint)
         if name is None:
-            checkpoint.name = json.loads(checkpoint.metadata[KEY]).get("name") or checkpoint.name
-        return ExpertSource(checkpoint)
-    except (ValueError, AttributeError) as error:
-        checkpoint.close()
-        raise LorsError(f"{path}: damaged expert file: its metadata cannot be read: {error}") from error
+            source.name = checkpoint.name = source.layout.name
+        return source
     except BaseException:
         checkpoint.close()
         raise
