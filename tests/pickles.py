@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -59,14 +60,19 @@ def state(**tensors: bytes) -> bytes:
     return HEAD + EMPTY_DICT + MARK + items + SETITEMS + STOP
 
 
-def archive(
-    path: Path, pickle: bytes, members: Mapping[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
-) -> Path:
+def archived(stem: str, pickle: bytes, members: Mapping[str, bytes] | None = None) -> bytes:
     """A torch archive of a pickle and its storages (by default one of four float32)."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        file.writestr(f"{path.stem}/data.pkl", pickle)
-        file.writestr(f"{path.stem}/version", b"3\n")
-        file.writestr(f"{path.stem}/byteorder", b"little")
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        file.writestr(f"{stem}/data.pkl", pickle)
+        file.writestr(f"{stem}/version", b"3\n")
+        file.writestr(f"{stem}/byteorder", b"little")
         for key, content in ({"data/0": bytes(16)} if members is None else members).items():
-            file.writestr(f"{path.stem}/{key}", content)
+            file.writestr(f"{stem}/{key}", content)
+    return stream.getvalue()
+
+
+def archive(path: Path, pickle: bytes, members: Mapping[str, bytes] | None = None) -> Path:
+    """The same in a file."""
+    path.write_bytes(archived(path.stem, pickle, members))
     return path

@@ -156,7 +156,8 @@ class AdapterSource:
                 f"{self.name}: module {module!r}: expected one rank, got {a.shape[0]} in A and {b.shape[1]} in B"
             )
         self._check_rank(module, a.shape[0])
-        left, right = b * np.float32(self._scale(module, a.shape[0])), a.T
+        with np.errstate(over="ignore"):  # looked at below
+            left, right = b * np.float32(self._scale(module, a.shape[0])), a.T
         if embedding or self._config.fan_in_fan_out:
             left, right = right, left
         expected = (shape[0], int(np.prod(shape[1:], dtype=np.int64))) if len(shape) > 1 else shape
