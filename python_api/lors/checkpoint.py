@@ -7,7 +7,6 @@ it is read is an error that names the tensor instead of a SIGBUS.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import stat
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from . import strict_json
 from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
@@ -53,6 +53,7 @@ _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors"
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
 _COMPARE_ELEMENTS = 1 << 20
 
 
@@ -103,7 +104,7 @@ class Checkpoint:
                 self._read_contents(index, file, stream)
             if not self.tensors:
                 raise LorsError(f"{path}: there is no tensor in it")
-            self.config = _read_json(directory / "config.json") if directory else None
+            self.config = _read_config(directory) if directory else None
             self._stack = stack.pop_all()
         self.naming = naming(self.tensors)
 
@@ -342,10 +343,11 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
 
 
 def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
+    config = strict_json.read(path / _ADAPTER_CONFIG, values=_CONFIG_VALUES)
     for file in _ADAPTERS:
         if (path / file).exists():
             checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id, directory=path)
-            checkpoint.adapter = _read_json(path / _ADAPTER_CONFIG, required=True)
+            checkpoint.adapter = config
             return checkpoint
     raise LorsError(f"{path}: no weights beside {_ADAPTER_CONFIG}: expected {' or '.join(_ADAPTERS)}")
 
@@ -366,7 +368,7 @@ def _open_sharded(index: Path, name: str, hub_id: str | None) -> Checkpoint:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index, required=True).get("weight_map")  # type: ignore[union-attr]
+    weight_map = strict_json.read(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise LorsError(f"{index}: expected weight_map to be an object of tensor names and file names")
     for tensor, shard in weight_map.items():
@@ -386,20 +388,15 @@ def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpo
         raise LorsError(f"{index}: does not list {len(unlisted)} tensors that are in the shards, first {unlisted[0]!r}")
 
 
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
-    if not required and not path.exists():
+def _read_config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    if not path.exists():
         return None
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise LorsError(f"{path}: expected a file")
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LorsError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LorsError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    from .documents import ModelConfig
+
+    config = strict_json.read(path, values=_CONFIG_VALUES, infinite=True)  # some models have limits that are infinite
+    ModelConfig.check(config, str(path))
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------- files

@@ -24,7 +24,7 @@ from lors_kernels.arrays import BFLOAT16, is_torch
 from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
-from .card import write_card
+from .card import carried_over, write_card
 from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
@@ -299,6 +299,7 @@ class _Job(NamedTuple):
     companions: list[Path]
     output: OutputDirectory
     report: MergeReport
+    carried: dict[str, Any]  # of the base's model card
 
 
 def _prepare(
@@ -321,9 +322,11 @@ def _prepare(
     require_parts(sources[1:], works, report)
     beside = companions(base, experts, report.notices)
     base.dims = dims(base, experts, report.notices)
+    carried, notices = carried_over(base.card())
+    report.notices += notices
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, beside, output, report)
+    return _Job(base, experts, sources, works, beside, output, report, carried)
 
 
 def _threads(threads: int | None) -> int:
@@ -570,7 +573,7 @@ def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]
         recipe=text,
         backend=job.report.backend,
         naming=base.naming,
-        base_card=base.card(),
+        carried=job.carried,
     )
 
 

@@ -175,6 +175,7 @@ def _parts(base: Checkpoint, target: Target | None, rank: float, density: float)
 
 def _write(path: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int) -> float:
     text = layout.to_json()
+    Layout.from_json(text, f"{tuned.name}: the metadata of its expert file")  # what is written can be read
     with WeightWriter(
         path.parent, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem=path.stem, early_writeback=False
     ) as writer:
@@ -340,12 +341,10 @@ def open_expert(path: str | os.PathLike[str], name: str | None = None) -> Expert
     try:
         if not is_expert_file(checkpoint):
             raise LorsError(f"{path}: expected an expert file, got a checkpoint; `lors decompose` makes one of it")
+        source = ExpertSource(checkpoint)
         if name is None:
-            checkpoint.name = json.loads(checkpoint.metadata[KEY]).get("name") or checkpoint.name
-        return ExpertSource(checkpoint)
-    except (ValueError, AttributeError) as error:
-        checkpoint.close()
-        raise LorsError(f"{path}: damaged expert file: its metadata cannot be read: {error}") from error
+            source.name = checkpoint.name = source.layout.name
+        return source
     except BaseException:
         checkpoint.close()
         raise
