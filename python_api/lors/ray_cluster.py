@@ -226,8 +226,10 @@ def _source(path: str, base: str, label: str) -> Any:
 # --- trials
 
 
-def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arguments: Any) -> Future[Any]:
-    """A trial of a sweep as a task; the future of its `Trial`."""
+def submit_trial(
+    ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], record: Callable[[Any], Any], *arguments: Any
+) -> Future[Any]:
+    """A trial of a sweep as a task; the future of what `record` gives for its `Trial`."""
     require_fitting(ray, cpus, 0, memory)
     task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
     reference = task.remote(dict(plan), *arguments)
@@ -236,7 +238,7 @@ def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arg
 
     def finish(future: Any) -> None:
         try:
-            done.set_result(_result(ray, reference))
+            done.set_result(record(_result(ray, reference)))
         except BaseException as error:
             done.set_exception(error)
 

@@ -110,6 +110,15 @@ class Scorer:
             return Score.failed(f"exit code {code}: {err.last_line() or out.last_line() or 'no output'}")
         return self.read(out.last_line())
 
+    def data(self) -> Path | None:
+        """The manifest that the built-in scorer reads, if it is a file of this machine."""
+        words = shlex.split(self.command)
+        if _FUNCTION.fullmatch(self.command) or len(words) < 2 or words[0] != "speech":
+            return None
+        place = Path(words[1])
+        manifest = place / "manifest.tsv" if place.is_dir() else place
+        return manifest if manifest.is_file() else None
+
     def _arguments(self, model: Path) -> list[str]:
         if _FUNCTION.fullmatch(self.command):
             return [sys.executable, "-c", _CALL, self.command, str(model)]
