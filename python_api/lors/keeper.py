@@ -36,11 +36,16 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
     """Runs a command for the time of the block; its exit code is the process's, 128 + n after signal n, 127 when it
     cannot be started (the reason is on stderr).
 
-    options: of subprocess.Popen; standard input is not to be had. OSError: no process can be started at all.
+    options: of subprocess.Popen; the command's standard input is empty. LorsError: no process can be started at all.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, *command], stdin=subprocess.PIPE, start_new_session=True, **options
-    )
+    from .errors import LorsError  # not to be had in the keeper
+
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, *command], stdin=subprocess.PIPE, start_new_session=True, **options
+        )
+    except OSError as error:
+        raise LorsError(f"cannot start {command[0]}: {error.strerror or error}") from error
     try:
         yield process
     finally:

@@ -31,6 +31,7 @@ _CALL = (
 _TAIL = 1 << 16  # bytes that are kept of what a scorer prints, of each stream
 _SHOWN = 300  # characters of an error
 _TICK = 0.1  # seconds until it is noticed that the sweep was stopped
+_GRACE = 2.0  # seconds for a scorer that has printed its score to end, when the sweep is stopped
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,12 @@ class Scorer:
             with keeper.running(self._arguments(model), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
                 out, err = _Tail(process.stdout), _Tail(process.stderr)
                 in_time = _follow(process, (out, err), stop, self.timeout)
+                if stop.is_set() and self.read(out.last_line()).state == "complete":
+                    _follow(process, (out, err), threading.Event(), _GRACE)
                 keeper.end(process)
                 _follow(process, (out, err), threading.Event(), keeper.PATIENCE)  # what is left in the pipes
-        except OSError as error:
-            return Score.failed(f"{self.command}: {error.strerror or error}")
+        except LorsError as error:
+            return Score.failed(str(error))
         if (code := process.returncode) != 0:
             if stop.is_set():
                 raise Interrupted
