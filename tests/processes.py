@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LORS = [
@@ -63,7 +63,8 @@ def marked(command: Sequence[str], log: Path) -> Iterator[Marked]:
         yield found
     finally:
         for pid in found.alive():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         found.process.wait()
 
 
