@@ -79,7 +79,7 @@ auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::ve
     return result;
 }
 
-float apply_update(const MatrixTuple& out, const MatrixTuple& base, const MatrixTuple& update, float scale,
+float apply_update(const MatrixTuple& out, const MatrixTuple& base, const MatrixTuple& update, double scale,
                    int threads) {
     py::gil_scoped_release release;
     return lors::apply_update(matrix(out), matrix(base), matrix(update), scale, threads);

@@ -27,11 +27,13 @@ void read_or_zero(const Matrix& m, int64_t i, int64_t j, int64_t n, float* row) 
 
 // row[j] = scale * row[j] + update[j] for j in [0, padded(n)); returns the largest magnitude as a key. NaN has the
 // largest of all.
-uint32_t add(float* row, const float* update, int64_t n, float scale) {
-    const Vec<float> factor = splat(scale);
+uint32_t add(float* row, const float* update, int64_t n, double scale) {
+    const float nearest = static_cast<float>(scale);  // float32 may lack bits of the scale: two numbers hold them
+    const Vec<float> factor = splat(nearest), rest = splat(static_cast<float>(scale - double{nearest}));
     Mask largest = {};
     for (int64_t j = 0; j < padded(n); j += kLanes<float>) {
-        const Vec<float> sum = multiply_add(factor, load(row + j), load(update + j));
+        const Vec<float> base = load(row + j);
+        const Vec<float> sum = multiply_add(factor, base, multiply_add(rest, base, load(update + j)));
         store(row + j, sum);
         const Mask key = reinterpret_cast<Mask>(sum) & static_cast<int32_t>(kMagnitudeMask), larger = key > largest;
         largest = (key & larger) | (largest & ~larger);
@@ -43,7 +45,7 @@ uint32_t add(float* row, const float* update, int64_t n, float scale) {
 
 }  // namespace
 
-float apply_update(const Matrix& out, const Matrix& base, const Matrix& update, float scale, int threads) {
+float apply_update(const Matrix& out, const Matrix& base, const Matrix& update, double scale, int threads) {
     const int64_t tasks = (out.rows + kTaskRows - 1) / kTaskRows, strip = padded(std::min(kStrip, out.cols));
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
     Buffer<float> scratch(workers * 2 * strip);

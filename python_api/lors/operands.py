@@ -130,7 +130,7 @@ class Operands:
     def out(self, values: np.ndarray) -> np.ndarray:
         """A float32 copy of `values`, to be added to; valid until the next chunk."""
         total = self.buffers.out.array(values.size, np.dtype(np.float32))
-        total[:] = values
+        lors_kernels.apply_update(total[None], values[None], None, **self.kernels)
         return total
 
     # --- kernels, with errors that name the expert

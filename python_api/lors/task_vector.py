@@ -2,9 +2,10 @@
 
     W_new = W_merged + lambda * weight * (L + S)        add;  remove subtracts
 
-Adding the last expert to a float32 model gives the bits of merging all of them from scratch, because that is what
-merging does last. Everything else rounds once more than a merge from scratch: each add or remove moves an entry by at most
-half a unit in the last place of the model's dtype, plus 2^-24 of the largest value it passed through in float32.
+A merge sums the updates before it adds the base, and rounds once. A merged model no longer knows that sum, so every edit
+rounds once more: an add or remove moves an entry by at most half a unit in the last place of the model's dtype from the
+exact W +- update, plus 2^-24 of the update. Adding what was removed, or removing what was added, again and again goes to
+and fro between the same two models.
 """
 
 from __future__ import annotations
