@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .output import RECIPE_FILE, writing
 
-__all__ = ["Source", "languages", "versions", "write_card"]
+__all__ = ["Source", "is_untouched", "languages", "versions", "write_card"]
 
 # The languages Whisper was trained on, as its tokenizer writes them.
 _WHISPER_LANGUAGES = (
@@ -21,6 +22,7 @@ _WHISPER_LANGUAGES = (
     "cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am "
     "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
 )
+_MARK = "\n<!-- written by lors; sha256 of all above: "
 _PAPER = "*Low-Rank and Sparse Model Merging for Multi-Lingual Speech Recognition and Translation* (arXiv 2502.17380)"
 
 
@@ -70,10 +72,20 @@ def write_card(
     header = _header(base, experts, naming, _front_matter(base_card))
     text = _render(header, base, experts, method, parameters, recipe, backend, naming)
     written = [directory / "README.md", directory / RECIPE_FILE]
-    for path, content in zip(written, (text, _ended(recipe)), strict=True):
+    for path, content in zip(written, (text + _seal(text), _ended(recipe)), strict=True):
         with writing(path):
             path.write_text(content, encoding="utf-8")
     return written
+
+
+def is_untouched(card: Path) -> bool:
+    """Whether a model card is as `write_card` wrote it: nobody's words are in it."""
+    text, mark, end = card.read_text(encoding="utf-8", errors="replace").rpartition(_MARK)
+    return bool(mark) and _seal(text) == mark + end
+
+
+def _seal(text: str) -> str:
+    return f"{_MARK}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 def languages(names: Iterable[str]) -> list[str]:

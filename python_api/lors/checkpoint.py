@@ -210,12 +210,32 @@ class Checkpoint:
         """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
         if self._directory is None:
             return []
-        return [path for name in SIDECARS if (path := self._directory / name).is_file()]
+        return [_inside(path) for name in SIDECARS if (path := self._directory / name).is_file()]
 
     def card(self) -> Path | None:
         """The model card (README.md) beside the weights, if there is one."""
         path = self._directory / "README.md" if self._directory else None
-        return path if path and path.is_file() else None
+        return _inside(path) if path and path.is_file() else None
+
+
+def _inside(path: Path) -> Path:
+    """The path; LorsError for a link that leads out of its directory, unless it leads into the hub's cache.
+
+    What lies beside somebody's weights is copied into the merged model, and published with it.
+    """
+    home, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    if home in real.parents:
+        return path
+    from huggingface_hub import constants
+
+    caches = [Path(os.path.realpath(constants.HF_HUB_CACHE))]
+    if home.parent.name == "snapshots":
+        caches.append(home.parent.parent / "blobs")
+    if not any(cache in real.parents for cache in caches):
+        raise LorsError(
+            f"{path}: is a link to {real}, outside of its directory; if that is meant, put a copy in its place"
+        )
+    return path
 
 
 def sha256_checkpoints(checkpoints: Iterable[Checkpoint], threads: int | None = None) -> list[dict[str, str]]:

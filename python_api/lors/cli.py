@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import LorsError
+from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -29,21 +30,32 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for what a user can put right, 130 for Ctrl-C."""
-    from .output import terminate_cleanly
+    """Entry point."""
+    run(app)
+
+
+def run(command: typer.Typer) -> None:
+    """Runs a command: one line and exit code 2 for what a user can put right, 130 for Ctrl-C, 128 + signal."""
+    from .console import say, standard_streams
+    from .signals import Terminated, terminate_cleanly
 
     try:
-        with terminate_cleanly():
-            app()
+        with terminate_cleanly(), standard_streams():
+            command()
     except LorsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:
-        sys.stderr.close()
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(130) from None
+    except SystemExit as error:
+        if isinstance(error, Terminated):
+            say(f"terminated by {error.name}")
+        elif error.code == 130:  # what typer makes of Ctrl-C
+            say("interrupted")
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -460,7 +472,8 @@ def sweep(
     best = done.best()
     if best is not None and not quiet:
         print(
-            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html"
+            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
+            f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
 
 
@@ -478,31 +491,36 @@ def report(
     density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report in FILE.html and FILE.json.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
     from .interference import interference
-    from .interference_page import findings, render
-    from .output import writing
+    from .interference_page import findings, output_files, render
 
     named = dict(_named(path) for path in experts)
     if len(named) < len(experts):
         raise LorsError("report: expected experts with different names; NAME=PATH gives one")
+    page, data = output_files(out, force)
     with _progress(quiet) as progress:
         found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
-    for path, text in ((out, render(found)), (out.with_suffix(".json"), json.dumps(found.to_dict(), indent=1) + "\n")):
-        with writing(path):
-            path.write_text(text, encoding="utf-8")
+    with page, data:
+        page.write_text(render(found))
+        data.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        data.commit()
+        page.commit()
     if not quiet:
         print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
 
 
 def _named(text: str) -> tuple[str, str]:
     """("ca", path) of "ca=path" or of a path whose last part is ca."""
+    from .remote import is_url
+
     name, equals, path = text.partition("=")
-    if equals and path and not Path(text).exists():
+    if equals and path and not is_url(text) and not Path(text).exists():
         return name, path
-    return Path(text.rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
+    return Path(public(text).rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
 
 
 for _name, _command in SPEECH_COMMANDS.items():

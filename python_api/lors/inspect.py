@@ -68,6 +68,8 @@ def inspect_command(
             raise LorsError(f"--match: {match!r} is not a regular expression: {error}") from None
     if plot is not None and base is None:
         raise LorsError("--plot: expected --base too: it draws the spectra of the differences to it")
+    if plot is not None and plot.exists():
+        raise LorsError(f"{plot}: exists already; expected the name of a new file to draw")
     with open_checkpoint(source) as checkpoint:
         if base is None:
             _print_contents(checkpoint, match, as_json)

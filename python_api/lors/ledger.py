@@ -3,8 +3,8 @@
     lors add MERGED expert.lors.safetensors         W + lambda * weight * (L + S)
     lors remove MERGED expert.lors.safetensors      W - lambda * weight * (L + S)
 
-Both write a new directory beside the old one and swap the two in one step. What they compute is bounded in
-docs/expert-files.md.
+Both write a new directory beside the old one and swap the two in one step. Weights, card, recipe and ledger are new;
+everything else in the directory is carried over as it is. What they compute is bounded in docs/expert-files.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import Source, write_card
+from .card import Source, is_untouched, write_card
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import LorsError
 from .expert_file import ExpertSource
@@ -86,16 +86,17 @@ def edit(
     with contextlib.ExitStack() as stack:
         source = open_expert(expert, name)
         stack.enter_context(source.checkpoint)
-        output = stack.enter_context(OutputDirectory(target, force=True, inputs=[expert], durable=durable))
+        output = stack.enter_context(OutputDirectory(target, keep=True, inputs=[expert], durable=durable))
         ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
         source.require_base(ledger.base.sha256)
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
+        output.outdated([*(file.name for file in checkpoint.files), "model.safetensors.index.json"])
         change = _removal if remove else _addition
         recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
         if remove:
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
-        _describe(output, checkpoint, target, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
+        _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
     return report
@@ -221,15 +222,12 @@ def _apply(
     return report
 
 
-def _describe(
-    output: OutputDirectory, merged: Checkpoint, target: Path, recipe: Any, ledger: Ledger, report: MergeReport
-) -> None:
-    """Everything beside the weights: carried over, card, recipe and ledger anew."""
-    written = {path.name for path in output.path.iterdir()} | {file.name for file in merged.files}
-    remade = {"README.md", RECIPE_FILE, LEDGER_FILE, "model.safetensors.index.json"}
-    for path in sorted(target.iterdir()):
-        if path.is_file() and path.name not in written | remade:
-            output.copy(path)
+def _describe(output: OutputDirectory, merged: Checkpoint, recipe: Any, ledger: Ledger, report: MergeReport) -> None:
+    """Card, recipe and ledger; all else beside the weights is carried over, and so is a card with a user's words."""
+    if (card := merged.card()) is not None and not is_untouched(card):
+        kept = f"README.before-{ledger.edits}.md"
+        output.copy(card, kept)
+        report.notices.append(f"README.md was changed by hand and is written anew; what it was is kept in {kept}")
     write_ledger(output, ledger.base, ledger.experts, ledger.edits)
     from .merging import _plain
     from .methods import SPECS
@@ -242,7 +240,7 @@ def _describe(
             experts=ledger.experts,
             method=recipe.merge_method,
             parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-            recipe=recipe.to_yaml(),
+            recipe=recipe.published().to_yaml(),
             backend=report.backend,
             naming=merged.naming,
             base_card=merged.card(),

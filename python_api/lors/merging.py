@@ -36,6 +36,7 @@ from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
+from .public import public
 from .recipe import BASE, Recipe
 from .remote import placed
 from .sources import FileSource, MemorySource, Source
@@ -117,7 +118,7 @@ def merge_recipe(
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
         kernels = None if device else backend
-        place = stack.enter_context(placed(out, force))
+        place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
@@ -134,7 +135,7 @@ def merge_recipe(
         writer.finish()
         _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
         job.output.commit()
-    job.report.out = str(out)
+    job.report.out = public(str(out))
     job.report.seconds = time.perf_counter() - begun
     job.report.peak_memory = peak_memory()
     if check:
@@ -154,7 +155,7 @@ def dry_run(
 ) -> MergeReport:
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
-        place = stack.enter_context(placed(out, force))
+        place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
         job.output.require_space(size)
@@ -304,9 +305,10 @@ def _prepare(
     durable: bool,
 ) -> _Job:
     method = METHODS[recipe.merge_method]
-    report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
+    report = MergeReport(recipe.merge_method, _backend(backend), public(str(out)), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
+    base.sidecars(), base.card()  # a link that is refused is refused before the work
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
@@ -564,7 +566,7 @@ def _accompany(
         experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-        recipe=recipe.to_yaml(),
+        recipe=recipe.published().to_yaml(),
         backend=report.backend,
         naming=base.naming,
         base_card=base.card(),

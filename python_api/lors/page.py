@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape as escape
 
+from .replaceable import HEAD
+
 __all__ = ["Series", "heat_table", "lines", "page", "scatter", "section", "table"]
 
 Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
@@ -51,7 +53,7 @@ def page(title: str, lead: str, sections: Sequence[str], links: Mapping[str, str
     """The document. links: id of a section -> its heading, for the navigation."""
     items = "".join(f'<li><a href="#{escape(name)}">{escape(text)}</a></li>' for name, text in links.items())
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{HEAD}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
         f'<p class="lead">{escape(lead)}</p><nav aria-label="Sections"><ul>{items}</ul></nav></header>\n<main>\n'

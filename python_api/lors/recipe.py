@@ -32,6 +32,7 @@ from .errors import LorsError
 from .layers import compile_patterns
 from .messages import nearest, shown
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
+from .public import public
 
 __all__ = [
     "REQUIRED",
@@ -359,6 +360,12 @@ class Recipe(_Document):
         data = self.to_dict(resolved=resolved)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
+    def published(self) -> Recipe:
+        """The same recipe, its URLs without passwords and signatures: what is written where others may see it."""
+        models = tuple(entry.model_copy(update={"model": public(entry.model)}) for entry in self.models)
+        base = None if self.base_model is None else public(self.base_model)
+        return self.model_copy(update={"models": models, "base_model": base})
+
     def _located(self, model: str, absolute: bool = False) -> str:
         """`model` as something to open; a path that is found in the working directory only when `absolute` is asked."""
         if self._directory is not None and _exists(model, self._directory):
@@ -494,7 +501,8 @@ def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
 
 
 def _path_parts(model: str) -> list[str]:
-    parts = [part for part in model.split("@")[0].split("/") if part not in ("", ".", "..", "~")] or ["model"]
+    model = public(model).partition("://")[2] if "://" in model else model.split("@")[0]
+    parts = [part for part in model.split("/") if part not in ("", ".", "..", "~")] or ["model"]
     stem = _WEIGHTS_FILE.sub("", parts[-1])
     if stem != parts[-1] and stem in _SAYS_NOTHING and len(parts) > 1:
         return parts[:-1]  # .../ca/model.safetensors is ca

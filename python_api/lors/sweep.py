@@ -134,7 +134,7 @@ def sweep(
     _check_sampler(sampler, trials, jobs)
     home = Home(out)
     plan = {
-        "recipe": yaml.safe_load(recipe.to_yaml(resolved=True)), "options": dict(options), "methods": chosen,
+        "recipe": yaml.safe_load(recipe.published().to_yaml(resolved=True)), "options": dict(options), "methods": chosen,
         "objectives": [asdict(goal) for goal in goals], "sampler": sampler, "seed": seed,
         "score": score if isinstance(score, str) else None,
     }  # fmt: skip
@@ -482,7 +482,7 @@ def _conclude(home: Home, recipe: Recipe, state: Sweep) -> None:
     for index, objective in enumerate(state.objectives):
         best = state.best(index)
         assert best is not None
-        text = setting_recipe(recipe, best.method, best.settings).to_yaml()
+        text = setting_recipe(recipe, best.method, best.settings).published().to_yaml()
         home.replace(("best.yml" if index == 0 else f"best-{objective.name}.yml"), text)
     home.replace("index.html", render(state))
     home.push()

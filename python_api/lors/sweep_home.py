@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import LorsError
+from .locks import flock
 from .output import writing
+from .public import public
 from .remote import Store, cache, local_path
 
 __all__ = ["STATE", "Home", "load_lines"]
@@ -38,7 +40,7 @@ class Home:
             self.path = scratch(str(self.url), "sweep")
 
     def __str__(self) -> str:
-        return self.url or str(self.path)
+        return str(self.path) if self.url is None else public(self.url)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[dict[str, Any] | None]:
@@ -51,7 +53,7 @@ class Home:
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
             except BlockingIOError:
                 raise LorsError(f"{self}: another sweep is running there") from None
             self._pull()
@@ -110,7 +112,7 @@ class Home:
         if self.url is None:
             return
         store = Store(self.url)
-        infos = store.listing()
+        infos = store.entries()
         if infos and "sweep.json" not in infos:
             raise LorsError(f"{self}: expected nothing there or a sweep, it has {min(infos)!r}")
         known = self.path / "trials.jsonl"
@@ -138,7 +140,7 @@ class Home:
         shutil.rmtree(self.path / "cache", ignore_errors=True)
         if self.url is not None:
             store = Store(f"{self.url}/cache")
-            store.remove([name for name in store.listing() if name])
+            store.remove([name for name in store.listing() if name.endswith(".lors.safetensors")])
 
     def forget(self) -> None:
         """Removes the local copy of a sweep that is complete at its URL."""

@@ -30,6 +30,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
+from .locks import flock
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
@@ -181,7 +182,7 @@ class Models:
                 engine.run(works)
                 writer.finish()
         with writing(out):
-            (out / RECIPE_FILE).write_text(recipe.to_yaml(resolved=True), encoding="utf-8")
+            (out / RECIPE_FILE).write_text(recipe.published().to_yaml(resolved=True), encoding="utf-8")
 
     # --- merges at lambda = 1
 
@@ -192,13 +193,13 @@ class Models:
         path = self._home / "cache" / f"unit-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            flock(lock, fcntl.LOCK_SH, path)
             while not path.exists():
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                flock(lock, fcntl.LOCK_EX, path)
                 if not path.exists():
                     settings = {**shared, "lambda": 1.0}
                     self._merge(setting_recipe(self._recipe, method, settings, out_dtype="float32"), path)
-                fcntl.flock(lock, fcntl.LOCK_SH)  # not one step: another may forget it in between, then once more
+                flock(lock, fcntl.LOCK_SH, path)  # not one step: another may forget it in between, then once more
             os.utime(path)
             self._forget(path)
             yield path
@@ -212,7 +213,7 @@ class Models:
                     others.append((path.stat().st_mtime_ns, path))
         for _, path in sorted(others, reverse=True)[self._units - 1 :]:
             with path.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
                 shutil.rmtree(path, ignore_errors=True)
 
 

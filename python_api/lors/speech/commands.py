@@ -52,13 +52,11 @@ def synth(
     from .synth import synthesise
 
     require_extra()
-    if (out / "manifest.tsv").exists() and not force:
-        raise LorsError(f"{out}: holds a corpus already; --force writes over it")
     codes = parse_languages(languages)
     sizes = {split: size for split, size in (("train", train), ("dev", dev), ("test", test)) if size}
     manifest = synthesise(
         out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format, workers=workers,
-        progress=True,
+        force=force, progress=True,
     )  # fmt: skip
     print(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..output import OutputFile
+from ..replaceable import HEAD, PAGE, RESULTS
 from .config import Config
 from .results import METRIC, summarise
 
@@ -31,11 +33,14 @@ td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weigh
 
 def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
     """Writes both files into `root` and returns the HTML one."""
-    results = summarise(config, stages)
-    (root / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    page = root / "report.html"
-    page.write_text(_page(results), "utf-8")
-    return page
+    results = {"lors": "experiment", **summarise(config, stages)}
+    with OutputFile(root / "results.json", RESULTS, force=True) as data:
+        data.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        data.commit()
+    with OutputFile(root / "report.html", PAGE, force=True) as page:
+        page.write_text(_page(results))
+        page.commit()
+    return root / "report.html"
 
 
 # -------------------------------------------------------------------------------------------------------- terminal
@@ -142,7 +147,7 @@ def _page(results: Mapping[str, Any]) -> str:
     ]
     title = html.escape(f"LoRS experiment {config['name']}")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"{HEAD}<title>{title}</title>"
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
     )
 

@@ -26,8 +26,10 @@ from typing import Any
 
 from .. import keeper
 from ..errors import LorsError
+from ..locks import flock
 from ..messages import nearest
 from ..output import writing
+from ..public import public_text
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
@@ -75,7 +77,7 @@ class Stage:
         began = time.time()
         self.work(partial, {stage.name: stage.directory(root) for stage in self.needs}, **self.parameters)
         record = {"name": self.name, "seconds": round(time.time() - began, 1), "parameters": dict(self.parameters)}
-        (partial / "stage.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (partial / "stage.json").write_text(public_text(json.dumps(record, indent=1)) + "\n", "utf-8")
         partial.rename(final)
 
 
@@ -93,7 +95,7 @@ def _locked(path: Path, said: str, shared: bool = False) -> Iterator[None]:
         stream = path.open("w")
     with stream:
         try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, path.parent)
         except BlockingIOError:
             raise LorsError(f"{path.parent}: {said}") from None
         yield

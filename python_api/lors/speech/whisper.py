@@ -51,6 +51,7 @@ def local_model(source: str | Path) -> Path:
 @functools.cache
 def _fetched(source: str) -> Path:
     with open_checkpoint(source) as checkpoint:
+        checkpoint.sidecars()  # transformers would follow, and save, a link that leads elsewhere
         return checkpoint.path
 
 
