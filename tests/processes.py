@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,24 +63,45 @@ def marked(command: Sequence[str], log: Path) -> Iterator[Marked]:
     try:
         yield found
     finally:
-        for pid in found.alive():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while left := found.alive():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         found.process.wait()
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
+def unlucky(rng: random.Random) -> tuple[tuple[int, ...], float]:
+    """Signals that end a command, one or two, and the seconds between them."""
+    usual = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    first = rng.choice((*usual, signal.SIGKILL))
+    again = rng.random() < 0.3 and first != signal.SIGKILL
+    return (first, rng.choice((*usual, signal.SIGKILL))) if again else (first,), rng.uniform(0, 0.3)
+
+
+def with_argument(argument: str) -> list[int]:
+    """Processes with exactly this word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 1.0) -> bool:
+    """Whether it is true, at the latest after so many seconds."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} has not come"
+    while not true():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
+    return True
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    assert wait_until(path.exists, seconds), f"{path} has not come"
 
 
 def gone(found: Marked, seconds: float = 1.0) -> bool:
     """Whether nothing is alive, at the latest after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while found.alive():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return wait_until(lambda: not found.alive(), seconds)

@@ -1,10 +1,14 @@
-"""Nothing that a command starts outlives it, whatever it does and however the command ends; and what is finished is kept."""
+"""Nothing that a command starts outlives it, whatever it does and however the command ends; and what is finished is kept.
+
+LORS_KILLS=N sends N signals at random moments.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import random
+import secrets
 import shlex
 import signal
 import subprocess
@@ -12,15 +16,18 @@ import sys
 import threading
 import time
 import tracemalloc
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import hostile_jobs
 import pytest
 import tiny
-from processes import LORS, gone, marked, wait_for
+from processes import LORS, gone, marked, unlucky, wait_for, wait_until, with_argument
 
 from lors import keeper
 from lors.sweep_score import Interrupted, Objective, Scorer
 
+KILLS = int(os.environ.get("LORS_KILLS", "8"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
 
 # Ignores every signal that can be ignored, and leaves behind: a child, a daemon (a session of its own, forked twice, nothing
@@ -50,16 +57,6 @@ def stubborn(tmp_path: Path) -> list[str]:
     """A command; it makes tmp_path/up when all of it is there. Its last word may be replaced: the seconds it takes."""
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     return [sys.executable, str(tmp_path / "stubborn.py"), str(tmp_path / "up"), BARE, "1000"]
-
-
-def bare() -> list[int]:
-    """Processes that sleep for BARE seconds."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().split(b"\0")[:2] == [b"sleep", BARE.encode()]:
-                found.append(int(path.parent.name))
-    return found
 
 
 # --- the keeper
@@ -101,10 +98,12 @@ def test_all_that_a_command_started_ends(stubborn: list[str], tmp_path: Path, ho
     with marked([sys.executable, "-c", script], tmp_path / "log") as found:
         wait_for(tmp_path / "up")
         if how == "we are killed":
-            assert len(found.alive()) == 6 and bare()  # us, the keeper, the command, two sleeping, the daemon
+            assert len(found.alive()) == 6 and with_argument(
+                BARE
+            )  # us, the keeper, the command, two sleeping, the daemon
             found.process.kill()
         assert found.process.wait(20) == code
-        assert gone(found) and not bare(), (tmp_path / "log").read_text()
+        assert gone(found) and not with_argument(BARE), (tmp_path / "log").read_text()
 
 
 def test_a_chain_of_processes_that_fork_and_end_is_caught(tmp_path: Path) -> None:
@@ -152,11 +151,9 @@ def test_a_signal_ends_a_sweep_and_its_scorers(
         wait_for(tmp_path / "up")
         assert len(found.alive()) > 4
         assert found.end(*signals) < 5
-        last = signals[-1] if len(set(signals)) == 1 or signal.SIGKILL in signals else None
-        if last is not None:
-            expected = {signal.SIGKILL: -9, signal.SIGINT: 130}.get(signal.Signals(last), 128 + last)
-            assert found.process.returncode == expected
-        assert gone(found) and not bare(), (tmp_path / "log").read_text()
+        first, killed = signals[0], signal.SIGKILL in signals
+        assert found.process.returncode == (-9 if killed else 130 if first == signal.SIGINT else 128 + first)
+        assert gone(found) and not with_argument(BARE), (tmp_path / "log").read_text()
     assert not (tmp_path / "s" / "trials.jsonl").exists(), "the scorer had printed 7 and not ended"
     assert "Traceback" not in (tmp_path / "log").read_text()
 
@@ -203,3 +200,66 @@ def test_what_a_scorer_prints_takes_no_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_signals_at_random_moments(recipe: Path, tmp_path: Path) -> None:
+    """A sweep that is ended again and again: within 5 s, nothing outlives it, no score is lost, and it comes to its end."""
+    script, finished, token = tmp_path / "score.sh", tmp_path / "finished", f"1000.{secrets.randbelow(10**18)}"
+    script.write_text(
+        "#!/bin/sh\ntrap '' TERM INT HUP\nsetsid sleep $2 >&- 2>&- &\n"
+        f'cksum < "$1/model.safetensors" | cut -d" " -f1\necho "${{1##*-}}" >> {finished}\n'
+    )
+    script.chmod(0o755)
+
+    def start(out: Path) -> BaseProcess:
+        values = ["--rank", "1,2", "--lambda", "0.2,0.4,0.8", "--jobs", "2", "--threads", "2", "--quiet"]
+        return hostile_jobs.start(
+            "command", "sweep", str(recipe), "-o", str(out), *values, "--score", f"{script} {{model}} {token}"
+        )
+
+    def scores(out: Path) -> list[tuple[int, list[float]]]:
+        log = out / "trials.jsonl"
+        content = log.read_text() if log.exists() else ""
+        lines = [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith("\n")]
+        return [(line["number"], line["values"]) for line in lines]
+
+    start(tmp_path / "want").join()  # starts the server too
+    want = dict(scores(tmp_path / "want"))
+    begun = time.monotonic()
+    start(tmp_path / "again").join()
+    span, hits, rounds, slowest, lost = time.monotonic() - begun, 0, 0, 0.0, 0
+    finished.unlink()
+    for number in range(KILLS):
+        rng, out = random.Random(number), tmp_path / f"s{rounds}"
+        (signals, pause), before = unlucky(rng), scores(out)
+        process = start(out)
+        time.sleep(rng.uniform(0, span))
+        ended = time.monotonic()
+        for index, signum in enumerate(signals):
+            time.sleep(pause if index else 0)
+            if process.is_alive():
+                os.kill(process.pid or 0, signum)
+        process.join(20)
+        slowest = max(slowest, time.monotonic() - ended)
+        assert process.exitcode is not None and slowest < 5, (number, signals)
+        hits += process.exitcode != 0
+        assert wait_until(lambda: not with_argument(token)), (number, signals)
+        after = scores(out)
+        assert after[: len(before)] == before and len(dict(after)) == len(after)
+        assert all(want[trial] == values for trial, values in after)
+        missing = (
+            {int(line) for line in finished.read_text().split()} - dict(after).keys() if finished.exists() else set()
+        )
+        lost += len(missing)
+        assert not missing or signal.SIGKILL in signals, (number, signals, missing)
+        finished.unlink(missing_ok=True)
+        finished.write_text("".join(f"{trial}\n" for trial, _ in after))
+        if (out / "index.html").exists() or number == KILLS - 1:
+            start(out).join()
+            assert dict(scores(out)) == want and not (out / "trials").exists() and not (out / "cache").exists()
+            finished.unlink()
+            rounds += 1
+    print(
+        f"{hits} of {KILLS} signals came before the end, the slowest end took {slowest:.2f} s, {rounds} sweeps came to their end, {lost} scores lost to SIGKILL"
+    )
+    assert hits > KILLS // 4

@@ -219,6 +219,22 @@ def test_a_cluster_ends_with_the_command_that_started_it(
         assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_a_signal_ends_a_merge_that_waits_for_its_cluster(tmp_path: Path) -> None:
+    base = {f"model.encoder.layers.{i}.fc1.weight": np.zeros((2000, 1500), np.float32) for i in range(8)}
+    noise = np.random.default_rng(0)
+    tiny.write(tmp_path / "base", base)
+    tiny.write(tmp_path / "ca", {n: noise.standard_normal(x.shape).astype(np.float32) for n, x in base.items()})
+    options = ["--base", str(tmp_path / "base"), "--expert", f"ca={tmp_path}/ca", "--rank", "200", "--threads", "1"]
+    with marked([*LORS, "merge", str(tmp_path / "out"), *options, "--ray", "local"], tmp_path / "log") as found:
+        command, deadline = psutil.Process(found.process.pid), time.monotonic() + 100
+        while not any("decompose_group" in p.name() for p in command.children(recursive=True)):
+            assert time.monotonic() < deadline and found.process.poll() is None
+        time.sleep(0.5)
+        assert found.end(signal.SIGTERM) < 5 and found.process.returncode == 128 + signal.SIGTERM
+        assert gone(found)
+    assert sorted(os.listdir(tmp_path)) == ["base", "ca", "log"]
+
+
 def test_a_cluster_that_cannot_be_started(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if ray.is_initialized():
         ray.shutdown()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def merge_recipe(
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.cached = factors
         if ray is not None:
-            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend))
+            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend, engine.stop))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         engine.run(job.works, hashing)
@@ -485,7 +486,7 @@ def _engine(
 
 
 def _on_cluster(
-    address: str, recipe: Recipe, job: _Job, backend: str | None
+    address: str, recipe: Recipe, job: _Job, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
     from .ray_cluster import Wanted, decompositions
@@ -500,7 +501,7 @@ def _on_cluster(
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
     paths = {expert.name: expert.location for expert in job.experts}
-    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
+    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads, "stop": stop}
     return decompositions(address, job.base.location, paths, wanted, **options)
 
 

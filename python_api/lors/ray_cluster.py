@@ -33,6 +33,7 @@ __all__ = ["connected", "decompositions", "submit_trial"]
 RETRIES = 3
 GROUP_BYTES = 64 << 20  # weights of one task: a few hundred tasks for a large model, each far longer than its overhead
 CONNECT_SECONDS = 5.0
+TICK_SECONDS = 0.2
 START_SECONDS = 120.0  # of a cluster on this machine, which takes 3 on an idle one
 
 Factors = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
@@ -182,10 +183,12 @@ def decompositions(
     seed: int,
     backend: str | None,
     cpus: int,
+    stop: threading.Event,
 ) -> Iterator[Factors]:
     """Starts the decomposition of all wanted matrices; the function that is yielded waits for the one it is asked for.
 
-    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node.
+    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node. stop: nothing is waited
+    for any more when it is set.
     """
     with connected(address, cpus) as ray:
         task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=environment())(decompose_group)
@@ -205,6 +208,9 @@ def decompositions(
             if (expert, name) not in references:
                 return None
             reference, place = references[expert, name]
+            while not ray.wait([reference], timeout=TICK_SECONDS)[0]:
+                if stop.is_set():
+                    raise LorsError(f"{expert}: tensor {name!r}: the merge was given up")
             left, right = _result(ray, reference)[place]
             if left.shape[1] < rank:
                 return None

@@ -35,6 +35,7 @@ from .errors import LorsError
 from .messages import nearest
 from .methods import SPECS
 from .output import writing
+from .public import public_text
 from .recipe import Recipe
 from .sweep_home import STATE, Home, load_lines, scratch
 from .sweep_inputs import Inputs
@@ -136,7 +137,7 @@ def sweep(
     plan = {
         "recipe": yaml.safe_load(recipe.published().to_yaml(resolved=True)), "options": dict(options), "methods": chosen,
         "objectives": [asdict(goal) for goal in goals], "sampler": sampler, "seed": seed,
-        "score": score if isinstance(score, str) else None,
+        "score": public_text(score) if isinstance(score, str) else None,
     }  # fmt: skip
     each = max(1, lors_kernels.thread_count(threads) // jobs)
     settings: dict[str, Any] = {

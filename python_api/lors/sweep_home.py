@@ -24,6 +24,7 @@ from .remote import Store, cache, local_path
 
 __all__ = ["STATE", "Home", "load_lines"]
 
+OWN = {".lock", ".sweep.json.partial"}  # of a sweep that was stopped before it began
 STATE = ("sweep.json", "trials.jsonl")
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Home:
             path = self.path / "sweep.json"
             if path.exists():
                 yield _read_plan(path)
-            elif others := sorted(p.name for p in self.path.iterdir() if p.name != ".lock"):
+            elif others := sorted({p.name for p in self.path.iterdir()} - OWN):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
             else:
                 yield None

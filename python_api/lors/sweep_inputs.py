@@ -15,6 +15,7 @@ from typing import Any
 from .checkpoint import Checkpoint, open_checkpoint
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
+from .public import public
 from .recipe import Recipe
 
 __all__ = ["BASE", "Inputs"]
@@ -99,7 +100,7 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 
 def _called(checkpoint: Checkpoint, path: Path) -> str:
     """The same on every machine, where a file came from a URL or the hub."""
-    origin = checkpoint.url or checkpoint.hub_id
+    origin = public(checkpoint.url) if checkpoint.url else checkpoint.hub_id
     return f"{origin}/{path.name}" if origin else str(path.absolute())
 
 
