@@ -24,6 +24,7 @@ from .remote import Store, cache, local_path
 
 __all__ = ["Home", "load_lines"]
 
+OWN = {".lock", ".sweep.json.partial"}  # of a sweep that was stopped before it began
 STATE = ("sweep.json", "trials.jsonl", "optuna.log")
 T = TypeVar("T")
 
@@ -57,15 +58,17 @@ class Home:
             path = self.path / "sweep.json"
             if path.exists():
                 self._require_same(path, plan)
-            elif others := sorted(p.name for p in self.path.iterdir() if p.name != ".lock"):
+            elif others := sorted({p.name for p in self.path.iterdir()} - OWN):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
             else:
                 self.replace("sweep.json", json.dumps(plan, indent=2) + "\n")
                 self.push(("sweep.json",))
             shutil.rmtree(self.path / "trials", ignore_errors=True)  # of trials under way when it was killed
-            yield
+            with writing(self.path):
+                yield
         finally:
-            os.close(lock)
+            with contextlib.suppress(OSError):
+                os.close(lock)
 
     def _require_same(self, path: Path, plan: dict[str, Any]) -> None:
         try:
