@@ -494,7 +494,7 @@ def test_closing_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(LorsError, match=r"cannot write .*model-0000\d-of-00002.safetensors: Input/output error"):
             writer.finish()
         monkeypatch.undo()
-    with pytest.raises(ValueError, match="the reason"), WeightWriter(tmp_path / "x", []) as writer:
+    with pytest.raises(ValueError, match="the reason"), WeightWriter(tmp_path, [], stem="x") as writer:
         monkeypatch.setattr(os, "close", broken)
         raise ValueError("the reason")
 

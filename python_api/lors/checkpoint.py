@@ -97,7 +97,7 @@ class Checkpoint:
         self.adapter: dict[str, Any] | None = None
         self._directory = directory
         with contextlib.ExitStack() as stack:
-            self._streams = [stack.enter_context(_open(file)) for file in files]
+            self._streams = [_open(file, stack) for file in files]
             held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
             self._opened = self._beside() | held
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
@@ -402,11 +402,13 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
             raise LorsError(f"{path}: expected a file")
-        return path.open("rb")
+        stream = path.open("rb")
+        stack.callback(_close, stream)
+        return stream
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -425,6 +427,11 @@ def _identity_of(path: Path) -> _Identity | None:
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
     return _identity(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def _close(stream: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # of a file that is only read: all of it has been
+        stream.close()
 
 
 def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:

@@ -154,6 +154,7 @@ class OutputDirectory:
         self._check()
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.path = self.target.with_name(f".{self.target.name}.lors-{token}.tmp")
+        self._aside = self.path.with_suffix(".old")  # for the old one, where two names cannot be swapped
 
     # -------------------------------------------------------------------------------------------------- checks
 
@@ -245,23 +246,23 @@ class OutputDirectory:
             self._remove_parents()
 
     def _discard(self) -> None:
-        """Removes what stands under the temporary name: the new directory, or after the commit the old one.
+        """Removes what stands under the temporary names: the new directory, or after the commit the old one.
 
         An old one that holds what came into it meanwhile stays, under a name of its own.
         """
-        if not os.path.lexists(self.path):
-            return
-        replaced = self._own is not None and not os.path.samestat(self.path.lstat(), self._own)
-        if not replaced or not (newcomer := self._newcomer()):
-            return _remove_tree(self.path)
-        kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
-        self.path.rename(kept)
-        _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
+        for path in (self.path, self._aside):
+            if not os.path.lexists(path) or (path == self._aside and not os.path.lexists(self.target)):
+                continue  # nothing there, or the old one, which the next run puts back
+            replaced = self._own is not None and not os.path.samestat(path.lstat(), self._own)
+            if not replaced or not (newcomer := self._newcomer(path)):
+                _remove_tree(path)
+                continue
+            kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
+            path.rename(kept)
+            _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
 
-    def _newcomer(self) -> str | None:
-        if self._keep:
-            return unseen(self.path, self._carried, self._left)
-        return foreign(self.path)
+    def _newcomer(self, old: Path) -> str | None:
+        return unseen(old, self._carried, self._left) if self._keep else foreign(old)
 
     def _remove_parents(self) -> None:
         with contextlib.suppress(OSError):  # somebody else uses them by now: theirs to keep
@@ -318,17 +319,20 @@ class OutputDirectory:
             _sync(self.path)
 
     def _replace(self) -> None:
-        # After an exchange, self.path is the old directory, and leaving the block removes it as it would the new one.
+        # The old directory is then self.path or self._aside, and leaving the block removes it as it would the new one.
         if exchange(self.path, self.target):
             return
-        aside = self.path.with_suffix(".old")
-        self.target.rename(aside)
+        self.target.rename(self._aside)
         try:
             self.path.rename(self.target)
-        except BaseException:
-            aside.rename(self.target)
+        except BaseException as error:
+            try:
+                self._aside.rename(self.target)
+            except OSError:
+                raise LorsError(
+                    f"cannot write {self.target}: {error}; what was there is now {self._aside}, and the next run puts it back"
+                ) from error
             raise
-        aside.rename(self.path)
 
     def _confirm(self) -> None:
         try:

@@ -66,7 +66,8 @@ class Home:
             else:
                 yield None
         finally:
-            os.close(lock)
+            with contextlib.suppress(OSError):
+                os.close(lock)
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Keeps the plan, and removes what a run that was killed had under way."""
