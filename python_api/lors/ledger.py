@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import Source, write_card
-from .checkpoint import Checkpoint, open_checkpoint, require_unchanged
+from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
@@ -78,14 +78,14 @@ def edit(
     when not given. `name`: what it is called, or which of the model's experts is removed. LorsError before anything is
     written when the expert file was made from another base or, on removal, is not what was merged.
     """
-    from .task_vector import open_expert
-
     begun = time.perf_counter()
     target = Path(os.path.realpath(os.path.expanduser(merged)))
     if not target.is_dir():
-        raise LorsError(f"{merged}: expected the directory of a merged model")
+        turned = (Path(expert).expanduser() / LEDGER_FILE).exists()
+        hint = f"; the model comes first: {expert} {merged}" if turned else ""
+        raise LorsError(f"{merged}: expected the directory of a merged model{hint}")
     with contextlib.ExitStack() as stack:
-        source = open_expert(expert, name)
+        source = _expert_of(target, expert, name)
         stack.enter_context(source.checkpoint)
         output = stack.enter_context(OutputDirectory(target, force=True, inputs=[expert], durable=durable))
         ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
@@ -102,6 +102,19 @@ def edit(
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
     return report
+
+
+def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
+    """The expert file; when there is none, what the model is made of helps to find it."""
+    from .task_vector import open_expert
+
+    try:
+        return open_expert(expert, name)
+    except SourceNotFound as error:
+        known = ", ".join(one.name for one in Ledger.load(target).experts)
+        raise LorsError(
+            f"{error}; expected an expert file, as `lors decompose` writes it; {target} has {known}"
+        ) from None
 
 
 def _recipe(target: Path) -> dict[str, Any]:
