@@ -385,3 +385,59 @@ def test_a_source_that_is_nowhere_is_named_with_its_key_and_the_places(work: Pat
         lors.merge("../models/base", {"ca": "/nowhere/ca"}, "out")
     with pytest.raises(LorsError, match=rf"^base: no/where: not a file or directory here, .*; looked for in {work}$"):
         lors.merge("no/where", {"ca": "../models/ca"}, "out")
+
+
+# --- what inputs hardly should have in common
+
+
+def said_of(base: Path, experts: dict[str, Path], out: Path, **settings: Any) -> str:
+    return " | ".join(note for note in lors.merge(base, experts, out, **settings).notices if "no input has" not in note)
+
+
+def test_one_directory_under_two_names(family: Family, tmp_path: Path) -> None:
+    said = said_of(family["base"], {"ca": family["ca"], "de": family["de"], "es": family["ca"]}, tmp_path / "out")
+    assert said == "es has the same weights as ca: their files are equal"
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_expert_that_is_the_base(anew: bool, family: Family, tmp_path: Path) -> None:
+    shutil.copytree(family["base"], tmp_path / "copy")
+    if anew:  # another header: another digest
+        save_file(whispers.load(family["base"]), tmp_path / "copy/model.safetensors", {"format": "pt", "by": "x" * 9})
+    said = said_of(family["base"], {"ca": family["ca"], "de": tmp_path / "copy"}, tmp_path / "out")
+    assert said == "de has the same weights as the base: it adds nothing"
+    with pytest.raises(LorsError, match="expert 'de': expected a model that was trained from the base, got the base"):
+        lors.merge(family["base"], {"ca": family["ca"], "de": family["base"]}, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("names", [("ca", "de"), ("ca", "de", "es"), ("ca", "de", "es", "fr", "it")])
+def test_a_base_that_was_swapped_with_an_expert(names: tuple[str, ...], tmp_path: Path) -> None:
+    paths = tiny.family(tmp_path / "models", names)
+    experts = {name: paths[name] for name in names}
+    assert said_of(paths["base"], experts, tmp_path / "right") == ""
+    swapped = experts | {"ca": paths["base"]}
+    expected = "every other expert is nearer to ca than to the base: if they were trained from ca, it is the base"
+    assert said_of(paths["ca"], swapped, tmp_path / "wrong") == expected
+    assert said_of(paths["ca"], swapped, tmp_path / "ties", method="ties", density=0.5) == expected
+
+
+def test_experts_that_are_alike_are_not_suspected(family: Family, tmp_path: Path) -> None:
+    """Two of one training, and three with nine tenths of their change in common."""
+    base, ca, de = (whispers.load(family[name]) for name in ("base", "ca", "de"))
+    for name, share in (("a", 0.33), ("b", -0.33)):
+        state = {key: base[key] + (ca[key] - base[key]) + share * (de[key] - base[key]) for key in base}
+        tiny.write(tmp_path / name, state)
+    assert said_of(family["base"], {"a": tmp_path / "a", "b": tmp_path / "b"}, tmp_path / "out") == ""
+    half = {key: base[key] + 0.5 * (ca[key] - base[key]) for key in base}
+    tiny.write(tmp_path / "half", half)
+    assert said_of(family["base"], {"whole": family["ca"], "half": tmp_path / "half"}, tmp_path / "out2") == ""
+
+
+def test_an_expert_called_base_is_attested_as_itself(family: Family, tmp_path: Path) -> None:
+    import hashlib
+
+    lors.merge(family["base"], {"base": family["ca"]}, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for role, name in (("base", "base"), ("expert", "ca")):
+        digest = hashlib.sha256((family[name] / "model.safetensors").read_bytes()).hexdigest()
+        assert any(line.startswith(f"| {role} | base |") and digest in line for line in card.splitlines())

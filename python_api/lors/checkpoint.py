@@ -54,6 +54,11 @@ _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(?:/tree/(?P<revision>[\w.-]+))?/?"
+)
+_STEP = re.compile(r"-\d{1,18}$")
 _COMPARE_ELEMENTS = 1 << 20
 
 
@@ -100,6 +105,9 @@ class Checkpoint:
             self._streams = [_open(file, stack) for file in files]
             held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
             self._opened = self._beside() | held
+            for path in self.sidecars():
+                with contextlib.ExitStack() as beside:
+                    _refuse_pointer(path, _open(path, beside))
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
                 self._read_contents(index, file, stream)
             if not self.tensors:
@@ -109,6 +117,7 @@ class Checkpoint:
         self.naming = naming(self.tensors)
 
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
+        _refuse_pointer(file, stream)
         if _is_torch_archive(file, stream):
             tensors, self.dims = read_torch_archive(stream, file, index)
         else:
@@ -301,6 +310,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     exists on disk is never taken for a hub id. Raises LorsError.
     """
     text = os.fspath(source)
+    if page := _HUB_PAGE.fullmatch(text):
+        label = page["repo"] + (f"@{page['revision']}" if page["revision"] else "")
+        raise LorsError(f"{text}: a page of the hub: expected its id, {label}")
     if is_url(text):
         weights = (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS, [*_ADAPTERS, _ADAPTER_CONFIG])
         found = open_checkpoint(fetch(text, [[*patterns, *SIDECARS, "README.md"] for patterns in weights]), name=name)
@@ -339,7 +351,23 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
         return Checkpoint(name, path, [path / _OPENAI], hub_id=hub_id, directory=path)
     if (path / _ADAPTER_CONFIG).exists():
         return _open_adapter(path, name, hub_id)
-    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
+    hint = _where_weights_are(path)
+    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}{hint}")
+
+
+def _where_weights_are(directory: Path, shown: int = 3) -> str:
+    """End of a message: files and directories in this one that could be meant, the last checkpoint of a training first."""
+    names = (_SINGLE, _INDEX, _TORCH_SINGLE, _TORCH_INDEX, _OPENAI, _ADAPTER_CONFIG)
+    steps = {
+        path: int(path.name.rpartition("-")[2]) for path in directory.glob("checkpoint-*") if _STEP.search(path.name)
+    }
+    inside = sorted(steps, key=lambda path: -steps[path]) + sorted(set(directory.iterdir()) - steps.keys())
+    found = [path for path in inside if any((path / name).exists() for name in names)]
+    found += [path for path in inside if path.suffix in (".safetensors", ".pt") and path.is_file()]
+    if not found:
+        return "" if inside else "; it is empty"
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"; did you mean {', '.join(str(path) for path in found[:shown])}{more}?"
 
 
 def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
@@ -434,13 +462,25 @@ def _close(stream: BinaryIO) -> None:
         stream.close()
 
 
+def _refuse_pointer(path: Path, stream: BinaryIO) -> None:
+    """What git leaves in the place of a large file that was not fetched."""
+    start = stream.read(len(_LFS_POINTER))
+    stream.seek(0)
+    if start == _LFS_POINTER:
+        raise LorsError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
+
+
 def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:
     if path.suffix == ".safetensors":
         return False
-    start = stream.read(4)
+    start = stream.read(9)
     stream.seek(0)
-    # A safetensors file may have any name: its first bytes are a small number.
-    return start == b"PK\x03\x04" or path.suffix in (".pt", ".bin", ".pth", ".ckpt")
+    if start.startswith(b"PK\x03\x04") or path.suffix in (".pt", ".bin", ".pth", ".ckpt"):
+        return True
+    # A safetensors file may have any name: a length of 8 bytes, then JSON.
+    if start[8:9] != b"{":
+        raise LorsError(f"{path}: not weights: expected a .safetensors file, or a .pt or .bin as torch writes it")
+    return False
 
 
 def _read_into(fd: int, raw: np.ndarray, offset: int, path: Path) -> int:

@@ -120,9 +120,9 @@ class Engine:
         pieces = [piece for work in works for piece in work.pieces()]
         self._prepare(pieces)
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
-            futures: list[Future[None]] = [pool.submit(task) for task in also]
-            futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
             try:
+                futures: list[Future[None]] = [pool.submit(task) for task in also]
+                futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()

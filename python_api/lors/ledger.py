@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .card import Source, carried_over, is_untouched, write_card
-from .checkpoint import Checkpoint, open_checkpoint, require_unchanged
+from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
 from .documents import Document
 from .errors import LorsError
 from .expert_file import ExpertSource
@@ -84,14 +84,14 @@ def edit(
     when not given. `name`: what it is called, or which of the model's experts is removed. LorsError before anything is
     written when the expert file was made from another base or, on removal, is not what was merged.
     """
-    from .task_vector import open_expert
-
     begun = time.perf_counter()
     target = Path(os.path.realpath(os.path.expanduser(merged)))
     if not target.is_dir():
-        raise LorsError(f"{merged}: expected the directory of a merged model")
+        turned = (Path(expert).expanduser() / LEDGER_FILE).exists()
+        hint = f"; the model comes first: {expert} {merged}" if turned else ""
+        raise LorsError(f"{merged}: expected the directory of a merged model{hint}")
     with contextlib.ExitStack() as stack:
-        source = open_expert(expert, name)
+        source = _expert_of(target, expert, name)
         stack.enter_context(source.checkpoint)
         output = stack.enter_context(OutputDirectory(target, keep=True, inputs=[expert], durable=durable))
         ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
@@ -111,6 +111,19 @@ def edit(
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
     return report
+
+
+def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
+    """The expert file; when there is none, what the model is made of helps to find it."""
+    from .task_vector import open_expert
+
+    try:
+        return open_expert(expert, name)
+    except SourceNotFound as error:
+        known = ", ".join(one.name for one in Ledger.load(target).experts)
+        raise LorsError(
+            f"{error}; expected an expert file, as `lors decompose` writes it; {target} has {known}"
+        ) from None
 
 
 def _recipe(target: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from .public import public
 from .recipe import BASE, Recipe
 from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
+from .suspicions import of_digests, of_values
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -118,6 +119,7 @@ def merge_recipe(
     """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        _check_device(device)
         kernels = None if device else backend
         place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
@@ -126,7 +128,7 @@ def merge_recipe(
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
-        hashes: dict[str, dict[str, str]] = {}
+        hashes: dict[Checkpoint, dict[str, str]] = {}
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.cached = factors
@@ -134,7 +136,10 @@ def merge_recipe(
             engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend, engine.stop))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
-        engine.run(job.works, hashing)
+        suspected: list[str] = []
+        looking = [lambda: suspected.extend(of_values(job.sources, job.works))] if job.works[0].relative else []
+        engine.run(job.works, [*hashing, *looking])
+        job.report.notices += [*of_digests(job.base, job.experts, hashes), *suspected]
         writer.finish()
         require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
         _accompany(recipe, job, hashes, text)
@@ -156,10 +161,12 @@ def dry_run(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
     force: bool = False,
 ) -> MergeReport:
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
+        _check_device(device)
         place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
@@ -349,6 +356,7 @@ def _backend(name: str | None) -> str:
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
+    recipe.require_parameters()
     indices = recipe.experts if method.relative else recipe.inputs
     experts = [stack.enter_context(_open_source(recipe, index)) for index in indices]
     base = stack.enter_context(_open_source(recipe, BASE)) if method.relative else experts[0]
@@ -505,6 +513,14 @@ def _on_cluster(
     return decompositions(address, job.base.location, paths, wanted, **options)
 
 
+def _check_device(device: str | None) -> None:
+    """LorsError, before anything is opened, unless the GPUs that are asked for are there."""
+    if device:
+        from .engine_gpu import parse_devices
+
+        parse_devices(device)
+
+
 def _on_devices(
     engine: Engine, device: str, device_memory: int | None, backend: str | None, kind: type[Any] | None = None
 ) -> Any:
@@ -543,18 +559,18 @@ def _writer(
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
-def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:
+def _hasher(checkpoint: Checkpoint, hashes: dict[Checkpoint, dict[str, str]], job: _Job) -> Callable[[], None]:
     def task() -> None:
-        hashes[checkpoint.name] = checkpoint.sha256()
+        hashes[checkpoint] = checkpoint.sha256()
         if checkpoint is job.base:
             for source in job.sources:
                 if isinstance(source, ExpertSource):
-                    source.require_base(hashes[checkpoint.name])
+                    source.require_base(hashes[checkpoint])
 
     return task
 
 
-def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]], text: str) -> None:
+def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[Checkpoint, Mapping[str, str]], text: str) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
     base, experts, output = job.base, job.experts, job.output
     for path in job.companions:
@@ -563,11 +579,11 @@ def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[str, Mapping[str, str]
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: _plain(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
-    sources = [CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts]
-    write_ledger(output, CardSource.of(base, hashes[base.name]), sources)
+    sources = [CardSource.of(expert, hashes[expert], weights[expert.name]) for expert in experts]
+    write_ledger(output, CardSource.of(base, hashes[base]), sources)
     write_card(
         output.path,
-        base=CardSource.of(base, hashes[base.name]),
+        base=CardSource.of(base, hashes[base]),
         experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},

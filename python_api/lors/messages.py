@@ -30,8 +30,9 @@ def shown(value: object, inner: bool = False) -> str:
 def nearest(name: object, known: Iterable[str]) -> str:
     """End of a message about an unknown name: ``, did you mean 'x'?``, or all there is when nothing is near."""
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
+    lower = {one.lower(): one for one in names}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return f", did you mean {lower[close[0]]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
 
 
 def near_path(text: str, places: Iterable[Path] = (Path(),)) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "Recipe",
     "Setting",
     "Target",
+    "label_of",
     "parse_size",
     "rank_of",
     "written_beside",
@@ -140,7 +141,8 @@ class Recipe(_Document):
                 raise LorsError(f"{path}: expected a recipe of at most {strict_yaml.MAX_BYTES} bytes")
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
-            raise LorsError(f"{path}: cannot read the recipe: {error.strerror or error}") from None
+            near = near_path(str(path)) if isinstance(error, FileNotFoundError) else ""
+            raise LorsError(f"{path}: cannot read the recipe: {error.strerror or error}{near}") from None
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise LorsError(f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}") from None
@@ -199,6 +201,11 @@ class Recipe(_Document):
         # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
         spec = (methods or {}).get(method) if isinstance(method, str) else None
         without = base is None or (spec is not None and spec.base == "optional")
+        for label, model in experts.items():
+            if not without and os.path.realpath(model) == os.path.realpath(str(base)):
+                raise LorsError(
+                    f"expert {label!r}: expected a model that was trained from the base, got the base: {model}"
+                )
         document: dict[str, object] = {
             "name": name,
             "merge_method": method,
@@ -250,6 +257,16 @@ class Recipe(_Document):
         bound = self.model_copy(update={"models": entries, "parameters": _checked(self.parameters, method, None)})
         bound._method = method
         return bound
+
+    def require_parameters(self) -> None:
+        """LorsError unless the recipe gives each model a value of every parameter that has no default."""
+        for spec in self._method.parameters if self._method else ():
+            if spec.default is not REQUIRED or spec.name in self.parameters:
+                continue
+            for index in self.inputs:
+                if index == BASE or spec.name not in self.models[index].parameters:
+                    key = "parameters" if index == BASE else f"models[{index}].parameters"
+                    raise LorsError(f"{key}.{spec.name}: missing; method {self.merge_method} has no default for it")
 
     # --- reading
 
@@ -471,7 +488,8 @@ def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
 
 def _prepare_entry(entry: object, index: int, directory: Path | None) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise LorsError(f"models[{index}]: expected a mapping such as {{model: PATH}}, got {shown(entry)}")
+        example = entry if isinstance(entry, str) and entry.isprintable() else "PATH"
+        raise LorsError(f"models[{index}]: expected a mapping such as {{model: {example}}}, got {shown(entry)}")
     _check_reference(entry.get("model"), f"models[{index}].model", directory)
     return entry | {"parameters": _parse_parameters(entry.get("parameters"), f"models[{index}].parameters")}
 
@@ -556,6 +574,11 @@ def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
             labels[i], number = f"{label}-{number}", number + 1
         taken.add(labels[i])
     return tuple(labels)
+
+
+def label_of(model: str) -> str:
+    """What to call a model that is given without a name: the last part of its path."""
+    return _path_parts(model)[-1].removesuffix(".lors")
 
 
 def _path_parts(model: str) -> list[str]:
