@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["first_line", "nearest", "shown"]
+from .errors import printable
+
+__all__ = ["first_line", "nearest", "say", "shown"]
 
 
 def shown(value: object, inner: bool = False) -> str:
@@ -30,6 +32,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
+
+
+def say(*lines: str) -> None:
+    """Prints lines for the user. Names of files, tensors and experts are in them: each is one line, whatever they hold."""
+    for line in lines:
+        print(printable(line), flush=True)
 
 
 def first_line(error: BaseException) -> str:

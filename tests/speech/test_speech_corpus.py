@@ -310,7 +310,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         ("broken.jsonl", "broken.jsonl:2: not JSON"),
         ("nan.jsonl", "nan.jsonl:1: expected text in 'text', got nan"),
         ("half.jsonl", "half of a surrogate pair"),
-        ("list.jsonl", "list.jsonl:1: expected an object, got list"),
+        ("list.jsonl", "list.jsonl:1: expected one JSON object per line, got .1."),
         ("absent.tsv", "cannot read"),
         ("x.csv", "expected a .tsv or .jsonl manifest"),
     ]:
