@@ -87,7 +87,7 @@ HEADERS: dict[str, tuple[str, dict[str, Any], str]] = {  # a card -> what is car
     "a list over lines": ("---\nlanguage: [\n  ca,\n  de\n]\nlicense: x\n---\n", {"language": ["ca", "de"], "license": "x"}, ""),
     "a key of the lines below": ("---\nmodel-index:\n- license: gpl\n  license: x\n---\n", {}, ""),
     "nothing in it": ("---\nlicense:\n---\n", {}, ""),
-    "twice": ("---\nlicense: a\nlicense: b\n---\n", {}, "'license' was already given in line 1; the license is not carried"),
+    "twice": ("---\nlicense: a\nlicense: b\n---\n", {}, "'license' was already given in line 2; the license is not carried"),
     "a date": ("---\nlicense: 2024-01-01\nlanguage: ca\n---\n", {"language": "ca"}, "the license is not carried over"),
     "a date that is none": ("---\nlicense: 2024-99-99\n---\n", {}, "the license is not carried over"),
     "a number": ("---\nlicense: 3\n---\n", {}, "license: expected a string, got 3"),

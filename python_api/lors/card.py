@@ -110,20 +110,19 @@ def carried_over(card: Path | None) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         lines = _header_lines(card)
-        kept: dict[str, list[str]] = {}
-        key = None
-        for line in lines:
-            if line[:1] not in ("", " ", "\t", "-", "#", "]", "}"):  # the beginning of a key
-                key = line.partition(":")[0].strip(" \"'")
-            if key in _CARRIED:
-                kept.setdefault(key, []).append(line)
     except LorsError as error:
         return {}, [f"{error}; no license is carried over"]
+    keys, key = [], ""  # of each line: whose value it is
+    for line in lines:
+        if line[:1] not in ("", " ", "\t", "-", "#", "]", "}"):
+            key = line.partition(":")[0].strip(" \"'")
+        keys.append(key)
     found: dict[str, Any] = {}
     notices = []
-    for key, text in kept.items():
+    for key in sorted(set(keys) & set(_CARRIED)):
         try:
-            content = strict_yaml.parse("\n".join(text), str(card))
+            text = "\n".join(line if of == key else "" for line, of in zip(lines, keys, strict=True))
+            content = strict_yaml.parse("\n" + text, str(card))  # the first line is "---"
             found |= _Carried.check(content, str(card)).model_dump(exclude_none=True)
         except LorsError as error:
             notices.append(f"{error}; the {key} is not carried over")
