@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lors.card import Source, carried_over, languages, versions, write_card
 from lors.checkpoint import open_checkpoint
-from lors.errors import LorsError
+from lors.errors import LorsError, printable
 from lors.output import OutputDirectory
 
 DIGEST = "0123456789abcdef" * 4
@@ -84,7 +87,7 @@ HEADERS: dict[str, tuple[str, dict[str, Any], str]] = {  # a card -> what is car
     "a list over lines": ("---\nlanguage: [\n  ca,\n  de\n]\nlicense: x\n---\n", {"language": ["ca", "de"], "license": "x"}, ""),
     "a key of the lines below": ("---\nmodel-index:\n- license: gpl\n  license: x\n---\n", {}, ""),
     "nothing in it": ("---\nlicense:\n---\n", {}, ""),
-    "twice": ("---\nlicense: a\nlicense: b\n---\n", {}, "'license' was already given in line 1; the license is not carried"),
+    "twice": ("---\nlicense: a\nlicense: b\n---\n", {}, "'license' was already given in line 2; the license is not carried"),
     "a date": ("---\nlicense: 2024-01-01\nlanguage: ca\n---\n", {"language": "ca"}, "the license is not carried over"),
     "a date that is none": ("---\nlicense: 2024-99-99\n---\n", {}, "the license is not carried over"),
     "a number": ("---\nlicense: 3\n---\n", {}, "license: expected a string, got 3"),
@@ -121,14 +124,54 @@ def test_a_card_that_is_no_file_or_no_text(tmp_path: Path) -> None:
 
 def test_body(tmp_path: Path) -> None:
     _, body = card(tmp_path)
-    assert f"| base | base | openai/whisper-small |  | model.safetensors | `{DIGEST}` |" in body
-    assert f"| expert | ca | me/whisper-ca | 1 | model.safetensors | `{DIGEST[::-1]}` |" in body
-    assert f"| expert | sv-SE | sv\\|dir | 0.5 | b.safetensors | `{'b' * 64}` |" in body
+    assert f"| base | `base` | `openai/whisper-small` |  | `model.safetensors` | `{DIGEST}` |" in body
+    assert f"| expert | `ca` | `me/whisper-ca` | 1 | `model.safetensors` | `{DIGEST[::-1]}` |" in body
+    assert f"| expert | `sv-SE` | `sv\\x7cdir` | 0.5 | `b.safetensors` | `{'b' * 64}` |" in body
     assert "| `rank` | `7` |" in body and "| `lambda` | `0.2` |" in body
     assert "| backend | cpu (AVX-512) |" in body
     assert all(f"| {name} | {version} |" in body for name, version in versions().items())
     assert f"```yaml\n{RECIPE}```" in body and "2502.17380" in body
     assert "2502.17380" not in card(tmp_path, method="task_arithmetic")[1]
+
+
+def markup(text: str) -> Counter[str]:
+    """How often every kind of Markdown is in a text, that of tables and HTML included."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = parser.parse(text)
+    return Counter(t.type for token in tokens for t in (token, *(token.children or ())) if t.type != "text")
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "`<img src=x>`", "``` <b>", "a\\|<img src=x>", "a|b|c|d", "\\`<b>", "[x](https://example.org)",
+    "![x](https://example.org)", "https://example.org", "a\n\n# Heading", "a\n| x | y |", "\n---\n", "**b**", "&lt;b&gt;",
+    "\x1b[2J\x07", "\u202egnp", "\ud800", "$x$", "<!--", " `", "` ", "\\", "|", "`", "~~x~~", "{% raw %}", "@user", "a\rb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_no_markup(tmp_path: Path, name: str) -> None:
+    check_names(tmp_path, name)
+
+
+@given(st.text(st.sampled_from("`|\\<>!&[](){}*_~#:/.-\"'= \n\r\tab1\x1b") | st.characters(), min_size=1, max_size=40))
+def test_no_name_is_markup(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    check_names(tmp_path_factory.getbasetemp(), name)
+
+
+def check_names(directory: Path, name: str) -> None:
+    """A card of that name has the Markdown of a card of a plain one; its header is one YAML document."""
+    found = []
+    for text in ("plain", name):
+        base = Source(text, text, {text: DIGEST})
+        header, body = card(directory, base=base, experts=[base], parameters={"rank": text}, recipe="a: b")
+        assert header.keys() <= {"library_name", "pipeline_tag", "tags", "language"}
+        assert printable(body.replace("\n", "")) == body.replace("\n", ""), "no control character"
+        found.append(markup(body))
+    blank = not name.strip()
+    assert blank or found[0] == found[1]
+    assert not found[1].keys() & {"html_inline", "html_block", "link_open", "image"}
 
 
 def test_recipe_is_kept_as_it_is(tmp_path: Path) -> None:

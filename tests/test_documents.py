@@ -134,7 +134,8 @@ def test_what_is_wrong_with_a_ledger_is_said(corpus: Corpus, tmp_path: Path) -> 
         (("experts",), [], "experts: expected at least one, got []"),
         (("experts", 0, "weight"), "x", "experts[0].weight: expected a number, got 'x'"),
         (("base", "sha256"), {}, "base.sha256: expected at least one"),
-        (("base", "sha256", "model.safetensors"), "0" * 63, "expected a SHA-256 in hexadecimal, got"),
+        (("base", "sha256", "model.safetensors"), "0" * 63, "expected text of the form ^[0-9a-f]{64}$, got"),
+        (("base", "hub_id"), "a/b\n---\n", "base.hub_id: expected text of the form"),
         (("base", "more"), 1, "base.more: unknown key 'more'"),
         (("editz",), 1, "editz: unknown key 'editz', did you mean 'edits'?"),
     ):

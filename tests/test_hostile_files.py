@@ -130,11 +130,13 @@ def bomb(data: bytes) -> bytes:
     return stream.getvalue()
 
 
-def crowded(count: int) -> bytes:
-    """A zip file whose directory has `count` entries of 46 bytes."""
+def crowded(count: int, zip64: bool = False, gap: int = 0) -> bytes:
+    """A zip file whose directory has `count` entries of 46 bytes. gap: bytes between the records of zip64."""
     entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count % 65536, count % 65536, 46 * count, 0, 0)
-    return entry * count + end
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count % 65536, count % 65536, 0 if zip64 else 46 * count, 0, 0)
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, 46 * count, 0)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 46 * count, 1)
+    return entry * count + ((record + bytes(gap) + locator) if zip64 else b"") + end
 
 
 def huge(data: bytes) -> bytes:
@@ -168,6 +170,9 @@ ZIPS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a directory of 4 GB": (patch(END, 12, b"\xff\xff\xff\xff"), "the limit is"),
     "a directory somewhere else": (patch(END, 16, b"\xff\xff\xff\x7f"), "x.pt"),
     "a directory of 900,000 members": (lambda _: crowded(900_000), "the limit is"),
+    "a directory of 900,000 members and a comment": (lambda _: crowded(900_000)[:-2] + b"\x01\x00x", "does not end"),
+    "a directory of 900,000 members, told by zip64": (lambda _: crowded(900_000, True), "the limit is"),
+    "a directory of 900,000 members, told from afar": (lambda _: crowded(900_000, True, 8), "does not end"),
     "a directory of 180,000 members": (lambda _: crowded(180_000), "twice"),
     "a gigabyte in a megabyte": (bomb, "is compressed"),
     "half of it": (lambda data: data[: len(data) // 2], "x.pt"),

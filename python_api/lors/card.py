@@ -16,11 +16,11 @@ from pydantic import AfterValidator, Field
 from . import strict_yaml
 from .checkpoint import Checkpoint
 from .documents import Digest, Document
-from .errors import LorsError
+from .errors import LorsError, printable
 from .messages import shown
 from .output import RECIPE_FILE, writing
 
-__all__ = ["Source", "carried_over", "is_untouched", "languages", "versions", "write_card"]
+__all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 
 # The languages Whisper was trained on, as its tokenizer writes them.
 _WHISPER_LANGUAGES = (
@@ -43,7 +43,7 @@ class Source:
     name: str
     origin: str  # hub id, or the name of the directory or file
     sha256: Annotated[Mapping[str, Digest], Field(min_length=1)]  # by weight file
-    hub_id: str | None = None
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=200)] | None = None
     weight: float | None = None
 
     @classmethod
@@ -122,20 +122,19 @@ def carried_over(card: Path | None) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     try:
         lines = _header_lines(card)
-        kept: dict[str, list[str]] = {}
-        key = None
-        for line in lines:
-            if line[:1] not in ("", " ", "\t", "-", "#", "]", "}"):  # the beginning of a key
-                key = line.partition(":")[0].strip(" \"'")
-            if key in _CARRIED:
-                kept.setdefault(key, []).append(line)
     except LorsError as error:
         return {}, [f"{error}; no license is carried over"]
+    keys, key = [], ""  # of each line: whose value it is
+    for line in lines:
+        if line[:1] not in ("", " ", "\t", "-", "#", "]", "}"):
+            key = line.partition(":")[0].strip(" \"'")
+        keys.append(key)
     found: dict[str, Any] = {}
     notices = []
-    for key, text in kept.items():
+    for key in sorted(set(keys) & set(_CARRIED)):
         try:
-            content = strict_yaml.parse("\n".join(text), str(card))
+            text = "\n".join(line if of == key else "" for line, of in zip(lines, keys, strict=True))
+            content = strict_yaml.parse("\n" + text, str(card))  # the first line is "---"
             found |= _Carried.check(content, str(card)).model_dump(exclude_none=True)
         except LorsError as error:
             notices.append(f"{error}; the {key} is not carried over")
@@ -196,6 +195,12 @@ def _header(base: Source, experts: Sequence[Source], naming: str, carried: Mappi
     return header
 
 
+def code(text: object) -> str:
+    """Text of any origin in Markdown, also in a table: a code span, in which nothing is markup and which nothing ends."""
+    shown = printable(str(text)).replace("`", "\\x60").replace("|", "\\x7c")
+    return f"`{shown}`" if shown.strip() else ""
+
+
 def _render(
     header: Mapping[str, Any],
     base: Source,
@@ -213,11 +218,11 @@ def _render(
     parts = [
         f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---",
         "# Merged " + kind,
-        f"`{base.origin}` and {len(experts)} fine-tuned expert{'s'[: len(experts) != 1]} of it, merged into one {kind} "
+        f"{code(base.origin)} and {len(experts)} fine-tuned expert{'s'[: len(experts) != 1]} of it, merged into one {kind} "
         f"with the method `{method}` of lors-merging."
         + (f" The method is described in {_PAPER}." if method == "lors" else ""),
         "## Parameters",
-        _table(("parameter", "value"), [(f"`{name}`", f"`{value}`") for name, value in parameters.items()]),
+        _table(("parameter", "value"), [(code(name), code(value)) for name, value in parameters.items()]),
         "## Inputs",
         _inputs_table(base, experts),
         "## Made with",
@@ -234,13 +239,15 @@ def _inputs_table(base: Source, experts: Sequence[Source]) -> str:
     for role, source in (("base", base), *(("expert", expert) for expert in experts)):
         weight = "" if source.weight is None else f"{source.weight:g}"
         for file, digest in source.sha256.items():
-            rows.append((role, source.name, source.origin, weight, file, f"`{digest}`"))
+            rows.append((role, code(source.name), code(source.origin), weight, code(file), code(digest)))
     return _table(("role", "name", "from", "weight", "file", "sha256"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are Markdown: words of ours, or `code`."""
+
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 

@@ -14,7 +14,7 @@ import typer
 
 from .cli_errors import by_option, one_line_errors
 from .errors import LorsError
-from .public import public
+from .messages import say
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -289,14 +289,14 @@ def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = Fal
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
-        print(f"note: {notice}")
-    print(
+        say(f"note: {notice}")
+    say(
         f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
     if rehearsal:
         return
-    print(
+    say(
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
@@ -397,7 +397,7 @@ def decompose(
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
-        print(
+        say(
             f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
             f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
         )
@@ -456,7 +456,7 @@ def export_lora(
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
     from .task_vector import export_lora as run
 
-    print(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+    say(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ def report(
         data.commit()
         page.commit()
     if not quiet:
-        print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
+        say(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
 for _name, _command in SPEECH_COMMANDS.items():

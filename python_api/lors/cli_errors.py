@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .console import say
+from .console import tell
 from .errors import LorsError
 from .messages import first_line
 from .signals import Terminated
@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Terminated as error:
-        say(f"terminated by {error.name}")
+        tell(f"terminated by {error.name}")
         raise
     except KeyboardInterrupt:
         _end("interrupted", 130)
@@ -61,7 +61,7 @@ def by_option(message: str, keys: Mapping[str, str]) -> str:
 
 def _end(line: str | None, status: int) -> None:
     if line is not None:
-        say(line)
+        tell(line)
     raise SystemExit(status)
 
 

@@ -72,7 +72,7 @@ _EXPECTED = {
     "string_type": "a string", "string_unicode": "a string of whole characters", "string_too_short": "a string that is not empty",
     "too_short": "at least one", "tuple_type": "a list", "list_type": "a list", "dict_type": "an object",
     "model_type": "an object", "dataclass_type": "an object", "int_type": "an integer", "float_type": "a number",
-    "finite_number": "a finite number", "string_pattern_mismatch": "a SHA-256 in hexadecimal", "bool_type": "true or false", "none_required": "null",
+    "finite_number": "a finite number", "bool_type": "true or false", "none_required": "null",
 }  # fmt: skip
 
 
@@ -92,5 +92,7 @@ def problem(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"{place}{first['ctx']['error']}"
     if code == "literal_error":
         return f"{place}expected {re.sub(' or ', ', ', first['ctx']['expected'])}, got {shown(value)}"
+    if code == "string_pattern_mismatch":
+        return f"{place}expected text of the form {first['ctx']['pattern']}, got {shown(value)}"
     message = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{place}expected {_EXPECTED.get(code, message)}, got {shown(value)}"

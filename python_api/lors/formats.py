@@ -244,7 +244,7 @@ def _members(stream: BinaryIO, path: Path) -> Members:
     """The archive's members by their names without the first directory, none of them compressed or encrypted."""
     if os.pread(stream.fileno(), len(_LEGACY), 0) == _LEGACY:
         raise LorsError(f"{path}: written by torch before 1.6: load it with torch and save it again")
-    if (size := _directory_size(stream)) > _MAX_DIRECTORY:
+    if (size := _directory_size(stream, path)) > _MAX_DIRECTORY:
         raise LorsError(f"{path}: the archive's directory takes {size} bytes, the limit is {_MAX_DIRECTORY}")
     try:
         with zipfile.ZipFile(stream) as archive:
@@ -264,13 +264,22 @@ def _members(stream: BinaryIO, path: Path) -> Members:
     return members
 
 
-def _directory_size(stream: BinaryIO) -> int:
-    """Bytes of the zip file's directory, as its last records say; 0 when they are not there."""
+def _directory_size(stream: BinaryIO, path: Path) -> int:
+    """Bytes of the zip file's directory, by the records at the very end of the file, where torch and zipfile put them.
+
+    zipfile would look for them elsewhere too, where an archive has a comment: there they might say something else.
+    """
     size = os.fstat(stream.fileno()).st_size
     tail = os.pread(stream.fileno(), 98, max(0, size - 98)).rjust(98, b"\0")
-    short = struct.unpack("<L", tail[-10:-6])[0] if tail[-22:-18] == b"PK\x05\x06" else 0
-    long = struct.unpack("<Q", tail[40:48])[0] if tail[:4] == b"PK\x06\x06" else 0
-    return int(max(short, long))
+    record, locator, end = tail[:56], tail[56:76], tail[76:]
+    whole = end[:4] == b"PK\x05\x06" and end[20:] == b"\0\0"
+    (taken,) = struct.unpack("<L", end[12:16])
+    if locator[:4] == b"PK\x06\x07":  # zip64
+        whole = whole and record[:4] == b"PK\x06\x06" and locator[8:16] == struct.pack("<Q", size - 98)
+        (taken,) = struct.unpack("<Q", record[40:48])
+    if not whole:
+        raise LorsError(f"{path}: not a torch archive, or a damaged one: it does not end with a zip file's directory")
+    return int(taken)
 
 
 def _unpickle(members: Members, stream: BinaryIO, path: Path) -> Any:

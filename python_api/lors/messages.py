@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["first_line", "near_path", "nearest", "shown"]
+from .errors import printable
+
+__all__ = ["first_line", "near_path", "nearest", "say", "shown"]
 
 
 def shown(value: object, inner: bool = False) -> str:
@@ -51,6 +53,12 @@ def near_path(text: str, places: Iterable[Path] = (Path(),)) -> str:
             if found.exists():
                 return f", did you mean {str(found if given.is_absolute() else found.relative_to(place))!r}?"
     return ""
+
+
+def say(*lines: str) -> None:
+    """Prints lines for the user. Names of files, tensors and experts are in them: each is one line, whatever they hold."""
+    for line in lines:
+        print(printable(line), flush=True)
 
 
 def first_line(error: BaseException) -> str:

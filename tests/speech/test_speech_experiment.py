@@ -22,7 +22,7 @@ from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
-from lors.speech.report import print_tables
+from lors.speech.report import _page, print_tables
 from lors.speech.stages import Stage, exclusive, run_stages
 from lors.speech.whisper import SHIPPED
 
@@ -66,6 +66,31 @@ def test_report_shows_every_number(finished: Path, results: dict[str, Any], caps
         assert text in page
     print_tables(finished)
     assert f"{_wer(results, 'base'):.2f}" in capsys.readouterr().out
+
+
+def test_no_label_is_markup(results: dict[str, Any]) -> None:
+    """Every text of the results replaced: the page has the same elements, and none of the text's."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key + more if key in results["grids"] else key: renamed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [renamed(inner) for inner in value]
+        return (
+            value + more
+            if value in (*results["grids"], results["config"]["name"], results["config"]["base"])
+            else value
+        )
+
+    pages = []
+    for more in ("", "<script>'\"&\x1b[2J"):
+        changed = renamed(results)
+        changed["config"] |= {"rest": "base" + more, "experts": [f"{x}{more}" for x in results["config"]["experts"]]}
+        changed["signatures"] = {name + more: text + more for name, text in results["signatures"].items()}
+        changed["versions"] = {name + more: text + more for name, text in results["versions"].items()}
+        pages.append(_page(changed))
+    assert "<script>" not in pages[1] and "\x1b" not in pages[1] and "&lt;script&gt;" in pages[1]
+    assert pages[0].count("<") == pages[1].count("<")
 
 
 def test_merging_the_files_gives_the_words_of_the_experiment(
