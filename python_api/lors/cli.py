@@ -15,6 +15,7 @@ import typer
 from .cli_errors import by_option, one_line_errors
 from .errors import LorsError
 from .messages import say
+from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -523,7 +524,7 @@ def sweep(
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        print(
+        say(
             f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
             f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
