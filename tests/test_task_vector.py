@@ -374,7 +374,7 @@ def test_edits_refuse(family: dict[str, Path], tmp_path: Path) -> None:
     assert "another base" in refusal(edit, out, foreign)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     (out / "lors_ledger.json").write_text("{")
-    assert "cannot be read" in refusal(edit, out, made["de"])
+    assert "not JSON" in refusal(edit, out, made["de"])
 
 
 def test_an_average_cannot_be_edited(family: dict[str, Path], tmp_path: Path) -> None:

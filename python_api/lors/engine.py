@@ -113,15 +113,16 @@ class Engine:
     seed: int = 0
     cached: FactorCache | None = None
     progress: Callable[[int], None] = lambda entries: None
+    stop: threading.Event = field(default_factory=threading.Event)  # set when the work is given up
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
         pieces = [piece for work in works for piece in work.pieces()]
         self._prepare(pieces)
         with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
-            futures: list[Future[None]] = [pool.submit(task) for task in also]
-            futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
             try:
+                futures: list[Future[None]] = [pool.submit(task) for task in also]
+                futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -133,7 +134,7 @@ class Engine:
 
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock, self._stop = threading.Lock(), self.stop
         self._local = threading.local()
 
     # --- one piece

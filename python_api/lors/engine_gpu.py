@@ -37,6 +37,7 @@ from lors_kernels.grouped import (
 from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError
+from .messages import first_line
 from .operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .parameters import rank_of
 from .sources import Slot, Spec, matrix_shape
@@ -57,6 +58,8 @@ def parse_devices(text: str) -> list[str]:
             raise LorsError(f"device: expected cpu, cuda or cuda:N, got {part!r}")
         if kind == "cuda":
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if count == 0:
+                raise LorsError(f"device: {_no_gpu()}, got {part!r}")
             if int(number or 0) >= count:
                 raise LorsError(f"device: expected one of the {count} GPUs PyTorch sees here, got {part!r}")
             part = f"cuda:{number or 0}"
@@ -64,6 +67,19 @@ def parse_devices(text: str) -> list[str]:
             raise LorsError(f"device: expected each device once, got {part!r} twice")
         devices.append(part)
     return devices
+
+
+def _no_gpu() -> str:
+    """Why PyTorch sees none."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"expected a PyTorch that is built for GPUs, this one ({torch.__version__}) is for CPUs only"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch sees no GPU: {first_line(error)}"
+    return "PyTorch sees no GPU: CUDA_VISIBLE_DEVICES hides all of them, or there is none"
 
 
 class PinnedSlot(Slot):
