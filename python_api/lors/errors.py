@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LorsError", "printable"]
+__all__ = ["LorsError", "SettingError", "printable"]
 
 _LONGEST = 1500  # characters of a message
 
@@ -28,6 +28,20 @@ class LorsError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(_cut(printable(_cut(message))))  # before too: escaping a name of 100 MB would take gigabytes
+
+
+class SettingError(LorsError):
+    """A LorsError about one setting: an argument, or a key of a recipe. The command line names the option instead.
+
+    key: as in a recipe, such as `parameters.rank`. problem: the message without it.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, str]]:
+        return SettingError, (self.key, self.problem)
 
 
 def _cut(text: str) -> str:

@@ -128,7 +128,9 @@ def require_languages(source: str | Path, languages: Iterable[str]) -> None:
     try:
         known = json.loads((local_model(source) / "generation_config.json").read_text("utf-8")).get("lang_to_id")
     except FileNotFoundError:
-        known = None
+        raise LorsError(
+            f"{source}: expected a multilingual Whisper: there is no generation_config.json in it"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise LorsError(f"{source}: cannot read generation_config.json: {first_line(error)}") from error
     if not isinstance(known, dict):
