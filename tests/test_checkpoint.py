@@ -420,6 +420,32 @@ def test_pytorch_model_bin(tmp_path: Path, torch: Any) -> None:
         assert checkpoint.read(EMBEDDING).tobytes() == whisper()[EMBEDDING].tobytes()
 
 
+def test_sharded_pytorch_model_bin(tmp_path: Path, torch: Any) -> None:
+    state = {name: torch.from_numpy(value) for name, value in whisper().items()}
+    half = len(state) // 2
+    files = {name: f"pytorch_model-0000{1 + (i >= half)}-of-00002.bin" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({name: value for name, value in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert len(checkpoint.files) == 2 and checkpoint.tensors.keys() == state.keys()
+        assert all(checkpoint.read(name).tobytes() == value.numpy().tobytes() for name, value in state.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_of_torch(tmp_path: Path, torch: Any, protocol: int) -> None:
+    """Tied weights and views share a storage; more than 256 names fill the short form of the memo."""
+    tied = torch.randn(6, 4)
+    state: dict[str, Any] = {"embed": tied, "head": tied, "view": tied[2:4]}
+    state |= {f"layers.{i}.weight": torch.full((3,), float(i)).bfloat16() for i in range(300)}
+    torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol)
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+        for name, value in state.items():
+            assert checkpoint.read(name).astype(np.float32).tolist() == value.float().tolist()
+        assert checkpoint.info("embed").offset == checkpoint.info("head").offset
+
+
 class Attack:
     """A pickle that, loaded without care, makes a file."""
 
@@ -668,18 +694,15 @@ def test_an_error_stops_the_other_hashes(tmp_path: Path, cache: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lors-sha256")]
 
 
-def test_hub_blobs_are_named_by_their_digest(tmp_path: Path, cache: Path) -> None:
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    (blobs / ("0" * 64)).write_bytes(b"not that digest: proof that it was not read")
-    (blobs / ("0" * 40)).write_bytes(b"a git blob: named by SHA-1")
-    (tmp_path / "large").symlink_to(blobs / ("0" * 64))
-    (tmp_path / "small").symlink_to(blobs / ("0" * 40))
-    assert digest.sha256_file(tmp_path / "large") == "0" * 64
-    assert digest.sha256_file(tmp_path / "small") == sha256(tmp_path / "small")
-    elsewhere = tmp_path / ("1" * 64)
-    elsewhere.write_bytes(b"a name of that form means nothing outside a cache")
-    assert digest.sha256_file(elsewhere) == sha256(elsewhere)
+@pytest.mark.parametrize("home", ["blobs", "hub/models--org--whisper/blobs"])
+def test_a_name_is_no_digest(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    """Blobs of the hub's cache are named by their SHA-256: until one is damaged, or somebody makes such a name."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    blob = tmp_path / home / ("0" * 64)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"not that digest")
+    (tmp_path / "link").symlink_to(blob)
+    assert digest.sha256_file(tmp_path / "link") == digest.sha256_file(blob) == sha256(blob)
 
 
 # ------------------------------------------------------------------------------------------------------ hub

@@ -174,7 +174,7 @@ def test_streams_that_are_closed_or_full(tiny_whisper: Path, tmp_path: Path) -> 
             [*COMMAND, *arguments, str(tmp_path / "full")], stdout=full, stderr=subprocess.PIPE, text=True
         )
         assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-        assert f"{tmp_path}/full is complete, but the report cannot be printed: No space left" in ended.stderr
+        assert f"{tmp_path}/full is complete, but standard output: cannot be written: No space left" in ended.stderr
         assert whispers.load(tmp_path / "full")
         ended = subprocess.run([*COMMAND, "merge", "--nothing"], stderr=full, stdout=subprocess.PIPE)
         assert (ended.returncode, ended.stdout) == (2, b"")

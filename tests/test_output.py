@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 
 from lors import output
 from lors.checkpoint import open_checkpoint
-from lors.errors import LorsError
+from lors.errors import LorsError, LorsWarning
 from lors.formats import DTYPES
-from lors.output import OpenAIWriter, OutputDirectory, Terminated, WeightWriter, terminate_cleanly
+from lors.locks import Lock
+from lors.output import OpenAIWriter, OutputDirectory, WeightWriter
+from lors.signals import Terminated, terminate_cleanly
 
 F32 = np.dtype(np.float32)
 
@@ -63,7 +65,8 @@ def waiting_writer(target: Path, *, force: bool = False) -> Iterator[subprocess.
     """A process in the middle of writing to `target`, until it is killed or its standard input closes."""
     code = """
 import sys
-from lors.output import OutputDirectory, terminate_cleanly
+from lors.output import OutputDirectory
+from lors.signals import terminate_cleanly
 with terminate_cleanly(), OutputDirectory(sys.argv[1], force=sys.argv[2] == "True") as out:
     out.write_text("config.json", "new")
     print("ready", flush=True)
@@ -101,7 +104,7 @@ def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: boo
     if not atomic:  # a file system that cannot exchange two names
         monkeypatch.setattr(output, "exchange", lambda first, second: False)
     target = old_checkpoint(tmp_path / "out")
-    (target / "stale.json").write_text("of the old one")
+    (target / "vocab.json").write_text("of the old one")
     inode = target.stat().st_ino
     with OutputDirectory(target, force=True, durable=durable) as out:
         out.write_text("config.json", "new")
@@ -197,11 +200,11 @@ def test_a_lock_whose_file_is_gone_locks_nothing(tmp_path: Path, monkeypatch: py
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    assert output._acquire(lock) is None
+    assert Lock.acquire(lock) is None
     os.close(third[0])
-    fd = output._acquire(lock)
-    assert fd is not None
-    output._release(lock, fd)
+    held = Lock.acquire(lock)
+    assert held is not None
+    held.release()
 
 
 def test_symbolic_links_are_followed(tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_targets_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names(tmp_path) == ["home", "old"]
 
 
-@pytest.mark.parametrize("content", [None, "config.json", "lors_recipe.yml", "x.safetensors"])
+@pytest.mark.parametrize("content", [None, "config.json", "lors_recipe.yml", "model.safetensors"])
 def test_what_force_replaces(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "out").mkdir()
     if content:
@@ -257,7 +260,7 @@ def test_unprivileged_refusals(tmp_path: Path) -> None:
     """Root may write anywhere, so another user tries."""
     code = """
 import os, sys
-from lors.errors import LorsError
+from lors.errors import LorsError, LorsWarning
 from lors.output import OutputDirectory
 if os.getuid() == 0:
     os.seteuid(65534)
@@ -304,7 +307,7 @@ def test_one_of_many_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         try:
             with OutputDirectory(target, force=True, durable=False) as out:
                 out.write_text("config.json", str(number))
-                out.write_text("again", str(number))
+                out.write_text("training.json", str(number))
                 out.commit()
         except LorsError as error:
             assert "another run" in str(error)
@@ -314,7 +317,7 @@ def test_one_of_many_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(attempt, range(60))) >= 1
     assert names(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == (target / "again").read_text()
+    assert (target / "config.json").read_text() == (target / "training.json").read_text()
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -340,7 +343,7 @@ from lors.output import OutputDirectory
 for number in itertools.count():
     with OutputDirectory(sys.argv[1], force=True, durable=False) as out:
         out.write_text("config.json", str(number))
-        out.write_text("again", str(number))
+        out.write_text("training.json", str(number))
         out.commit()
     if number == 0:
         print("ready", flush=True)
@@ -352,8 +355,8 @@ for number in itertools.count():
         time.sleep(0.0037 * moment)
         process.kill()
         process.communicate()
-        assert names(target) == ["again", "config.json"]
-        assert (target / "again").read_text() == (target / "config.json").read_text() != ""
+        assert names(target) == ["config.json", "training.json"]
+        assert (target / "training.json").read_text() == (target / "config.json").read_text() != ""
     with OutputDirectory(tmp_path / "neighbour"):
         pass
     assert [name for name in names(tmp_path) if name.endswith((".tmp", ".old"))] == []
@@ -418,6 +421,149 @@ def test_handlers_are_put_back() -> None:
         signal.signal(signal.SIGHUP, previous)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: terminate_cleanly().__enter__()).result()
+
+
+# ------------------------------------------------------------------------------ after the commit, and no locks
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_disk_that_does_not_confirm_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """The new one is in place: an error would say that it is not."""
+    target = old_checkpoint(tmp_path / "out") if force else tmp_path / "out"
+    sync = output._sync
+
+    def broken(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(path)
+
+    monkeypatch.setattr(output, "_sync", broken)
+    with (
+        pytest.warns(LorsWarning, match="out: is in place, but may not survive a power failure: .*Input/output error"),
+        OutputDirectory(target, force=force) as out,
+    ):
+        out.write_text("config.json", "new")
+        out.commit()
+    assert (target / "config.json").read_text() == "new" and names(tmp_path) == ["out"]
+
+
+def test_an_old_directory_that_cannot_be_removed_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = old_checkpoint(tmp_path / "out")
+
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with pytest.warns(LorsWarning, match=r"\.tmp: could not be removed"), OutputDirectory(target, force=True) as out:
+        out.write_text("config.json", "new")
+        out.commit()
+        monkeypatch.setattr("shutil.rmtree", broken)
+    assert (target / "config.json").read_text() == "new"
+    monkeypatch.undo()
+    with OutputDirectory(tmp_path / "neighbour"):
+        pass
+    assert names(tmp_path) == ["out"], "the next run removes it"
+
+
+def test_what_cannot_be_removed_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with (
+        pytest.warns(LorsWarning, match="could not be removed"),
+        pytest.raises(ValueError, match="the reason"),
+        OutputDirectory(tmp_path / "out"),
+    ):
+        monkeypatch.setattr("shutil.rmtree", broken)
+        raise ValueError("the reason")
+
+
+def test_closing_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems report here what could not be written."""
+    close = os.close
+
+    def broken(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with WeightWriter(tmp_path, [("a", F32, (3,)), ("b", F32, (3,))], shard_bytes=12) as writer:
+        for name in "ab":
+            writer.write(name, np.zeros(3, np.float32))
+        monkeypatch.setattr(os, "close", broken)
+        with pytest.raises(LorsError, match=r"cannot write .*model-0000\d-of-00002.safetensors: Input/output error"):
+            writer.finish()
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="the reason"), WeightWriter(tmp_path, [], stem="x") as writer:
+        monkeypatch.setattr(os, "close", broken)
+        raise ValueError("the reason")
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_PATIENCE", 0.1)
+    target = old_checkpoint(tmp_path / "out")
+    with OutputDirectory(target, force=True) as out:
+        out.write_text("config.json", "new")
+        with pytest.raises(LorsError, match="another run is writing to it; or one was killed there") as caught:
+            OutputDirectory(target, force=True).__enter__()
+        out.commit()
+    assert names(tmp_path) == ["out"] and (target / "config.json").read_text() == "new"
+    # what a killed run leaves: the user is told what to remove
+    (tmp_path / ".out.lors.taken").touch()
+    with pytest.raises(LorsError, match=r"remove .*\.out\.lors\.taken if none is running") as caught:
+        OutputDirectory(target, force=True).__enter__()
+    assert "\n" not in str(caught.value)
+    (tmp_path / ".out.lors.taken").unlink()
+    with OutputDirectory(target, force=True) as out:
+        out.commit()
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_sweep_needs_locks(tmp_path: Path) -> None:
+    from lors.sweep_home import Home
+
+    with pytest.raises(LorsError, match="the file system there has no file locks .*use a directory on another one"):
+        Home(tmp_path / "sweep").open({}).__enter__()
+
+
+def test_a_disk_without_inodes(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=3m,nr_inodes=8", "tmpfs", disk]
+    mounted = subprocess.run(options, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        for number in range(5):
+            (disk / str(number)).touch()
+        with (
+            pytest.raises(LorsError, match="no room for another file: all 8 inodes are used"),
+            OutputDirectory(disk / "o") as out,
+        ):
+            out.write_text("config.json", "")
+        assert names(disk) == [*"01234"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_system_that_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "statvfs", broken)
+    output.require_space(tmp_path, 10**18)
+    with pytest.raises(LorsError, match="x: the disk is full$"), output.writing(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # -------------------------------------------------------------------------------------------------- weights
@@ -554,7 +700,7 @@ WRITE_8_MB = """
 import os, resource, sys
 import numpy as np
 from lors import output
-from lors.errors import LorsError
+from lors.errors import LorsError, LorsWarning
 target, how = sys.argv[1:]
 if how == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))

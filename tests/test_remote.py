@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ import lors
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import SPECS
+from lors.public import public, public_text, secrets_of
 from lors.recipe import Recipe
 from lors.remote import Store, cache, is_url, local_path
 from lors.sweep import sweep
@@ -115,6 +121,241 @@ def test_refusals(bucket: str, family: dict[str, Path], tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "fsspec", None)
     assert "pip install 'lors-merging[remote]'" in with_expert("s3://bucket/ca")
     assert os.listdir(tmp_path) == ["cache"]
+
+
+def test_force_at_a_url_removes_nothing_foreign(bucket: str, family: dict[str, Path]) -> None:
+    memory = fsspec.filesystem("memory")
+    lors.merge(family["base"], {"ca": family["ca"]}, f"{bucket}/out")
+    for name in ("thesis.tex", "eval/answers.txt"):
+        memory.pipe(f"/bucket/out/{name}", b"years of work")
+        before = memory.find("/bucket/out")
+        said = refusal(family["base"], {"de": family["de"]}, f"{bucket}/out", force=True)
+        assert f"{bucket}/out: --force replaces only a checkpoint" in said and name.partition("/")[0] in said
+        assert memory.find("/bucket/out") == before and memory.cat(f"/bucket/out/{name}") == b"years of work"
+        memory.rm(f"/bucket/out/{name.partition('/')[0]}", recursive=True)
+    memory.pipe("/bucket/file", b"mine")
+    assert "expected a directory to write, it is a file" in refusal(
+        family["base"], {"ca": family["ca"]}, f"{bucket}/file", force=True
+    )
+
+
+def test_a_file_at_a_url_is_replaced_only_by_its_kind(bucket: str, family: dict[str, Path]) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/thesis.tex", b"years of work")
+    for out, said in (
+        (f"{bucket}/thesis.tex", "only an expert file may be replaced"),
+        (f"{bucket}/de", "expected a file to write, it is a directory"),
+    ):
+        with pytest.raises(LorsError, match=said):
+            decompose(family["base"], family["ca"], out, force=True)
+    assert fsspec.filesystem("memory").cat("/bucket/thesis.tex") == b"years of work"
+
+
+def test_what_comes_to_a_url_meanwhile_stays(
+    bucket: str, family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lors import merging
+
+    accompany, memory = merging._accompany, fsspec.filesystem("memory")
+
+    def late(*arguments: object) -> None:
+        accompany(*arguments)  # type: ignore[arg-type]
+        memory.pipe("/bucket/out/config.json", b"another's")
+
+    monkeypatch.setattr(merging, "_accompany", late)
+    assert "exists already" in refusal(family["base"], {"ca": family["ca"]}, f"{bucket}/out")
+    assert memory.find("/bucket/out") == ["/bucket/out/config.json"]
+
+
+@pytest.mark.parametrize("out", ["{}/base", "{}/base/", "memory:///bucket/ca", "{}/x/../base", "simplecache::{}/base"])
+def test_the_output_is_no_input_url(bucket: str, out: str) -> None:
+    out = out.format(bucket)
+    said = refusal(f"{bucket}/base", {"ca": f"{bucket}/ca"}, out, force=True)
+    assert "the output would replace the input" in said
+    assert "must not be inside the input" in refusal(f"{bucket}/base", {"ca": f"{bucket}/ca"}, f"{out}/new")
+    assert "would replace the input" in refusal(f"{bucket}/base", {"ca": f"{bucket}/ca"}, bucket, force=True)
+    with pytest.raises(LorsError, match="would replace the input"):
+        decompose(f"{bucket}/base/model.safetensors", f"{bucket}/ca", f"{bucket}/base/model.safetensors", force=True)
+    assert weights(f"{bucket}/base") and weights(f"{bucket}/ca")
+
+
+def test_an_interrupted_upload_leaves_nothing(
+    bucket: str, family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    put = MemoryFileSystem.put_file
+
+    def interrupted(self: object, source: str, target: str, **options: object) -> None:
+        if "safetensors" in target:
+            raise KeyboardInterrupt
+        put(self, source, target, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lors.merge(family["base"], {"ca": family["ca"]}, f"{bucket}/out")
+    assert Store(f"{bucket}/out").listing() == {} and not list(cache().glob("out-*"))
+
+
+def test_local_urls_are_paths(family: dict[str, Path], tmp_path: Path) -> None:
+    """However a local path is written, it is guarded as one."""
+    root = shutil.copytree(family["base"].parent, tmp_path / "models")
+    for form in ("file://{}", "local://{}", "FILE://{}", "file://localhost{}"):
+        said = refusal(root / "base", {"ca": form.format(root / "ca")}, form.format(root / "base"), force=True)
+        assert "would replace the input" in said
+    said = refusal(root / "base", {"ca": root / "ca"}, f"simplecache::file://{root / 'base'}", force=True)
+    assert "would replace the input" in said
+
+
+def test_a_sweep_at_a_url_wants_an_empty_place(bucket: str, family: dict[str, Path]) -> None:
+    """Its end removes what it shared there, and nothing else."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/mine/cache/photo.jpg", b"mine")
+    recipe = Recipe.from_arguments(family["base"], {"ca": family["ca"]}, "lors", methods=SPECS, rank=2)
+    with pytest.raises(LorsError, match="expected nothing there or a sweep"):
+        sweep(recipe, {"rank": "1,2"}, lambda model: Score("complete", (1.0,)), f"{bucket}/mine")
+    sweep(recipe, {"rank": "1,2"}, lambda model: Score("complete", (1.0,)), f"{bucket}/sweep")
+    memory.pipe("/bucket/sweep/cache/photo.jpg", b"mine")
+    sweep(recipe, {"rank": "1,2"}, lambda model: Score("complete", (1.0,)), f"{bucket}/sweep")
+    assert memory.cat("/bucket/sweep/cache/photo.jpg") == memory.cat("/bucket/mine/cache/photo.jpg") == b"mine"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a directory; says of a file what `headers` has, or forbids it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.headers, self.status, self.gets = root, dict[str, str](), 200, 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        content = (self.server.root / self.path.partition("?")[0].lstrip("/")).read_bytes()
+        self.server.gets += self.command == "GET"
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(family: dict[str, Path]) -> Iterator[Server]:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    running = Server(family["base"].parent)
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.mark.parametrize("header", ["Last-Modified", "ETag", "Content-MD5", None])
+def test_a_file_that_changed_on_a_web_server_is_fetched_again(
+    server: Server, family: dict[str, Path], tmp_path: Path, header: str | None
+) -> None:
+    """By whatever the server tells of it; when it tells nothing, always."""
+    server.root = shutil.copytree(family["base"].parent, tmp_path / "served")
+    url = f"http://127.0.0.1:{server.server_port}/ca/model.safetensors"
+    code = "import sys; from lors.checkpoint import open_checkpoint; print(open_checkpoint(sys.argv[1]).sha256())"
+
+    def fetched() -> str:
+        done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    if header:
+        server.headers = {header: "Mon, 01 Jan 2024 00:00:00 GMT"}
+    first, gets = fetched(), server.gets
+    assert fetched() == first
+    assert server.gets == 2 * gets - (header is not None), "what has not changed is asked for, and not fetched again"
+    shutil.copy(family["de"] / "model.safetensors", server.root / "ca" / "model.safetensors")  # of the same size
+    if header:
+        server.headers = {header: "Tue, 02 Jan 2024 00:00:00 GMT"}
+    assert fetched() != first
+    if header is None:
+        assert not list(cache().glob("*")), "a copy of which nobody can tell how old it is does not stay"
+
+
+SECRETS = ("alice", "PASSW0RD", "p%40ss", "p@ss", "S1GNATURE", "AKIDEXAMPLE", "X-Amz")
+
+
+def test_secrets_of_urls_are_seen_nowhere(server: Server, family: dict[str, Path], tmp_path: Path) -> None:
+    """Not in what is written, printed, cached, or said of an error."""
+    server.headers = {"ETag": "1"}
+    place = f"127.0.0.1:{server.server_port}"
+    query = "X-Amz-Credential=AKIDEXAMPLE%2F2024&X-Amz-Signature=S1GNATURE"
+    ca = f"http://alice:PASSW0RD@{place}/ca/model.safetensors?{query}"
+    de = f"http://alice:p%40ss@{place}/de.lors.safetensors?{query}"
+    made = decompose(family["base"], family["de"], tmp_path / "de.lors.safetensors")
+    server.root = shutil.copytree(family["base"].parent, tmp_path / "served")
+    shutil.move(made.path, server.root / "de.lors.safetensors")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    printed = []
+
+    def run(*arguments: object, code: int = 0) -> str:
+        command = [sys.executable, "-c", "from lors.cli import main; main()", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        printed.append(done.stdout + done.stderr)
+        assert done.returncode == code, printed[-1]
+        return printed[-1]
+
+    out, base = tmp_path / "out", family["base"]
+    recipe = tmp_path / "served" / "recipe.yml"
+    recipe.write_text(f"merge_method: lors\nbase_model: {base}\nmodels: [{{model: '{ca}'}}]\n")
+    run("merge", recipe, out, "--dry-run")
+    run("merge", recipe, out, "--check")
+    run("add", out, de, "--weight", "0.5")
+    run("merge", tmp_path / "out2", "--base", base, f"--expert=ca={ca}", "--json")
+    run("report", base, ca, f"de={de}", "-o", tmp_path / "r.html")
+    run("inspect", ca, "--base", base)
+    run("decompose", base, ca, "-o", tmp_path / "ca.lors.safetensors")
+    run("export-lora", de, "-o", tmp_path / "lora", "--base", ca)
+    run("sweep", recipe, "--rank", "1,2", "--score", "python -c 'print(1)'", "-o", tmp_path / "sweep")
+    run("remove", out, de.replace("/de.", "/ca/model."), code=2)
+    server.status = 403
+    for url in (ca, de):
+        assert place in run("merge", tmp_path / "out3", "--base", base, f"--expert=ca={url}", code=2)
+    run("merge", tmp_path / "out3", "--base", base, f"--expert=ca=simplecache::{ca}", code=2)
+    run("merge", f"nosuch://alice:PASSW0RD@host/out?{query}", "--base", base, f"--expert=ca={family['ca']}", code=2)
+
+    seen = [(str(path), path.read_bytes() if path.is_file() else b"") for path in tmp_path.rglob("*") if path != recipe]
+    assert any("/cache/lors/remote/" in path for path, _ in seen) and (out / "lors_ledger.json").exists()
+    for secret in SECRETS:
+        assert not [text for text in printed if secret in text], secret
+        assert not [path for path, content in seen if secret in path or secret.encode() in content], secret
+    assert f"http://{place}/ca/model.safetensors" in (out / "lors_recipe.yml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://h/a/b", "https://h/a/b"),
+        ("https://u:p@h:80/a@b?c=d#e", "https://h:80/a@b"),
+        ("https://u:p%2Fq@[::1]:80/a", "https://[::1]:80/a"),
+        ("https://u:p/q@h/a", "https://h/a"),
+        ("https://u:p@ss@h/a", "https://h/a"),
+        ("s3://key:secret@bucket/a", "s3://bucket/a"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("zip://x/y::simplecache::https://u:p@h/a.zip?s", "zip://x/y::simplecache::https://h/a.zip"),
+        ("org/model@main", "org/model@main"),
+        ("./odd://dir?x@y", "./odd://dir?x@y"),
+        ("hf://user/repo@main/a", "hf://user/repo@main/a"),
+    ],
+)
+def test_public(url: str, shown: str) -> None:
+    assert public(url) == shown
+    assert public_text(f"cannot read '{url}': no") == f"cannot read '{shown}': no" or "odd" in url
+    assert str(LorsError(f"{url}: no such file")) == f"{shown}: no such file" or "odd" in url
+    if shown != url:
+        assert not [secret for secret in secrets_of(url) if secret in shown]
 
 
 def test_what_is_a_url() -> None:

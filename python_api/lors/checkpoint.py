@@ -7,7 +7,6 @@ it is read is an error that names the tensor instead of a SIGBUS.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import stat
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from . import strict_json
 from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
@@ -53,6 +53,7 @@ _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors"
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(?:/tree/(?P<revision>[\w.-]+))?/?"
@@ -104,17 +105,17 @@ class Checkpoint:
         self.adapter: dict[str, Any] | None = None
         self._directory = directory
         with contextlib.ExitStack() as stack:
-            self._streams = [stack.enter_context(_open(file)) for file in files]
+            self._streams = [_open(file, stack) for file in files]
             held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
             self._opened = self._beside() | held
             for path in self.sidecars():
-                with _open(path) as side:
-                    _refuse_pointer(path, side)
+                with contextlib.ExitStack() as beside:
+                    _refuse_pointer(path, _open(path, beside))
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
                 self._read_contents(index, file, stream)
             if not self.tensors:
                 raise LorsError(f"{path}: there is no tensor in it")
-            self.config = _read_json(directory / "config.json") if directory else None
+            self.config = _read_config(directory) if directory else None
             self._stack = stack.pop_all()
         self.naming = naming(self.tensors)
 
@@ -243,11 +244,11 @@ class Checkpoint:
 
     def sidecars(self) -> list[Path]:
         """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
-        return [path for path in self._opened if path.name in SIDECARS]
+        return [_inside(path) for path in self._opened if path.name in SIDECARS]
 
     def card(self) -> Path | None:
         """The model card (README.md) beside the weights, if there is one."""
-        return next((path for path in self._opened if path.name == _CARD), None)
+        return next((_inside(path) for path in self._opened if path.name == _CARD), None)
 
     def require_unchanged(self) -> None:
         """LorsError unless the weight files and those beside them are what they were on opening.
@@ -274,6 +275,26 @@ def require_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
     """:meth:`Checkpoint.require_unchanged` of several; to be asked before what was made of them is shown or kept."""
     for checkpoint in checkpoints:
         checkpoint.require_unchanged()
+
+
+def _inside(path: Path) -> Path:
+    """The path; LorsError for a link that leads out of its directory, unless it leads into the hub's cache.
+
+    What lies beside somebody's weights is copied into the merged model, and published with it.
+    """
+    home, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    if home in real.parents:
+        return path
+    from huggingface_hub import constants
+
+    caches = [Path(os.path.realpath(constants.HF_HUB_CACHE))]
+    if home.parent.name == "snapshots":
+        caches.append(home.parent.parent / "blobs")
+    if not any(cache in real.parents for cache in caches):
+        raise LorsError(
+            f"{path}: is a link to {real}, outside of its directory; if that is meant, put a copy in its place"
+        )
+    return path
 
 
 def sha256_checkpoints(checkpoints: Iterable[Checkpoint], threads: int | None = None) -> list[dict[str, str]]:
@@ -353,10 +374,11 @@ def _where_weights_are(directory: Path, shown: int = 3) -> str:
 
 
 def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
+    config = strict_json.read(path / _ADAPTER_CONFIG, values=_CONFIG_VALUES)
     for file in _ADAPTERS:
         if (path / file).exists():
             checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id, directory=path)
-            checkpoint.adapter = _read_json(path / _ADAPTER_CONFIG, required=True)
+            checkpoint.adapter = config
             return checkpoint
     raise LorsError(f"{path}: no weights beside {_ADAPTER_CONFIG}: expected {' or '.join(_ADAPTERS)}")
 
@@ -377,7 +399,7 @@ def _open_sharded(index: Path, name: str, hub_id: str | None) -> Checkpoint:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index, required=True).get("weight_map")  # type: ignore[union-attr]
+    weight_map = strict_json.read(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise LorsError(f"{index}: expected weight_map to be an object of tensor names and file names")
     for tensor, shard in weight_map.items():
@@ -397,30 +419,27 @@ def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpo
         raise LorsError(f"{index}: does not list {len(unlisted)} tensors that are in the shards, first {unlisted[0]!r}")
 
 
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
-    if not required and not path.exists():
+def _read_config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    if not path.exists():
         return None
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise LorsError(f"{path}: expected a file")
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LorsError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LorsError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    from .documents import ModelConfig
+
+    config = strict_json.read(path, values=_CONFIG_VALUES, infinite=True)  # some models have limits that are infinite
+    ModelConfig.check(config, str(path))
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
             raise LorsError(f"{path}: expected a file")
-        return path.open("rb")
+        stream = path.open("rb")
+        stack.callback(_close, stream)
+        return stream
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -439,6 +458,11 @@ def _identity_of(path: Path) -> _Identity | None:
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
     return _identity(status) if stat.S_ISREG(status.st_mode) else None
+
+
+def _close(stream: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # of a file that is only read: all of it has been
+        stream.close()
 
 
 def _refuse_pointer(path: Path, stream: BinaryIO) -> None:

@@ -13,6 +13,8 @@ import typer
 
 from .cli_errors import as_options, one_line_errors
 from .errors import LorsError, SettingError
+from .messages import say
+from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -29,18 +31,24 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: what is wrong is one line, and the exit code says the kind of it (`cli_errors`)."""
-    from .output import terminate_cleanly
+    """Entry point."""
+    run(app)
 
-    with one_line_errors(), terminate_cleanly(), as_options(_own_options):
-        status = app(prog_name="lors", standalone_mode=False)
+
+def run(command: typer.Typer) -> None:
+    """Runs a command: what is wrong is one line, and the exit code says the kind of it (`cli_errors`)."""
+    from .console import standard_streams
+    from .signals import terminate_cleanly
+
+    with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
+        status = command(prog_name="lors", standalone_mode=False)
         if status == 130:  # how the library hands Ctrl-C on
             raise KeyboardInterrupt
         if status:
             raise SystemExit(status)
 
 
-def _own_options() -> dict[str, str]:
+def _own_options(app: typer.Typer) -> dict[str, str]:
     """Argument -> option of the command that is run."""
     command = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
     names = [name for option in command.params for name in option.opts] if command else []
@@ -177,11 +185,12 @@ def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tup
 def _experts(items: Sequence[str], where: str) -> dict[str, str]:
     """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
     from .recipe import label_of
+    from .remote import is_url
 
     experts: dict[str, str] = {}
     for item in items:
         name, equals, path = item.partition("=")
-        if not equals or Path(item).exists():
+        if not equals or is_url(item) or Path(item).exists():
             name, path = label_of(item), item
         if not (name and path):
             raise LorsError(f"{where}: expected NAME=PATH, or a path, got {item!r}")
@@ -258,11 +267,9 @@ def _tell(report: MergeReport, as_json: bool, verbose: bool = False, rehearsal: 
         else:
             show_report(report, verbose, rehearsal)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
+    except LorsError as error:
         done = "the dry run passed" if rehearsal else f"{report.out} is complete"
-        raise LorsError(f"{done}, but the report cannot be printed: {error.strerror or error}") from error
+        raise LorsError(f"{done}, but {error}") from error
 
 
 def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = False) -> None:
@@ -287,14 +294,14 @@ def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = Fal
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
-        print(f"note: {notice}")
-    print(
+        say(f"note: {notice}")
+    say(
         f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
     if rehearsal:
         return
-    print(
+    say(
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
@@ -396,7 +403,7 @@ def decompose(
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
-        print(
+        say(
             f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
             f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
         )
@@ -448,7 +455,7 @@ def export_lora(
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
     from .task_vector import export_lora as run
 
-    print(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+    say(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -515,8 +522,9 @@ def sweep(
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        print(
-            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html"
+        say(
+            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
+            f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
 
 
@@ -534,21 +542,24 @@ def report(
     density: Annotated[float, typer.Option(help="Of S.")] = 0.2,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report in FILE.html and FILE.json.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
     from .interference import interference
-    from .interference_page import findings, render
-    from .output import writing
+    from .interference_page import findings, output_files, render
 
     named = _experts(experts, "report")
+    page, data = output_files(out, force)
     with _progress(quiet) as progress:
         found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
-    for path, text in ((out, render(found)), (out.with_suffix(".json"), json.dumps(found.to_dict(), indent=1) + "\n")):
-        with writing(path):
-            path.write_text(text, encoding="utf-8")
+    with page, data:
+        page.write_text(render(found))
+        data.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        data.commit()
+        page.commit()
     if not quiet:
-        print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
+        say(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
 for _name, _command in SPEECH_COMMANDS.items():

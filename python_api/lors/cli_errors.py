@@ -12,10 +12,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
+from .console import tell
 from .errors import LorsError, SettingError
 from .messages import first_line
+from .signals import Terminated
 
 __all__ = ["as_options", "explained", "one_line_errors"]
 
@@ -23,10 +25,11 @@ __all__ = ["as_options", "explained", "one_line_errors"]
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Around a command: what it raises ends the process as above."""
-    _open_standard_streams()
     try:
         yield
-        sys.stdout.flush()  # what cannot be written is told here and not by the interpreter's end
+    except Terminated as error:
+        tell(f"terminated by {error.name}")
+        raise
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except BrokenPipeError:
@@ -64,33 +67,9 @@ def as_options(options: Callable[[], Mapping[str, str]]) -> Iterator[None]:
 
 
 def _end(line: str | None, status: int) -> None:
-    """Ends the process; that the line cannot be written, to a full disk or a closed pipe, changes nothing."""
-    with contextlib.suppress(OSError):
-        if line is not None:
-            print(line, file=sys.stderr, flush=True)
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        if _unwritable(stream):  # the interpreter would try once more at its end, and complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    if line is not None:
+        tell(line)
     raise SystemExit(status)
-
-
-def _unwritable(stream: TextIO) -> bool:
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
-
-
-def _open_standard_streams() -> None:
-    """A daemon's closed stdin, stdout and stderr lead nowhere, instead of into the next file that is opened."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 # --- wrong options ---------------------------------------------------------------------------------------------------

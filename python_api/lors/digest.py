@@ -37,12 +37,11 @@ class _Cancelled(Exception):
 def sha256_file(path: Path, cancel: threading.Event | None = None) -> str:
     """SHA-256 of a file's content, lower-case hexadecimal; LorsError when it cannot be read.
 
-    A blob of the Hugging Face cache is named by its own SHA-256 and is not read. ``cancel`` ends the work early (with
-    an exception) when it is set by another thread. The interpreter lock is free while reading and hashing.
+    What a file is called tells nothing: a blob in the hub's cache, which is named by its digest, may be damaged too.
+    ``cancel`` ends the work early (with an exception) when it is set by another thread. The interpreter lock is free while
+    reading and hashing.
     """
     real = Path(os.path.realpath(path))
-    if real.parent.name == "blobs" and _HEX.fullmatch(real.name):
-        return real.name
     try:
         with real.open("rb", buffering=0) as stream:
             entry = _entry(real, os.fstat(stream.fileno()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["LorsError", "SettingError", "printable"]
+from .public import public_text
+
+__all__ = ["LorsError", "LorsWarning", "SettingError", "printable"]
 
 _LONGEST = 1500  # characters of a message
 
@@ -22,12 +24,17 @@ def printable(text: str) -> str:
 class LorsError(Exception):
     """Something the user can put right: what, where, what was expected, what was found, in one line.
 
-    The command line prints ``error: <message>`` and exits with 2. The message is `printable`: one line whatever a path or
-    a tensor name contains.
+    The command line prints ``error: <message>`` and exits with 2. The message is `printable`, one line whatever a path or
+    a tensor name contains, and its URLs are `public`.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_cut(printable(_cut(message))))  # before too: escaping a name of 100 MB would take gigabytes
+        # cut before escaping too: a name of 100 MB would take gigabytes
+        super().__init__(_cut(printable(_cut(public_text(message)))))
+
+
+class LorsWarning(UserWarning):
+    """Something that the user should know of a result that is in place all the same, in one line."""
 
 
 class SettingError(LorsError):

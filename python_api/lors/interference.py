@@ -114,7 +114,7 @@ class Interference:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "experts": self.experts, "rank": self.rank, "density": self.density, "norms": self.norms(),
+            "lors": "report", "experts": self.experts, "rank": self.rank, "density": self.density, "norms": self.norms(),
             "cosine": self.cosine(),
             **{measure: self.mean(measure) for measure in (("left", "right", "support", "conflict") if self.pairs else ())},
             "matrices": [asdict(row) for row in self.matrices],

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from . import page
+from .errors import LorsError
 from .interference import Interference, MatrixRow
+from .output import OutputFile
 from .parameters import rank_of
+from .replaceable import PAGE, RESULTS
 
-__all__ = ["findings", "render"]
+__all__ = ["findings", "output_files", "render"]
 
 # What pairwise numbers are for unrelated experts; the texts compare with these.
 NOTABLE_COSINE, NOTABLE_CONFLICT, NOTABLE_NORM = 0.2, 0.55, 1.5
+
+
+def output_files(path: Path, force: bool) -> tuple[OutputFile, OutputFile]:
+    """Where the page and, beside it, its numbers go; LorsError when they cannot."""
+    if path.suffix != ".html":
+        raise LorsError(f"{path}: expected a name that ends in .html for the report")
+    return OutputFile(path, PAGE, force=force), OutputFile(path.with_suffix(".json"), RESULTS, force=force)
 
 
 def findings(report: Interference) -> list[str]:

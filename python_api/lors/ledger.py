@@ -3,8 +3,8 @@
     lors add MERGED expert.lors.safetensors         W + lambda * weight * (L + S)
     lors remove MERGED expert.lors.safetensors      W - lambda * weight * (L + S)
 
-Both write a new directory beside the old one and swap the two in one step. What they compute is bounded in
-docs/expert-files.md.
+Both write a new directory beside the old one and swap the two in one step. Weights, card, recipe and ledger are new;
+everything else in the directory is carried over as it is. What they compute is bounded in docs/expert-files.md.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .card import Source, write_card
+from pydantic import Field
+
+from .card import Source, carried_over, is_untouched, write_card
 from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
+from .documents import Document
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
@@ -45,14 +48,17 @@ class Ledger:
         path = directory / LEDGER_FILE
         if not path.is_file():
             raise LorsError(f"{directory}: expected a model merged by lors: there is no {LEDGER_FILE} in it")
-        try:
-            data = json.loads(path.read_bytes())
-            if data["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {data['format']!r}")
-            base, *experts = (Source(**source) for source in (data["base"], *data["experts"]))
-            return cls(base, tuple(experts), int(data["edits"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise LorsError(f"{path}: cannot be read: {error}") from error
+        file = _File.read(path)
+        return cls(file.base, tuple(file.experts), file.edits)
+
+
+class _File(Document):
+    """The ledger as it stands in its file."""
+
+    format: Literal[1]
+    base: Source
+    experts: Annotated[list[Source], Field(min_length=1)]
+    edits: Annotated[int, Field(ge=0, lt=2**53)]
 
 
 def write_ledger(output: OutputDirectory, base: Source, experts: Sequence[Source], edits: int = 0) -> None:
@@ -87,10 +93,12 @@ def edit(
     with contextlib.ExitStack() as stack:
         source = _expert_of(target, expert, name)
         stack.enter_context(source.checkpoint)
-        output = stack.enter_context(OutputDirectory(target, force=True, inputs=[expert], durable=durable))
+        output = stack.enter_context(OutputDirectory(target, keep=True, inputs=[expert], durable=durable))
         ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
         source.require_base(ledger.base.sha256)
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
+        output.outdated([*(file.name for file in checkpoint.files), "model.safetensors.index.json"])
+        carried, notices = carried_over(checkpoint.card())
         change = _removal if remove else _addition
         model = written_beside(target, os.fspath(expert))
         recipe, bound, index, experts = change(_recipe(target), ledger, source, model, weight)
@@ -98,7 +106,8 @@ def edit(
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
         require_unchanged((checkpoint, source.checkpoint))
-        _describe(output, checkpoint, target, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
+        report.notices += notices
+        _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report, carried)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
     return report
@@ -118,11 +127,11 @@ def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -
 
 
 def _recipe(target: Path) -> dict[str, Any]:
-    from . import strict_yaml
+    from . import strict_json, strict_yaml
 
     try:
-        text = (target / RECIPE_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = strict_json.read_bytes(target / RECIPE_FILE, strict_yaml.MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise LorsError(f"{target / RECIPE_FILE}: cannot read the recipe: {error}") from None
     data = strict_yaml.parse(text, str(target / RECIPE_FILE))
     if not isinstance(data, dict) or not isinstance(data.get("models"), list):
@@ -177,7 +186,10 @@ def _removal(
     if len(ledger.experts) == 1:
         raise LorsError(f"{source.name}: is the only expert of this model; without it there is only the base")
     before = _bound(data)
-    index = before.labels.index(named[0].name)
+    index = next((i for i in before.experts if before.labels[i] == named[0].name), None)
+    if index is None:
+        known = ", ".join(before.labels[i] for i in before.experts)
+        raise LorsError(f"{RECIPE_FILE}: expected the model {named[0].name!r} that {LEDGER_FILE} has, it has {known}")
     models = [entry for at, entry in enumerate(data["models"]) if at != index]
     return _bound(data | {"models": models}), before, index, tuple(e for e in ledger.experts if e is not named[0])
 
@@ -238,14 +250,18 @@ def _apply(
 
 
 def _describe(
-    output: OutputDirectory, merged: Checkpoint, target: Path, recipe: Any, ledger: Ledger, report: MergeReport
+    output: OutputDirectory,
+    merged: Checkpoint,
+    recipe: Any,
+    ledger: Ledger,
+    report: MergeReport,
+    carried: Mapping[str, Any],
 ) -> None:
-    """Everything beside the weights: carried over, card, recipe and ledger anew."""
-    written = {path.name for path in output.path.iterdir()} | {file.name for file in merged.files}
-    remade = {"README.md", RECIPE_FILE, LEDGER_FILE, "model.safetensors.index.json"}
-    for path in sorted(target.iterdir()):
-        if path.is_file() and path.name not in written | remade:
-            output.copy(path)
+    """Card, recipe and ledger; all else beside the weights is carried over, and so is a card with a user's words."""
+    if (card := merged.card()) is not None and not is_untouched(card):
+        kept = f"README.before-{ledger.edits}.md"
+        output.copy(card, kept)
+        report.notices.append(f"README.md was changed by hand and is written anew; what it was is kept in {kept}")
     write_ledger(output, ledger.base, ledger.experts, ledger.edits)
     from .merging import _plain
     from .methods import SPECS
@@ -258,8 +274,8 @@ def _describe(
             experts=ledger.experts,
             method=recipe.merge_method,
             parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-            recipe=recipe.to_yaml(),
+            recipe=recipe.published().to_yaml(),
             backend=report.backend,
             naming=merged.naming,
-            base_card=merged.card(),
+            carried=carried,
         )

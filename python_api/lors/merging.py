@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lors_kernels.arrays import BFLOAT16, is_torch
 from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
-from .card import write_card
+from .card import carried_over, write_card
 from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
@@ -36,6 +37,7 @@ from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
 from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
+from .public import public
 from .recipe import BASE, Recipe
 from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
@@ -119,9 +121,10 @@ def merge_recipe(
     with contextlib.ExitStack() as stack:
         _check_device(device)
         kernels = None if device else backend
-        place = stack.enter_context(placed(out, force))
+        place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
-        text = recipe.to_yaml(resolved=True) if is_url(out) else recipe.to_yaml(beside=job.output.target)
+        shown = recipe.published()
+        text = shown.to_yaml(resolved=True) if is_url(out) else shown.to_yaml(beside=job.output.target)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
@@ -130,7 +133,7 @@ def merge_recipe(
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.cached = factors
         if ray is not None:
-            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend))
+            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend, engine.stop))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
         suspected: list[str] = []
@@ -142,7 +145,7 @@ def merge_recipe(
         _accompany(recipe, job, hashes, text)
         require_unchanged((job.base, *job.experts))
         job.output.commit()
-    job.report.out = str(out)
+    job.report.out = public(str(out))
     job.report.seconds = time.perf_counter() - begun
     job.report.peak_memory = peak_memory()
     if check:
@@ -164,7 +167,7 @@ def dry_run(
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
         _check_device(device)
-        place = stack.enter_context(placed(out, force))
+        place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
         job.output.require_space(size)
@@ -304,6 +307,7 @@ class _Job(NamedTuple):
     companions: list[Path]
     output: OutputDirectory
     report: MergeReport
+    carried: dict[str, Any]  # of the base's model card
 
 
 def _prepare(
@@ -317,17 +321,20 @@ def _prepare(
     durable: bool,
 ) -> _Job:
     method = METHODS[recipe.merge_method]
-    report = MergeReport(recipe.merge_method, _backend(backend), str(out), [], threads=_threads(threads))
+    report = MergeReport(recipe.merge_method, _backend(backend), public(str(out)), [], threads=_threads(threads))
     base, experts = _open(recipe, method, stack)
     report.experts = [expert.name for expert in experts]
+    base.sidecars(), base.card()  # a link that is refused is refused before the work
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
     beside = companions(base, experts, report.notices)
     base.dims = dims(base, experts, report.notices)
+    carried, notices = carried_over(base.card())
+    report.notices += notices
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, beside, output, report)
+    return _Job(base, experts, sources, works, beside, output, report, carried)
 
 
 def _threads(threads: int | None) -> int:
@@ -487,7 +494,7 @@ def _engine(
 
 
 def _on_cluster(
-    address: str, recipe: Recipe, job: _Job, backend: str | None
+    address: str, recipe: Recipe, job: _Job, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
     from .ray_cluster import Wanted, decompositions
@@ -502,7 +509,7 @@ def _on_cluster(
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
     paths = {expert.name: expert.location for expert in job.experts}
-    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
+    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads, "stop": stop}
     return decompositions(address, job.base.location, paths, wanted, **options)
 
 
@@ -583,7 +590,7 @@ def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[Checkpoint, Mapping[st
         recipe=text,
         backend=job.report.backend,
         naming=base.naming,
-        base_card=base.card(),
+        carried=job.carried,
     )
 
 

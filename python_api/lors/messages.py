@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["first_line", "near_path", "nearest", "shown"]
+from .errors import printable
+
+__all__ = ["first_line", "near_path", "nearest", "say", "shown"]
 
 
-def shown(value: object) -> str:
-    """A user's value as one short line: what it is when it is large, itself when it is small."""
+def shown(value: object, inner: bool = False) -> str:
+    """A user's value as one short line: what it is when it is large or nested, itself when it is small."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -19,10 +21,11 @@ def shown(value: object) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}" if len(value) > 8 else "[" + ", ".join(map(shown, value)) + "]"
+        plain = not inner and len(value) <= 8
+        return f"[{', '.join(shown(item, True) for item in value)}]" if plain else f"a list of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to write the largest ones
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -50,6 +53,12 @@ def near_path(text: str, places: Iterable[Path] = (Path(),)) -> str:
             if found.exists():
                 return f", did you mean {str(found if given.is_absolute() else found.relative_to(place))!r}?"
     return ""
+
+
+def say(*lines: str) -> None:
+    """Prints lines for the user. Names of files, tensors and experts are in them: each is one line, whatever they hold."""
+    for line in lines:
+        print(printable(line), flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,10 +1,9 @@
-"""Writing: a directory that appears complete or not at all, and weights streamed into it."""
+"""Writing: a directory or a file that appears complete or not at all, and weights streamed into it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -12,37 +11,32 @@ import re
 import resource
 import secrets
 import shutil
-import signal
+import stat
 import struct
 import threading
-import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from .errors import LorsError
+from .carry import Seen, carry, dress, unseen
+from .errors import LorsError, LorsWarning
 from .formats import dtype_code
+from .locks import Lock
+from .replaceable import FileKind, foreign, objection, require_file
 from .system import exchange, preallocate, start_writeback
 
-__all__ = [
-    "OpenAIWriter",
-    "OutputDirectory",
-    "Terminated",
-    "WeightWriter",
-    "require_space",
-    "terminate_cleanly",
-    "writing",
-]
+__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "writing"]
 
 RECIPE_FILE = "lors_recipe.yml"
 TensorSpec = tuple[str, "np.dtype[Any]", tuple[int, ...]]
 
 _DEBRIS = re.compile(r"\.(?P<owner>.+)\.lors-\d+-[0-9a-f]{8}\.(?:tmp|old)", re.DOTALL)
 _EARLY_WRITEBACK = 1 << 20  # bytes; below it, the call costs more than it starts
-_PATIENCE = 1.0  # seconds
+_PATIENCE = 1.0  # seconds: a run that starts beside a target holds its lock while it removes a killed run's files
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -60,7 +54,11 @@ def writing(path: Path, needed: int | None = None) -> Iterator[None]:
 def _explain(error: OSError, path: Path, needed: int | None) -> str:
     need = f"{_size(needed)} needed, " if needed is not None else ""
     if error.errno == errno.ENOSPC:
-        return f"cannot write {path}: the disk is full: {need}{_size(_free(path))} free"
+        found = _file_system(path)
+        if found is not None and found.f_files and not found.f_favail:
+            return f"cannot write {path}: the file system has no room for another file: all {found.f_files} inodes are used"
+        free = "" if found is None else f"{_size(found.f_bavail * found.f_frsize)} free"
+        return f"cannot write {path}: the disk is full{': ' if need or free else ''}{need}{free}".removesuffix(", ")
     if error.errno == errno.EDQUOT:
         return f"cannot write {path}: the disk quota is used up{need and f': {need[:-2]}'}"
     if error.errno == errno.EFBIG:
@@ -76,12 +74,15 @@ def _explain(error: OSError, path: Path, needed: int | None) -> str:
     return f"cannot write {path}: {error.strerror or error}"
 
 
-def _free(path: Path) -> int:
-    """Bytes a user may still write in the file system of `path` or of its nearest existing parent."""
-    while not path.exists() and path != path.parent:
+def _file_system(path: Path) -> os.statvfs_result | None:
+    """That of `path` or of its nearest existing parent; None where it cannot tell."""
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
-    stat = os.statvfs(path)
-    return stat.f_bavail * stat.f_frsize
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return found if found.f_blocks else None
 
 
 def _size(count: int) -> str:
@@ -92,45 +93,15 @@ def _size(count: int) -> str:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """LorsError unless `needed` bytes are free where `path` is, or will be."""
-    if (free := _free(path)) < needed:
+    """LorsError unless `needed` bytes are free where `path` is, or will be; where nobody can tell, writing will."""
+    found = _file_system(path)
+    if found is not None and (free := found.f_bavail * found.f_frsize) < needed:
         raise LorsError(f"cannot write {path}: the disk is too full: {_size(needed)} needed, {_size(free)} free")
 
 
-# ------------------------------------------------------------------------------------------------------- signals
-
-
-class Terminated(SystemExit):
-    """SIGTERM or SIGHUP as an exception; left alone, the process ends with the status a shell expects, 128 + signal."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def terminate_cleanly() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP raise Terminated in the main thread, so that what is temporary is removed.
-
-    Signals that are ignored (nohup) stay ignored. Outside the main thread, which alone may set handlers, nothing
-    changes.
-    """
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        raise Terminated(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for signum, previous in before.items():
-            if previous is not signal.SIG_IGN:
-                signal.signal(signum, handler)
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
+def _note(text: str) -> None:
+    """What the user should know of a result that is in place all the same; a LorsWarning."""
+    warnings.warn(LorsWarning(text), stacklevel=3)
 
 
 # ----------------------------------------------------------------------------------------------------- directory
@@ -147,11 +118,15 @@ class OutputDirectory:
 
     Leaving the block without :meth:`commit`, for whatever reason, removes everything. A reader of the target sees the
     old state or the new one. Two runs with one target: the second is told so. What a killed run left behind is removed
-    by the next run beside it: a lock (`.merged.lors.lock`, gone after the run) tells the dead from the living.
+    by the next run beside it: a lock (`.merged.lors.lock`, gone after the run) tells the dead from the living. What
+    cannot be done after the commit (a disk that does not confirm, an old directory that cannot be removed) is a
+    LorsWarning: the new one is in place.
 
     Args:
         path: the target. Missing parents are made. A symbolic link is followed: what it points to is replaced.
-        force: replace an existing directory that holds a checkpoint or nothing. Needs room for both until the commit.
+        force: replace a directory in which there is nothing but a checkpoint (`replaceable`). Needs room for both until
+            the commit. An empty one is always replaced.
+        keep: the target is changed in place: all that is in it and is not written anew stays (:meth:`outdated`).
         inputs: every file and directory that is read; the target must not contain, or be inside, any of them.
         durable: commit survives a power failure (fsync of every file and directory).
 
@@ -163,18 +138,23 @@ class OutputDirectory:
         path: str | os.PathLike[str],
         *,
         force: bool = False,
+        keep: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
         durable: bool = True,
     ) -> None:
         self.target = Path(os.path.realpath(os.path.expanduser(path)))
-        self._force, self._durable = force, durable
+        self._force, self._keep, self._durable = force, keep, durable
         self._inputs = [Path(os.path.realpath(input)) for input in inputs]
-        self._lock: int | None = None
+        self._left: set[str] = set()  # with `keep`: names that are not carried over
+        self._carried: Seen = {}
+        self._lock: Lock | None = None
         self._made: list[Path] = []
+        self._own: os.stat_result | None = None  # of the new directory, under whichever name
         self._committed = False
         self._check()
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.path = self.target.with_name(f".{self.target.name}.lors-{token}.tmp")
+        self._aside = self.path.with_suffix(".old")  # for the old one, where two names cannot be swapped
 
     # -------------------------------------------------------------------------------------------------- checks
 
@@ -187,8 +167,9 @@ class OutputDirectory:
                 raise LorsError(f"{target}: the output would replace the input {input}")
             if input in target.parents:
                 raise LorsError(f"{target}: the output must not be inside the input {input}")
-        if target.exists():
-            self._check_replaceable()
+        if os.path.lexists(target):
+            with writing(target):
+                self._check_replaceable()
         ancestor = next(parent for parent in target.parents if parent.exists())
         if not ancestor.is_dir():
             raise LorsError(f"{target}: {ancestor} is not a directory")
@@ -198,15 +179,19 @@ class OutputDirectory:
     def _check_replaceable(self) -> None:
         target = self.target
         if not target.is_dir():
-            raise LorsError(f"{target}: expected a directory to write, it is a file")
-        if not self._force:
-            raise LorsError(f"{target}: exists already; --force replaces it")
-        names = os.listdir(target)
-        if names and not any(name in ("config.json", RECIPE_FILE) or name.endswith(".safetensors") for name in names):
-            raise LorsError(f"{target}: --force replaces only a checkpoint or an empty directory, and this is neither")
+            raise LorsError(
+                f"{target}: expected a directory to write, it is {'a file' if target.is_file() else 'none'}"
+            )
+        if os.listdir(target) and not self._keep:
+            if not self._force:
+                raise LorsError(f"{target}: exists already; --force replaces it")
+            if reason := objection(target):
+                raise LorsError(f"{target}: {reason}")
         here = Path(os.path.realpath("."))
         if here == target or target in here.parents:
             raise LorsError(f"{target}: cannot be replaced while it is, or contains, the current directory")
+        if os.path.ismount(target):
+            raise LorsError(f"{target}: is a mount point and cannot be replaced; write to a directory in it")
 
     def require_space(self, needed: int) -> None:
         """LorsError unless `needed` bytes are free."""
@@ -218,12 +203,14 @@ class OutputDirectory:
         try:
             with writing(self.target):
                 self._make_parents()
-                self._lock = _acquire_patiently(_lock_path(self.target))
+                lock = _lock_path(self.target)
+                self._lock = Lock.acquire(lock, _PATIENCE)
                 if self._lock is None:
-                    raise LorsError(f"{self.target}: another run is writing to it")
+                    raise LorsError(f"{self.target}: another run is writing to it{_or_was_killed(Lock.taken(lock))}")
                 _sweep(self.target.parent, self.target.name)
                 self._check()  # another run may have finished in between
                 self.path.mkdir()
+                self._own = self.path.stat()
         except BaseException:
             self._clean()
             raise
@@ -234,7 +221,7 @@ class OutputDirectory:
     ) -> None:
         try:
             self._clean()
-        except (KeyboardInterrupt, Terminated):  # an impatient second Ctrl-C must not leave half of it behind
+        except (KeyboardInterrupt, SystemExit):  # an impatient second Ctrl-C must not leave half of it behind
             self._clean()
             raise
 
@@ -245,15 +232,37 @@ class OutputDirectory:
                 self._made.append(parent)
 
     def _clean(self) -> None:
-        if self._lock is None:
-            return self._remove_parents()
-        with writing(self.path):
-            if os.path.lexists(self.path):
-                shutil.rmtree(self.path)
-            _release(_lock_path(self.target), self._lock)
-        self._lock = None
+        if self._lock is not None:
+            try:
+                self._discard()
+            except OSError as error:
+                _note(f"{self.path}: could not be removed and may be deleted: {error.strerror or error}")
+            try:
+                self._lock.release()
+            except OSError as error:
+                _note(f"{_lock_path(self.target)}: could not be removed and may be deleted: {error.strerror or error}")
+            self._lock = None
         if not self._committed:
             self._remove_parents()
+
+    def _discard(self) -> None:
+        """Removes what stands under the temporary names: the new directory, or after the commit the old one.
+
+        An old one that holds what came into it meanwhile stays, under a name of its own.
+        """
+        for path in (self.path, self._aside):
+            if not os.path.lexists(path) or (path == self._aside and not os.path.lexists(self.target)):
+                continue  # nothing there, or the old one, which the next run puts back
+            replaced = self._own is not None and not os.path.samestat(path.lstat(), self._own)
+            if not replaced or not (newcomer := self._newcomer(path)):
+                _remove_tree(path)
+                continue
+            kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
+            path.rename(kept)
+            _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
+
+    def _newcomer(self, old: Path) -> str | None:
+        return unseen(old, self._carried, self._left) if self._keep else foreign(old)
 
     def _remove_parents(self) -> None:
         with contextlib.suppress(OSError):  # somebody else uses them by now: theirs to keep
@@ -272,6 +281,10 @@ class OutputDirectory:
         with writing(self.path / name):
             (self.path / name).write_text(text, encoding="utf-8")
 
+    def outdated(self, names: Iterable[str]) -> None:
+        """Files at the top of the target that are not kept, beside those that are written anew."""
+        self._left.update(names)
+
     def commit(self) -> None:
         """Makes the directory visible as the target, atomically; then removes what it replaced.
 
@@ -282,65 +295,64 @@ class OutputDirectory:
         with writing(self.target):
             if self._durable:
                 _sync_tree(self.path)
-            if self._force and self.target.exists():
+            if self.target.is_dir():
+                self._dress()
+            if (self._force or self._keep) and self.target.is_dir():
                 self._replace()
             else:
                 self.path.rename(self.target)
-            self._committed = True
+        self._committed = True
+        if self._durable:
+            self._confirm()
+
+    def _dress(self) -> None:
+        """What the target has beside its content; and with `keep`, the content too."""
+        if self._keep:
+            self._left.update(os.listdir(self.path))
+            self._carried = carry(self.target, self.path, self._left)
             if self._durable:
-                for directory in {self.target.parent, *(made.parent for made in self._made)}:
-                    _sync(directory)
+                for name in [name for name, told in self._carried.items() if not told]:
+                    _sync(self.path / name)
+        dress(self.path, self.target)
+        os.utime(self.path)
+        if self._durable:
+            _sync(self.path)
 
     def _replace(self) -> None:
-        # After an exchange, self.path is the old directory, and leaving the block removes it as it would the new one.
+        # The old directory is then self.path or self._aside, and leaving the block removes it as it would the new one.
         if exchange(self.path, self.target):
             return
-        aside = self.path.with_suffix(".old")
-        self.target.rename(aside)
+        self.target.rename(self._aside)
         try:
             self.path.rename(self.target)
-        except BaseException:
-            aside.rename(self.target)
+        except BaseException as error:
+            try:
+                self._aside.rename(self.target)
+            except OSError:
+                raise LorsError(
+                    f"cannot write {self.target}: {error}; what was there is now {self._aside}, and the next run puts it back"
+                ) from error
             raise
-        aside.rename(self.path)
+
+    def _confirm(self) -> None:
+        try:
+            for directory in {self.target.parent, *(made.parent for made in self._made)}:
+                _sync(directory)
+        except OSError as error:
+            _note(
+                f"{self.target}: is in place, but may not survive a power failure: the disk did not confirm its name: "
+                f"{error.strerror or error}"
+            )
 
 
 def _lock_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.lors.lock")
 
 
-def _acquire(lock: Path) -> int | None:
-    """Locks a lock file, made if need be; None when another process holds it."""
-    while True:
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file between our open and our lock: then it locks nothing.
-            if os.path.samestat(os.fstat(fd), os.stat(lock)):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _acquire_patiently(lock: Path) -> int | None:
-    # A run that starts beside this target may hold the lock for the moment it takes to remove a killed run's files.
-    deadline = time.monotonic() + _PATIENCE
-    while (fd := _acquire(lock)) is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return fd
-
-
-def _release(lock: Path, fd: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(lock)  # while it is still locked: nobody can hold the file that goes
-    os.close(fd)
+def _or_was_killed(taken: Path) -> str:
+    if not taken.exists():
+        return ""
+    return f"; or one was killed there: this file system has no locks that tell, so remove {taken} if none is running"
 
 
 def _sweep(parent: Path, locked: str) -> None:
@@ -350,24 +362,34 @@ def _sweep(parent: Path, locked: str) -> None:
         if found := _DEBRIS.fullmatch(name):
             debris.setdefault(found["owner"], []).append(parent / name)
     for owner, paths in debris.items():
-        if owner == locked:
-            _remove_debris(parent / owner, paths)
-            continue
         with contextlib.suppress(OSError):  # housekeeping: another user's debris is theirs to remove
-            lock = _lock_path(parent / owner)
-            if (fd := _acquire(lock)) is not None:
+            lock = None if owner == locked else Lock.acquire(_lock_path(parent / owner))
+            if owner == locked or lock is not None:
                 try:
                     _remove_debris(parent / owner, paths)
                 finally:
-                    _release(lock, fd)
+                    if lock is not None:
+                        lock.release()
 
 
 def _remove_debris(target: Path, paths: list[Path]) -> None:
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.suffix == ".tmp"):  # the old one is put back before all
         if path.suffix == ".old" and not target.exists():
             path.rename(target)
         else:
-            shutil.rmtree(path)
+            _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except PermissionError:  # directories that were carried over may be read-only
+        os.chmod(path, stat.S_IRWXU)
+        for directory, names, _ in os.walk(path):
+            for inner in (os.path.join(directory, name) for name in names):
+                if not os.path.islink(inner):
+                    os.chmod(inner, stat.S_IRWXU)
+        shutil.rmtree(path)
 
 
 def _sync_tree(directory: Path) -> None:
@@ -383,6 +405,72 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+# ---------------------------------------------------------------------------------------------------------- file
+
+
+class OutputFile:
+    """A file that appears complete or not at all: write to `path`, then :meth:`commit`.
+
+    Args:
+        target: the file. A symbolic link is followed.
+        kind: what `force` may replace (`replaceable`).
+        inputs: files that are read.
+    """
+
+    def __init__(
+        self, target: str | os.PathLike[str], kind: FileKind, *, force: bool = False, inputs: Iterable[Path] = ()
+    ) -> None:
+        self.target = Path(os.path.realpath(os.path.expanduser(target)))
+        self._kind, self._force = kind, force
+        require_file(self.target, kind, force)
+        for file in inputs:
+            if self.target.exists() and self.target.samefile(file):
+                raise LorsError(f"{self.target}: the output would replace the input")
+        # Never committed: only its file is kept. A killed run's goes as any other debris.
+        self._folder = OutputDirectory(self.target.with_name(f"{self.target.name}.writing"))
+        self.path = self._folder.path / "new.safetensors"
+
+    def __enter__(self) -> OutputFile:
+        self._folder.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.__exit__(kind, error, trace)
+
+    def write_text(self, text: str) -> None:
+        """Writes UTF-8 text; LorsError when that fails."""
+        with writing(self.target):
+            self.path.write_text(text, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Makes the file visible as the target, atomically."""
+        with writing(self.target):
+            _sync(self.path)
+            require_file(self.target, self._kind, self._force)
+            if self._force:
+                os.replace(self.path, self.target)
+            else:
+                _rename_new(self.path, self.target)
+        try:
+            _sync(self.target.parent)
+        except OSError as error:
+            _note(f"{self.target}: is in place, but may not survive a power failure: {error.strerror or error}")
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Renames, unless there is something by now."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise LorsError(f"{target}: exists already; --force replaces it") from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        os.replace(source, target)  # a file system without hard links
 
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -504,7 +592,9 @@ class WeightWriter:
         written = list(self.files)
         if len(self.files) > 1:
             written.append(self._write_index())
-        self.close()
+        while self._fds:
+            with writing(self.files[len(self._fds) - 1], self.nbytes):  # some network file systems write only now
+                os.close(self._fds.pop())
         return written
 
     def _write_index(self) -> Path:
@@ -517,9 +607,10 @@ class WeightWriter:
         return path
 
     def close(self) -> None:
-        """Closes the files, complete or not."""
+        """Closes the files as they are; an error is of no interest, because what is not finished is thrown away."""
         while self._fds:
-            os.close(self._fds.pop())
+            with contextlib.suppress(OSError):
+                os.close(self._fds.pop())
 
     def __enter__(self) -> WeightWriter:
         return self

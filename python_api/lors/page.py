@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape as escape
+from html import escape as escape_markup
 
-__all__ = ["Series", "heat_table", "lines", "page", "scatter", "section", "table"]
+from .errors import printable
+from .replaceable import HEAD
+
+__all__ = ["Series", "escape", "heat_table", "lines", "page", "scatter", "section", "table"]
 
 Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
@@ -47,11 +50,16 @@ circle{fill:currentColor;fill-opacity:.75}details{margin:.5rem 0}summary{cursor:
 """
 
 
+def escape(text: str) -> str:
+    """Text of any origin as HTML, in an element or an attribute: no markup, nothing that is not seen."""
+    return escape_markup(printable(text))
+
+
 def page(title: str, lead: str, sections: Sequence[str], links: Mapping[str, str]) -> str:
     """The document. links: id of a section -> its heading, for the navigation."""
     items = "".join(f'<li><a href="#{escape(name)}">{escape(text)}</a></li>' for name, text in links.items())
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{HEAD}"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
         f'<p class="lead">{escape(lead)}</p><nav aria-label="Sections"><ul>{items}</ul></nav></header>\n<main>\n'

@@ -32,6 +32,7 @@ from .errors import LorsError, SettingError
 from .layers import compile_patterns
 from .messages import near_path, nearest, shown
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
+from .public import public
 from .remote import is_url
 
 __all__ = [
@@ -391,6 +392,12 @@ class Recipe(_Document):
         data = self.to_dict(resolved=resolved, beside=beside)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
+    def published(self) -> Recipe:
+        """The same recipe, its URLs without passwords and signatures: what is written where others may see it."""
+        models = tuple(entry.model_copy(update={"model": public(entry.model)}) for entry in self.models)
+        base = None if self.base_model is None else public(self.base_model)
+        return self.model_copy(update={"models": models, "base_model": base})
+
     def missing(self, model: int, reason: str) -> LorsError:
         """The error for a source that is nowhere: its key, and the places where it was looked for."""
         if model == BASE:
@@ -580,7 +587,8 @@ def label_of(model: str) -> str:
 
 
 def _path_parts(model: str) -> list[str]:
-    parts = [part for part in model.split("@")[0].split("/") if part not in ("", ".", "..", "~")] or ["model"]
+    model = public(model).partition("://")[2] if "://" in model else model.split("@")[0]
+    parts = [part for part in model.split("/") if part not in ("", ".", "..", "~")] or ["model"]
     stem = _WEIGHTS_FILE.sub("", parts[-1])
     if stem != parts[-1] and stem in _SAYS_NOTHING and len(parts) > 1:
         return parts[:-1]  # .../ca/model.safetensors is ca

@@ -2,9 +2,10 @@
 
     W_new = W_merged + lambda * weight * (L + S)        add;  remove subtracts
 
-Adding the last expert to a float32 model gives the bits of merging all of them from scratch, because that is what
-merging does last. Everything else rounds once more than a merge from scratch: each add or remove moves an entry by at most
-half a unit in the last place of the model's dtype, plus 2^-24 of the largest value it passed through in float32.
+A merge sums the updates before it adds the base, and rounds once. A merged model no longer knows that sum, so every edit
+rounds once more: an add or remove moves an entry by at most half a unit in the last place of the model's dtype from the
+exact W +- update, plus 2^-24 of the update. Adding what was removed, or removing what was added, again and again goes to
+and fro between the same two models.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .output import OutputDirectory, WeightWriter, writing
+from .output import OutputDirectory, OutputFile, WeightWriter
 from .parameters import rank_of
+from .public import public
 from .recipe import Target
 from .remote import is_url, placed
+from .replaceable import EXPERT_FILE
 from .sources import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]
@@ -109,7 +112,11 @@ def decompose(
     chosen = Target.model_validate(dict(target)) if target else None
     _check_options(rank, density, values, index, remainder)
     with contextlib.ExitStack() as stack:
-        path = Path(os.path.abspath(os.path.expanduser(stack.enter_context(placed(out, force)))))
+        path = Path(
+            os.path.abspath(
+                os.path.expanduser(stack.enter_context(placed(out, force, inputs=[base, expert], kind=EXPERT_FILE)))
+            )
+        )
         origin = stack.enter_context(open_checkpoint(os.fspath(base), name="base"))
         tuned = stack.enter_context(open_checkpoint(os.fspath(expert), name=name))
         for checkpoint in (origin, tuned):
@@ -123,13 +130,13 @@ def decompose(
             name or tuned.name, origin.sha256(), tuned.sha256(), tuned.hub_id or tuned.path.resolve().name, rank, density, seed,
             cast(Any, values), cast(Any, kind), cast(Any, remainder), parts,
         )  # fmt: skip
-        folder = stack.enter_context(_room_for(path, force, [*origin.files, *tuned.files]))
-        error = _write(folder, layout, origin, tuned, backend, count)
+        output = stack.enter_context(OutputFile(path, EXPERT_FILE, force=force, inputs=[*origin.files, *tuned.files]))
+        error = _write(output.path, layout, origin, tuned, backend, count)
         require_unchanged((origin, tuned))
-        _publish(folder / "expert.safetensors", path)
+        output.commit()
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
-    shown = out if isinstance(out, str) and is_url(out) else str(path)
+    shown = public(out) if isinstance(out, str) and is_url(out) else str(path)
     return Decomposition(shown, stored, size, matrices, error, time.perf_counter() - begun)
 
 
@@ -168,32 +175,11 @@ def _parts(base: Checkpoint, target: Target | None, rank: float, density: float)
     return parts
 
 
-@contextlib.contextmanager
-def _room_for(path: Path, force: bool, inputs: list[Path]) -> Any:
-    """A folder beside `path` that is gone afterwards, also (by the next run) after a kill."""
-    if path.is_dir():
-        raise LorsError(f"{path}: expected a file to write, it is a directory")
-    if path.exists() and not force:
-        raise LorsError(f"{path}: exists already; --force replaces it")
-    if any(path.exists() and path.samefile(file) for file in inputs):
-        raise LorsError(f"{path}: the output would replace the input")
-    with OutputDirectory(path.with_name(f"{path.name}.writing")) as folder:  # never committed: only its file is kept
-        yield folder.path
-
-
-def _publish(file: Path, path: Path) -> None:
-    with writing(path):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(file, path)
-
-
-def _write(
-    folder: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int
-) -> float:
+def _write(path: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int) -> float:
     text = layout.to_json()
+    Layout.from_json(text, f"{tuned.name}: the metadata of its expert file")  # what is written can be read
     with WeightWriter(
-        folder, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem="expert", early_writeback=False
+        path.parent, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem=path.stem, early_writeback=False
     ) as writer:
         encoder = _Encoder(layout, FileSource(base), FileSource(tuned, list(base.tensors)), writer, backend)
         encoder.run(threads)
@@ -357,12 +343,10 @@ def open_expert(path: str | os.PathLike[str], name: str | None = None) -> Expert
     try:
         if not is_expert_file(checkpoint):
             raise LorsError(f"{path}: expected an expert file, got a checkpoint; `lors decompose` makes one of it")
+        source = ExpertSource(checkpoint)
         if name is None:
-            checkpoint.name = json.loads(checkpoint.metadata[KEY]).get("name") or checkpoint.name
-        return ExpertSource(checkpoint)
-    except (ValueError, AttributeError) as error:
-        checkpoint.close()
-        raise LorsError(f"{path}: damaged expert file: its metadata cannot be read: {error}") from error
+            source.name = checkpoint.name = source.layout.name
+        return source
     except BaseException:
         checkpoint.close()
         raise
@@ -396,7 +380,8 @@ def export_lora(
                 writer.write(f"base_model.model.{module}.lora_A.weight", np.ascontiguousarray(right.T))
                 writer.write(f"base_model.model.{module}.lora_B.weight", left)
             writer.finish()
-        config = _adapter_config({module: part.rank for module, part in modules.items()}, base, scale)
+        ranks = {module: part.rank for module, part in modules.items()}
+        config = _adapter_config(ranks, None if base is None else public(base), scale)
         directory.write_text("adapter_config.json", json.dumps(config, indent=2) + "\n")
         directory.commit()
     return len(modules)

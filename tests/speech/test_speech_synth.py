@@ -88,5 +88,5 @@ def test_an_espeak_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "manifest.tsv").write_text("old")
     with pytest.raises(LorsError, match=r"espeak-ng: expected speech for '.*' with voice ca.*, got: no such voice"):
-        synthesise(tmp_path / "c", languages=["ca"], sizes={"test": 1})
+        synthesise(tmp_path / "c", languages=["ca"], sizes={"test": 1}, force=True)
     assert not (tmp_path / "c" / "manifest.tsv").exists()

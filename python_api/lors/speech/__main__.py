@@ -6,24 +6,18 @@ torchrun --nproc_per_node 4 -m lors.speech finetune --device cpu ...            
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
-from ..errors import LorsError
+from ..cli import run
 from .commands import COMMANDS
 
 
 def main() -> None:
-    """As `lors`: one line and exit code 2 for what a user can put right."""
+    """As `lors`, without the other commands."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     for name, command in COMMANDS.items():
         app.command(name)(command)
-    try:
-        app()
-    except LorsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(app)
 
 
 if __name__ == "__main__":

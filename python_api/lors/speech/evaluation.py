@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
-from ..output import writing
+from ..output import OutputFile, writing
+from ..replaceable import SCORES, require_file
 from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
@@ -91,11 +92,14 @@ class Evaluation:
                 for answer, errors, words in zip(r.answers, r.statistics.errors, r.statistics.words, strict=True):
                     line = {**asdict(answer), "errors": int(errors), "words": int(words)}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (out / "scores.json").write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        with OutputFile(out / "scores.json", SCORES, force=True) as scores:
+            scores.write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n")
+            scores.commit()
 
 
 def make_room(out: Path) -> None:
-    """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be."""
+    """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be, or has scores of another kind."""
+    require_file(out / "scores.json", SCORES, force=True)
     with writing(out):
         (out / "answers").mkdir(parents=True, exist_ok=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 from .. import ray_stages
 from ..digest import sha256_file
 from ..errors import LorsError
-from ..output import writing
+from ..replaceable import PAGE, RESULTS, require_file
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .domain import SPLITS
@@ -50,6 +50,8 @@ def run_experiment(
     root = Path(out)
     stages = build_stages(settings)
     require_languages(settings.base, settings.languages)
+    require_file(root / "report.html", PAGE, force=True)
+    require_file(root / "results.json", RESULTS, force=True)
     if ray is None and settings.device != "cpu":
         torch_device(settings.device)
     with exclusive(root, shared=stage is not None):  # stages alone may run beside each other
@@ -63,8 +65,7 @@ def run_experiment(
             ray_stages.run_stages(ray, settings, stages, root.absolute(), jobs or os.cpu_count() or 1, report)
         from .report import write_report
 
-        with writing(root):
-            return write_report(settings, root, {s.name: s.directory(root) for s in stages})
+        return write_report(settings, root, {s.name: s.directory(root) for s in stages})
 
 
 def build_stages(config: Config) -> list[Stage]:
@@ -192,7 +193,9 @@ def _synthesise(
     lines: list[str] = []
     for chosen, split_sizes in parts:
         if chosen:
-            manifest = synthesise(out, languages=chosen, sizes=split_sizes, condition=condition, seed=seed, workers=2)
+            manifest = synthesise(
+                out, languages=chosen, sizes=split_sizes, condition=condition, seed=seed, workers=2, force=True
+            )
             lines += manifest.read_text("utf-8").splitlines(keepends=True)[bool(lines) :]
     (out / "manifest.tsv").write_text("".join(lines), "utf-8")
 

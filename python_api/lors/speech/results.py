@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..public import public
 from .config import Config
 from .scoring import Statistics, paired_bootstrap
 
@@ -55,7 +56,7 @@ def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
     tested = _tested(config, stages)
     result = {
         "name": config.name,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json") | {"base": public(config.base)},
         "versions": _versions(),
         "machine": {"os": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "commit": _commit()},
         "signatures": _signatures(tested["base"]),

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LorsError
 from ..messages import nearest
 from ..output import writing
+from ..replaceable import CORPUS, foreign
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
 from .progress import bar
@@ -107,14 +108,16 @@ def synthesise(
     seed: int = 0,
     audio_format: str = "flac",
     workers: int | None = None,
+    force: bool = False,
     progress: bool = False,
 ) -> Path:
     """Writes ``out/manifest.tsv`` and ``out/<language>/<id>.<format>``; returns the manifest.
 
     `sizes` is utterances per language and split (train, dev, test). The same sentences are drawn for all languages of a
-    split. The manifest appears last: a directory with one is complete. `workers`: processes of espeak-ng at a time
-    (default: cores). `progress`: a bar on stderr where that is a terminal. LorsError for a condition, format or
-    language that is not there, no espeak-ng, or a place that cannot be written.
+    split. The manifest appears last: a directory with one is complete, and written over only with `force`. `workers`:
+    processes of espeak-ng at a time (default: cores). `progress`: a bar on stderr where that is a terminal. LorsError for
+    a condition, format or language that is not there, no espeak-ng, or a place that cannot be written or holds something
+    else.
     """
     if condition not in CONDITIONS:
         raise LorsError(f"synth: unknown condition {condition!r}{nearest(condition, CONDITIONS)}")
@@ -122,6 +125,7 @@ def synthesise(
         raise LorsError(f"synth: expected the format flac or wav, got {audio_format!r}")
     if not any(sizes.values()):
         raise LorsError("synth: expected utterances in at least one split, got none")
+    _require_own(out, force)
     program = espeak_program()
     jobs = [
         _Job(out, language, split, index, sentence(concept, language), sentence(concept, "en"), audio_format)
@@ -146,6 +150,15 @@ def synthesise(
             if advance is not None:
                 advance(1)
         return _write_manifest(out / "manifest.tsv", jobs)
+
+
+def _require_own(out: Path, force: bool) -> None:
+    """LorsError when a corpus here could write over something else; what a stopped run left is written over."""
+    with writing(out):
+        if out.is_dir() and (odd := foreign(out, CORPUS)):
+            raise LorsError(f"{out}: expected a new directory, or one of `lors synth`, it has {odd!r}")
+    if (out / "manifest.tsv").exists() and not force:
+        raise LorsError(f"{out}: holds a corpus already; --force writes over it")
 
 
 @dataclass(frozen=True, slots=True)

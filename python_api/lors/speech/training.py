@@ -20,6 +20,8 @@ from ..digest import sha256_file
 from ..errors import LorsError
 from ..messages import nearest
 from ..output import OutputDirectory, writing
+from ..public import public
+from ..replaceable import CHECKPOINTS, RUN, foreign, require_file
 from .corpus import Corpus, load_corpus, parse_tasks
 from .languages import parse_languages
 from .whisper import local_model, quiet, require_languages, torch_device
@@ -160,7 +162,7 @@ def finetune(
             start = str(final)
         result = _summary(out, wanted, chosen, records)
         if isinstance(output, OutputDirectory):
-            record = {**asdict(result), "path": out.name, "model": str(model), "training": asdict(training)}
+            record = {**asdict(result), "path": out.name, "model": public(str(model)), "training": asdict(training)}
             (output.path / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
             output.commit()
             shutil.rmtree(scratch, ignore_errors=True)
@@ -202,7 +204,7 @@ def _identity(
     spoken = "".join(f"{u.id}\t{u.text}\t{u.translation}\t{u.language}\n" for u in (*corpus, *dev))
     settings = {name: value for name, value in asdict(training).items() if name != "device"}
     return {
-        "model": str(model),
+        "model": public(str(model)),
         "weights": [sha256_file(path) for path in weights],
         "languages": list(languages),
         "tasks": list(tasks),
@@ -216,7 +218,10 @@ def _claim(scratch: Path, identity: dict[str, Any]) -> None:
     """LorsError when `scratch` holds checkpoints of another run; else the checkpoints to come are this one's."""
     if not first_process():
         return
+    if scratch.is_dir() and (odd := foreign(scratch, CHECKPOINTS)):
+        raise LorsError(f"{scratch}: expected a new directory, or checkpoints of `lors finetune`, it has {odd!r}")
     record = scratch / "run.json"
+    require_file(record, RUN, force=True)
     found = json.loads(record.read_text("utf-8")) if record.exists() else {}
     if any(scratch.glob("*/checkpoint-*")) or any(scratch.glob("*/final")):
         for name, value in identity.items():

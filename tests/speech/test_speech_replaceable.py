@@ -1,0 +1,66 @@
+"""The speech commands write over nothing but their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cut import cut_config
+
+from lors.errors import LorsError
+from lors.speech.evaluation import make_room
+from lors.speech.experiment import run_experiment
+from lors.speech.synth import synthesise
+from lors.speech.training import Training, finetune
+
+
+@pytest.mark.usefixtures("espeak")
+def test_synth_writes_over_a_corpus_of_its_own_only(tmp_path: Path) -> None:
+    out, options = tmp_path / "corpus", {"languages": ["ca"], "sizes": {"test": 1}}
+    synthesise(out, **options)
+    with pytest.raises(LorsError, match="holds a corpus already; --force"):
+        synthesise(out, **options)
+    synthesise(out, **options, force=True)
+    (out / "manifest.tsv").unlink()  # as a run that was stopped leaves it
+    synthesise(out, **options)
+    recording = out / "ca" / "interview.flac"
+    recording.write_bytes(b"an hour of speech")
+    with pytest.raises(LorsError, match="ca/interview.flac"):
+        synthesise(out, **options, force=True)
+    assert (out / "manifest.tsv").exists() and recording.read_bytes() == b"an hour of speech"
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "manifest.tsv").write_text("id\taudio\n")
+    (mine / "clips").mkdir()
+    (mine / "clips" / "1.flac").write_bytes(b"")
+    for force in (False, True):
+        with pytest.raises(LorsError, match="clips"):
+            synthesise(mine, **options, force=force)
+    assert (mine / "manifest.tsv").read_text() == "id\taudio\n"
+
+
+@pytest.mark.parametrize("name", ["notes/keep.txt", "run.json"])
+def test_checkpoints_do_not_go_into_a_directory_of_another_kind(tmp_path: Path, recordings: Path, name: str) -> None:
+    mine = tmp_path / "ca.checkpoints" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(LorsError, match=name.partition("/")[0]):
+        finetune("tiny", tmp_path / "ca", data=recordings, languages="ca", training=Training(max_steps=1))
+    assert mine.read_text() == "years of work" and not (tmp_path / "ca").exists()
+
+
+@pytest.mark.parametrize("name", ["report.html", "results.json"])
+def test_an_experiment_replaces_only_its_own_report(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(LorsError, match=f"{name}: only a .* may be replaced"):
+        run_experiment(cut_config(), tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_scores_replace_only_scores(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text('{"mine": 1}')
+    with pytest.raises(LorsError, match="scores.json: only a file of scores of lors"):
+        make_room(tmp_path)
+    (tmp_path / "scores.json").write_text('[\n {\n  "model": "a"}]')
+    make_room(tmp_path)
