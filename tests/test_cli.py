@@ -86,6 +86,7 @@ def test_quiet_prints_nothing(tiny_whisper: Path, tmp_path: Path) -> None:
 def test_check_and_dry_run(tiny_whisper: Path, tmp_path: Path) -> None:
     dry = run("merge", *options(tiny_whisper), "--dry-run", tmp_path / "out")
     assert "nothing was read or written" in dry.stdout and not (tmp_path / "out").exists()
+    assert "->" not in dry.stdout and "GB/s" not in dry.stdout
     assert "compared with the reference" in run("merge", *options(tiny_whisper), "--check", tmp_path / "out").stdout
 
 
@@ -100,38 +101,83 @@ def test_existing_output_needs_force(tiny_whisper: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_wrong_arguments_leave_nothing(tiny_whisper: Path, tmp_path: Path) -> None:
+    """As a process; what the lines say is in test_messages.py."""
+    base = tiny_whisper / "base"
+    refused(
+        run("merge", "--densty", 1, tmp_path / "out", check=None), "unknown option --densty, did you mean --density?"
+    )
+    refused(run("mrge", check=None), "no such command 'mrge', did you mean 'merge'?")
+    refused(run("merge", "--base", base, "--expert", "ca=/nowhere", tmp_path / "out", check=None), "no such file")
+    refused(run("merge", *options(tiny_whisper), base / "inside", check=None), "inside the input")
+    refused(run("merge", *options(tiny_whisper), "--force", base, check=None), "would replace the input")
+    assert not list(tmp_path.iterdir()) and not (base / "inside").exists()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("error", "line"),
     [
-        (["OUT"], ["expected a recipe, or --base"]),
-        (["--base", "BASE", "--expert", "ca", "OUT"], ["--expert: expected NAME=VALUE, got 'ca'"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--expert", "ca=CA", "OUT"], ["'ca' is given twice"]),
-        (["--base", "/nowhere", "--expert", "ca=CA", "OUT"], ["/nowhere", "no such file or directory"]),
-        (
-            ["--base", "BASE", "--expert", "ca=CA", "--weight", "ca=heavy", "OUT"],
-            ["expected a number for 'ca', got 'heavy'"],
-        ),
-        (["--base", "BASE", "--expert", "ca=CA", "--weight", "de=1", "OUT"], ["unknown expert 'de'"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--rank", "0.0", "OUT"], ["rank: expected an integer >= 1"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--density", "-1", "OUT"], ["density: expected"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--method", "tie", "OUT"], ["unknown method 'tie'"]),
-        (
-            ["--base", "BASE", "--expert", "ca=CA", "--dtype", "int8", "OUT"],
-            ["out_dtype: expected one of float32, float16, bfloat16"],
-        ),
-        (["--base", "BASE", "--expert", "ca=CA", "--include", "[", "OUT"], ["is not a regular expression"]),
-        (["--base", "BASE", "--expert", "ca=CA", "BASE/inside"], ["inside the input"]),
-        (["--base", "BASE", "--expert", "ca=CA", "--force", "BASE"], ["would replace the input"]),
-        (["/nowhere.yml", "OUT"], ["/nowhere.yml", "cannot read the recipe"]),
-        (["a", "b", "c"], ["expected [RECIPE.yml] OUT, got 3 arguments"]),
+        (MemoryError(), "out of memory; fewer --threads, or jobs at a time, need less"),
+        (RecursionError("maximum recursion depth exceeded"), "something in the input is nested too deeply"),
+        (RuntimeError("can't start new thread"), "the system does not allow so many threads; give fewer --threads"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied (LORS_TRACEBACK=1 shows where)"),
+        (OSError(5, "Input/output error"), "Input/output error (LORS_TRACEBACK=1 shows where)"),
+        (KeyError("a\nb"), "KeyError: 'a\\nb' (LORS_TRACEBACK=1 shows where)"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first (LORS_TRACEBACK=1 shows where)"),
+        (NotImplementedError(), "NotImplementedError: NotImplementedError (LORS_TRACEBACK=1 shows where)"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], parts: list[str], tiny_whisper: Path, tmp_path: Path) -> None:
-    places = {"BASE": str(tiny_whisper / "base"), "CA": str(tiny_whisper / "ca"), "OUT": str(tmp_path / "out")}
-    for key, value in places.items():
-        arguments = [argument.replace(key, value) for argument in arguments]
-    refused(run("merge", *arguments, check=None), *parts)
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_nobody_foresaw_is_one_line(
+    error: Exception, line: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lors import cli, inspect
+
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inspect, "inspect_command", fail)
+    monkeypatch.setattr("sys.argv", ["lors", "inspect", "x"])
+    monkeypatch.setenv("LORS_TRACEBACK", "1" if whole else "0")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.endswith(f"error: {line}\n") and ("Traceback" in err) == whole and (whole or err.count("\n") == 1), err
+
+
+def test_more_threads_than_the_system_allows(tiny_whisper: Path, tmp_path: Path) -> None:
+    """Each wants 8 MB of address space for its stack; the merge ends at once, not when the rest of them are done."""
+    code = (
+        "import resource, sys; from lors import merging; from lors.cli import main; "
+        "free = 400 << 20; used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free)); main()"
+    )
+    experts = [f"--expert=e{i}={tiny_whisper / 'ca'}" for i in range(100)]
+    command = [sys.executable, "-c", code, "merge", "--base", str(tiny_whisper / "base"), *experts, "--threads", "4000"]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    refused(done, "the system does not allow so many threads; give fewer --threads")
     assert not list(tmp_path.iterdir())
+
+
+def test_streams_that_are_closed_or_full(tiny_whisper: Path, tmp_path: Path) -> None:
+    """As a daemon, and on a full disk: the model is written, and nothing is written into it but its weights."""
+    arguments = ["merge", *options(tiny_whisper)]
+    for closed in ((2,), (0, 1, 2)):
+        out = tmp_path / f"out{len(closed)}"
+        ended = subprocess.run(
+            [*COMMAND, *arguments, str(out)], preexec_fn=lambda closed=closed: [os.close(fd) for fd in closed]
+        )
+        assert ended.returncode == 0 and whispers.load(out)
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*COMMAND, *arguments, str(tmp_path / "full")], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+        assert f"{tmp_path}/full is complete, but standard output: cannot be written: No space left" in ended.stderr
+        assert whispers.load(tmp_path / "full")
+        ended = subprocess.run([*COMMAND, "merge", "--nothing"], stderr=full, stdout=subprocess.PIPE)
+        assert (ended.returncode, ended.stdout) == (2, b"")
 
 
 def test_file_size_limit_leaves_nothing(tiny_whisper: Path, tmp_path: Path) -> None:

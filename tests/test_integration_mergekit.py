@@ -151,17 +151,6 @@ def test_the_same_yaml_in_mergekits_command_and_ours(method: str, tiny_whisper: 
         assert (tmp_path / "theirs" / file).exists() == (tiny_whisper / "base" / file).exists(), file
 
 
-def test_the_command_hands_everything_to_mergekit() -> None:
-    from typer.testing import CliRunner
-
-    from lors.cli import app
-
-    result = CliRunner().invoke(app, ["mergekit-yaml", "config.yml", "out", "--no-such-flag"])
-    assert result.exit_code == 2 and "lors mergekit-yaml" in result.output and "--no-such-flag" in result.output
-    result = CliRunner().invoke(app, ["mergekit-yaml", "/nowhere.yml", "/tmp/out"])
-    assert isinstance(result.exception, FileNotFoundError)
-
-
 def test_methods_in_the_registry_on_tensors(registered: None) -> None:
     """Projections are decomposed, everything else is added; both as our own engine does it."""
     import torch
@@ -178,3 +167,32 @@ def test_methods_in_the_registry_on_tensors(registered: None) -> None:
         ours = lors.merge_state_dicts(base, experts, method, config={"model_type": "llama"}, **parameters)
         for name in base:
             assert torch.allclose(theirs[name], ours[name], atol=1e-6), (method, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("merge_method: nosuch\nbase_model: BASE\nmodels: [{model: BASE}]\ndtype: float32\n", "r.yml out", "nosuch"),
+        (
+            "merge_method: lors\nmodels:\n\t- model: x\n",
+            "r.yml out",
+            "found character '\\t' that cannot start any token",
+        ),
+        ("", "nowhere.yml out", "mergekit: [Errno 2] No such file or directory: 'nowhere.yml'"),
+        ("", "r.yml out --no-such-flag", "lors mergekit-yaml: unknown option --no-such-flag"),
+        ("", "", "lors mergekit-yaml: missing argument CONFIG_FILE"),
+    ],
+)
+def test_the_command_hands_everything_to_mergekit_and_says_in_one_line_what_it_refuses(
+    text: str, arguments: str, said: str, tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from lors.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yml").write_text(text.replace("BASE", str(tiny_whisper / "base")))
+    monkeypatch.setattr("sys.argv", ["lors", "mergekit-yaml", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and line.startswith("error: ") and said in line, line

@@ -67,7 +67,10 @@ class SourceNotFound(LorsError):
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(f"{source}: {reason}{near_path(source)}")
-        self.reason = reason
+        self.source, self.reason = source, reason
+
+    def __reduce__(self) -> tuple[type[SourceNotFound], tuple[str, str]]:
+        return SourceNotFound, (self.source, self.reason)
 
 
 class Checkpoint:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_errors import by_option, one_line_errors
-from .errors import LorsError
+from .cli_errors import as_options, one_line_errors
+from .errors import LorsError, SettingError
 from .messages import say
 from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
@@ -41,7 +40,7 @@ def run(command: typer.Typer) -> None:
     from .console import standard_streams
     from .signals import terminate_cleanly
 
-    with one_line_errors(), terminate_cleanly(), standard_streams(), _arguments_as_options(command):
+    with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
         status = command(prog_name="lors", standalone_mode=False)
         if status == 130:  # how the library hands Ctrl-C on
             raise KeyboardInterrupt
@@ -49,15 +48,11 @@ def run(command: typer.Typer) -> None:
             raise SystemExit(status)
 
 
-@contextmanager
-def _arguments_as_options(app: typer.Typer) -> Iterator[None]:
-    """Errors that begin with the name of an argument name the option of this command that gave it."""
-    try:
-        yield
-    except LorsError as error:
-        command = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
-        options = [name for option in command.params for name in option.opts] if command else []
-        raise LorsError(by_option(str(error), {name[2:].replace("-", "_"): name for name in options})) from error
+def _own_options(app: typer.Typer) -> dict[str, str]:
+    """Argument -> option of the command that is run."""
+    command = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
+    names = [name for option in command.params for name in option.opts] if command else []
+    return {name[2:].replace("-", "_"): name for name in names}
 
 
 @app.callback(invoke_without_command=True)
@@ -137,14 +132,14 @@ def merge(
     settings = {key: value for key, value in settings.items() if value is not None}
     experts = _experts(expert or [], "--expert")
     described = bool(base or experts or method or parameters or settings)
-    file, out = _recipe_and_out(paths, described)
+    file, out = _recipe_and_out(paths, described, bool(experts))
 
     from .merging import dry_run as rehearse
     from .merging import merge_recipe
     from .methods import SPECS
     from .recipe import Recipe
 
-    with contextlib.nullcontext() if file else _keys_as_options(experts, parameters):
+    with as_options(lambda: {} if file else _keys(experts, parameters)):
         if file:
             recipe = Recipe.load(file, SPECS)
         else:
@@ -160,19 +155,19 @@ def merge(
                     device_memory=None if device_memory is None else int(device_memory * 1e9),
                     force=force, durable=fsync, check=check, progress=progress, ray=ray,
                 )  # fmt: skip
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not quiet:
-        show_report(report, verbose, rehearsal=dry_run)
+    if as_json or not quiet:
+        _tell(report, as_json, verbose, rehearsal=dry_run)
 
 
-def _recipe_and_out(paths: Sequence[str], described: bool) -> tuple[Path | None, str]:
+def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tuple[Path | None, str]:
     """The two arguments of `merge`, told apart; `described`: options say what is merged."""
     usage = "lors merge --base DIR --expert NAME=DIR OUT"
     if len(paths) > 2 or "=" in paths[0] and not Path(paths[0]).exists():
         raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {' '.join(paths)}; models are options: {usage}")
     first, out = Path(paths[0]).expanduser(), paths[-1]
     if len(paths) == 1 and described:
+        if not experts:
+            raise LorsError("merge: expected at least one --expert NAME=DIR")
         return None, out
     if len(paths) == 1:
         if first.is_file() or first.suffix in (".yml", ".yaml"):
@@ -207,23 +202,19 @@ def _experts(items: Sequence[str], where: str) -> dict[str, str]:
     return experts
 
 
-@contextmanager
-def _keys_as_options(experts: Iterable[str], parameters: Mapping[str, Any]) -> Iterator[None]:
-    """Errors that begin with a recipe's key name the option that gave it."""
+def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
+    """Key of the recipe that the options make -> option."""
     keys = {
         "merge_method": "--method", "base_model": "--base", "models": "--expert", "out_dtype": "--dtype",
         "out_shard_size": "--out-shard-size", "target": "--include", "target.include": "--include",
-        "target.exclude": "--exclude", "target.include[0]": "--include", "target.exclude[0]": "--exclude",
+        "target.exclude": "--exclude",
     }  # fmt: skip
     keys |= {f"parameters.{name}": f"--param {name}" for name in parameters}
     keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
     for index, name in enumerate(experts):
         keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}
         keys |= {f"models[{index}].parameters.weight": f"--weight {name}", f"models[{index}].name": f"--expert {name}"}
-    try:
-        yield
-    except LorsError as error:
-        raise LorsError(by_option(str(error), keys)) from error
+    return keys
 
 
 def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) -> dict[str, Any]:
@@ -247,7 +238,7 @@ def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) 
 def _scalar(text: str) -> Any:
     from . import strict_yaml
 
-    value = strict_yaml.parse(text, text)
+    value = strict_yaml.parse(text, repr(text))
     if not isinstance(value, (bool, int, float, str)):
         raise LorsError(f"expected a number, true, false or a word, got {text!r}")
     return value
@@ -266,6 +257,19 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("merging", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tell(report: MergeReport, as_json: bool, verbose: bool = False, rehearsal: bool = False) -> None:
+    """Prints a report; that it cannot be printed is no failure of what it reports."""
+    try:
+        if as_json:
+            print(json.dumps(report.to_dict(), indent=2))
+        else:
+            show_report(report, verbose, rehearsal)
+        sys.stdout.flush()
+    except LorsError as error:
+        done = "the dry run passed" if rehearsal else f"{report.out} is complete"
+        raise LorsError(f"{done}, but {error}") from error
 
 
 def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = False) -> None:
@@ -342,7 +346,7 @@ def validate(
     try:
         right = validate_command(backend, quick=quick, as_json=as_json)
     except (BackendUnavailable, ValueError) as error:
-        raise LorsError(f"validate: {error}") from None
+        raise SettingError("backend", str(error).removeprefix("backend: ")) from None
     if not right:
         raise typer.Exit(1)
 
@@ -391,10 +395,11 @@ def decompose(
     from .task_vector import decompose as run
 
     target = {"include": include or [], "exclude": exclude or []} if include or exclude else None
-    done = run(
-        base, expert, out, rank=rank, density=density, values=values, index=index, remainder=remainder, name=name,
-        target=target, seed=seed, backend=backend, threads=threads, force=force,
-    )  # fmt: skip
+    with as_options(lambda: {"target.include": "--include", "target.exclude": "--exclude"}):
+        done = run(
+            base, expert, out, rank=rank, density=density, values=values, index=index, remainder=remainder, name=name,
+            target=target, seed=seed, backend=backend, threads=threads, force=force,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
@@ -419,7 +424,7 @@ def add(
     """Add one expert to a merged model, in place and in one step."""
     from .ledger import edit
 
-    _show_edit(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
+    _tell(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
 
 
 @app.command()
@@ -436,14 +441,7 @@ def remove(
     """Take one expert out of a merged model, in place and in one step."""
     from .ledger import edit
 
-    _show_edit(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
-
-
-def _show_edit(report: MergeReport, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        show_report(report, verbose=False)
+    _tell(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
 
 
 @app.command("export-lora")

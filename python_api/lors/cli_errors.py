@@ -11,15 +11,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .console import tell
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .messages import first_line
 from .signals import Terminated
 
-__all__ = ["by_option", "explained", "one_line_errors"]
+__all__ = ["as_options", "explained", "one_line_errors"]
 
 
 @contextlib.contextmanager
@@ -53,10 +53,17 @@ def explained(error: Exception) -> str | None:
     return f"error: {text}" if text else None
 
 
-def by_option(message: str, keys: Mapping[str, str]) -> str:
-    """The message with the recipe's key at its beginning replaced by the option that stands for it."""
-    place, colon, rest = message.partition(": ")
-    return f"{keys[place]}{colon}{rest}" if place in keys else message
+@contextlib.contextmanager
+def as_options(options: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    """Errors of the block about a setting name the option that gave it; `options()`: key of the setting -> option."""
+    try:
+        yield
+    except SettingError as error:
+        known = options()
+        option = known.get(re.sub(r"\[\d+\]$", "", error.key)) or known.get(error.key)
+        if option is None:
+            raise
+        raise LorsError(f"{option}: {error.problem}") from error
 
 
 def _end(line: str | None, status: int) -> None:
@@ -86,6 +93,8 @@ def _usage(error: Any) -> str:
         return f"{command}: unknown option {error.option_name}{near}"
     if kind == "BadParameter" and getattr(error, "param", None) is not None:
         return f"{error.param.opts[0]}: {_expected(error.message, error.param.opts)}"
+    if kind == "MissingParameter" and getattr(getattr(error, "param", None), "param_type_name", "") == "option":
+        return f"{command}: missing option {next(name for name in error.param.opts if name[:2] == '--')}; see {command} --help"
     text = error.format_message().strip().rstrip(".")
     text = re.sub(r"\. Did you mean (.*)$", r", did you mean \1", text)
     text = re.sub(r"^Missing (\w+) '(.*)'$", r"missing \1 \2", text)
@@ -126,5 +135,5 @@ def _unforeseen(error: Exception) -> str:
         return "the system does not allow so many threads; give fewer --threads"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror or error}"
+        return f"{where}{error.strerror or error} (LORS_TRACEBACK=1 shows where)"
     return f"{type(error).__name__}: {first_line(error)} (LORS_TRACEBACK=1 shows where)"

@@ -25,7 +25,7 @@ import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
 
 from .blas import one_thread_each
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
 from .factors import Factors
 from .layers import kind
@@ -395,7 +395,8 @@ def plan(
                 try:
                     rank_of(reduction.rank, *spec.shape)
                 except ValueError as error:
-                    raise LorsError(f"parameters.{error}: tensor {name!r}") from None
+                    problem = str(error).removeprefix("rank: ")
+                    raise SettingError("parameters.rank", f"{problem}: tensor {name!r}") from None
         dtype = out_dtype if out_dtype is not None and spec.floating else spec.dtype
         works.append(Work(name, spec, dtype, tuple(chosen), matrix, relative, combination))
     return works

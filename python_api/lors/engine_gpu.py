@@ -36,7 +36,7 @@ from lors_kernels.grouped import (
 
 from .blas import one_thread_each
 from .engine import Engine, Piece, Work
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .messages import first_line
 from .operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .parameters import rank_of
@@ -55,16 +55,16 @@ def parse_devices(text: str) -> list[str]:
     for part in text.replace(" ", "").split(","):
         kind, _, number = part.partition(":")
         if kind not in ("cuda", "cpu") or (number and not number.isdigit()):
-            raise LorsError(f"device: expected cpu, cuda or cuda:N, got {part!r}")
+            raise SettingError("device", f"expected cpu, cuda or cuda:N, got {part!r}")
         if kind == "cuda":
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if count == 0:
-                raise LorsError(f"device: {_no_gpu()}, got {part!r}")
+                raise SettingError("device", f"{_no_gpu()}, got {part!r}")
             if int(number or 0) >= count:
-                raise LorsError(f"device: expected one of the {count} GPUs PyTorch sees here, got {part!r}")
+                raise SettingError("device", f"expected one of the {count} GPUs PyTorch sees here, got {part!r}")
             part = f"cuda:{number or 0}"
         if part in devices:
-            raise LorsError(f"device: expected each device once, got {part!r} twice")
+            raise SettingError("device", f"expected each device once, got {part!r} twice")
         devices.append(part)
     return devices
 

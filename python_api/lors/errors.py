@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .public import public_text
 
-__all__ = ["LorsError", "LorsWarning", "printable"]
+__all__ = ["LorsError", "LorsWarning", "SettingError", "printable"]
 
 _LONGEST = 1500  # characters of a message
 
@@ -35,6 +35,20 @@ class LorsError(Exception):
 
 class LorsWarning(UserWarning):
     """Something that the user should know of a result that is in place all the same, in one line."""
+
+
+class SettingError(LorsError):
+    """A LorsError about one setting: an argument, or a key of a recipe. The command line names the option instead.
+
+    key: as in a recipe, such as `parameters.rank`. problem: the message without it.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, str]]:
+        return SettingError, (self.key, self.problem)
 
 
 def _cut(text: str) -> str:

@@ -29,7 +29,7 @@ from lors_kernels import NonFiniteError
 
 from . import layers
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
 from .parameters import rank_of
 from .sources import FileSource, Slot
@@ -138,7 +138,7 @@ def interference(
     if not experts:
         raise LorsError("report: expected at least one expert")
     if not 0 <= density <= 1:
-        raise LorsError(f"density: expected a number in [0, 1], got {density}")
+        raise SettingError("density", f"expected a number in [0, 1], got {density}")
     try:
         wanted = re.compile(match or "")
     except re.error as error:
@@ -177,11 +177,12 @@ def _in_order(futures: Iterator[Any], ahead: int) -> Iterator[Any]:
 
 def _check_rank(rank: float, shape: tuple[int, ...], name: str) -> None:
     if rank <= 0 or (rank >= 1 and rank != int(rank)):
-        raise LorsError(f"rank: expected an integer >= 1 or a fraction of min(m, n), got {rank}")
+        raise SettingError("rank", f"expected an integer >= 1 or a fraction of min(m, n), got {rank}")
     try:
         rank_of(rank, *shape)
     except ValueError as error:
-        raise LorsError(f"{error}: tensor {name!r}") from None
+        problem = str(error).removeprefix("rank: ")
+        raise SettingError("rank", f"{problem}: tensor {name!r}") from None
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .errors import LorsError
+from .errors import SettingError
 
 HF_WHISPER = "hf-whisper"
 OPENAI_WHISPER = "openai-whisper"
@@ -151,7 +151,8 @@ def compile_patterns(patterns: Iterable[str], where: str) -> list[re.Pattern[str
             hint = (
                 f"; as a regular expression, * is .*: {pattern.replace('*', '.*')!r}" if pattern.startswith("*") else ""
             )
-            raise LorsError(f"{where}[{index}]: {pattern!r} is not a regular expression: {error}{hint}") from None
+            problem = f"{pattern!r} is not a regular expression: {error}{hint}"
+            raise SettingError(f"{where}[{index}]", problem) from None
     return compiled
 
 
@@ -191,16 +192,16 @@ def select(
 
     if include:
         found = Selection(_matching(matrices, include), "target.include")
-        what = f"target.include: {_listed(include)}"
+        key, what = "target.include", _listed(include)
     else:
         found = _by_architecture(matrices, naming or _naming_of(tensors), config, part)
-        what = f"target.select: {part!r}"
+        key, what = "target.select", repr(part)
     if target is not None and not found.names:
         example = f", whose names are like {next(iter(matrices))!r}" if include and matrices else ""
-        raise LorsError(f"{what} matches none of the {len(matrices)} matrices{example}")
+        raise SettingError(key, f"{what} matches none of the {len(matrices)} matrices{example}")
     kept = found.names - _matching(found.names, exclude)
     if exclude and not kept:
-        raise LorsError(f"target.exclude: {_listed(exclude)} takes out all {len(found.names)} chosen matrices")
+        raise SettingError("target.exclude", f"{_listed(exclude)} takes out all {len(found.names)} chosen matrices")
     return Selection(kept, found.rule, found.notice)
 
 

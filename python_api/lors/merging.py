@@ -29,7 +29,7 @@ from .card import carried_over, write_card
 from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
@@ -231,7 +231,7 @@ def _merge_resident(
     from .engine_gpu import DeviceSource, ResidentEngine, parse_devices
 
     if device is not None and parse_devices(device) != [place]:
-        raise LorsError(f"device: expected {place}, where the tensors are, or None, got {device!r}")
+        raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
     if not method.on_device:
         raise LorsError(f"method {recipe.merge_method}: expected tensors in main memory, got tensors on {place}")
     sources = [DeviceSource(label, state) for label, state in states]
@@ -351,7 +351,7 @@ def _backend(name: str | None) -> str:
     try:
         return str(select(name, np.empty((1, 1), np.float32)).NAME)
     except (ValueError, BackendUnavailable) as error:
-        raise LorsError(f"backend: {error}" if isinstance(error, BackendUnavailable) else str(error)) from None
+        raise SettingError("backend", str(error).removeprefix("backend: ")) from None
 
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
@@ -429,7 +429,7 @@ def _plan(
     matrices: set[str] = set()
     everywhere = method.everywhere and recipe.target is None
     if recipe.target is not None and not method.targets:
-        raise LorsError(f"target: method {recipe.merge_method} treats all tensors alike, expected no target")
+        raise SettingError("target", f"method {recipe.merge_method} treats all tensors alike, expected no target")
     if not everywhere:
         selection = layers.select(base.tensors, naming, config, recipe.target)
         matrices = set(selection.names)
@@ -539,7 +539,7 @@ def _on_devices(
     try:
         kernels = select(backend, torch.empty((1, 1), device=devices[0])).NAME
     except (ValueError, BackendUnavailable) as error:
-        raise LorsError(f"backend: {error}") from None
+        raise SettingError("backend", str(error).removeprefix("backend: ")) from None
     engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
     return (kind or GpuEngine)(
         engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
-from .errors import LorsError
+from .errors import SettingError
 from .messages import nearest, shown
 
 __all__ = ["REQUIRED", "Condition", "MethodSpec", "ParameterSpec", "Setting", "rank_of"]
@@ -231,15 +231,15 @@ class Setting:
 
 def _parse_condition(raw: object, place: str) -> Condition:
     if not isinstance(raw, dict):
-        raise LorsError(f"{place}: expected {{filter: ..., value: ...}} like the other items, got {shown(raw)}")
+        raise SettingError(place, f"expected {{filter: ..., value: ...}} like the other items, got {shown(raw)}")
     for key in raw:
         if key not in ("filter", "value"):
-            raise LorsError(f"{place}.{key}: unknown key {shown(key)}{nearest(key, ('filter', 'value'))}")
+            raise SettingError(f"{place}.{key}", f"unknown key {shown(key)}{nearest(key, ('filter', 'value'))}")
     if "value" not in raw:
-        raise LorsError(f"{place}.value: missing")
+        raise SettingError(f"{place}.value", "missing")
     pattern = raw.get("filter")
     if pattern is not None and not (isinstance(pattern, str) and pattern):
-        raise LorsError(f"{place}.filter: expected a part of tensor names, got {shown(pattern)}")
+        raise SettingError(f"{place}.filter", f"expected a part of tensor names, got {shown(pattern)}")
     return Condition(_parse_value(raw["value"], f"{place}.value"), pattern)
 
 
@@ -256,7 +256,7 @@ def _parse_scalar(raw: object, place: str) -> Scalar:
         return int(raw)
     if isinstance(raw, Real):
         return float(raw)
-    raise LorsError(f"{place}: expected a number, true, false or a string, got {shown(raw)}")
+    raise SettingError(place, f"expected a number, true, false or a string, got {shown(raw)}")
 
 
 def _check_value(spec: ParameterSpec, value: Value, place: str) -> Value:
@@ -264,7 +264,7 @@ def _check_value(spec: ParameterSpec, value: Value, place: str) -> Value:
         return _check_scalar(spec, value, place)
     checked = tuple(_check_scalar(spec, item, f"{place}[{index}]") for index, item in enumerate(value))
     if spec.kind == "rank" and len({isinstance(item, float) for item in checked}) > 1:
-        raise LorsError(f"{place}: expected either integers or fractions, got both: {shown(value)}")
+        raise SettingError(place, f"expected either integers or fractions, got both: {shown(value)}")
     return checked
 
 
@@ -272,7 +272,7 @@ def _check_scalar(spec: ParameterSpec, value: Scalar, place: str) -> Scalar:
     try:
         return spec.check(value)
     except ValueError as error:
-        raise LorsError(f"{place}: {error}") from None
+        raise SettingError(place, str(error)) from None
 
 
 def _interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:

@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from . import strict_yaml
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .layers import compile_patterns
 from .messages import near_path, nearest, shown
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
@@ -178,15 +178,15 @@ class Recipe(_Document):
         to values sets a parameter per expert: `weight={"ca": 1.0, "de": 0.5}`.
         """
         if not isinstance(experts, Mapping):
-            raise LorsError(f"experts: expected a mapping of labels to models, got {shown(experts)}")
+            raise SettingError("experts", f"expected a mapping of labels to models, got {shown(experts)}")
         for what, model in (
             ("base", "" if base is None else base),
             *((f"expert {l!r}", m) for l, m in experts.items()),
         ):
             if not isinstance(model, (str, os.PathLike)):
-                raise LorsError(f"{what}: expected a path or hub id, got {shown(model)}")
+                raise SettingError(what, f"expected a path or hub id, got {shown(model)}")
         if "lam" in parameters and "lambda" in parameters:
-            raise LorsError("parameters.lambda: given twice, as 'lam' and as 'lambda'")
+            raise SettingError("parameters.lambda", "given twice, as 'lam' and as 'lambda'")
         shared: dict[str, object] = {}
         own: dict[str, dict[str, object]] = {label: {} for label in experts}
         for key, value in parameters.items():
@@ -196,16 +196,15 @@ class Recipe(_Document):
                 continue
             for label, one in value.items():
                 if label not in own:
-                    raise LorsError(f"parameters.{parameter}: unknown expert {shown(label)}{nearest(label, own)}")
+                    raise SettingError(f"parameters.{parameter}", f"unknown expert {shown(label)}{nearest(label, own)}")
                 own[label][parameter] = one
         # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
         spec = (methods or {}).get(method) if isinstance(method, str) else None
         without = base is None or (spec is not None and spec.base == "optional")
         for label, model in experts.items():
             if not without and os.path.realpath(model) == os.path.realpath(str(base)):
-                raise LorsError(
-                    f"expert {label!r}: expected a model that was trained from the base, got the base: {model}"
-                )
+                problem = f"expected a model that was trained from the base, got the base: {model}"
+                raise SettingError(f"expert {label!r}", problem)
         document: dict[str, object] = {
             "name": name,
             "merge_method": method,
@@ -231,10 +230,10 @@ class Recipe(_Document):
             _check_labels(recipe.models)
             return recipe if methods is None else recipe.bind(methods)
         except ValidationError as error:
-            message = _first_problem(error)
+            problem: LorsError = _first_problem(error)
         except LorsError as error:
-            message = str(error)
-        raise LorsError(f"{file}: {message}" if file else message)
+            problem = error
+        raise LorsError(f"{file}: {problem}") if file else problem
 
     # --- checking against the method
 
@@ -243,13 +242,13 @@ class Recipe(_Document):
         method = methods.get(self.merge_method)
         if method is None:
             known = nearest(self.merge_method, methods)
-            raise LorsError(f"merge_method: unknown method {shown(self.merge_method)}{known}")
+            raise SettingError("merge_method", f"unknown method {shown(self.merge_method)}{known}")
         if method.base == "required" and self.base_model is None:
-            raise LorsError(f"base_model: missing; method {method.name} merges differences to a base")
+            raise SettingError("base_model", f"missing; method {method.name} merges differences to a base")
         count, low, high = len(self.experts), method.min_experts, method.max_experts
         if count < low or (high is not None and count > high):
             wanted = f"at least {low}" if high is None else f"{low}" if low == high else f"{low} to {high}"
-            raise LorsError(f"models: expected {wanted} besides the base for method {method.name}, got {count}")
+            raise SettingError("models", f"expected {wanted} besides the base for method {method.name}, got {count}")
         entries = tuple(
             entry.model_copy(update={"parameters": _checked(entry.parameters, method, i)})
             for i, entry in enumerate(self.models)
@@ -266,7 +265,9 @@ class Recipe(_Document):
             for index in self.inputs:
                 if index == BASE or spec.name not in self.models[index].parameters:
                     key = "parameters" if index == BASE else f"models[{index}].parameters"
-                    raise LorsError(f"{key}.{spec.name}: missing; method {self.merge_method} has no default for it")
+                    raise SettingError(
+                        f"{key}.{spec.name}", f"missing; method {self.merge_method} has no default for it"
+                    )
 
     # --- reading
 
@@ -330,7 +331,9 @@ class Recipe(_Document):
             default = spec.default
         if default is REQUIRED:
             of_model = "" if model is None else f" of {self.labels[model]}"
-            raise LorsError(f"parameters.{name}: missing for tensor {tensor}{of_model}, and {name} has no default")
+            raise SettingError(
+                f"parameters.{name}", f"missing for tensor {tensor}{of_model}, and {name} has no default"
+            )
         return default
 
     def params_for(self, *, tensor: str, model: int | None = None, position: float = 0.0) -> dict[str, Any]:
@@ -407,8 +410,8 @@ class Recipe(_Document):
         places = [path for path in dict.fromkeys((self._directory, Path.cwd())) if path is not None]
         relative = not (is_url(text) or _is_absolute(text))
         looked = f"; looked for in {' and in '.join(map(str, places))}" if relative else ""
-        file = f"{self._file}: " if self._file else ""
-        return LorsError(f"{file}{key}: {text}: {reason}{looked}{near_path(text, places)}")
+        error = SettingError(key, f"{text}: {reason}{looked}{near_path(text, places)}")
+        return LorsError(f"{self._file}: {error}") if self._file else error
 
     def _located(self, model: str) -> str:
         """`model` as something to open: absolute when it is found beside the recipe, else as it is written."""
@@ -473,12 +476,14 @@ def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
     data = dict(document)
     for key, reason in _NOT_SUPPORTED.items():
         if data.pop(key, None) is not None:
-            raise LorsError(f"{key}: not supported by lors, {reason}")
+            raise SettingError(key, f"not supported by lors, {reason}")
     tokenizer = data.pop("tokenizer", None)
     if tokenizer not in (None, {"source": "base"}):
-        raise LorsError(f"tokenizer: not supported by lors, {_TOKENIZER}")
+        raise SettingError("tokenizer", f"not supported by lors, {_TOKENIZER}")
     if data.get("tokenizer_source") not in (None, "base"):
-        raise LorsError(f"tokenizer_source: {shown(data['tokenizer_source'])} is not supported by lors, {_TOKENIZER}")
+        raise SettingError(
+            "tokenizer_source", f"{shown(data['tokenizer_source'])} is not supported by lors, {_TOKENIZER}"
+        )
     _check_reference(data.get("base_model"), "base_model", directory)
     data["parameters"] = _parse_parameters(data.get("parameters"), "parameters")
     if isinstance(data.get("models"), list):
@@ -489,7 +494,7 @@ def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
 def _prepare_entry(entry: object, index: int, directory: Path | None) -> dict[str, Any]:
     if not isinstance(entry, dict):
         example = entry if isinstance(entry, str) and entry.isprintable() else "PATH"
-        raise LorsError(f"models[{index}]: expected a mapping such as {{model: {example}}}, got {shown(entry)}")
+        raise SettingError(f"models[{index}]", f"expected a mapping such as {{model: {example}}}, got {shown(entry)}")
     _check_reference(entry.get("model"), f"models[{index}].model", directory)
     return entry | {"parameters": _parse_parameters(entry.get("parameters"), f"models[{index}].parameters")}
 
@@ -498,20 +503,20 @@ def _check_reference(value: object, place: str, directory: Path | None) -> None:
     """A model is one string; mergekit's PATH+LORA and its mappings are refused, unless such a path exists."""
     if isinstance(value, dict):
         reason = _LORA if value.get("lora") is not None else "because a model is a path, a hub id or ID@REVISION"
-        raise LorsError(f"{place}: a mapping is not supported by lors, {reason}")
+        raise SettingError(place, f"a mapping is not supported by lors, {reason}")
     if not isinstance(value, str) or _exists(value, directory) or _exists(value, None):
         return
     if "+" in value:
-        raise LorsError(f"{place}: LoRA syntax {shown(value)} is not supported by lors, {_LORA}")
+        raise SettingError(place, f"LoRA syntax {shown(value)} is not supported by lors, {_LORA}")
     if value.count("@") > 1:
-        raise LorsError(f"{place}: expected at most one '@REVISION', got {shown(value)}")
+        raise SettingError(place, f"expected at most one '@REVISION', got {shown(value)}")
 
 
 def _parse_parameters(raw: object, place: str) -> dict[str, Setting]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise LorsError(f"{place}: expected a mapping from parameters to values, got {shown(raw)}")
+        raise SettingError(place, f"expected a mapping from parameters to values, got {shown(raw)}")
     return {str(name): Setting.parse(value, f"{place}.{name}") for name, value in raw.items()}
 
 
@@ -522,9 +527,9 @@ def _checked(parameters: Mapping[str, Setting], method: MethodSpec, model: int |
         spec = method.parameter(name)
         if spec is None:
             known = nearest(name, [spec.name for spec in method.parameters])
-            raise LorsError(f"{place}: unknown parameter {shown(name)} of method {method.name}{known}")
+            raise SettingError(place, f"unknown parameter {shown(name)} of method {method.name}{known}")
         if model is not None and spec.scope == "global":
-            raise LorsError(f"{place}: {name} is one value for the whole merge, expected it in the global parameters")
+            raise SettingError(place, f"{name} is one value for the whole merge, expected it in the global parameters")
         checked[name] = setting.checked(spec, place)
     return checked
 
@@ -595,7 +600,7 @@ def _check_labels(entries: Sequence[ModelEntry]) -> None:
     for index, entry in enumerate(entries):
         if entry.name is not None and first.setdefault(entry.name, index) != index:
             other = f"models[{first[entry.name]}]"
-            raise LorsError(f"models[{index}].name: {shown(entry.name)} is already the name of {other}")
+            raise SettingError(f"models[{index}].name", f"{shown(entry.name)} is already the name of {other}")
 
 
 # --- pydantic's errors in one line -----------------------------------------------------------------------------------
@@ -613,7 +618,7 @@ _EXPECTED = {
 }
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError) -> SettingError:
     """The problem worth telling: an unknown key before all others, for a misspelt key is also a missing one."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -622,12 +627,12 @@ def _first_problem(error: ValidationError) -> str:
     if kind == "extra_forbidden":
         owners: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "target": Target}
         owner = owners[location[0]] if len(location) > 1 else Recipe
-        return f"{place}: unknown key {shown(location[-1])}{nearest(location[-1], owner.model_fields)}"
+        return SettingError(place, f"unknown key {shown(location[-1])}{nearest(location[-1], owner.model_fields)}")
     if kind == "missing":
-        return f"{place}: missing"
+        return SettingError(place, "missing")
     if kind == "value_error":
-        return f"{place}: {problem['ctx']['error']}"
+        return SettingError(place, str(problem["ctx"]["error"]))
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{place}: expected one of {', '.join(allowed)}, got {shown(value)}"
-    return f"{place}: expected {_EXPECTED.get(kind, problem['msg'])}, got {shown(value)}"
+        return SettingError(place, f"expected one of {', '.join(allowed)}, got {shown(value)}")
+    return SettingError(place, f"expected {_EXPECTED.get(kind, problem['msg'])}, got {shown(value)}")

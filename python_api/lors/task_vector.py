@@ -29,7 +29,7 @@ from lors_kernels import KEEP_NONE, NonFiniteError
 
 from . import layers
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .expert_file import (
     BLOCK,
     CHECKS,
@@ -142,16 +142,16 @@ def decompose(
 
 def _check_options(rank: float, density: float, values: str, index: str, remainder: str) -> None:
     if not 0 <= density <= 1:
-        raise LorsError(f"density: expected a number in [0, 1], got {density}")
+        raise SettingError("density", f"expected a number in [0, 1], got {density}")
     if rank < 0 or (rank >= 1 and rank != int(rank)):
-        raise LorsError(f"rank: expected 0, an integer >= 1 or a fraction of min(m, n) below 1, got {rank}")
+        raise SettingError("rank", f"expected 0, an integer >= 1 or a fraction of min(m, n) below 1, got {rank}")
     for option, value, known in (
         ("values", values, ("float32", "float16", "bfloat16")),
         ("index", index, ("auto", "mask", "gaps")),
         ("remainder", remainder, ("float32", "float16", "int8", "none")),
     ):
         if value not in known:
-            raise LorsError(f"{option}: expected one of {', '.join(known)}, got {value!r}")
+            raise SettingError(option, f"expected one of {', '.join(known)}, got {value!r}")
 
 
 def _parts(base: Checkpoint, target: Target | None, rank: float, density: float) -> list[Part]:
@@ -167,7 +167,8 @@ def _parts(base: Checkpoint, target: Target | None, rank: float, density: float)
             try:
                 asked = rank_of(rank, *spec.shape) if rank else 0
             except ValueError as error:
-                raise LorsError(f"{error}: tensor {name!r}") from None
+                problem = str(error).removeprefix("rank: ")
+                raise SettingError("rank", f"{problem}: tensor {name!r}") from None
             parts.append(Part(name, spec.shape, asked, int(density * spec.numel)))
         else:
             parts.append(Part(name, spec.shape))

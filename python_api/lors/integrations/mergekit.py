@@ -15,7 +15,6 @@ from typing import Any
 
 from .. import layers
 from ..errors import LorsError
-from ..messages import first_line
 from ..methods import SPECS
 from ..parameters import MethodSpec, ParameterSpec
 from .peers import Swap, largest_entries, peer
@@ -77,7 +76,7 @@ def restore() -> None:
 def mergekit_yaml(arguments: Sequence[str]) -> None:
     """mergekit's command `mergekit-yaml CONFIG OUT [flags]` with our methods and our selection.
 
-    What mergekit raises is a LorsError with the first line of it; a wrong option raises what its command line reader does.
+    What mergekit raises is a LorsError that says the same; a wrong option raises what its command line reader does.
     """
     register()
     try:
@@ -90,7 +89,8 @@ def mergekit_yaml(arguments: Sequence[str]) -> None:
     except Exception as error:
         if hasattr(error, "format_message") or type(error).__name__ == "Abort":  # a wrong option, Ctrl-C
             raise
-        raise LorsError(f"mergekit: {first_line(error)} (LORS_TRACEBACK=1 shows where)") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise LorsError(f"mergekit: {said} (LORS_TRACEBACK=1 shows where)") from error
     finally:
         unregister()
 

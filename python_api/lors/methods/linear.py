@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import LorsError
+from ..errors import SettingError
 from ..parameters import REQUIRED, MethodSpec, ParameterSpec
 from .base import WEIGHT, Method, Reduction
 
@@ -17,9 +17,9 @@ def reduce(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> li
     weights = [model["weight"] for model in models]
     total = sum(weights) if shared["normalize"] else 1.0
     if abs(total) < 1e-8:
-        raise LorsError(f"parameters.weight: expected weights whose sum is not 0 with normalize, got {weights}")
+        raise SettingError("parameters.weight", f"expected weights whose sum is not 0 with normalize, got {weights}")
     if not any(weights):
-        raise LorsError(f"parameters.weight: expected a weight that is not 0, got {weights}")
+        raise SettingError("parameters.weight", f"expected a weight that is not 0, got {weights}")
     return [Reduction(weight / total) for weight in weights]
 
 

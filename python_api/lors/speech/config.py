@@ -126,10 +126,11 @@ def load_config(source: str | Path, **changes: Any) -> Config:
         path = _SHIPPED / f"{source}.yml"
     try:
         text = path.read_text("utf-8")
+    except FileNotFoundError:
+        known = ", ".join(shipped_configs())
+        raise LorsError(f"{source}: there is no such file; shipped configurations: {known}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise LorsError(
-            f"cannot read {source}: {error}; shipped configurations: {', '.join(shipped_configs())}"
-        ) from error
+        raise LorsError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from error
     document = strict_yaml.parse(text, str(path))
     if not isinstance(document, dict):
         raise LorsError(f"{path}: expected a mapping, got {type(document).__name__}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import keeper
-from ..errors import LorsError
+from ..errors import LorsError, SettingError
 from ..locks import flock
 from ..messages import nearest
 from ..output import writing
@@ -105,7 +105,7 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[
     """Runs one stage alone, in this process, unless it is done."""
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
-        raise LorsError(f"stage: no {name!r}{nearest(name, by_name)}")
+        raise SettingError("stage", f"no {name!r}{nearest(name, by_name)}")
     stage = by_name[name]
     missing = [need.name for need in stage.needs if not need.done(root)]
     if missing:

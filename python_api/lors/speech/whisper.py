@@ -125,7 +125,9 @@ def torch_device(device: str) -> Any:
 def require_languages(source: str | Path, languages: Iterable[str]) -> None:
     """LorsError naming the first language the model has no token for; reads its generation_config.json, no weights."""
     path = local_model(source) / "generation_config.json"
-    known = strict_json.read(path, infinite=True).get("lang_to_id") if path.exists() else None
+    if not path.exists():
+        raise LorsError(f"{source}: expected a multilingual Whisper: there is no generation_config.json in it")
+    known = strict_json.read(path, infinite=True).get("lang_to_id")
     if not isinstance(known, dict):
         raise LorsError(f"{source}: expected a multilingual Whisper, got a generation_config.json without lang_to_id")
     codes = [token[2:-2] for token in known]
