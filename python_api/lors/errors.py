@@ -21,11 +21,18 @@ class LorsError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        text = public_text(message).translate(_CONTROL)
-        if len(text) > _LONGEST:  # a name out of a damaged file
-            text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
-        super().__init__(text)
+        super().__init__(_one_line(message))
 
 
 class LorsWarning(UserWarning):
     """Something that the user should know of a result that is in place all the same, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(message: str) -> str:
+    text = public_text(message).translate(_CONTROL)
+    if len(text) > _LONGEST:  # a name out of a damaged file
+        text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
+    return text

@@ -263,7 +263,7 @@ class OutputDirectory:
             _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
 
     def _newcomer(self, old: Path) -> str | None:
-        return unseen(old, self._carried, self._left) if self._keep else foreign(old, self._kind)
+        return unseen(old, self.target, self._carried, self._left) if self._keep else foreign(old, self._kind)
 
     def _remove_parents(self) -> None:
         with contextlib.suppress(OSError):  # somebody else uses them by now: theirs to keep
@@ -303,6 +303,7 @@ class OutputDirectory:
             else:
                 self.path.rename(self.target)
         self._committed = True
+        self._give_back()
         if self._durable:
             self._confirm()
 
@@ -334,6 +335,13 @@ class OutputDirectory:
                     f"cannot write {self.target}: {error}; what was there is now {self._aside}, and the next run puts it back"
                 ) from error
             raise
+
+    def _give_back(self) -> None:
+        """Directories that were carried over are the old ones again: who works in one stays in it, and loses nothing."""
+        for name in [name for name, told in self._carried.items() if not told and "/" not in name]:
+            with contextlib.suppress(OSError):  # the new one has all that the old one had
+                if exchange(self.path / name, self.target / name):
+                    self._left.add(name)
 
     def _confirm(self) -> None:
         try:
