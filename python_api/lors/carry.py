@@ -27,12 +27,17 @@ def carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
     symbolic links and pipes. Directories are made, with mode, owner and times of the old ones. Where the file system has no
     hard links, files are copied. LorsError for what can be neither, such as another file system that is mounted there.
     """
+    try:
+        return _carry(source, target, leave)
+    except OSError as error:
+        raise LorsError(f"{error.filename or source}: cannot be carried over: {error.strerror or error}") from error
+
+
+def _carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
     device, seen = source.stat().st_dev, Seen()
     for name, status in _tree(source, leave):
         if status.st_dev != device:
-            raise LorsError(
-                f"{source / name}: is on another file system than {source}, and stays behind if that is replaced"
-            )
+            raise LorsError(f"{source / name}: is on another file system than {source}, and cannot be carried over")
         if stat.S_ISDIR(status.st_mode):
             (target / name).mkdir()
             seen[name] = ()
