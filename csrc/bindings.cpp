@@ -79,6 +79,12 @@ auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::ve
     return result;
 }
 
+float apply_update(const MatrixTuple& out, const MatrixTuple& base, const MatrixTuple& update, double scale,
+                   int threads) {
+    py::gil_scoped_release release;
+    return lors::apply_update(matrix(out), matrix(base), matrix(update), scale, threads);
+}
+
 auto ties_update(const MatrixTuple& out, const MatrixTuple& base, const std::vector<MatrixTuple>& tuned,
                  const std::vector<KeepTuple>& keeps, const std::vector<float>& weights, const ConsensusTuple& rule,
                  int64_t start, int threads) {
@@ -134,6 +140,7 @@ PYBIND11_MODULE(LORS_MODULE, module) {
     module.def("gram_apply", gram_apply);
     module.def("residual_threshold", residual_threshold);
     module.def("merge_update", merge_update);
+    module.def("apply_update", apply_update);
     module.def("ties_update", ties_update);
     module.def("sparse_part", sparse_part);
     module.def("sparse_update", sparse_update);

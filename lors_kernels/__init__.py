@@ -6,6 +6,7 @@ compiled code and no torch; `python -m lors_kernels` says which backends run her
 
 from __future__ import annotations
 
+from .apply_update import apply_update
 from .dispatch import Availability, BackendUnavailable, available_backends
 from .gram_apply import gram_apply
 from .merge_update import merge_update
@@ -31,6 +32,7 @@ __all__ = [
     "Threshold",
     "TruncatedSVD",
     "UpdateStats",
+    "apply_update",
     "available_backends",
     "gram_apply",
     "keep_limit",

@@ -37,6 +37,7 @@ _GPU_ORDER = {
     "residual_threshold": ("cuda", "triton", "reference"),
     "merge_update": ("cuda", "triton", "reference"),
     "ties_update": ("cuda", "triton", "reference"),
+    "apply_update": ("reference",),
 }
 
 

@@ -97,6 +97,18 @@ def merge_update(
     return stats
 
 
+def apply_update(out: Any, base: Any, update: Any, scale: float, *, threads: int | None = None) -> float:
+    import torch
+
+    total = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+    if base is not None:
+        total += scale * base.double()
+    if update is not None:
+        total += update.double()
+    out.copy_(total.float())
+    return float(total.float().abs().max())
+
+
 def random_bits(key: int, start: int, count: int) -> Any:
     """Numbers start .. start + count - 1 of a stream: SplitMix64 entered at any place, its upper 32 bits, as uint64."""
     import numpy as np

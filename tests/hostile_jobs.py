@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
@@ -13,7 +14,9 @@ from typing import Any
 def context() -> ForkServerContext:
     """A server that has everything imported: a job begins within a millisecond, so that a kill can hit any moment."""
     found = get_context("forkserver")
-    found.set_forkserver_preload(["hostile_jobs", "lors.merging", "lors.ledger", "lors.task_vector", "lors.sweep"])
+    found.set_forkserver_preload(
+        ["hostile_jobs", "lors.merging", "lors.ledger", "lors.task_vector", "lors.sweep", "lors.cli"]
+    )
     return found
 
 
@@ -35,6 +38,15 @@ def _run(job: str, *arguments: Any) -> None:
             with open(log, "a", encoding="utf-8") as stream:
                 stream.write(f"{error}\n")
         sys.exit(2)
+
+
+def command(*arguments: str) -> None:
+    """The command line, as a shell in the foreground starts it."""
+    from lors.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[:] = ["lors", *arguments]
+    main()
 
 
 def merge(base: str, experts: dict[str, str], out: str, force: bool) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from lors.card import Source, languages, versions, write_card
+from lors.card import Source, carried_over, languages, versions, write_card
 from lors.checkpoint import open_checkpoint
-from lors.errors import LorsError
+from lors.errors import LorsError, printable
 from lors.output import OutputDirectory
 
 DIGEST = "0123456789abcdef" * 4
@@ -45,7 +49,7 @@ def test_header(tmp_path: Path) -> None:
     (tmp_path / "base.md").write_text(
         "---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\ntags: [audio]\n---\n# Whisper\n"
     )
-    header, _ = card(tmp_path, base_card=tmp_path / "base.md")
+    header, _ = card(tmp_path, carried=carried_over(tmp_path / "base.md")[0])
     assert header == {
         "library_name": "transformers",
         "pipeline_tag": "automatic-speech-recognition",
@@ -62,28 +66,112 @@ def test_header_says_only_what_is_known(tmp_path: Path) -> None:
     assert card(tmp_path, base=local, experts=[local], naming="other")[0] == {"tags": ["lors-merging", "merge"]}
     assert "library_name" not in card(tmp_path, naming="openai-whisper")[0]
     (tmp_path / "base.md").write_text("---\nlanguage: [en, zh]\nlicense: other\nlicense_name: mine\n---")
-    header, _ = card(tmp_path, experts=[local], base_card=tmp_path / "base.md")
+    header, _ = card(tmp_path, experts=[local], carried=carried_over(tmp_path / "base.md")[0])
     assert (header["language"], header["license"], header["license_name"]) == (["en", "zh"], "other", "mine")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "# no header", "---\n: [broken\n---\n", "---\n- a list\n---\n", "---\nlicense: x"]
-)
-def test_base_cards_without_a_usable_header(tmp_path: Path, text: str) -> None:
-    (tmp_path / "base.md").write_text(text)
-    assert "license" not in card(tmp_path, base_card=tmp_path / "base.md")[0]
+HEADERS: dict[str, tuple[str, dict[str, Any], str]] = {  # a card -> what is carried over, and the notice
+    "nothing": ("", {}, ""),
+    "no header": ("# no header", {}, ""),
+    "no end": ("---\nlicense: x", {}, "does not end within 65536 bytes; no license is carried over"),
+    "an end that is far": ("---\nlicense: x\n" + "\n" * 70_000 + "---\n", {}, "does not end within"),
+    "60 kB of newlines": ("---\n" + "\n" * 60_000, {}, "does not end within"),
+    "60 kB of newlines and an end": ("---\nlicense: x" + "\n" * 60_000 + "---\n", {"license": "x"}, ""),
+    "broken elsewhere": ("---\n: [broken\nlicense: mit\n---\n", {"license": "mit"}, ""),
+    "a date that is none elsewhere": ("---\ndate: 2024-99-99\nlicense: mit\n---\n", {"license": "mit"}, ""),
+    "a number of 5,000 digits elsewhere": (f"---\nn: {'9' * 5000}\nlicense: mit\n---\n", {"license": "mit"}, ""),
+    "a bomb elsewhere": ("---\na: &a [1,1]\nb: &b [*a,*a]\n<<: *b\nlicense: mit\n---\n", {"license": "mit"}, ""),
+    "a list": ("---\n- a list\n---\n", {}, ""),
+    "carriage returns": ("---\r\nlicense: mit\r\nlanguage:\r\n- ca\r\n---\r\n", {"license": "mit", "language": ["ca"]}, ""),
+    "quoted": ("---\n\"license\": 'a b'\n---\n", {"license": "a b"}, ""),
+    "a list over lines": ("---\nlanguage: [\n  ca,\n  de\n]\nlicense: x\n---\n", {"language": ["ca", "de"], "license": "x"}, ""),
+    "a key of the lines below": ("---\nmodel-index:\n- license: gpl\n  license: x\n---\n", {}, ""),
+    "nothing in it": ("---\nlicense:\n---\n", {}, ""),
+    "twice": ("---\nlicense: a\nlicense: b\n---\n", {}, "'license' was already given in line 2; the license is not carried"),
+    "a date": ("---\nlicense: 2024-01-01\nlanguage: ca\n---\n", {"language": "ca"}, "the license is not carried over"),
+    "a date that is none": ("---\nlicense: 2024-99-99\n---\n", {}, "the license is not carried over"),
+    "a number": ("---\nlicense: 3\n---\n", {}, "license: expected a string, got 3"),
+    "a number of 5,000 digits": (f"---\nlicense: {'9' * 5000}\n---\n", {}, "the license is not carried over"),
+    "5,000 lists": (f"---\nlicense: {'[' * 5000}\n---\n", {}, "nested deeper than 32"),
+    "60,000 lists": (f"---\nlanguage: {'[' * 60_000}\n---\n", {}, "nested deeper than 32"),
+    "20,000 lists in a row": (f"---\nlanguage: [{'[],' * 20_000}]\n---\n", {}, "the language is not carried over"),
+    "16,000 lines": ("---\nlanguage:\n" + "- a\n" * 16_000 + "---\n", {}, "the language is not carried over"),
+    "an alias": ("---\nx: &x mit\nlicense: *x\n---\n", {}, "found undefined alias"),
+    "lines": ("---\nlicense: \"a\\nb: c\"\n---\n", {}, "expected one line of text"),
+    "a terminal's commands": ("---\nlicense: \"\\e[2J\"\n---\n", {}, "expected one line of text"),
+    "a tag": ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", {}, "the license is not carried over"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_of_a_card_only_plain_words_are_carried_over(tmp_path: Path, case: str) -> None:
+    text, expected, notice = HEADERS[case]
+    (tmp_path / "README.md").write_bytes(text.encode())
+    begun = time.process_time()
+    found, notices = carried_over(tmp_path / "README.md")
+    assert (found, bool(notices)) == (expected, bool(notice)), notices
+    assert notice in "".join(notices) and all(str(tmp_path / "README.md") in line for line in notices)
+    assert time.process_time() - begun < 5
+
+
+def test_a_card_that_is_no_file_or_no_text(tmp_path: Path) -> None:
+    assert carried_over(None) == ({}, [])
+    found, (notice,) = carried_over(tmp_path)
+    assert found == {} and notice == f"cannot read {tmp_path}: Is a directory; no license is carried over"
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: a\xff\xfe\n---\n")
+    assert carried_over(tmp_path / "README.md") == ({"license": "a\ufffd\ufffd"}, [])
 
 
 def test_body(tmp_path: Path) -> None:
     _, body = card(tmp_path)
-    assert f"| base | base | openai/whisper-small |  | model.safetensors | `{DIGEST}` |" in body
-    assert f"| expert | ca | me/whisper-ca | 1 | model.safetensors | `{DIGEST[::-1]}` |" in body
-    assert f"| expert | sv-SE | sv\\|dir | 0.5 | b.safetensors | `{'b' * 64}` |" in body
+    assert f"| base | `base` | `openai/whisper-small` |  | `model.safetensors` | `{DIGEST}` |" in body
+    assert f"| expert | `ca` | `me/whisper-ca` | 1 | `model.safetensors` | `{DIGEST[::-1]}` |" in body
+    assert f"| expert | `sv-SE` | `sv\\x7cdir` | 0.5 | `b.safetensors` | `{'b' * 64}` |" in body
     assert "| `rank` | `7` |" in body and "| `lambda` | `0.2` |" in body
     assert "| backend | cpu (AVX-512) |" in body
     assert all(f"| {name} | {version} |" in body for name, version in versions().items())
     assert f"```yaml\n{RECIPE}```" in body and "2502.17380" in body
     assert "2502.17380" not in card(tmp_path, method="task_arithmetic")[1]
+
+
+def markup(text: str) -> Counter[str]:
+    """How often every kind of Markdown is in a text, that of tables and HTML included."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    tokens = parser.parse(text)
+    return Counter(t.type for token in tokens for t in (token, *(token.children or ())) if t.type != "text")
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "`<img src=x>`", "``` <b>", "a\\|<img src=x>", "a|b|c|d", "\\`<b>", "[x](https://example.org)",
+    "![x](https://example.org)", "https://example.org", "a\n\n# Heading", "a\n| x | y |", "\n---\n", "**b**", "&lt;b&gt;",
+    "\x1b[2J\x07", "\u202egnp", "\ud800", "$x$", "<!--", " `", "` ", "\\", "|", "`", "~~x~~", "{% raw %}", "@user", "a\rb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_no_markup(tmp_path: Path, name: str) -> None:
+    check_names(tmp_path, name)
+
+
+@given(st.text(st.sampled_from("`|\\<>!&[](){}*_~#:/.-\"'= \n\r\tab1\x1b") | st.characters(), min_size=1, max_size=40))
+def test_no_name_is_markup(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    check_names(tmp_path_factory.getbasetemp(), name)
+
+
+def check_names(directory: Path, name: str) -> None:
+    """A card of that name has the Markdown of a card of a plain one; its header is one YAML document."""
+    found = []
+    for text in ("plain", name):
+        base = Source(text, text, {text: DIGEST})
+        header, body = card(directory, base=base, experts=[base], parameters={"rank": text}, recipe="a: b")
+        assert header.keys() <= {"library_name", "pipeline_tag", "tags", "language"}
+        assert printable(body.replace("\n", "")) == body.replace("\n", ""), "no control character"
+        found.append(markup(body))
+    blank = not name.strip()
+    assert blank or found[0] == found[1]
+    assert not found[1].keys() & {"html_inline", "html_block", "link_open", "image"}
 
 
 def test_recipe_is_kept_as_it_is(tmp_path: Path) -> None:

@@ -420,6 +420,32 @@ def test_pytorch_model_bin(tmp_path: Path, torch: Any) -> None:
         assert checkpoint.read(EMBEDDING).tobytes() == whisper()[EMBEDDING].tobytes()
 
 
+def test_sharded_pytorch_model_bin(tmp_path: Path, torch: Any) -> None:
+    state = {name: torch.from_numpy(value) for name, value in whisper().items()}
+    half = len(state) // 2
+    files = {name: f"pytorch_model-0000{1 + (i >= half)}-of-00002.bin" for i, name in enumerate(state)}
+    for file in set(files.values()):
+        torch.save({name: value for name, value in state.items() if files[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert len(checkpoint.files) == 2 and checkpoint.tensors.keys() == state.keys()
+        assert all(checkpoint.read(name).tobytes() == value.numpy().tobytes() for name, value in state.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_of_torch(tmp_path: Path, torch: Any, protocol: int) -> None:
+    """Tied weights and views share a storage; more than 256 names fill the short form of the memo."""
+    tied = torch.randn(6, 4)
+    state: dict[str, Any] = {"embed": tied, "head": tied, "view": tied[2:4]}
+    state |= {f"layers.{i}.weight": torch.full((3,), float(i)).bfloat16() for i in range(300)}
+    torch.save(state, tmp_path / "x.pt", pickle_protocol=protocol)
+    with open_checkpoint(tmp_path / "x.pt") as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+        for name, value in state.items():
+            assert checkpoint.read(name).astype(np.float32).tolist() == value.float().tolist()
+        assert checkpoint.info("embed").offset == checkpoint.info("head").offset
+
+
 class Attack:
     """A pickle that, loaded without care, makes a file."""
 

@@ -151,32 +151,112 @@ def test_ties_keeps_exactly_k_and_the_first_of_equals() -> None:
 # --- methods that mergekit has not got: their formulas ----------------------------------------------------------------
 
 
-def test_tsv_by_its_formula() -> None:
-    base, experts = states()
-    name = "model.layers.0.self_attn.q_proj.weight"
-    got = ours(base, experts, "tsv", lam=0.8, target={"include": ["q_proj"]})[name]
+def nonzero(sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """As the methods' pages say: singular value 0 is what float64 cannot tell from it."""
+    return sigma > sigma[0] * max(shape) * 2.0**-53
+
+
+def polar_by_svd(x: np.ndarray) -> np.ndarray:
+    u, sigma, vh = np.linalg.svd(x, full_matrices=False)
+    there = nonzero(sigma, x.shape)
+    return u[:, there] @ vh[there]
+
+
+def by_formula(method: str, base: np.ndarray, experts: list[np.ndarray], lam: float = 1.0) -> np.ndarray:
+    """The update of `tsv` or `iso_c` in float64, every SVD a full one."""
+    deltas = [(x - base).astype(np.float64) for x in experts]
+    if method == "iso_c":
+        total = np.sum(deltas, axis=0)
+        return lam * np.linalg.svd(total, compute_uv=False).mean() * polar_by_svd(total)
     left, right, sigma = [], [], []
-    for state in experts.values():
-        u, s, vh = np.linalg.svd((state[name] - base[name]).astype(np.float64))
-        left, right, sigma = [*left, u[:, :16]], [*right, vh[:16].T], [*sigma, s[:16]]
-
-    def orthogonal(parts: list[np.ndarray]) -> np.ndarray:
-        u, _, vh = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
-        return u @ vh
-
-    want = base[name] + 0.8 * (orthogonal(left) * np.concatenate(sigma)) @ orthogonal(right).T
-    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want - base[name])
+    for delta in deltas:
+        u, s, vh = np.linalg.svd(delta, full_matrices=False)
+        there = nonzero(s, delta.shape)[: min(base.shape) // len(deltas)].nonzero()[0]
+        left, right, sigma = [*left, u[:, there]], [*right, vh[there].T], [*sigma, s[there]]
+    u, v = (polar_by_svd(np.concatenate(parts, axis=1)) for parts in (left, right))
+    return lam * (u * np.concatenate(sigma)) @ v.T
 
 
-def test_iso_c_by_its_formula() -> None:
+def merged_update(method: str, base: np.ndarray, experts: list[np.ndarray], **settings: Any) -> np.ndarray:
+    named = {f"t{t}": {"q_proj.weight": x} for t, x in enumerate(experts)}
+    merged = ours({"q_proj.weight": base}, named, method, target={"include": ["q_proj"]}, **settings)
+    return merged["q_proj.weight"].astype(np.float64) - base
+
+
+def with_spectrum(shape: tuple[int, int], sigma: np.ndarray, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((size, len(sigma))))[0] for size in shape)
+    return ((u * sigma) @ v.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (70, 70)])
+@pytest.mark.parametrize("least", [0.5, 3e-5, 1e-6])
+def test_by_formula_on_graded_spectra(method: str, count: int, shape: tuple[int, int], least: float) -> None:
+    """Weak directions count as much as strong ones here, so every one of them has to be right."""
+    sigma = np.geomspace(1, least, min(shape))
+    experts = [with_spectrum(shape, sigma, seed) for seed in range(count)]
+    base = np.zeros(shape, np.float32)
+    want = by_formula(method, base, experts, 0.8)
+    assert np.linalg.norm(merged_update(method, base, experts, lam=0.8) - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_by_formula_on_a_large_graded_spectrum(method: str) -> None:
+    shape = (2048, 512)
+    experts = [with_spectrum(shape, np.geomspace(1, 3e-5, 512), seed) for seed in range(2 if method == "tsv" else 1)]
+    base = np.zeros(shape, np.float32)
+    want = by_formula(method, base, experts)
+    assert np.linalg.norm(merged_update(method, base, experts) - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_by_formula_on_deltas_of_low_rank_and_rounding(method: str) -> None:
+    """What a short training leaves: a few directions, and the rounding of the weights in all others."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((80, 64)).astype(np.float32)
+    experts = [base + with_spectrum(base.shape, np.geomspace(0.1, 1e-3, 6), seed) for seed in range(2)]
+    want = by_formula(method, base, experts)
+    got = merged_update(method, base, experts)
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want) + 2.0**-24 * np.linalg.norm(base)
+
+
+def test_iso_c_is_continuous_down_to_zero() -> None:
+    """The directions of a diagonal matrix do not move when a singular value falls, exactly: nothing may jump."""
+    base, order = np.zeros((48, 48), np.float32), np.random.default_rng(1).permutation(48)
+    for weakest in np.geomspace(1e-2, 1e-14, 25):
+        sigma = np.geomspace(1, weakest, 48).astype(np.float32)
+        got = merged_update("iso_c", base, [np.diag(sigma)[order]])
+        want = sigma.astype(np.float64).mean() * np.eye(48)[order]
+        assert np.abs(got - want).max() <= 1e-6 * sigma.mean(), f"smallest singular value {weakest:.1e}"
+    sigma[-5:] = 0, 0, 1e-16, 1e-20, 1e-30
+    got = merged_update("iso_c", base, [np.diag(sigma)[order]])
+    assert np.linalg.matrix_rank(got, tol=1e-3 * np.abs(got).max()) == 43, "what float64 cannot tell from 0 is left out"
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_directions_that_an_expert_has_not_got_are_left_out(method: str) -> None:
+    """Rows that were not trained: their singular values are 0, and no SVD says in which direction."""
+    base = np.random.default_rng(2).standard_normal((40, 24)).astype(np.float32)
+    experts = [base.copy() for _ in range(2)]
+    for seed, expert in enumerate(experts):
+        expert[:5] += with_spectrum((5, 24), np.geomspace(1, 0.1, 5), seed)
+    got = merged_update(method, base, experts)
+    assert (got[5:] == 0).all() and np.linalg.norm(got[:5] - by_formula(method, base, experts)[:5]) <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def test_experts_without_a_difference_leave_the_base(method: str) -> None:
     base, experts = states()
+    merged = ours(base, {"x": base, "y": base}, method)
+    assert all((merged[key] == base[key]).all() for key in base)
+    alone, beside = (ours(base, {"x": experts["x"]} | more, method, rest="base") for more in ({}, {"y": base}))
     name = "model.layers.0.mlp.up_proj.weight"
-    got = ours(base, experts, "iso_c", target={"include": ["up_proj"]})[name]
-    u, s, vh = np.linalg.svd(
-        sum((state[name] - base[name]).astype(np.float64) for state in experts.values()), full_matrices=False
-    )
-    want = base[name] + s.mean() * u @ vh
-    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want - base[name])
+    if method == "iso_c":
+        assert (alone[name] == beside[name]).all(), "an expert that is the base adds nothing"
+    else:
+        assert np.linalg.matrix_rank(beside[name] - base[name], tol=1e-4) == 20, "one of two has half of the triplets"
 
 
 def test_polar_of_badly_conditioned_and_rank_deficient_matrices() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
+from processes import LORS, gone, marked, wait_for
 
 from helpers import module
 from lors.checkpoint import open_checkpoint
@@ -143,14 +144,101 @@ def test_a_task_that_no_node_can_run_is_refused(cluster: str, recipe: Recipe, tm
         sweep(recipe, {"rank": "1"}, "true", tmp_path / "s", threads=64, ray="local")
 
 
-def test_an_unreachable_address(recipe: Recipe, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def answering(answer: bytes | None, pause: float = 0.0) -> Iterator[str]:
+    """The address of a server that sends an answer, byte after byte, to whoever connects; None: it never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        kept = []
+
+        def serve() -> None:
+            while True:
+                try:
+                    kept.append(server.accept()[0])
+                except OSError:
+                    return
+                with contextlib.suppress(OSError):
+                    kept[-1].recv(100)
+                    for byte in answer or b"":
+                        kept[-1].send(bytes([byte]))
+                        time.sleep(pause)
+                    if answer is not None:
+                        kept[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.timeout(60)
+def test_addresses_that_are_no_cluster(recipe: Recipe, tmp_path: Path) -> None:
+    """Ray itself would wait for minutes."""
     if ray.is_initialized():
         ray.shutdown()
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        for address, message in ((f"127.0.0.1:{port}", "cannot be reached"), ("nowhere", "expected local, HOST:PORT")):
-            begun = time.monotonic()
-            with pytest.raises(LorsError, match=message):
-                merge_recipe(recipe, tmp_path / "out", ray=address)
-            assert time.monotonic() - begun < 10 and not (tmp_path / "out").exists()
+        _refused(recipe, tmp_path, f"127.0.0.1:{unused.getsockname()[1]}", "cannot be reached")
+    for address in ("nowhere", ":1", "127.0.0.1:x", "ray://"):
+        _refused(recipe, tmp_path, address, "expected local, HOST:PORT")
+    for answer, pause, message in (
+        (None, 0, "no answer within 5 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n", 2, "no answer within 5 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n", 0, "expected a Ray cluster, which would answer in HTTP/2, got b'HTTP'"),
+        (b"", 0, "expected a Ray cluster, which would answer in HTTP/2, got b''"),
+    ):
+        with answering(answer, pause) as address:
+            _refused(recipe, tmp_path, address, message)
+            _refused(recipe, tmp_path, f"ray://{address}", message)
+
+
+def _refused(recipe: Recipe, tmp_path: Path, address: str, message: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(LorsError, match=message) as caught:
+        merge_recipe(recipe, tmp_path / "out", ray=address)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - begun < 10 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda signum: signum.name)
+def test_a_cluster_ends_with_the_command_that_started_it(
+    recipe: Recipe, tmp_path: Path, signum: signal.Signals
+) -> None:
+    assert recipe._directory
+    command = [
+        *LORS, "sweep", str(recipe._directory / "recipe.yml"), "-o", str(tmp_path / "s"), "--lambda", "0.1", "--ray", "local",
+        "--score", f"sh -c 'setsid sleep 1000 & sleep 0.5; touch {tmp_path}/up; wait'",
+    ]  # fmt: skip
+    with marked(command, tmp_path / "log") as found:
+        wait_for(tmp_path / "up")
+        below = psutil.Process(found.process.pid).children(recursive=True)
+        names = {process.name() for process in below}
+        assert {"raylet", "gcs_server", "sleep"} <= names, names
+        assert found.end(signum) < 5
+        assert found.process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(signum, 128 + signum)
+        assert gone(found), found.alive()
+        _, alive = psutil.wait_procs(below, timeout=1)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_signal_ends_a_merge_that_waits_for_its_cluster(tmp_path: Path) -> None:
+    base = {f"model.encoder.layers.{i}.fc1.weight": np.zeros((2000, 1500), np.float32) for i in range(8)}
+    noise = np.random.default_rng(0)
+    tiny.write(tmp_path / "base", base)
+    tiny.write(tmp_path / "ca", {n: noise.standard_normal(x.shape).astype(np.float32) for n, x in base.items()})
+    options = ["--base", str(tmp_path / "base"), "--expert", f"ca={tmp_path}/ca", "--rank", "200", "--threads", "1"]
+    with marked([*LORS, "merge", str(tmp_path / "out"), *options, "--ray", "local"], tmp_path / "log") as found:
+        command, deadline = psutil.Process(found.process.pid), time.monotonic() + 100
+        while not any("decompose_group" in p.name() for p in command.children(recursive=True)):
+            assert time.monotonic() < deadline and found.process.poll() is None
+        time.sleep(0.5)
+        assert found.end(signal.SIGTERM) < 5 and found.process.returncode == 128 + signal.SIGTERM
+        assert gone(found)
+    assert sorted(os.listdir(tmp_path)) == ["base", "ca", "log"]
+
+
+def test_a_cluster_that_cannot_be_started(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 200)))  # too long for a socket in it
+    with pytest.raises(LorsError, match="--ray local: cannot be started: ") as caught:
+        merge_recipe(recipe, tmp_path / "out", ray="local")
+    assert "\n" not in str(caught.value)

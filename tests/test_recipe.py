@@ -663,6 +663,7 @@ def test_errors_of_a_key(line: str, expected: str) -> None:
             "parameters.gamma: expected a number >= 0, got -1",
         ),
         (HEAD.replace("lors", "choosy") + "parameters: {top: 3}", "parameters.top: expected a number <= 2, got 3"),
+        (HEAD + "parameters: {density: '0_5'}", "parameters.density: expected a number in [0, 1], got '0_5'"),
         ("", "expected a mapping with merge_method and models, got nothing"),
         ("# only a comment", "expected a mapping with merge_method and models, got nothing"),
         ("recipe.yml", "expected a mapping with merge_method and models, got 'recipe.yml'"),
@@ -692,17 +693,50 @@ def test_errors_of_a_document(text: str, expected: str) -> None:
         ("a: &a [*a]", "recipe:1:4: nested deeper than 32 levels"),
         ("[" * 40 + "]" * 40, "recipe:1:34: nested deeper than 32 levels"),
         ("[" * 1000, "recipe: nested deeper than 32 levels"),
-        ("a: 2024-13-45", "recipe: not valid YAML: month must be in 1..12"),
+        (
+            "a: 2024-01-02",
+            "recipe:1:4: a value of the kind 'timestamp' is not supported, got '2024-01-02' (quote it if it is text)",
+        ),
+        ("a: !!set {b, c}", "recipe:1:4: a value of the kind 'set' is not supported"),
         (
             "a: !!python/object/apply:os.system [ls]",
-            "recipe:1:4: not valid YAML: could not determine a constructor for the tag "
-            "'tag:yaml.org,2002:python/object/apply:os.system'",
+            "recipe:1:4: a value of the kind 'python/object/apply:os.system' is not supported",
         ),
+        ("a: !mine [ls]", "recipe:1:4: not valid YAML: could not determine a constructor for the tag '!mine'"),
         ("a" * (strict_yaml.MAX_BYTES + 1), "recipe: expected a recipe of at most 1048576 characters, got 1048577"),
     ],
 )
 def test_errors_of_yaml(text: str, expected: str) -> None:
     assert message(text) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["010", "1:30", "1_000", "0b11", "-0x1F", "1:30.5", "1_0.5", "!!int '1:30'", "!!float 1_0", "no", "Yes", "on"],
+)
+def test_what_yaml_1_1_and_1_2_read_differently_is_refused(value: str) -> None:
+    """rank: 1:30 would be 90, 010 would be 8, and the label no (Norwegian) false."""
+    for text in (f"{HEAD}parameters:\n  rank: {value}", f"{HEAD}parameters: {{density: [0.1, {value}]}}"):
+        got = message(text)
+        assert "means one thing in YAML 1.1 and another in 1.2: write " in got, got
+        assert got.startswith(f"recipe:{text[: text.index(value)].count(chr(10)) + 1}:")
+    assert "means one thing" in message(f"merge_method: lors\nbase_model: b\nmodels:\n- {{model: x, name: {value}}}")
+
+
+def test_numbers_and_words_that_they_read_alike() -> None:
+    values = {"1": 1, "-2": -2, "+3": 3, "0x1F": 31, "0.5": 0.5, ".5": 0.5, "1.": 1.0, "1.5e-3": 0.0015, "'010'": "010"}
+    values |= {
+        "true": True,
+        "False": False,
+        "~": None,
+        "null": None,
+        "": None,
+        "'no'": "no",
+        "nope": "nope",
+        "1e3": "1e3",
+    }
+    for text, value in values.items():
+        assert strict_yaml.parse(f"a: {text}", "x") == {"a": value}
 
 
 def test_an_alias_bomb_is_refused_before_it_is_built() -> None:

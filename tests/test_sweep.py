@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import yaml
 
 import lors
 from helpers import module
@@ -27,6 +30,7 @@ from lors.sweep import Sweep, Trial, sweep
 from lors.sweep_models import axes, setting_recipe
 from lors.sweep_score import Objective, Score, Scorer
 from lors.sweep_space import Axis, Space
+from lors.task_vector import decompose
 
 
 @pytest.fixture(scope="module")
@@ -137,17 +141,40 @@ def test_results(recipe: Recipe, tmp_path: Path) -> None:
     lors.merge_recipe(Recipe.load(tmp_path / "s" / "best.yml", SPECS), tmp_path / "out")
 
 
-def test_optuna_finds_the_minimum_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
+def test_tpe_goes_on_as_if_it_had_not_been_interrupted(recipe: Recipe, tmp_path: Path) -> None:
+    """Same seed, same finished trials: the same next proposal, random (the first ten) or of the model."""
     module("optuna", "sweep")
+    options = {"lambda": "0:1", "rank": "1,2", "rest": "average,base"}
+    runs: list[list[Trial]] = []
+    for counts, seed in (((14,), 0), ((3, 11, 14), 0), ((14,), 1)):
+        out = tmp_path / f"s{len(runs)}"
+        for count in counts:
+            if out.exists():  # what an older version kept, cut off in the middle
+                (out / "optuna.log").write_text('{"op_code": 4, "wor')
+            done = sweep(recipe, options, closest, out, sampler="tpe", trials=count, seed=seed)
+            assert len(done.trials) == count
+        runs.append([replace(trial, merge_seconds=0, score_seconds=0) for trial in done.trials])
+    assert runs[0] == runs[1] and runs[0] != runs[2]
+    tried = [trial.settings["lambda"] for trial in runs[0]]
+    assert len(set(tried)) == 14 and [trial.number for trial in runs[0]] == list(range(14))
+    more = sweep(recipe, options, closest, tmp_path / "s0", sampler="tpe", trials=20, jobs=3)
+    assert sorted(trial.number for trial in more.trials) == list(range(20))
 
-    def score(path: Path) -> Score:
-        return norm(path)
 
-    options = {"lambda": "0:1", "rank": "1,2"}
-    first = sweep(recipe, options, score, tmp_path / "s", sampler="tpe", trials=3)
-    more = sweep(recipe, options, score, tmp_path / "s", sampler="tpe", trials=6, jobs=2)
-    assert len(first.trials) == 3 and len(more.trials) == 6 and more.trials[:3] == first.trials
-    assert [trial.number for trial in more.trials][:3] == [0, 1, 2] and len({t.number for t in more.trials}) == 6
+def closest(path: Path) -> Score:
+    """Best at lambda 0.3."""
+    text = (path / "lors_recipe.yml").read_text()
+    return Score("complete", (abs(float(yaml.safe_load(text)["parameters"]["lambda"]) - 0.3),))
+
+
+def test_tpe_refuses_trials_of_another_space(recipe: Recipe, tmp_path: Path) -> None:
+    module("optuna", "sweep")
+    sweep(recipe, {"lambda": "0:1"}, norm, tmp_path / "s", sampler="tpe", trials=1)
+    for settings in ({"lambda": 7.0}, {"rank": 1}, {"lambda": "x"}, {}):
+        line = {"method": "lors", "number": 0, "settings": settings, "state": "complete", "values": [1.0]}
+        (tmp_path / "s" / "trials.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(LorsError, match="trials.jsonl: not a trial of this sweep"):
+            sweep(recipe, {"lambda": "0:1"}, norm, tmp_path / "s", sampler="tpe", trials=2)
 
 
 # --- scorers
@@ -166,12 +193,34 @@ def test_optuna_finds_the_minimum_and_resumes(recipe: Recipe, tmp_path: Path) ->
         ("sh -c 'sleep 30 & sleep 30'", "timeout", "no score after 0.3 s"),
         ("math:sqrt", "failed", "TypeError"),
         ("os.path:getsize", "complete", ""),
+        (f"printf {'7' * 401}", "failed", "expected a number for 'score', got '7777"),
+        (f"printf -- -{'7' * 5000}", "failed", "expected a number or a JSON object"),
+        (f"printf {'[' * 100_000}", "failed", "expected a number or a JSON object"),
+        (f"printf '{{\"score\": {'[' * 900}{']' * 900}}}'", "failed", "expected a number for 'score'"),
+        ("sh -c 'echo 1e999'", "nan", "score is inf"),
+        ("sh -c 'echo -Infinity'", "nan", "score is -inf"),
+        ("sh -c 'echo true'", "failed", "expected a number for 'score'"),
+        ("sh -c true", "failed", "in the last line, got ''"),
+        ("sh -c 'head -c 5000000 /dev/zero'", "failed", "in the last line, got '[...]\\x00"),
+        ("sh -c 'head -c 100000 /dev/urandom'", "failed", "expected "),
+        (
+            'sh -c \'head -c 70000 /dev/zero | tr "\\000" " "; echo 1\'',
+            "failed",
+            "got '[...]  ",
+        ),  # "1" is not its last line
+        ("sh -c 'yes | head -c 30000000; echo; echo 1'", "complete", ""),
+        ("printf '\\033]0;owned\\007\\233[2J'", "failed", "\\x1b]0;owned\\x07"),
+        ("sh -c 'printf \"\\033[2J\" >&2; exit 1'", "failed", "exit code 1: \\x1b[2J"),
+        ("sh -c 'exec >&- 2>&-; sleep 0.2'", "failed", "got ''"),
+        ("sh -c 'kill -9 $$'", "failed", "exit code 137"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_scorers(tmp_path: Path, command: str, state: str, error: str) -> None:
     begun = time.monotonic()
     got = Scorer(command, (Objective("score"),), 0.3 if state == "timeout" else 30)(tmp_path)
     assert got.state == state and error in got.error, got
+    assert got.error.isprintable() and len(got.error) < 1000
     assert time.monotonic() - begun < 25 and (state != "complete" or len(got.values) == 1)
 
 
@@ -239,6 +288,112 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
     refused("expected a new directory", {"rank": "1"}, out=tmp_path / "full")
     sweep(recipe, {"rank": "1"}, norm, tmp_path / "s")
     refused("another options", {"rank": "2"}, out=tmp_path / "s")
+
+
+# --- what it was made from
+
+
+@pytest.fixture
+def own(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """The same recipe with files that a test may change."""
+    assert recipe._directory
+    shutil.copytree(recipe._directory, tmp_path / "own")
+    return Recipe.load(tmp_path / "own" / "recipe.yml", SPECS)
+
+
+def broken_off(recipe: Recipe, out: Path) -> None:
+    """A sweep of two trials that ended after the first, with its decompositions on disk."""
+
+    def score(path: Path) -> Score:
+        if path.name == "lors-1":
+            raise RuntimeError("broken off")
+        return Score("complete", (1.0,))
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        sweep(recipe, {"rank": "1,2"}, score, out)
+    assert len((out / "trials.jsonl").read_text().splitlines()) == 1 and list(out.glob("cache/expert-*"))
+
+
+def test_inputs_that_changed_are_named(own: Recipe, tmp_path: Path) -> None:
+    """A sweep that goes on uses what it began with, or says which file it is not."""
+    out, root = tmp_path / "s", tmp_path / "own"
+    broken_off(own, out)
+    kept = {name: (root / name).read_bytes() for name in ("base/config.json", "de/model.safetensors")}
+    os.utime(root / "de" / "model.safetensors")
+    os.link(root / "de" / "model.safetensors", tmp_path / "link")
+
+    def refused(message: str) -> None:
+        with pytest.raises(LorsError, match=message) as caught:
+            sweep(own, {"rank": "1,2"}, norm, out)
+        assert "\n" not in str(caught.value) and "use a new directory" in str(caught.value)
+        assert len((out / "trials.jsonl").read_text().splitlines()) == 1
+
+    (root / "de" / "model.safetensors").unlink()
+    shutil.copy(root / "ca" / "model.safetensors", root / "de" / "model.safetensors")
+    refused(f"{out}: expert 'de': {root}/de/model.safetensors has changed since this sweep began; put back")
+    (root / "de" / "model.safetensors").write_bytes(kept["de/model.safetensors"])
+    (root / "base" / "config.json").write_bytes(kept["base/config.json"] + b"\n")
+    refused(f"the base: {root}/base/config.json has changed")
+    (root / "base" / "config.json").write_bytes(kept["base/config.json"])
+    (root / "base" / "tokenizer.json").write_text("{}")
+    refused(f"the base: {root}/base/tokenizer.json is new")
+    (root / "base" / "tokenizer.json").unlink()
+    assert len(sweep(own, {"rank": "1,2"}, norm, out).trials) == 2
+
+
+def test_inputs_that_change_during_a_sweep_end_it(own: Recipe, tmp_path: Path) -> None:
+    weights = tmp_path / "own" / "de" / "model.safetensors"
+
+    def score(path: Path) -> Score:
+        if path.name == "lors-1":
+            os.utime(weights)
+        if path.name == "lors-2":
+            weights.write_bytes((tmp_path / "own" / "ca" / "model.safetensors").read_bytes())
+        return Score("complete", (1.0,))
+
+    with pytest.raises(LorsError, match="expert 'de': .*de/model.safetensors changed during the sweep"):
+        sweep(own, {"rank": "1,2,3,4"}, score, tmp_path / "s")
+    assert len((tmp_path / "s" / "trials.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_decomposition_of_something_else_is_not_used(own: Recipe, tmp_path: Path) -> None:
+    out, root = tmp_path / "s", tmp_path / "own"
+    broken_off(own, out)
+    options: dict[str, Any] = {"rank": 2, "density": 0, "remainder": "none", "name": "de"}
+    for base, expert, whose in (("base", "ca", "expert 'de'"), ("ca", "de", "the base")):
+        (cached,) = out.glob("cache/expert-1-*")
+        decompose(root / base, root / expert, cached, force=True, **options)
+        with pytest.raises(LorsError, match=f"{cached}: decomposed from something else: {whose} has other digests"):
+            sweep(own, {"rank": "1,2"}, norm, out)
+    cached.unlink()
+    assert len(sweep(own, {"rank": "1,2"}, norm, out).trials) == 2
+
+
+def test_a_sweep_without_digests_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    """Those of version 0.1 have none."""
+    broken_off(recipe, tmp_path / "s")
+    plan = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    for changed, message in (({"inputs"}, "earlier version"), (set(plan), "earlier version")):
+        text = json.dumps({key: value for key, value in plan.items() if key not in changed})
+        (tmp_path / "s" / "sweep.json").write_text(text)
+        with pytest.raises(LorsError, match=message):
+            sweep(recipe, {"rank": "1,2"}, norm, tmp_path / "s")
+    for inputs in (None, [], {"the base": 1}, {"the base": {}}, {"x": {"y": 1}}):
+        (tmp_path / "s" / "sweep.json").write_text(json.dumps(plan | {"inputs": inputs}))
+        with pytest.raises(LorsError, match="use a new directory"):
+            sweep(recipe, {"rank": "1,2"}, norm, tmp_path / "s")
+    for text in ("", "[]", "[" * 100_000, "{"):
+        (tmp_path / "s" / "sweep.json").write_text(text)
+        with pytest.raises(LorsError, match="sweep.json: "):
+            sweep(recipe, {"rank": "1,2"}, norm, tmp_path / "s")
+
+
+def test_scores_of_two_scorers_are_not_mixed(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(LorsError, match="no trial could be scored"):
+        sweep(recipe, {"rank": "1"}, "sh -c 'exit 1'", tmp_path / "s")
+    sweep(recipe, {"rank": "1"}, "sh -c 'echo 1'", tmp_path / "s", retry=True)  # it has scored nothing yet
+    with pytest.raises(LorsError, match="holds a sweep with another score"):
+        sweep(recipe, {"rank": "1"}, "sh -c 'echo 2'", tmp_path / "s")
 
 
 def test_failed_trials_are_tried_again_when_asked(recipe: Recipe, tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ void merge_update(const Matrix& out, const Matrix& base, const Expert* experts, 
                   UpdateStats* stats,  // [count]
                   int threads);
 
+// out = scale * base + update, added in float32, with one rounding to out's dtype: the end of a merge. A matrix without
+// data is one of zeros. Returns the largest |scale * base + update| before that rounding, NaN where there is one.
+float apply_update(const Matrix& out, const Matrix& base, const Matrix& update, double scale, int threads);
+
 // Which entries of one expert's delta survive: those that `low` selects and `high` does not, each with probability
 // limit / 2^32 by the random numbers of `key`; survivors are multiplied by `factor`.
 struct Keep {

@@ -124,6 +124,12 @@ def merge_update(
     return [UpdateStats(*s) for s in stats]
 
 
+def apply_update(out: Any, base: Any, update: Any, scale: float, *, threads: int | None = None) -> float:
+    like = _matrix(out)
+    b, u = ((0, *like[1:]) if x is None else _matrix(x) for x in (base, update))
+    return float(library().apply_update(like, b, u, scale, thread_count(threads)))
+
+
 def ties_update(
     out: Any,
     base: Any,

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+import ml_dtypes
 import numpy as np
 
 import lors_kernels as kernels
 
+from ..arrays import BFLOAT16
 from ..dispatch import availability, available_backends
 from ..types import KEEP_ALL, KEEP_NONE
 from .cases import CASES, Case, interesting_k
@@ -125,11 +127,31 @@ def _merge_update(backend: str, case: Case) -> tuple[float, float]:
     return float(np.abs(out - exact).max() / scale), ADD_ERROR
 
 
+def _apply_update(backend: str, case: Case) -> tuple[float, float]:
+    """base + tuned in every type, in units of half the last place: one rounding to float32, one to the type."""
+    base, tuned = case.matrices()
+    exact = tuned.astype(np.float64) + (0 if base is None else base)
+    worst = 0.0
+    for dtype, unit, least in (
+        (np.dtype(np.float32), 2.0**-24, 2.0**-149), (np.dtype(np.float16), 2.0**-11, 2.0**-24),
+        (BFLOAT16, 2.0**-8, 2.0**-133),
+    ):  # fmt: skip
+        out = np.empty(tuned.shape, dtype)
+        largest = kernels.apply_update(out, base, tuned, backend=backend)
+        if largest != np.abs(exact.astype(np.float32)).max():
+            return float("inf"), 1.0
+        fits = np.abs(exact) <= float(ml_dtypes.finfo(dtype).max)
+        allowed = (unit + 2.0**-24) * np.abs(exact) + least
+        worst = max(worst, float((np.abs(out.astype(np.float64) - exact) / allowed)[fits].max(initial=0.0)))
+    return worst, 1.0
+
+
 _CHECKS: dict[str, Callable[[str, Case], tuple[float, float]]] = {
     "gram_apply": _gram_apply,
     "truncated_svd": _truncated_svd,
     "residual_threshold": _residual_threshold,
     "merge_update": _merge_update,
+    "apply_update": _apply_update,
 }
 
 

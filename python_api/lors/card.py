@@ -9,12 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
+
+from . import strict_yaml
 from .checkpoint import Checkpoint
+from .documents import Digest, Document
+from .errors import LorsError, printable
+from .messages import shown
 from .output import RECIPE_FILE, writing
 
-__all__ = ["Source", "is_untouched", "languages", "versions", "write_card"]
+__all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 
 # The languages Whisper was trained on, as its tokenizer writes them.
 _WHISPER_LANGUAGES = (
@@ -23,6 +29,7 @@ _WHISPER_LANGUAGES = (
     "yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue"
 )
 _MARK = "\n<!-- written by lors; sha256 of all above: "
+_MAX_FRONT_MATTER = 64 << 10  # bytes
 _PAPER = "*Low-Rank and Sparse Model Merging for Multi-Lingual Speech Recognition and Translation* (arXiv 2502.17380)"
 
 
@@ -35,8 +42,8 @@ class Source:
 
     name: str
     origin: str  # hub id, or the name of the directory or file
-    sha256: Mapping[str, str]  # weight file -> hexadecimal digest
-    hub_id: str | None = None
+    sha256: Annotated[Mapping[str, Digest], Field(min_length=1)]  # by weight file
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=200)] | None = None
     weight: float | None = None
 
     @classmethod
@@ -56,7 +63,7 @@ def write_card(
     recipe: str,
     backend: str,
     naming: str = "hf-whisper",
-    base_card: Path | None = None,
+    carried: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes README.md and lors_recipe.yml into `directory` and returns their paths.
 
@@ -64,12 +71,11 @@ def write_card(
         parameters: what the method ran with (rank, density, lambda ...), shown as given.
         recipe: the recipe as YAML text, written to the recipe file as it is.
         naming: of the merged checkpoint; only Whisper models are tagged as speech recognisers.
-        base_card: the base's README.md, whose license is carried over (its languages too, if the experts' names tell
-            none).
+        carried: what `carried_over` found in the base's card; its languages count if the experts' names tell none.
 
     Raises LorsError when the files cannot be written.
     """
-    header = _header(base, experts, naming, _front_matter(base_card))
+    header = _header(base, experts, naming, carried or {})
     text = _render(header, base, experts, method, parameters, recipe, backend, naming)
     written = [directory / "README.md", directory / RECIPE_FILE]
     for path, content in zip(written, (text + _seal(text), _ended(recipe)), strict=True):
@@ -106,18 +112,70 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _front_matter(card: Path | None) -> dict[str, Any]:
-    """The YAML header of a model card. A card without one, or with a broken one, has nothing to carry over."""
-    import yaml
+def carried_over(card: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """License and languages of a model card's YAML header, and a line for everything of them that cannot be used.
 
+    The header is the base's author's: it may be anything. Only the lines of these few keys are parsed, each key for
+    itself, so that a mistake elsewhere costs nothing.
+    """
     if card is None:
-        return {}
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        return {}, []
     try:
-        content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        lines = _header_lines(card)
+    except LorsError as error:
+        return {}, [f"{error}; no license is carried over"]
+    keys, key = [], ""  # of each line: whose value it is
+    for line in lines:
+        if line[:1] not in ("", " ", "\t", "-", "#", "]", "}"):
+            key = line.partition(":")[0].strip(" \"'")
+        keys.append(key)
+    found: dict[str, Any] = {}
+    notices = []
+    for key in sorted(set(keys) & set(_CARRIED)):
+        try:
+            text = "\n".join(line if of == key else "" for line, of in zip(lines, keys, strict=True))
+            content = strict_yaml.parse("\n" + text, str(card))  # the first line is "---"
+            found |= _Carried.check(content, str(card)).model_dump(exclude_none=True)
+        except LorsError as error:
+            notices.append(f"{error}; the {key} is not carried over")
+    return found, notices
+
+
+def _header_lines(card: Path) -> list[str]:
+    """The lines between the first two "---"; none when the card does not begin with one."""
+    try:
+        with card.open("rb") as stream:
+            text = stream.read(_MAX_FRONT_MATTER).decode("utf-8", "replace")
+    except OSError as error:
+        raise LorsError(f"cannot read {card}: {error.strerror or error}") from None
+    first, *lines = (line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n"))
+    if first.rstrip() != "---":
+        return []
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if end is None:
+        raise LorsError(f"{card}: its header does not end within {_MAX_FRONT_MATTER} bytes")
+    return lines[:end]
+
+
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"expected one line of text, got {shown(value)}")
+    return value
+
+
+_Words = Annotated[str, Field(min_length=1, max_length=300), AfterValidator(_one_line)]
+
+
+class _Carried(Document):
+    """What a card's header may say of these keys."""
+
+    license: _Words | None = None
+    license_name: _Words | None = None
+    license_link: _Words | None = None
+    language: _Words | Annotated[list[_Words], Field(max_length=200)] | None = None
+
+
+_CARRIED = tuple(_Carried.model_fields)
 
 
 def _header(base: Source, experts: Sequence[Source], naming: str, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +195,12 @@ def _header(base: Source, experts: Sequence[Source], naming: str, carried: Mappi
     return header
 
 
+def code(text: object) -> str:
+    """Text of any origin in Markdown, also in a table: a code span, in which nothing is markup and which nothing ends."""
+    shown = printable(str(text)).replace("`", "\\x60").replace("|", "\\x7c")
+    return f"`{shown}`" if shown.strip() else ""
+
+
 def _render(
     header: Mapping[str, Any],
     base: Source,
@@ -154,11 +218,11 @@ def _render(
     parts = [
         f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---",
         "# Merged " + kind,
-        f"`{base.origin}` and {len(experts)} fine-tuned expert{'s'[: len(experts) != 1]} of it, merged into one {kind} "
+        f"{code(base.origin)} and {len(experts)} fine-tuned expert{'s'[: len(experts) != 1]} of it, merged into one {kind} "
         f"with the method `{method}` of lors-merging."
         + (f" The method is described in {_PAPER}." if method == "lors" else ""),
         "## Parameters",
-        _table(("parameter", "value"), [(f"`{name}`", f"`{value}`") for name, value in parameters.items()]),
+        _table(("parameter", "value"), [(code(name), code(value)) for name, value in parameters.items()]),
         "## Inputs",
         _inputs_table(base, experts),
         "## Made with",
@@ -175,13 +239,15 @@ def _inputs_table(base: Source, experts: Sequence[Source]) -> str:
     for role, source in (("base", base), *(("expert", expert) for expert in experts)):
         weight = "" if source.weight is None else f"{source.weight:g}"
         for file, digest in source.sha256.items():
-            rows.append((role, source.name, source.origin, weight, file, f"`{digest}`"))
+            rows.append((role, code(source.name), code(source.origin), weight, code(file), code(digest)))
     return _table(("role", "name", "from", "weight", "file", "sha256"), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are Markdown: words of ours, or `code`."""
+
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
 

@@ -7,7 +7,6 @@ it is read is an error that names the tensor instead of a SIGBUS.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import stat
@@ -20,14 +19,25 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from . import strict_json
 from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
 from .digest import sha256_file, sha256_files
 from .errors import LorsError
 from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
+from .messages import near_path
 from .remote import fetch, is_url
 
-__all__ = ["HUB_ID", "Checkpoint", "TensorInfo", "compare", "dtype_kind", "open_checkpoint", "sha256_checkpoints"]
+__all__ = [
+    "HUB_ID",
+    "Checkpoint",
+    "TensorInfo",
+    "compare",
+    "dtype_kind",
+    "open_checkpoint",
+    "require_unchanged",
+    "sha256_checkpoints",
+]
 
 # What a merged model needs beside its weights, as transformers names the files.
 SIDECARS = (
@@ -38,9 +48,26 @@ SIDECARS = (
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_OPENAI = "model.pt"  # what a merge of openai-whisper's files writes
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_CARD = "README.md"
+_Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(?:/tree/(?P<revision>[\w.-]+))?/?"
+)
+_STEP = re.compile(r"-\d{1,18}$")
 _COMPARE_ELEMENTS = 1 << 20
+
+
+class SourceNotFound(LorsError):
+    """There is no checkpoint of this name, here or on the hub."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"{source}: {reason}{near_path(source)}")
+        self.reason = reason
 
 
 class Checkpoint:
@@ -76,15 +103,21 @@ class Checkpoint:
         self._directory = directory
         with contextlib.ExitStack() as stack:
             self._streams = [_open(file, stack) for file in files]
+            held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
+            self._opened = self._beside() | held
+            for path in self.sidecars():
+                with contextlib.ExitStack() as beside:
+                    _refuse_pointer(path, _open(path, beside))
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
                 self._read_contents(index, file, stream)
             if not self.tensors:
                 raise LorsError(f"{path}: there is no tensor in it")
-            self.config = _read_json(directory / "config.json") if directory else None
+            self.config = _read_config(directory) if directory else None
             self._stack = stack.pop_all()
         self.naming = naming(self.tensors)
 
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
+        _refuse_pointer(file, stream)
         if _is_torch_archive(file, stream):
             tensors, self.dims = read_torch_archive(stream, file, index)
         else:
@@ -208,14 +241,37 @@ class Checkpoint:
 
     def sidecars(self) -> list[Path]:
         """Files beside the weights that a merged model needs too: configuration, tokenizer, processor."""
-        if self._directory is None:
-            return []
-        return [_inside(path) for name in SIDECARS if (path := self._directory / name).is_file()]
+        return [_inside(path) for path in self._opened if path.name in SIDECARS]
 
     def card(self) -> Path | None:
         """The model card (README.md) beside the weights, if there is one."""
-        path = self._directory / "README.md" if self._directory else None
-        return _inside(path) if path and path.is_file() else None
+        return next((_inside(path) for path in self._opened if path.name == _CARD), None)
+
+    def require_unchanged(self) -> None:
+        """LorsError unless the weight files and those beside them are what they were on opening.
+
+        Told by device, inode, size and times, of the names: a file that was written to, replaced, removed or added.
+        """
+        now: dict[Path, _Identity | None] = {**self._beside(), **{file: _identity_of(file) for file in self.files}}
+        for path in (*self._opened, *now):
+            before, after = self._opened.get(path), now.get(path)
+            if before != after:
+                what = "was removed while it" if after is None else "changed while it"
+                what = f"appeared while {self.name}" if before is None else what
+                raise LorsError(f"{path}: {what} was being read; start again when it is complete")
+
+    def _beside(self) -> dict[Path, _Identity]:
+        """The files beside the weights that matter, and what they are just now."""
+        if self._directory is None:
+            return {}
+        found = {path: _identity_of(path) for path in (self._directory / name for name in (*SIDECARS, _CARD))}
+        return {path: identity for path, identity in found.items() if identity is not None}
+
+
+def require_unchanged(checkpoints: Iterable[Checkpoint]) -> None:
+    """:meth:`Checkpoint.require_unchanged` of several; to be asked before what was made of them is shown or kept."""
+    for checkpoint in checkpoints:
+        checkpoint.require_unchanged()
 
 
 def _inside(path: Path) -> Path:
@@ -249,11 +305,14 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     """Opens a checkpoint and checks everything but the weights themselves.
 
     `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
-    ``pytorch_model.bin``), a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
+    ``pytorch_model.bin``) or with a merged ``model.pt``, a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
     ``org/name@revision``, or an fsspec URL of such a directory or file, which is copied here first (`remote`). What
     exists on disk is never taken for a hub id. Raises LorsError.
     """
     text = os.fspath(source)
+    if page := _HUB_PAGE.fullmatch(text):
+        label = page["repo"] + (f"@{page['revision']}" if page["revision"] else "")
+        raise LorsError(f"{text}: a page of the hub: expected its id, {label}")
     if is_url(text):
         weights = (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS, [*_ADAPTERS, _ADAPTER_CONFIG])
         found = open_checkpoint(fetch(text, [[*patterns, *SIDECARS, "README.md"] for patterns in weights]), name=name)
@@ -271,11 +330,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
             return _open_directory(snapshot, name or text, hub["repo"])
     except OSError as error:  # a directory that may not be entered, a name that is too long ...
         raise LorsError(f"cannot read {error.filename or text}: {error.strerror or error}") from error
-    raise LorsError(f"{text}: no such file or directory")
+    raise SourceNotFound(text, "no such file or directory")
 
 
 def _file_label(path: Path) -> str:
-    generic = path.name in (_SINGLE, _TORCH_SINGLE)
+    generic = path.name in (_SINGLE, _TORCH_SINGLE, _OPENAI)
     return path.resolve().parent.name if generic else path.stem
 
 
@@ -288,16 +347,35 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
         if (path / index).exists():
             return _open_sharded(path / index, name, hub_id)
+    if (path / _OPENAI).exists():
+        return Checkpoint(name, path, [path / _OPENAI], hub_id=hub_id, directory=path)
     if (path / _ADAPTER_CONFIG).exists():
         return _open_adapter(path, name, hub_id)
-    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}")
+    hint = _where_weights_are(path)
+    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}{hint}")
+
+
+def _where_weights_are(directory: Path, shown: int = 3) -> str:
+    """End of a message: files and directories in this one that could be meant, the last checkpoint of a training first."""
+    names = (_SINGLE, _INDEX, _TORCH_SINGLE, _TORCH_INDEX, _OPENAI, _ADAPTER_CONFIG)
+    steps = {
+        path: int(path.name.rpartition("-")[2]) for path in directory.glob("checkpoint-*") if _STEP.search(path.name)
+    }
+    inside = sorted(steps, key=lambda path: -steps[path]) + sorted(set(directory.iterdir()) - steps.keys())
+    found = [path for path in inside if any((path / name).exists() for name in names)]
+    found += [path for path in inside if path.suffix in (".safetensors", ".pt") and path.is_file()]
+    if not found:
+        return "" if inside else "; it is empty"
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"; did you mean {', '.join(str(path) for path in found[:shown])}{more}?"
 
 
 def _open_adapter(path: Path, name: str, hub_id: str | None) -> Checkpoint:
+    config = strict_json.read(path / _ADAPTER_CONFIG, values=_CONFIG_VALUES)
     for file in _ADAPTERS:
         if (path / file).exists():
-            checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id)
-            checkpoint.adapter = _read_json(path / _ADAPTER_CONFIG, required=True)
+            checkpoint = Checkpoint(name, path, [path / file], hub_id=hub_id, directory=path)
+            checkpoint.adapter = config
             return checkpoint
     raise LorsError(f"{path}: no weights beside {_ADAPTER_CONFIG}: expected {' or '.join(_ADAPTERS)}")
 
@@ -318,7 +396,7 @@ def _open_sharded(index: Path, name: str, hub_id: str | None) -> Checkpoint:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index, required=True).get("weight_map")  # type: ignore[union-attr]
+    weight_map = strict_json.read(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise LorsError(f"{index}: expected weight_map to be an object of tensor names and file names")
     for tensor, shard in weight_map.items():
@@ -338,20 +416,15 @@ def _check_index(index: Path, weight_map: Mapping[str, str], checkpoint: Checkpo
         raise LorsError(f"{index}: does not list {len(unlisted)} tensors that are in the shards, first {unlisted[0]!r}")
 
 
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
-    if not required and not path.exists():
+def _read_config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    if not path.exists():
         return None
-    if path.exists() and not path.is_file():  # a named pipe would be waited for
-        raise LorsError(f"{path}: expected a file")
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LorsError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LorsError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    from .documents import ModelConfig
+
+    config = strict_json.read(path, values=_CONFIG_VALUES, infinite=True)  # some models have limits that are infinite
+    ModelConfig.check(config, str(path))
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -368,18 +441,46 @@ def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def _identity(status: os.stat_result) -> _Identity:
+    # The time of the last change of its state is set by writing, even where the time of writing is put back.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _identity_of(path: Path) -> _Identity | None:
+    """None where there is no file."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+    return _identity(status) if stat.S_ISREG(status.st_mode) else None
+
+
 def _close(stream: BinaryIO) -> None:
     with contextlib.suppress(OSError):  # of a file that is only read: all of it has been
         stream.close()
 
 
+def _refuse_pointer(path: Path, stream: BinaryIO) -> None:
+    """What git leaves in the place of a large file that was not fetched."""
+    start = stream.read(len(_LFS_POINTER))
+    stream.seek(0)
+    if start == _LFS_POINTER:
+        raise LorsError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
+
+
 def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:
     if path.suffix == ".safetensors":
         return False
-    start = stream.read(4)
+    start = stream.read(9)
     stream.seek(0)
-    # A safetensors file may have any name: its first bytes are a small number.
-    return start == b"PK\x03\x04" or path.suffix in (".pt", ".bin", ".pth", ".ckpt")
+    if start.startswith(b"PK\x03\x04") or path.suffix in (".pt", ".bin", ".pth", ".ckpt"):
+        return True
+    # A safetensors file may have any name: a length of 8 bytes, then JSON.
+    if start[8:9] != b"{":
+        raise LorsError(f"{path}: not weights: expected a .safetensors file, or a .pt or .bin as torch writes it")
+    return False
 
 
 def _read_into(fd: int, raw: np.ndarray, offset: int, path: Path) -> int:
@@ -433,14 +534,14 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
             f"{label}: access to this hub repository must be granted first; then log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise LorsError(
-            f"{label}: not a file or directory here, and not a repository on the hub (or a private one)"
+        raise SourceNotFound(
+            label, "not a file or directory here, and not a repository on the hub (or a private one)"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise LorsError(f"{label}: the hub repository has no revision {revision!r}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise LorsError(
-            f"{label}: not a file or directory here, not in the hub cache, and the hub cannot be reached"
+        raise SourceNotFound(
+            label, "not a file or directory here, not in the hub cache, and the hub cannot be reached"
         ) from error
     except Exception as error:  # network and HTTP errors come from several libraries
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_errors import by_option, one_line_errors
 from .errors import LorsError
+from .messages import say
 from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
     from .merge_report import MergeReport
-    from .recipe import Recipe
 
 app = typer.Typer(
     name="lors",
@@ -35,27 +37,27 @@ def main() -> None:
 
 
 def run(command: typer.Typer) -> None:
-    """Runs a command: one line and exit code 2 for what a user can put right, 130 for Ctrl-C, 128 + signal."""
-    from .console import say, standard_streams
-    from .signals import Terminated, terminate_cleanly
+    """Runs a command: what is wrong is one line, and the exit code says the kind of it (`cli_errors`)."""
+    from .console import standard_streams
+    from .signals import terminate_cleanly
 
+    with one_line_errors(), terminate_cleanly(), standard_streams(), _arguments_as_options(command):
+        status = command(prog_name="lors", standalone_mode=False)
+        if status == 130:  # how the library hands Ctrl-C on
+            raise KeyboardInterrupt
+        if status:
+            raise SystemExit(status)
+
+
+@contextmanager
+def _arguments_as_options(app: typer.Typer) -> Iterator[None]:
+    """Errors that begin with the name of an argument name the option of this command that gave it."""
     try:
-        with terminate_cleanly(), standard_streams():
-            command()
+        yield
     except LorsError as error:
-        say(f"error: {error}")
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        say("interrupted")
-        raise SystemExit(130) from None
-    except SystemExit as error:
-        if isinstance(error, Terminated):
-            say(f"terminated by {error.name}")
-        elif error.code == 130:  # what typer makes of Ctrl-C
-            say("interrupted")
-        raise
+        command = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
+        options = [name for option in command.params for name in option.opts] if command else []
+        raise LorsError(by_option(str(error), {name[2:].replace("-", "_"): name for name in options})) from error
 
 
 @app.callback(invoke_without_command=True)
@@ -77,7 +79,7 @@ def merge(
         typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter."),
     ],
     base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="An expert; repeat for each.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
     method: Annotated[
         str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... (default: lors)")
     ] = None,
@@ -133,49 +135,95 @@ def merge(
     }  # fmt: skip
     parameters = {key: value for key, value in given.items() if value not in (None, {})}
     settings = {key: value for key, value in settings.items() if value is not None}
-    if len(paths) > 2:
-        raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {len(paths)} arguments: {' '.join(paths)}")
-    out = paths[-1]
-    recipe = _recipe(paths[:-1], base, _pairs(expert, "--expert", str), method, parameters, settings)
+    experts = _experts(expert or [], "--expert")
+    described = bool(base or experts or method or parameters or settings)
+    file, out = _recipe_and_out(paths, described)
 
     from .merging import dry_run as rehearse
     from .merging import merge_recipe
-
-    if dry_run:
-        report = rehearse(recipe, out, backend=None if device else backend, threads=threads, force=force)
-    else:
-        with _progress(quiet or as_json) as progress:
-            report = merge_recipe(
-                recipe, out, backend=backend, threads=threads, device=device,
-                device_memory=None if device_memory is None else int(device_memory * 1e9),
-                force=force, durable=fsync, check=check, progress=progress, ray=ray,
-            )  # fmt: skip
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not quiet:
-        show_report(report, verbose)
-
-
-def _recipe(
-    path: Sequence[str],
-    base: str | None,
-    experts: dict[str, Any],
-    method: str | None,
-    parameters: dict[str, Any],
-    settings: dict[str, Any],
-) -> Recipe:
     from .methods import SPECS
     from .recipe import Recipe
 
-    if path:
-        if base or experts or method or parameters or settings:
-            raise LorsError(
-                "merge: expected a recipe or options that describe the merge, got both; put them in the recipe"
+    with contextlib.nullcontext() if file else _keys_as_options(experts, parameters):
+        if file:
+            recipe = Recipe.load(file, SPECS)
+        else:
+            recipe = Recipe.from_arguments(base, experts, method or "lors", methods=SPECS, **settings, **parameters)
+        if dry_run:
+            report = rehearse(
+                recipe, out, backend=None if device else backend, threads=threads, device=device, force=force
             )
-        return Recipe.load(Path(path[0]), SPECS)
-    if not experts:
-        raise LorsError("merge: expected a recipe, or --base and at least one --expert NAME=PATH")
-    return Recipe.from_arguments(base, experts, method or "lors", methods=SPECS, **settings, **parameters)
+        else:
+            with _progress(quiet or as_json) as progress:
+                report = merge_recipe(
+                    recipe, out, backend=backend, threads=threads, device=device,
+                    device_memory=None if device_memory is None else int(device_memory * 1e9),
+                    force=force, durable=fsync, check=check, progress=progress, ray=ray,
+                )  # fmt: skip
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        show_report(report, verbose, rehearsal=dry_run)
+
+
+def _recipe_and_out(paths: Sequence[str], described: bool) -> tuple[Path | None, str]:
+    """The two arguments of `merge`, told apart; `described`: options say what is merged."""
+    usage = "lors merge --base DIR --expert NAME=DIR OUT"
+    if len(paths) > 2 or "=" in paths[0] and not Path(paths[0]).exists():
+        raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {' '.join(paths)}; models are options: {usage}")
+    first, out = Path(paths[0]).expanduser(), paths[-1]
+    if len(paths) == 1 and described:
+        return None, out
+    if len(paths) == 1:
+        if first.is_file() or first.suffix in (".yml", ".yaml"):
+            raise LorsError(f"merge: expected OUT, the directory to write, after the recipe: lors merge {first} OUT")
+        raise LorsError(f"merge: expected a recipe before OUT, or options that describe the merge: {usage}")
+    if described:
+        raise LorsError("merge: expected a recipe or options that describe the merge, got both; put them in the recipe")
+    if first.is_dir():
+        raise LorsError(f"{first}: expected a recipe, a YAML file, got a directory; models are options: {usage}")
+    if not first.exists() and Path(out).is_file():
+        raise LorsError(f"{first}: there is no such recipe; the output comes last: lors merge {out} {first}")
+    return first, out
+
+
+def _experts(items: Sequence[str], where: str) -> dict[str, str]:
+    """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
+    from .recipe import label_of
+    from .remote import is_url
+
+    experts: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or is_url(item) or Path(item).exists():
+            name, path = label_of(item), item
+        if not (name and path):
+            raise LorsError(f"{where}: expected NAME=PATH, or a path, got {item!r}")
+        if name in experts:
+            raise LorsError(
+                f"{where}: {name!r} is given twice: {experts[name]} and {path}; NAME=PATH gives another name"
+            )
+        experts[name] = path
+    return experts
+
+
+@contextmanager
+def _keys_as_options(experts: Iterable[str], parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Errors that begin with a recipe's key name the option that gave it."""
+    keys = {
+        "merge_method": "--method", "base_model": "--base", "models": "--expert", "out_dtype": "--dtype",
+        "out_shard_size": "--out-shard-size", "target": "--include", "target.include": "--include",
+        "target.exclude": "--exclude", "target.include[0]": "--include", "target.exclude[0]": "--exclude",
+    }  # fmt: skip
+    keys |= {f"parameters.{name}": f"--param {name}" for name in parameters}
+    keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
+    for index, name in enumerate(experts):
+        keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}
+        keys |= {f"models[{index}].parameters.weight": f"--weight {name}", f"models[{index}].name": f"--expert {name}"}
+    try:
+        yield
+    except LorsError as error:
+        raise LorsError(by_option(str(error), keys)) from error
 
 
 def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) -> dict[str, Any]:
@@ -183,22 +231,25 @@ def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) 
     for item in items or []:
         name, equals, value = item.partition("=")
         if not (name and equals and value):
-            raise LorsError(f"{option}: expected NAME=VALUE, got {item!r}")
+            example = "; for all experts alike: --param weight=0.5" if option == "--weight" else ""
+            raise LorsError(f"{option}: expected NAME=VALUE, got {item!r}{example}")
         if name in pairs:
             raise LorsError(f"{option}: {name!r} is given twice")
         try:
             pairs[name] = convert(value)
         except ValueError:
             raise LorsError(f"{option}: expected a number for {name!r}, got {value!r}") from None
+        except LorsError as error:
+            raise LorsError(f"{option} {name}: {error}") from None
     return pairs
 
 
 def _scalar(text: str) -> Any:
-    import yaml
+    from . import strict_yaml
 
-    value = yaml.safe_load(text)
+    value = strict_yaml.parse(text, text)
     if not isinstance(value, (bool, int, float, str)):
-        raise ValueError(text)
+        raise LorsError(f"expected a number, true, false or a word, got {text!r}")
     return value
 
 
@@ -217,8 +268,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def show_report(report: MergeReport, verbose: bool = True) -> None:
-    """The report as a table and three lines."""
+def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = False) -> None:
+    """The report as a table and three lines; of a rehearsal, which took no time and wrote nothing, without the last."""
     from rich.console import Console
     from rich.table import Table
 
@@ -239,12 +290,14 @@ def show_report(report: MergeReport, verbose: bool = True) -> None:
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
-        print(f"note: {notice}")
-    print(
+        say(f"note: {notice}")
+    say(
         f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
-    print(
+    if rehearsal:
+        return
+    say(
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
@@ -298,7 +351,7 @@ def validate(
     "mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def mergekit_yaml(ctx: typer.Context) -> None:
-    """mergekit's own command, CONFIG OUT [its flags], with our methods and kernels under it."""
+    """mergekit's own command, CONFIG OUT and its flags, with our methods and kernels under it."""
     from .integrations.mergekit import mergekit_yaml as run
 
     run(ctx.args)
@@ -345,7 +398,7 @@ def decompose(
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
-        print(
+        say(
             f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
             f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
         )
@@ -404,7 +457,7 @@ def export_lora(
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
     from .task_vector import export_lora as run
 
-    print(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+    say(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -471,7 +524,7 @@ def sweep(
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        print(
+        say(
             f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
             f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
@@ -498,9 +551,7 @@ def report(
     from .interference import interference
     from .interference_page import findings, output_files, render
 
-    named = dict(_named(path) for path in experts)
-    if len(named) < len(experts):
-        raise LorsError("report: expected experts with different names; NAME=PATH gives one")
+    named = _experts(experts, "report")
     page, data = output_files(out, force)
     with _progress(quiet) as progress:
         found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
@@ -510,17 +561,7 @@ def report(
         data.commit()
         page.commit()
     if not quiet:
-        print("\n".join(findings(found)), f"-> {out}, {out.with_suffix('.json')}", sep="\n")
-
-
-def _named(text: str) -> tuple[str, str]:
-    """("ca", path) of "ca=path" or of a path whose last part is ca."""
-    from .remote import is_url
-
-    name, equals, path = text.partition("=")
-    if equals and path and not is_url(text) and not Path(text).exists():
-        return name, path
-    return Path(public(text).rstrip("/")).name.removesuffix(".safetensors").removesuffix(".lors"), text
+        say(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
 for _name, _command in SPEECH_COMMANDS.items():

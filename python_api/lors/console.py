@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from .errors import LorsError, LorsWarning
+from .errors import LorsError, LorsWarning, printable
 
-__all__ = ["say", "standard_streams"]
+__all__ = ["standard_streams", "tell"]
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def _checked(stream: TextIO) -> TextIO:
     )  # fmt: skip
 
 
-def say(text: str) -> None:
+def tell(text: str) -> None:
     """A line on stderr; where that cannot be written there is nobody to tell."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr)
@@ -92,5 +92,5 @@ def _open_closed_ones() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
     if issubclass(category, LorsWarning):
-        return say(f"note: {message}")
-    say(warnings.formatwarning(message, category, filename, lineno).rstrip())
+        return tell(f"note: {printable(str(message))}")
+    tell(warnings.formatwarning(message, category, filename, lineno).rstrip())

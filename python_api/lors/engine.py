@@ -1,14 +1,18 @@
 """The merge engine: a plan of small pieces of work, done by a few threads with a few buffers each.
 
 A piece is one decomposed matrix, or a slab of any other tensor. A worker reads the base's part of it, then one expert
-after the other into the same buffer, and adds what the method keeps to a float32 accumulator: everything that is done
-with one expert's matrix (decomposing, selecting, adding) happens while it is in the cache, and the memory in use does
-not depend on the size of the model or on the number of experts. Experts are added in their order, each by one thread,
-so the result has the same bits for any number of threads.
+after the other into the same buffer, and adds what the method keeps to a float32 sum: everything that is done with one
+expert's matrix (decomposing, selecting, adding) happens while it is in the cache, and the memory in use does not depend on
+the size of the model or on the number of experts. Experts are added in their order, each by one thread, so the result has
+the same bits for any number of threads.
+
+The sum is that of the updates alone, and the base is added to it at the end: a weight near 1 would lose the last bits of
+every small update that is added to it, one rounding per expert; so it is rounded once.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -20,6 +24,7 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
 
+from .blas import one_thread_each
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .factors import Factors
@@ -32,7 +37,12 @@ from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
 PART = 1 << 18  # entries of a matrix that are read at a time to be subtracted from: in cache, and few calls for Python
-HALF_OVERFLOWS = 65520.0  # from here on float16 rounds to infinity
+# From here on a float32 value rounds to infinity; and the largest value of the type.
+OVERFLOWS = {
+    "float32": (math.inf, float(np.finfo(np.float32).max)),
+    "float16": (65520.0, 65504.0),
+    "bfloat16": (255.5 * 2.0**120, 255 * 2.0**120),
+}
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
@@ -70,6 +80,14 @@ class Piece(NamedTuple):
         return rows_of(flat)
 
 
+class Terms(NamedTuple):
+    """W = scale * W_anchor + sum over `experts` of weight_t * (L_t + S_t), their deltas being differences to the anchor."""
+
+    anchor: Source
+    scale: float
+    experts: tuple[int, ...]
+
+
 @dataclass
 class _Worker:
     """Buffers of one thread."""
@@ -95,15 +113,16 @@ class Engine:
     seed: int = 0
     cached: FactorCache | None = None
     progress: Callable[[int], None] = lambda entries: None
+    stop: threading.Event = field(default_factory=threading.Event)  # set when the work is given up
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
         pieces = [piece for work in works for piece in work.pieces()]
         self._prepare(pieces)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
-            futures: list[Future[None]] = [pool.submit(task) for task in also]
-            futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
+        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
             try:
+                futures: list[Future[None]] = [pool.submit(task) for task in also]
+                futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -115,7 +134,7 @@ class Engine:
 
     def _prepare(self, pieces: Sequence[Piece]) -> None:
         self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock, self._stop = threading.Lock(), self.stop
         self._local = threading.local()
 
     # --- one piece
@@ -133,28 +152,31 @@ class Engine:
         piece, worker = pieces[index], self._local.worker
         if piece.work.combination:
             self._outcomes[index] = self._combine(piece.work, worker)
-        elif piece.work.reductions:
+        elif any(reduction.weight for reduction in piece.work.reductions):
             self._outcomes[index] = self._merge(piece, worker)
         else:
             values = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)
-            self.sink(piece.work.name, self._converted(values, piece.work, worker), piece.start)
+            self._write(piece, worker, values, None)
         with self._lock:
             self.progress(piece.stop - piece.start)
 
+    def terms(self, work: Work) -> Terms:
+        """What is summed. A method without a base sums the models: sum_t w_t W_t = (sum_t w_t) W_a + sum_t w_t (W_t - W_a)
+        with any of them as W_a, where what is rounded is as small as the models are near each other."""
+        used = tuple(t for t, reduction in enumerate(work.reductions) if reduction.weight)
+        if work.relative or not used:
+            return Terms(self.base, 1.0, used)
+        return Terms(self.experts[used[0]], math.fsum(work.reductions[t].weight for t in used), used[1:])
+
     def _merge(self, piece: Piece, worker: _Worker) -> list[Outcome]:
-        work = piece.work
-        base = self.base.fetch(work.name, piece.start, piece.stop, worker.base) if work.relative else None
+        work, terms = piece.work, self.terms(piece.work)
+        base = terms.anchor.fetch(work.name, piece.start, piece.stop, worker.base)
         total = worker.total.array(piece.stop - piece.start, np.dtype(np.float32))
-        if base is None:
-            total[:] = 0
-        else:
-            _assign(total, base)
+        total[:] = 0
         outcomes = []
-        for expert, reduction in zip(self.experts, work.reductions, strict=True):
+        for expert, reduction in ((self.experts[t], work.reductions[t]) for t in terms.experts):
             if self._stop.is_set():
                 return []
-            if reduction.weight == 0:
-                continue
             if isinstance(expert, ExpertSource):  # decomposed already
                 options = (reduction.weight, reduction.rank, reduction.density, self.backend)
                 outcomes.append(Outcome(expert.add(work.name, piece.start, total, *options), None))
@@ -167,11 +189,11 @@ class Engine:
             bases = [None, None] if against is None else piece.views(against)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
                 outcomes.append(self._add(expert, work, w, b, t, reduction))
-        self.sink(work.name, self._converted(total, work, worker), piece.start)
+        self._write(piece, worker, base, total, terms.scale)
         return outcomes
 
     def _pair(
-        self, expert: Source, piece: Piece, base: np.ndarray | None, worker: _Worker
+        self, expert: Source, piece: Piece, base: np.ndarray, worker: _Worker
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """What the kernels subtract, and from what: (base, tuned), or (None, delta).
 
@@ -179,7 +201,7 @@ class Engine:
         delta, and base and tuned need not be read and converted again for each step.
         """
         work = piece.work
-        if base is None or not work.matrix:
+        if not work.matrix:
             return base, expert.fetch(work.name, piece.start, piece.stop, worker.tuned)
         delta = worker.delta.array(base.size, np.dtype(np.float32))
         for start in range(0, base.size, PART):
@@ -221,7 +243,7 @@ class Engine:
         for start, values in work.combination(operands):
             if self._stop.is_set():
                 break
-            self.sink(work.name, self._converted(values, work, worker), start)
+            self._write(Piece(work, start, start + values.size), worker, None, values)
         return operands.outcomes
 
     def _add(
@@ -247,34 +269,56 @@ class Engine:
             raise self._non_finite(expert, work)
         return Outcome(stats, Certificate.of(svd))
 
-    def _converted(self, values: np.ndarray, work: Work, worker: _Worker) -> np.ndarray:
-        if values.dtype == work.out_dtype:
-            return values
-        out = worker.out.array(values.size, work.out_dtype)
-        if work.out_dtype == np.float16:
-            largest = float(max(values.max(initial=0), -values.min(initial=0)))
-            if not largest < HALF_OVERFLOWS:  # NaN too
-                raise LorsError(
-                    f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most 65504 for float16; "
-                    "choose bfloat16 or float32 as out_dtype"
-                )
-        _assign(out, values)
-        return out
+    def _write(
+        self, piece: Piece, worker: _Worker, base: np.ndarray | None, update: np.ndarray | None, scale: float = 1.0
+    ) -> None:
+        """scale * base + update in the output's type to the sink; LorsError where that type cannot hold it."""
+        work, values = piece.work, base if update is None else update
+        assert values is not None
+        if update is not None or values.dtype != work.out_dtype:  # else carried over as it is
+            in_place = update is not None and update.dtype == work.out_dtype
+            out = values if in_place else worker.out.array(values.size, work.out_dtype)
+            self._require_fit(work, _apply(out, base, update, scale, self.backend))
+            values = out
+        self.sink(work.name, values, piece.start)
+
+    def _require_fit(self, work: Work, largest: float) -> None:
+        """LorsError unless the type that is written can hold values as large as `largest`, NaN included."""
+        dtype = str(work.out_dtype)
+        if dtype not in OVERFLOWS or largest < OVERFLOWS[dtype][0]:
+            return
+        self._require_finite(work, (self.terms(work).anchor, *self.experts))
+        advice = {
+            "float16": "choose bfloat16 or float32 as out_dtype",
+            "bfloat16": "choose float32 as out_dtype",
+            "float32": "choose smaller weights",
+        }[dtype]
+        raise LorsError(
+            f"tensor {work.name!r}: the merged values reach {largest:.4g}, expected at most {OVERFLOWS[dtype][1]:.6g} "
+            f"for {dtype}; {advice}"
+        )
 
     def _non_finite(self, expert: Source, work: Work) -> LorsError:
-        """The error for NaN or infinity, after counting them in the whole tensor; says whose values they are."""
-        counts, slot = {}, Slot()
-        for source in (self.base, expert):
-            counts[source.name] = 0
+        """The error for NaN or infinity in a difference, after counting them in the whole tensor; says whose they are."""
+        anchor = self.terms(work).anchor
+        try:
+            self._require_finite(work, (anchor, expert))
+        except LorsError as error:
+            return error
+        return LorsError(f"{expert.name}: tensor {work.name!r}: its difference to {anchor.name} overflows float32")
+
+    def _require_finite(self, work: Work, sources: Sequence[Source]) -> None:
+        """LorsError that names the first source whose tensor holds NaN or infinity, and how many."""
+        slot = Slot()
+        for source in sources:
+            count = 0
             for start in range(0, work.spec.numel, SLAB):
                 values = source.fetch(work.name, start, min(work.spec.numel, start + SLAB), slot)
-                counts[source.name] += int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
-        for name in (self.base.name, expert.name):
-            if counts[name]:
-                return LorsError(
-                    f"{name}: tensor {work.name!r}: expected finite values, got {counts[name]} NaN or infinite"
+                count += int(np.count_nonzero(~np.isfinite(values.astype(np.float32))))
+            if count:
+                raise LorsError(
+                    f"{source.name}: tensor {work.name!r}: expected finite values, got {count} NaN or infinite"
                 )
-        return LorsError(f"{expert.name}: tensor {work.name!r}: its difference to {self.base.name} overflows float32")
 
     # --- the account
 
@@ -308,13 +352,12 @@ class Engine:
 # numpy converts half precision an entry at a time; the kernels do it in vectors. Both take any of the three types.
 
 
-def _assign(out: np.ndarray, values: np.ndarray) -> None:
-    """out = values, rounded to the type of out."""
-    if values.dtype == out.dtype:
-        out[:] = values
-    elif values.size:
-        out[:] = 0
-        lors_kernels.merge_update(out[None], None, values[None], threads=1)
+def _apply(
+    out: np.ndarray, base: np.ndarray | None, update: np.ndarray | None, scale: float, backend: str | None
+) -> float:
+    """`apply_update` of flat arrays."""
+    rows = (None if x is None else x[None] for x in (base, update))
+    return lors_kernels.apply_update(out[None], *rows, scale=scale, backend=backend, threads=1)
 
 
 def _subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:

@@ -6,7 +6,8 @@ State dicts that are on a device already (`ResidentEngine`): everything there, n
 
 A batch is a few same-shaped matrices. Its tensors are read into page-locked memory by threads, copied on a stream of
 their own while the batch before is computed, merged in float32 on the device, and written behind. Experts come in slices
-that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are.
+that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are. The base
+is added to that sum last, as in `Engine`.
 A device that runs out of memory gets smaller batches, then an error; nothing of a failed batch has been written.
 """
 
@@ -33,11 +34,13 @@ from lors_kernels.grouped import (
     truncated_svd_group,
 )
 
+from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError
-from .operands import Certificate, Chunk, Operands, Outcome, matrix_shape
+from .messages import first_line
+from .operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .parameters import rank_of
-from .sources import Slot, Spec
+from .sources import Slot, Spec, matrix_shape
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4
@@ -55,6 +58,8 @@ def parse_devices(text: str) -> list[str]:
             raise LorsError(f"device: expected cpu, cuda or cuda:N, got {part!r}")
         if kind == "cuda":
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if count == 0:
+                raise LorsError(f"device: {_no_gpu()}, got {part!r}")
             if int(number or 0) >= count:
                 raise LorsError(f"device: expected one of the {count} GPUs PyTorch sees here, got {part!r}")
             part = f"cuda:{number or 0}"
@@ -62,6 +67,19 @@ def parse_devices(text: str) -> list[str]:
             raise LorsError(f"device: expected each device once, got {part!r} twice")
         devices.append(part)
     return devices
+
+
+def _no_gpu() -> str:
+    """Why PyTorch sees none."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"expected a PyTorch that is built for GPUs, this one ({torch.__version__}) is for CPUs only"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"PyTorch sees no GPU: {first_line(error)}"
+    return "PyTorch sees no GPU: CUDA_VISIBLE_DEVICES hides all of them, or there is none"
 
 
 class PinnedSlot(Slot):
@@ -127,7 +145,7 @@ class Kind(NamedTuple):
     """What the matrices of one batch have in common."""
 
     shape: tuple[int, ...]
-    base: str | None  # dtype
+    base: str  # dtype
     rules: tuple[tuple[float, float, bool, str], ...]  # per expert: rank, density, used, dtype
 
 
@@ -184,7 +202,8 @@ class GpuEngine(Engine):
         ]
         chosen = set(grouped)
         self._prepare(pieces)
-        with ThreadPoolExecutor(self.threads + len(self.devices), thread_name_prefix="lors") as pool:
+        workers = self.threads + len(self.devices)
+        with one_thread_each(), ThreadPoolExecutor(workers, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [
                 pool.submit(_DeviceRun(self, name, pieces, indices).run)
                 for name, indices in self.shares(pieces, grouped)
@@ -212,12 +231,12 @@ class GpuEngine(Engine):
         return [(name, sorted(share)) for name, share in shares.items() if share]
 
     def kind_of(self, work: Work) -> Kind:
+        terms = self.terms(work)
         rules = tuple(
-            (r.rank, r.density, r.weight != 0, str(expert.tensors[work.name].dtype))
-            for expert, r in zip(self.experts, work.reductions, strict=True)
+            (r.rank, r.density, t in terms.experts, str(expert.tensors[work.name].dtype))
+            for t, (expert, r) in enumerate(zip(self.experts, work.reductions, strict=True))
         )
-        base = str(self.base.tensors[work.name].dtype) if work.relative else None
-        return Kind(tuple(work.spec.shape), base, rules)
+        return Kind(tuple(work.spec.shape), str(terms.anchor.tensors[work.name].dtype), rules)
 
 
 class _DeviceRun:
@@ -295,7 +314,7 @@ class _DeviceRun:
             slots.append(slot := self.device.slot())
             return source.fetch(work.name, 0, work.spec.numel, slot).reshape(kind.shape)  # type: ignore[no-any-return]
 
-        bases = [fetch(engine.base, i) for i in batch] if kind.base else []
+        bases = [fetch(engine.base, i) for i in batch]  # a matrix has a base: methods without one decompose nothing
         tuned = [[fetch(engine.experts[e], i) for e in part.experts] for i in batch]
         return Loaded(bases, tuned, slots)
 
@@ -319,25 +338,24 @@ class _DeviceRun:
     def attempt(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
         device, torch = self.device, self.device.torch
         outcomes: list[list[Outcome]] = [[] for _ in batch]
-        totals: list[Any] | None = None
-        bases: list[Any] | None = None
+        totals: list[Any] = []
+        bases: list[Any] = []
         for part in slices(kind, most):
             source = loaded or self.load(kind, batch, part)
             loaded = None
             with device.copying():
-                if kind.base and bases is None:
+                if not bases:
                     bases = [device.upload(x) for x in source.bases]
                 tuned = [[device.upload(x) for x in row] for row in source.tuned]
-            device.ready([*(bases or []), *(x for row in tuned for x in row)])
-            if totals is None:
-                like = bases or [row[0] for row in tuned]
-                totals = [x.float().clone() if bases else torch.zeros_like(x, dtype=torch.float32) for x in like]
+            device.ready([*bases, *(x for row in tuned for x in row)])
+            if not totals:
+                totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
             found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)  # waits for the device: slots are free
             device.slots += source.slots
             for row, new in zip(outcomes, found, strict=True):
                 row += new
-        assert totals is not None
-        return [self.store(i, total, row) for i, total, row in zip(batch, totals, outcomes, strict=True)]
+        done = zip(batch, bases, totals, outcomes, strict=True)
+        return [self.store(i, add_base(total, base), row) for i, base, total, row in done]
 
     def reduce(self, batch: Sequence[int], part: Slice, group: MatrixGroup, totals: list[Any]) -> list[list[Outcome]]:
         """totals += the slice's experts."""
@@ -380,14 +398,21 @@ class _DeviceRun:
         return self.writer.submit(write)
 
 
-def rounded(engine: Engine, work: Work, total: Any) -> Any:
-    """A sum in the output's dtype; LorsError where float16 cannot hold it."""
+def add_base(total: Any, base: Any, scale: float = 1.0) -> Any:
+    """total += scale * base in float32, rounded once; a scale that float32 has not got is added as two numbers."""
+    nearest = float(np.float32(scale))
+    if nearest != scale:
+        total.add_(base, alpha=scale - nearest)
+    return total.add_(base, alpha=nearest)
+
+
+def rounded(engine: Engine, work: Work, values: Any) -> Any:
+    """Values in the output's dtype; LorsError where it cannot hold them."""
     import torch
 
-    out = total.to(getattr(torch, str(work.out_dtype)))
-    if out.dtype == torch.float16 and out.numel() and float(total.abs().max()) >= 65520:
-        engine._converted(total.cpu().numpy().ravel(), work, _scratch())  # raises the engine's own error
-    return out
+    if values.numel():
+        engine._require_fit(work, float(torch.stack(torch.aminmax(values)).abs().max()))
+    return values.to(getattr(torch, str(work.out_dtype)))
 
 
 def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Outcome]]:
@@ -404,12 +429,6 @@ def _numpy(host: Any, dtype: np.dtype[Any]) -> np.ndarray:
     import torch
 
     return host.view(torch.uint16).numpy().view(dtype) if host.dtype == torch.bfloat16 else host.numpy()  # type: ignore[no-any-return]
-
-
-def _scratch() -> Any:
-    from .engine import _Worker
-
-    return _Worker()
 
 
 # --- state dicts on a device -----------------------------------------------------------------------------------------
@@ -476,11 +495,12 @@ class ResidentEngine(GpuEngine):
         assert isinstance(self.base, DeviceSource)
         if work.combination is None:
             value = self.base.values[work.name]
-            self.merged[work.name] = rounded(self, work, value.clone()) if work.spec.floating else value.clone()
+            carried = work.spec.dtype == work.out_dtype
+            self.merged[work.name] = value.clone() if carried else rounded(self, work, value)
             return
         options = {"backend": self.device_backend}
         operands = DeviceOperands(
-            work.name, work.spec, self.base, self.experts, self.seed, options, _scratch().buffers,
+            work.name, work.spec, self.base, self.experts, self.seed, options, Buffers(),
             lambda expert: self._non_finite(expert, work),
         )  # fmt: skip
         parts = [values for _, values in work.combination(operands)]
@@ -500,22 +520,20 @@ class _ResidentRun(_DeviceRun):
         assert isinstance(engine, ResidentEngine)
         works = [self.pieces[i].work for i in batch]
 
-        def matrices(source: Any) -> list[Any]:
-            return [source.matrix(work.name) for work in works]
-
-        bases = matrices(engine.base) if kind.base else None
-        options: dict[str, Any] = {"dtype": torch.float32, "device": self.device.device}
-        totals = [x.to(torch.float32, copy=True) for x in bases or ()] or [
-            torch.zeros(kind.shape, **options) for _ in works
-        ]
+        terms = [engine.terms(work) for work in works]
+        bases = [t.anchor.matrix(work.name) for t, work in zip(terms, works, strict=True)]  # type: ignore[attr-defined]
+        totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
         outcomes: list[list[Outcome]] = [[] for _ in batch]
         for part in slices(kind, most):
-            tuned = zip(*(matrices(engine.experts[e]) for e in part.experts), strict=True)
-            found = self.reduce(batch, part, MatrixGroup(bases, list(tuned)), totals)
+            tuned = [[engine.experts[e].matrix(work.name) for e in part.experts] for work in works]  # type: ignore[attr-defined]
+            found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)
             for row, new in zip(outcomes, found, strict=True):
                 row += new
-        for index, work, total, row in zip(batch, works, totals, outcomes, strict=True):
-            engine.merged[work.name] = rounded(engine, work, total).reshape(work.spec.shape)
+        for index, work, (_, scale, _), base, total, row in zip(
+            batch, works, terms, bases, totals, outcomes, strict=True
+        ):
+            merged = rounded(engine, work, add_base(total, base, scale))
+            engine.merged[work.name] = merged.reshape(work.spec.shape)
             engine._outcomes[index] = row
         return []
 

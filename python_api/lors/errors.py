@@ -1,23 +1,31 @@
-"""The one exception a user sees."""
+"""The one exception a user sees, and the one function for text that goes to a terminal."""
 
 from __future__ import annotations
 
 from .public import public_text
 
-__all__ = ["LorsError", "LorsWarning"]
-
-# A path or a tensor name may hold any character; a message is one line all the same.
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85, 0x2028, 0x2029)}
-_CONTROL.update({9: "\\t", 10: "\\n", 13: "\\r"})
+__all__ = ["LorsError", "LorsWarning", "printable"]
 
 _LONGEST = 1500  # characters of a message
+
+
+def printable(text: str) -> str:
+    """`text` on one line, safe for a terminal: what cannot be seen is escaped as in a Python string.
+
+    Names in files, paths and the output of other programs may hold terminal commands (ESC, C1 controls), line breaks,
+    marks that reverse the order of what follows, and halves of surrogate pairs, which cannot be encoded. Letters of
+    every script, spaces and backslashes stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class LorsError(Exception):
     """Something the user can put right: what, where, what was expected, what was found, in one line.
 
-    The command line prints ``error: <message>`` and exits with 2. Control characters are escaped, so the message is
-    one line whatever a path or a tensor name contains. URLs are `public`.
+    The command line prints ``error: <message>`` and exits with 2. The message is `printable`, one line whatever a path or
+    a tensor name contains, and its URLs are `public`.
     """
 
     def __init__(self, message: str) -> None:
@@ -32,7 +40,9 @@ class LorsWarning(UserWarning):
 
 
 def _one_line(message: str) -> str:
-    text = public_text(message).translate(_CONTROL)
-    if len(text) > _LONGEST:  # a name out of a damaged file
-        text = f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
-    return text
+    # cut before escaping too: a name of 100 MB would take gigabytes
+    return _cut(printable(_cut(public_text(message))))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} [...] {text[-290:]}"

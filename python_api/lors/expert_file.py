@@ -17,16 +17,19 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
 from lors_kernels.arrays import BFLOAT16
 
 from .checkpoint import Checkpoint
+from .documents import Digest, Document
 from .errors import LorsError
+from .factors import Factors
 from .parameters import rank_of
 from .sources import Slot, Source, Spec
 
@@ -43,6 +46,7 @@ VALUE_TYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": BFLOAT16,
 }
 F32 = np.dtype(np.float32)
+LARGEST_EXPONENT = 126  # of a factor 2^e: with the values, of float16, it is a float32
 
 
 class Part(NamedTuple):
@@ -133,28 +137,40 @@ class Layout:
         return json.dumps({"format": FORMAT, **plain, "parts": parts}, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Layout:
-        """ValueError, KeyError or TypeError when it is not what `to_json` writes."""
-        data = json.loads(text)
-        if data["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, got {data['format']!r}; a newer lors reads it")
-        parts = [
-            Part(str(name), tuple(map(int, shape)), int(rank), int(kept)) for name, shape, rank, kept in data["parts"]
-        ]
-        layout = cls(**{key: data[key] for key in _KEYS}, parts=parts)
-        if not all(isinstance(x, dict) for x in (layout.base, layout.expert)) or not isinstance(layout.name, str):
-            raise ValueError("expected names and digests")
-        for key, known in (("values", VALUE_TYPES), ("index", ("mask", "gaps")), ("remainder", _REMAINDERS)):
-            if getattr(layout, key) not in known:
-                raise ValueError(f"unknown {key} {getattr(layout, key)!r}")
+    def from_json(cls, text: str, where: str) -> Layout:
+        """LorsError, which begins with `where`, when it is not what `to_json` writes."""
+        data = _LayoutText.parse(text, where)
+        parts = [Part(name, tuple(shape), rank, kept) for name, shape, rank, kept in data.parts]
+        if len({part.name for part in parts}) < len(parts):
+            raise LorsError(f"{where}: a tensor is in it twice")
         for part in parts:
-            if min(part.shape, default=0) < 0 or (part.matrix and (len(part.shape) != 2 or part.kept > part.numel)):
-                raise ValueError(f"impossible part {part.name!r}")
-        return layout
+            matrix = part.matrix and len(part.shape) == 2
+            if not (part.rank <= min(part.shape) and part.kept <= part.numel if matrix else part[2:] == (0, -1)):
+                raise LorsError(f"{where}: impossible part {part.name!r}")
+        return cls(**{key: getattr(data, key) for key in _KEYS}, parts=parts)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _LayoutText(Document):
+    """The metadata as they stand in the file."""
+
+    format: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    base: Annotated[dict[str, Digest], Field(min_length=1)]
+    expert: Annotated[dict[str, Digest], Field(min_length=1)]
+    origin: str
+    rank: Annotated[float, Field(ge=0)]
+    density: Annotated[float, Field(ge=0, le=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    values: Literal["float32", "float16", "bfloat16"]
+    index: Literal["mask", "gaps"]
+    remainder: Literal["float32", "float16", "int8", "none"]
+    parts: list[tuple[str, list[_Count], _Count, Annotated[int, Field(ge=-1, lt=2**62)]]]
 
 
 _KEYS = ("name", "base", "expert", "origin", "rank", "density", "seed", "values", "index", "remainder")
-_REMAINDERS = ("float32", "float16", "int8", "none")
 
 
 def is_expert_file(checkpoint: Checkpoint) -> bool:
@@ -209,15 +225,16 @@ class ExpertSource:
         self.name, self.checkpoint, self._base = checkpoint.name, checkpoint, base
         self._local = threading.local()  # of every thread: the last matrix that was put together
         text = checkpoint.metadata[KEY]
-        try:
-            self.layout = Layout.from_json(text)
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-            raise self._damaged(f"its metadata cannot be read: {error}") from error
+        self.layout = Layout.from_json(text, f"{checkpoint.path}: damaged expert file: its metadata")
         self._check_arrays(text)
         self._parts = {part.name: part for part in self.layout.parts}
         self._row = {part.name: row for row, part in enumerate(p for p in self.layout.parts if p.matrix)}
         self._exponents = self._read(EXPONENTS)
         self._energies = self._read(ENERGIES)
+        if (np.abs(self._exponents.astype(np.int32)) > LARGEST_EXPONENT).any():
+            raise self._damaged(f"expected exponents of at most {LARGEST_EXPONENT}")
+        if not np.isfinite(self._energies).all() or (self._energies < 0).any():
+            raise self._damaged("expected energies that are finite and not negative")
         self.tensors: dict[str, Spec] = {part.name: Spec(F32, part.shape) for part in self.layout.parts}
 
     def _check_arrays(self, text: str) -> None:
@@ -368,9 +385,10 @@ class ExpertSource:
         """Stored rank of a tensor, 0 where it is not decomposed."""
         return self._parts[name].rank
 
-    def factors(self, name: str) -> None:
-        """Never asked for its difference by factors: `add` knows L and S."""
-        return None
+    def factors(self, name: str) -> Factors | None:
+        """L, where the file knows no more of a matrix (density 0): exact, while `fetch` rounds W0 + L to float32."""
+        part = self._parts.get(name)
+        return Factors(*self.stored_factors(name)) if part is not None and part.matrix and not part.kept else None
 
     def stored_factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) of a decomposed matrix; [m, 0] and [n, 0] at rank 0."""

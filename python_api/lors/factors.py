@@ -29,11 +29,11 @@ class Factors(NamedTuple):
 
     def sigma(self) -> np.ndarray:
         """The singular values of delta, float64, largest first."""
-        return self._svd()[1]
+        return self.svd()[1]
 
     def split(self, rank: int) -> tuple[Factors, Factors]:
         """(L, delta - L) with L the `rank` largest singular triplets: left singular vectors times values, and right ones."""
-        u, sigma, v = self._svd()
+        u, sigma, v = self.svd()
         left = (u * sigma).astype(np.float32)
         right = v.astype(np.float32)
         cut = min(rank, len(sigma))
@@ -49,9 +49,23 @@ class Factors(NamedTuple):
         lors_kernels.merge_update(out, None, full, threshold=threshold)
         return out
 
-    def _svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """By QR of both factors and the SVD of the small matrix between them, in float64."""
+    def svd(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(u [m, r], sigma, v [n, r]) of delta, in float64: QR of both factors, the SVD of the small matrix between them."""
         q_left, r_left = np.linalg.qr(self.left.astype(np.float64))
         q_right, r_right = np.linalg.qr(self.right.astype(np.float64))
-        u, sigma, vh = np.linalg.svd(r_left @ r_right.T)
-        return q_left @ u[:, : len(sigma)], sigma, q_right @ vh[: len(sigma)].T
+        u, sigma, v = svd64(r_left @ r_right.T)
+        return q_left @ u, sigma, q_right @ v
+
+
+def svd64(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(u [m, r], sigma [r], v [n, r]) of a float64 matrix, r = min(m, n)."""
+    if x.shape[0] < x.shape[1]:  # LAPACK is faster on tall matrices
+        v, sigma, u = svd64(x.T)
+        return u, sigma, v
+    u, sigma, vh = np.linalg.svd(x, full_matrices=False)
+    return u, sigma, vh.T
+
+
+def nonzero(sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Which singular values of a float64 matrix of this shape are more than the rounding error of computing them."""
+    return sigma > sigma.max(initial=0.0) * max(shape) * 2.0**-53  # type: ignore[no-any-return]

@@ -4,31 +4,32 @@ Two formats are understood, both little-endian and uncompressed, so that every t
 
 * **safetensors**: 8 bytes header length, a JSON header, then the data;
 * **torch archives** (``.pt``, ``.bin`` as written by ``torch.save`` since 1.6): a zip file with one pickle that
-  describes the tensors and one stored member per storage. The pickle is read by an unpickler that knows only what
-  describing tensors takes; anything else it asks for is refused by name and never called, so no code of the file is
-  run and torch is not needed.
+  describes the tensors (`torch_pickle`) and one stored member per storage. No code of the file is run and torch is not
+  needed.
 
-A file may lie about itself in every field: each is checked here, once, and an error says which one is wrong.
+A file may lie about itself in every field: each is checked here, once, and an error says which one is wrong. What
+reading a table of contents takes is bounded by its size.
 """
 
 from __future__ import annotations
 
-import collections
-import json
 import math
 import os
-import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from . import strict_json
 from .errors import LorsError
+from .messages import shown
+from .torch_pickle import Tensor, read_pickle
 
 __all__ = ["DTYPES", "TensorInfo", "dtype_code", "read_safetensors_header", "read_torch_archive"]
 
@@ -61,8 +62,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format itself
+_MAX_HEADER = 32 << 20  # bytes: some 250,000 tensors
 _MAX_NUMEL = 2**63 - 1
+_MAX_DIMENSIONS = 32  # as many as every numpy has
+_MAX_NAME = 255  # characters
 
 
 def dtype_code(dtype: np.dtype[Any]) -> str:
@@ -113,41 +116,20 @@ def read_safetensors_header(
     stream.seek(0)
     (length,) = struct.unpack("<Q", stream.read(8))
     if length > _MAX_HEADER:
-        raise LorsError(
-            f"{path}: not a safetensors file: header length {length} is over the format's limit of {_MAX_HEADER}"
-        )
+        raise LorsError(f"{path}: not a safetensors file: header length {length} is over the limit of {_MAX_HEADER}")
     if length > size - 8:
         raise LorsError(
             f"{path}: truncated: the header takes {length} bytes, the file has {size - 8} after its length field"
         )
-    header = _parse_header(stream.read(length), path)
+    header = strict_json.parse(stream.read(length), f"{path}: the safetensors header")
+    if not isinstance(header, dict):
+        raise LorsError(f"{path}: the safetensors header must be a JSON object, got {shown(header)}")
     metadata = _check_metadata(header.pop("__metadata__", {}), path)
     data = 8 + length
     tensors = [_check_entry(name, entry, path, file, data) for name, entry in header.items()]
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     _check_layout(tensors, path, data, size)
     return {info.name: info for info in tensors}, metadata
-
-
-def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            twice = next(name for name, count in collections.Counter(key for key, _ in pairs).items() if count > 1)
-            raise LorsError(f"{path}: the safetensors header has the key {twice!r} twice")
-        return found
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except UnicodeDecodeError as error:
-        raise LorsError(f"{path}: the safetensors header is not UTF-8 (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise LorsError(f"{path}: the safetensors header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise LorsError(f"{path}: the safetensors header must be a JSON object, got {type(header).__name__}")
-    return header
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
@@ -162,17 +144,17 @@ def _whole(value: Any) -> bool:
 
 def _check_entry(name: str, entry: Any, path: Path, file: int, data: int) -> TensorInfo:
     """One entry of the header, on its own; how the entries lie together is _check_layout's concern."""
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {_checked_name(name, path)!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        got = ", ".join(sorted(entry)) if isinstance(entry, dict) else shown(entry)
         raise LorsError(f"{where}: expected an object with dtype, shape and data_offsets, got {got}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES or code == "C128":
-        raise LorsError(f"{where}: unknown dtype {code!r}")
-    if not isinstance(shape, list) or not all(map(_whole, shape)):
-        raise LorsError(f"{where}: the shape must be a list of non-negative whole numbers, got {shape!r}")
+        raise LorsError(f"{where}: unknown dtype {shown(code)}")
+    if not isinstance(shape, list):
+        raise LorsError(f"{where}: the shape must be a list of non-negative whole numbers, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-        raise LorsError(f"{where}: data_offsets must be two non-negative whole numbers, got {offsets!r}")
+        raise LorsError(f"{where}: data_offsets must be two non-negative whole numbers, got {shown(offsets)}")
     nbytes = _nbytes(code, shape, where)
     begin, end = offsets
     if end - begin != nbytes:
@@ -180,13 +162,27 @@ def _check_entry(name: str, entry: Any, path: Path, file: int, data: int) -> Ten
     return TensorInfo(name, DTYPES[code], tuple(shape), file, data + begin, nbytes)
 
 
-def _nbytes(code: str, shape: list[int], where: str) -> int:
-    bits = math.prod(shape) * _PACKED_BITS.get(code, 8 * DTYPES[code].itemsize)
-    if bits > 8 * _MAX_NUMEL:
-        raise LorsError(f"{where}: the size of shape {shape} overflows")
-    if bits % 8:
-        raise LorsError(f"{where}: {code} {shape} does not fill whole bytes")
-    return bits // 8
+def _checked_name(name: str, path: Path) -> str:
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise LorsError(
+            f"{path}: tensor {name[:_MAX_NAME]!r}: expected a printable name of at most {_MAX_NAME} characters"
+        )
+    return name
+
+
+def _nbytes(code: str, shape: Sequence[Any], where: str) -> int:
+    """Bytes of a tensor; LorsError for a shape that no array can have."""
+    if len(shape) > _MAX_DIMENSIONS:
+        raise LorsError(f"{where}: expected at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}")
+    if not all(map(_whole, shape)):
+        raise LorsError(f"{where}: the shape must be a list of non-negative whole numbers, got {shown(list(shape))}")
+    bits = _PACKED_BITS.get(code, 8 * DTYPES[code].itemsize)
+    # Without its zeros too, as numpy asks for: 2^62 x 0 has no bytes, and no numpy array has that shape.
+    if bits * math.prod(length or 1 for length in shape) > 8 * _MAX_NUMEL:
+        raise LorsError(f"{where}: the size of shape {list(shape)} overflows")
+    if (total := bits * math.prod(shape)) % 8:
+        raise LorsError(f"{where}: {code} {list(shape)} does not fill whole bytes")
+    return total // 8
 
 
 def _check_layout(tensors: list[TensorInfo], path: Path, data: int, size: int) -> None:
@@ -210,153 +206,128 @@ def _check_layout(tensors: list[TensorInfo], path: Path, data: int, size: int) -
 
 # ------------------------------------------------------------------------------------------- torch archives
 
-_STORAGES = {
-    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
-}  # fmt: skip
-_TORCH_DTYPES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
-    "complex64": "C64", "complex128": "C128", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
-}  # fmt: skip
+_MAX_PICKLE = 32 << 20  # bytes; of Whisper's largest it takes 150 kB
+_MAX_DIRECTORY = 8 << 20  # bytes of the zip file's directory: the zipfile module takes about 20 times as much
+_MAX_SHARING = 16  # all tensors together may be this many times the file, where several have one storage
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number before 1.6, pickled
 
-
-class _Storage(NamedTuple):
-    code: str  # "" when untyped: the tensor says
-    key: str
-
-
-class _Tensor(NamedTuple):
-    code: str
-    key: str
-    start: int  # elements
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _tensor(storage: _Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> _Tensor:
-    return _Tensor(storage.code, storage.key, start, shape, stride)
-
-
-def _tensor_of_dtype(
-    storage: _Storage,
-    start: int,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    grad: bool,
-    hooks: Any,
-    code: str,
-    *rest: Any,
-) -> _Tensor:
-    return _Tensor(code, storage.key, start, shape, stride)
-
-
-def _parameter(tensor: _Tensor, *rest: Any) -> _Tensor:
-    return tensor
-
-
-# Everything a pickle of tensors may name. Types and dtypes become plain strings: nothing here does harm when called.
-_KNOWN: dict[str, Callable[..., Any] | str] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch.storage.UntypedStorage": "",
-    **{f"torch.{name}": code for name, code in _STORAGES.items()},
-    **{f"torch.{name}": code for name, code in _TORCH_DTYPES.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of tensors and plain values. Whatever else it names is refused before it is looked up."""
-
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        super().__init__(stream)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _KNOWN.get(f"{module}.{name}")
-        if found is None:
-            raise LorsError(
-                f"{self._path}: refused: its pickle asks for {module}.{name}, which could run code; only plain tensors "
-                f"are read (save the state dict alone, or convert it to safetensors)"
-            )
-        return found
-
-    def persistent_load(self, identity: Any) -> _Storage:
-        kind, code, key, _location, _numel = identity
-        if kind != "storage" or not isinstance(code, str) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"unknown persistent id {identity!r}")
-        return _Storage(code, key)
+Members = dict[str, zipfile.ZipInfo]
 
 
 def read_torch_archive(
     stream: BinaryIO, path: Path, file: int = 0
-) -> tuple[dict[str, TensorInfo], dict[str, Any] | None]:
+) -> tuple[dict[str, TensorInfo], dict[str, int] | None]:
     """Tensors by name of a ``torch.save`` archive, and openai-whisper's ``dims`` (None in a plain state dict).
 
     Accepted are a state dict and ``{"dims": {...}, "model_state_dict": {...}}``. Raises LorsError for an archive that
     is damaged, compressed, big-endian, of torch before 1.6, that needs more than tensors and plain values, or that
     holds tensors which are not contiguous.
     """
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            content = _unpickle(archive, members, path)
-    except zipfile.BadZipFile as error:
-        raise LorsError(f"{path}: not a torch archive (damaged, or written by torch before 1.6): {error}") from error
+    members = _members(stream, path)
+    content = _unpickle(members, stream, path)
     state, dims = content, None
     if isinstance(content, dict) and "model_state_dict" in content:
         state, dims = content["model_state_dict"], content.get("dims")
-        if dims is not None and not isinstance(dims, dict):
-            raise LorsError(f"{path}: dims must be a dictionary, got {type(dims).__name__}")
+        if dims is not None and not (isinstance(dims, dict) and all(map(_whole, dims.values()))):
+            raise LorsError(f"{path}: dims: expected a dictionary of whole numbers")
     if not isinstance(state, dict) or not state:
-        raise LorsError(f"{path}: expected a state dict (tensor names to tensors), got {type(state).__name__}")
-    return {name: _locate(name, value, members, stream, path, file) for name, value in state.items()}, dims
+        got = "an empty one" if isinstance(state, dict) else type(state).__name__
+        raise LorsError(f"{path}: expected a state dict (tensor names to tensors), got {got}")
+    tensors = {name: _locate(name, value, members, stream, path, file) for name, value in state.items()}
+    total, size = sum(info.nbytes for info in tensors.values()), os.fstat(stream.fileno()).st_size
+    if total > _MAX_SHARING * size:
+        raise LorsError(f"{path}: its tensors take {total} bytes, {total // size} times as much as the file")
+    return tensors, dims
 
 
-def _unpickle(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> Any:
+def _members(stream: BinaryIO, path: Path) -> Members:
+    """The archive's members by their names without the first directory, none of them compressed or encrypted."""
+    if os.pread(stream.fileno(), len(_LEGACY), 0) == _LEGACY:
+        raise LorsError(f"{path}: written by torch before 1.6: load it with torch and save it again")
+    if (size := _directory_size(stream, path)) > _MAX_DIRECTORY:
+        raise LorsError(f"{path}: the archive's directory takes {size} bytes, the limit is {_MAX_DIRECTORY}")
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
+        raise LorsError(f"{path}: not a torch archive, or a damaged one: {error}") from error
+    members: Members = {}
+    for info in infos:
+        name = info.filename.partition("/")[2]
+        if name in members:
+            raise LorsError(f"{path}: the archive has the member {name!r} twice")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise LorsError(f"{path}: the archive member {name!r} is compressed; torch stores without compression")
+        if info.flag_bits & 0b1100001:  # bits 0, 5 and 6
+            raise LorsError(f"{path}: the archive member {name!r} is encrypted or a patch")
+        members[name] = info
+    return members
+
+
+def _directory_size(stream: BinaryIO, path: Path) -> int:
+    """Bytes of the zip file's directory, by the records at the very end of the file, where torch and zipfile put them.
+
+    zipfile would look for them elsewhere too, where an archive has a comment: there they might say something else.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    tail = os.pread(stream.fileno(), 98, max(0, size - 98)).rjust(98, b"\0")
+    record, locator, end = tail[:56], tail[56:76], tail[76:]
+    whole = end[:4] == b"PK\x05\x06" and end[20:] == b"\0\0"
+    (taken,) = struct.unpack("<L", end[12:16])
+    if locator[:4] == b"PK\x06\x07":  # zip64
+        whole = whole and record[:4] == b"PK\x06\x06" and locator[8:16] == struct.pack("<Q", size - 98)
+        (taken,) = struct.unpack("<Q", record[40:48])
+    if not whole:
+        raise LorsError(f"{path}: not a torch archive, or a damaged one: it does not end with a zip file's directory")
+    return int(taken)
+
+
+def _unpickle(members: Members, stream: BinaryIO, path: Path) -> Any:
     if "data.pkl" not in members:
         raise LorsError(f"{path}: not a torch archive: it has no data.pkl")
-    packed = [name for name, info in members.items() if info.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise LorsError(f"{path}: the archive member {packed[0]!r} is compressed; torch stores without compression")
-    if members["data.pkl"].file_size > _MAX_HEADER:
-        raise LorsError(f"{path}: data.pkl takes {members['data.pkl'].file_size} bytes, the limit is {_MAX_HEADER}")
-    if "byteorder" in members and (order := archive.read(members["byteorder"])) != b"little":
+    if members["data.pkl"].file_size > _MAX_PICKLE:
+        raise LorsError(f"{path}: data.pkl takes {members['data.pkl'].file_size} bytes, the limit is {_MAX_PICKLE}")
+    if "byteorder" in members and (order := _content(members["byteorder"], stream, path, 8)) != b"little":
         raise LorsError(f"{path}: expected little-endian tensors, got byte order {order!r}")
     try:
-        with archive.open(members["data.pkl"]) as stream:
-            return _Unpickler(stream, path).load()  # type: ignore[arg-type]
-    except (LorsError, zipfile.BadZipFile, OSError):
-        raise
-    except Exception as error:  # a damaged pickle fails in the unpickler in any way at all
-        raise LorsError(f"{path}: the pickle in it cannot be read: {type(error).__name__}: {error}") from error
+        return read_pickle(_content(members["data.pkl"], stream, path, _MAX_PICKLE))
+    except LorsError as error:
+        raise LorsError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise LorsError(f"{path}: the pickle in it cannot be read: {error}") from error
 
 
-def _locate(
-    name: Any, value: Any, members: dict[str, zipfile.ZipInfo], stream: BinaryIO, path: Path, file: int
-) -> TensorInfo:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(name, str) or not isinstance(value, _Tensor):
+def _content(member: zipfile.ZipInfo, stream: BinaryIO, path: Path, limit: int) -> bytes:
+    """A member's first `limit` bytes; of a whole one the checksum is right."""
+    count = min(member.file_size, limit)
+    content = os.pread(stream.fileno(), count, _member_offset(member, stream, path))
+    if len(content) == member.file_size and zlib.crc32(content) != member.CRC:
+        raise LorsError(f"{path}: damaged: the checksum of {member.filename!r} is wrong")
+    return content
+
+
+def _locate(name: str, value: Any, members: Members, stream: BinaryIO, path: Path, file: int) -> TensorInfo:
+    where = f"{path}: tensor {_checked_name(name, path)!r}"
+    if not isinstance(value, Tensor):
         raise LorsError(f"{path}: expected a state dict of tensors, got {type(value).__name__} under {name!r}")
-    code, key, start, shape, stride = value
-    lists = isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
-    if not lists or not isinstance(code, str) or code not in DTYPES or not all(map(_whole, (start, *shape, *stride))):
-        raise LorsError(f"{where}: unreadable description {tuple(value)!r}")
-    nbytes = _nbytes(code, list(shape), where)
+    code, start, shape, stride = value.code, value.start, value.shape, value.stride
+    if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) != len(stride) or code not in DTYPES:
+        raise LorsError(f"{where}: unreadable description: expected a dtype, and a shape and strides of one length")
+    if not all(map(_whole, (start, *stride))):
+        raise LorsError(f"{where}: unreadable description: expected a start and strides of non-negative whole numbers")
+    nbytes = _nbytes(code, shape, where)
     if nbytes and not _contiguous(shape, stride):
         raise LorsError(f"{where}: not contiguous (shape {shape}, strides {stride}); save it again with .contiguous()")
-    member = members.get(f"data/{key}")
+    member = members.get(f"data/{value.storage.key}")
     if member is None:
-        raise LorsError(f"{where}: its data (data/{key}) are not in the archive")
+        raise LorsError(f"{where}: its data (data/{value.storage.key}) are not in the archive")
     begin = start * DTYPES[code].itemsize
     if begin + nbytes > member.file_size:
-        raise LorsError(f"{where}: takes bytes {begin} to {begin + nbytes} of data/{key}, which has {member.file_size}")
+        raise LorsError(
+            f"{where}: takes bytes {begin} to {begin + nbytes} of {member.filename}, which has {member.file_size}"
+        )
     offset = _member_offset(member, stream, path)
-    return TensorInfo(name, DTYPES[code], tuple(shape), file, offset + begin, nbytes)
+    return TensorInfo(name, DTYPES[code], shape, file, offset + begin, nbytes)
 
 
 def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -370,8 +341,7 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 def _member_offset(member: zipfile.ZipInfo, stream: BinaryIO, path: Path) -> int:
     """Where a stored member's bytes begin: behind its local header, whose length only the header itself gives."""
-    stream.seek(member.header_offset)
-    local = stream.read(30)
+    local = os.pread(stream.fileno(), 30, member.header_offset)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise LorsError(f"{path}: damaged archive: no local header for {member.filename!r}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])

@@ -28,7 +28,7 @@ import lors_kernels
 from lors_kernels import NonFiniteError
 
 from . import layers
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
 from .parameters import rank_of
@@ -145,9 +145,8 @@ def interference(
         raise LorsError(f"--match: {match!r} is not a regular expression: {error}") from None
     with contextlib.ExitStack() as stack:
         origin = stack.enter_context(open_checkpoint(os.fspath(base), name="base"))
-        readers = [
-            _Reader(stack.enter_context(open_checkpoint(os.fspath(p), name=n)), origin) for n, p in experts.items()
-        ]
+        opened = [stack.enter_context(open_checkpoint(os.fspath(path), name=name)) for name, path in experts.items()]
+        readers = [_Reader(checkpoint, origin) for checkpoint in opened]
         selected = layers.select(origin.tensors, origin.naming, origin.config).names
         names = [name for name in origin.tensors if name in selected and wanted.search(name)]
         if not names:
@@ -161,6 +160,7 @@ def interference(
                 rows.append(row)
                 if progress:
                     progress(len(rows), len(names))
+        require_unchanged((origin, *opened))
     return Interference(list(experts), rank, density, rows)
 
 

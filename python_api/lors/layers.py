@@ -148,7 +148,10 @@ def compile_patterns(patterns: Iterable[str], where: str) -> list[re.Pattern[str
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise LorsError(f"{where}[{index}]: {pattern!r} is not a regular expression: {error}") from None
+            hint = (
+                f"; as a regular expression, * is .*: {pattern.replace('*', '.*')!r}" if pattern.startswith("*") else ""
+            )
+            raise LorsError(f"{where}[{index}]: {pattern!r} is not a regular expression: {error}{hint}") from None
     return compiled
 
 
@@ -193,7 +196,8 @@ def select(
         found = _by_architecture(matrices, naming or _naming_of(tensors), config, part)
         what = f"target.select: {part!r}"
     if target is not None and not found.names:
-        raise LorsError(f"{what} matches none of the {len(matrices)} matrices")
+        example = f", whose names are like {next(iter(matrices))!r}" if include and matrices else ""
+        raise LorsError(f"{what} matches none of the {len(matrices)} matrices{example}")
     kept = found.names - _matching(found.names, exclude)
     if exclude and not kept:
         raise LorsError(f"target.exclude: {_listed(exclude)} takes out all {len(found.names)} chosen matrices")

@@ -16,14 +16,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from .card import Source, is_untouched, write_card
-from .checkpoint import Checkpoint, open_checkpoint
+from pydantic import Field
+
+from .card import Source, carried_over, is_untouched, write_card
+from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
+from .documents import Document
 from .errors import LorsError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
 from .output import RECIPE_FILE, OutputDirectory, writing
+from .recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
 
@@ -44,14 +48,17 @@ class Ledger:
         path = directory / LEDGER_FILE
         if not path.is_file():
             raise LorsError(f"{directory}: expected a model merged by lors: there is no {LEDGER_FILE} in it")
-        try:
-            data = json.loads(path.read_bytes())
-            if data["format"] != FORMAT:
-                raise ValueError(f"expected format {FORMAT}, got {data['format']!r}")
-            base, *experts = (Source(**source) for source in (data["base"], *data["experts"]))
-            return cls(base, tuple(experts), int(data["edits"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise LorsError(f"{path}: cannot be read: {error}") from error
+        file = _File.read(path)
+        return cls(file.base, tuple(file.experts), file.edits)
+
+
+class _File(Document):
+    """The ledger as it stands in its file."""
+
+    format: Literal[1]
+    base: Source
+    experts: Annotated[list[Source], Field(min_length=1)]
+    edits: Annotated[int, Field(ge=0, lt=2**53)]
 
 
 def write_ledger(output: OutputDirectory, base: Source, experts: Sequence[Source], edits: int = 0) -> None:
@@ -77,37 +84,54 @@ def edit(
     when not given. `name`: what it is called, or which of the model's experts is removed. LorsError before anything is
     written when the expert file was made from another base or, on removal, is not what was merged.
     """
-    from .task_vector import open_expert
-
     begun = time.perf_counter()
     target = Path(os.path.realpath(os.path.expanduser(merged)))
     if not target.is_dir():
-        raise LorsError(f"{merged}: expected the directory of a merged model")
+        turned = (Path(expert).expanduser() / LEDGER_FILE).exists()
+        hint = f"; the model comes first: {expert} {merged}" if turned else ""
+        raise LorsError(f"{merged}: expected the directory of a merged model{hint}")
     with contextlib.ExitStack() as stack:
-        source = open_expert(expert, name)
+        source = _expert_of(target, expert, name)
         stack.enter_context(source.checkpoint)
         output = stack.enter_context(OutputDirectory(target, keep=True, inputs=[expert], durable=durable))
         ledger = Ledger.load(target)  # under the lock of the output: nobody changes it any more
         source.require_base(ledger.base.sha256)
         checkpoint = stack.enter_context(open_checkpoint(str(target)))
         output.outdated([*(file.name for file in checkpoint.files), "model.safetensors.index.json"])
+        carried, notices = carried_over(checkpoint.card())
         change = _removal if remove else _addition
-        recipe, bound, index, experts = change(_recipe(target), ledger, source, expert, weight)
+        model = written_beside(target, os.fspath(expert))
+        recipe, bound, index, experts = change(_recipe(target), ledger, source, model, weight)
         if remove:
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
-        _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report)
+        require_unchanged((checkpoint, source.checkpoint))
+        report.notices += notices
+        _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report, carried)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
     return report
 
 
-def _recipe(target: Path) -> dict[str, Any]:
-    from . import strict_yaml
+def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
+    """The expert file; when there is none, what the model is made of helps to find it."""
+    from .task_vector import open_expert
 
     try:
-        text = (target / RECIPE_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return open_expert(expert, name)
+    except SourceNotFound as error:
+        known = ", ".join(one.name for one in Ledger.load(target).experts)
+        raise LorsError(
+            f"{error}; expected an expert file, as `lors decompose` writes it; {target} has {known}"
+        ) from None
+
+
+def _recipe(target: Path) -> dict[str, Any]:
+    from . import strict_json, strict_yaml
+
+    try:
+        text = strict_json.read_bytes(target / RECIPE_FILE, strict_yaml.MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise LorsError(f"{target / RECIPE_FILE}: cannot read the recipe: {error}") from None
     data = strict_yaml.parse(text, str(target / RECIPE_FILE))
     if not isinstance(data, dict) or not isinstance(data.get("models"), list):
@@ -135,12 +159,12 @@ def _separable(recipe: Any) -> bool:
 
 
 def _addition(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     label = source.name
     if label in [expert.name for expert in ledger.experts]:
         raise LorsError(f"{label}: is merged already; --name gives this one another name")
-    entry: dict[str, Any] = {"model": os.fspath(path), "name": label}
+    entry: dict[str, Any] = {"model": model, "name": label}
     if weight is not None:
         entry["parameters"] = {"weight": weight}
     recipe = _bound(data | {"models": [*data["models"], entry]})
@@ -149,7 +173,7 @@ def _addition(
 
 
 def _removal(
-    data: dict[str, Any], ledger: Ledger, source: ExpertSource, path: str | os.PathLike[str], weight: float | None
+    data: dict[str, Any], ledger: Ledger, source: ExpertSource, model: str, weight: float | None
 ) -> tuple[Any, Any, int, tuple[Source, ...]]:
     digests = [sorted(d.values()) for d in (source.checkpoint.sha256(), source.layout.expert)]
     found = [expert for expert in ledger.experts if sorted(expert.sha256.values()) in digests]
@@ -162,7 +186,10 @@ def _removal(
     if len(ledger.experts) == 1:
         raise LorsError(f"{source.name}: is the only expert of this model; without it there is only the base")
     before = _bound(data)
-    index = before.labels.index(named[0].name)
+    index = next((i for i in before.experts if before.labels[i] == named[0].name), None)
+    if index is None:
+        known = ", ".join(before.labels[i] for i in before.experts)
+        raise LorsError(f"{RECIPE_FILE}: expected the model {named[0].name!r} that {LEDGER_FILE} has, it has {known}")
     models = [entry for at, entry in enumerate(data["models"]) if at != index]
     return _bound(data | {"models": models}), before, index, tuple(e for e in ledger.experts if e is not named[0])
 
@@ -222,7 +249,14 @@ def _apply(
     return report
 
 
-def _describe(output: OutputDirectory, merged: Checkpoint, recipe: Any, ledger: Ledger, report: MergeReport) -> None:
+def _describe(
+    output: OutputDirectory,
+    merged: Checkpoint,
+    recipe: Any,
+    ledger: Ledger,
+    report: MergeReport,
+    carried: Mapping[str, Any],
+) -> None:
     """Card, recipe and ledger; all else beside the weights is carried over, and so is a card with a user's words."""
     if (card := merged.card()) is not None and not is_untouched(card):
         kept = f"README.before-{ledger.edits}.md"
@@ -243,5 +277,5 @@ def _describe(output: OutputDirectory, merged: Checkpoint, recipe: Any, ledger: 
             recipe=recipe.published().to_yaml(),
             backend=report.backend,
             naming=merged.naming,
-            base_card=merged.card(),
+            carried=carried,
         )

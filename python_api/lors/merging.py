@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ from lors_kernels.arrays import BFLOAT16, is_torch
 from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
-from .card import write_card
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .card import carried_over, write_card
+from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
+from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
@@ -37,8 +39,9 @@ from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .public import public
 from .recipe import BASE, Recipe
-from .remote import placed
+from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
+from .suspicions import of_digests, of_values
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -116,23 +119,31 @@ def merge_recipe(
     """
     begun = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        _check_device(device)
         kernels = None if device else backend
         place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=kernels, threads=threads, force=force, durable=durable)
+        shown = recipe.published()
+        text = shown.to_yaml(resolved=True) if is_url(out) else shown.to_yaml(beside=job.output.target)
         stack.enter_context(job.output)
         writer = _writer(recipe, job.base, job.output.path, job.works)
         stack.enter_context(writer)
-        hashes: dict[str, dict[str, str]] = {}
+        hashes: dict[Checkpoint, dict[str, str]] = {}
         hashing = [_hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
         engine = _engine(recipe, job.sources, writer.write, job.report, job.works, progress)
         engine.cached = factors
         if ray is not None:
-            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend))
+            engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend, engine.stop))
         if device:
             engine = _on_devices(engine, device, device_memory, backend)
-        engine.run(job.works, hashing)
+        suspected: list[str] = []
+        looking = [lambda: suspected.extend(of_values(job.sources, job.works))] if job.works[0].relative else []
+        engine.run(job.works, [*hashing, *looking])
+        job.report.notices += [*of_digests(job.base, job.experts, hashes), *suspected]
         writer.finish()
-        _accompany(recipe, job.base, job.experts, job.output, hashes, job.report)
+        require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
+        _accompany(recipe, job, hashes, text)
+        require_unchanged((job.base, *job.experts))
         job.output.commit()
     job.report.out = public(str(out))
     job.report.seconds = time.perf_counter() - begun
@@ -150,10 +161,12 @@ def dry_run(
     *,
     backend: str | None = None,
     threads: int | None = None,
+    device: str | None = None,
     force: bool = False,
 ) -> MergeReport:
     """Every check of `merge_recipe` that needs no weights; reads headers only and writes nothing."""
     with contextlib.ExitStack() as stack:
+        _check_device(device)
         place = stack.enter_context(placed(out, force, inputs=[recipe.base_source, *recipe.sources]))
         job = _prepare(recipe, place, stack, backend=backend, threads=threads, force=force, durable=False)
         size = sum(work.spec.numel * work.out_dtype.itemsize for work in job.works)
@@ -248,7 +261,9 @@ def merge_in_memory(
         opened, others = _open(recipe, METHODS[method], stack)
         sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
         works = _plan(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
-        return _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None)), opened
+        merged = _collect(works, lambda sink: _engine(recipe, sources, sink, report, works, None))
+        require_unchanged((opened, *others))
+        return merged, opened
 
 
 def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
@@ -289,8 +304,10 @@ class _Job(NamedTuple):
     experts: list[Checkpoint]
     sources: list[Source]
     works: list[Work]
+    companions: list[Path]
     output: OutputDirectory
     report: MergeReport
+    carried: dict[str, Any]  # of the base's model card
 
 
 def _prepare(
@@ -311,9 +328,13 @@ def _prepare(
     sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
     works = _plan(recipe, method, sources[0], base.naming, base.config, report)
     require_parts(sources[1:], works, report)
+    beside = companions(base, experts, report.notices)
+    base.dims = dims(base, experts, report.notices)
+    carried, notices = carried_over(base.card())
+    report.notices += notices
     inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return _Job(base, experts, sources, works, output, report)
+    return _Job(base, experts, sources, works, beside, output, report, carried)
 
 
 def _threads(threads: int | None) -> int:
@@ -335,19 +356,10 @@ def _backend(name: str | None) -> str:
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
     """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
+    recipe.require_parameters()
     indices = recipe.experts if method.relative else recipe.inputs
-    experts = [
-        stack.enter_context(
-            open_checkpoint(str(recipe.base_source), name="base")
-            if index == BASE
-            else open_checkpoint(recipe.sources[index], name=recipe.labels[index])
-        )
-        for index in indices
-    ]
-    if method.relative:
-        base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
-    else:
-        base = experts[0]
+    experts = [stack.enter_context(_open_source(recipe, index)) for index in indices]
+    base = stack.enter_context(_open_source(recipe, BASE)) if method.relative else experts[0]
     if base.adapter is not None:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     if method.relative and is_expert_file(base):
@@ -361,6 +373,14 @@ def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[
         elif expert is not base and expert.adapter is None:
             compare(base, expert)
     return base, experts
+
+
+def _open_source(recipe: Recipe, model: int) -> Checkpoint:
+    source = str(recipe.base_source) if model == BASE else recipe.sources[model]
+    try:
+        return open_checkpoint(source, name="base" if model == BASE else recipe.labels[model])
+    except SourceNotFound as error:
+        raise recipe.missing(model, error.reason) from error
 
 
 def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
@@ -474,7 +494,7 @@ def _engine(
 
 
 def _on_cluster(
-    address: str, recipe: Recipe, job: _Job, backend: str | None
+    address: str, recipe: Recipe, job: _Job, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
     from .ray_cluster import Wanted, decompositions
@@ -489,8 +509,16 @@ def _on_cluster(
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
     paths = {expert.name: expert.location for expert in job.experts}
-    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads}
+    options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads, "stop": stop}
     return decompositions(address, job.base.location, paths, wanted, **options)
+
+
+def _check_device(device: str | None) -> None:
+    """LorsError, before anything is opened, unless the GPUs that are asked for are there."""
+    if device:
+        from .engine_gpu import parse_devices
+
+        parse_devices(device)
 
 
 def _on_devices(
@@ -531,44 +559,38 @@ def _writer(
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
-def _hasher(checkpoint: Checkpoint, hashes: dict[str, dict[str, str]], job: _Job) -> Callable[[], None]:
+def _hasher(checkpoint: Checkpoint, hashes: dict[Checkpoint, dict[str, str]], job: _Job) -> Callable[[], None]:
     def task() -> None:
-        hashes[checkpoint.name] = checkpoint.sha256()
+        hashes[checkpoint] = checkpoint.sha256()
         if checkpoint is job.base:
             for source in job.sources:
                 if isinstance(source, ExpertSource):
-                    source.require_base(hashes[checkpoint.name])
+                    source.require_base(hashes[checkpoint])
 
     return task
 
 
-def _accompany(
-    recipe: Recipe,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
-    output: OutputDirectory,
-    hashes: Mapping[str, Mapping[str, str]],
-    report: MergeReport,
-) -> None:
+def _accompany(recipe: Recipe, job: _Job, hashes: Mapping[Checkpoint, Mapping[str, str]], text: str) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
-    for path in base.sidecars():
+    base, experts, output = job.base, job.experts, job.output
+    for path in job.companions:
         output.copy(path)
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: _plain(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
-    sources = [CardSource.of(expert, hashes[expert.name], weights[expert.name]) for expert in experts]
-    write_ledger(output, CardSource.of(base, hashes[base.name]), sources)
+    sources = [CardSource.of(expert, hashes[expert], weights[expert.name]) for expert in experts]
+    write_ledger(output, CardSource.of(base, hashes[base]), sources)
     write_card(
         output.path,
-        base=CardSource.of(base, hashes[base.name]),
+        base=CardSource.of(base, hashes[base]),
         experts=sources,
         method=recipe.merge_method,
         parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
-        recipe=recipe.published().to_yaml(),
-        backend=report.backend,
+        recipe=text,
+        backend=job.report.backend,
         naming=base.naming,
-        base_card=base.card(),
+        carried=job.carried,
     )
 
 

@@ -18,7 +18,8 @@ import lors_kernels
 from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 from .errors import LorsError
-from .sources import COLUMNS, Slot, Source, Spec, rows_of
+from .factors import nonzero, svd64
+from .sources import COLUMNS, Slot, Source, Spec, matrix_shape, rows_of
 
 BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
 STRIP = 1 << 21  # the same for tensors beyond it, where nothing is gained by more than a cache holds
@@ -129,7 +130,7 @@ class Operands:
     def out(self, values: np.ndarray) -> np.ndarray:
         """A float32 copy of `values`, to be added to; valid until the next chunk."""
         total = self.buffers.out.array(values.size, np.dtype(np.float32))
-        total[:] = values
+        lors_kernels.apply_update(total[None], values[None], None, **self.kernels)
         return total
 
     # --- kernels, with errors that name the expert
@@ -142,27 +143,29 @@ class Operands:
         except NonFiniteError:
             raise self.blame(self.experts[t]) from None
 
-    def svd(self, t: int, rank: int) -> TruncatedSVD:
-        """The (at most) `rank` largest singular triplets of expert t's delta."""
+    def delta(self, t: int) -> np.ndarray:
+        """Expert t's delta as a float64 matrix: exact where it is known by factors, else formed in float32."""
         factors = self.experts[t].factors(self.name)
         if factors is not None:
-            low = factors.split(rank)[0]
-            energy = float(np.square(factors.sigma()).sum())
-            sigma = low.sigma().astype(np.float32)[: low.rank]
-            svd = TruncatedSVD(low.left, low.right, sigma, 0, 0.0, "factors", energy, "numpy")
-        else:
-            svd = self._decomposed(t, rank)
-        low_energy = float(np.square(svd.sigma, dtype=np.float64).sum())
-        stats = UpdateStats(svd.energy, max(0.0, svd.energy - low_energy), 0.0, 0, 0)
-        self.outcomes.append(Outcome(stats, Certificate.of(svd)))
-        return svd
-
-    def _decomposed(self, t: int, rank: int) -> TruncatedSVD:
+            return factors.left.astype(np.float64) @ factors.right.astype(np.float64).T  # type: ignore[no-any-return]
         base, tuned = self.pair(t)
-        try:
-            return lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **self.kernels)
-        except NonFiniteError:
-            raise self.blame(self.experts[t]) from None
+        delta = tuned.astype(np.float32) - base.astype(np.float32)
+        self.check(t, delta)
+        return delta.astype(np.float64)  # type: ignore[no-any-return]
+
+    def svd(self, t: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta.
+
+        Those of singular value 0 are left out. By LAPACK, all of them: a method that makes weak directions as large as
+        strong ones needs each as exact as the others, and `truncated_svd` promises that of L as a whole only.
+        """
+        factors = self.experts[t].factors(self.name)
+        u, sigma, v = svd64(self.delta(t)) if factors is None else factors.svd()
+        there = nonzero(sigma, (len(u), len(v)))[:rank].nonzero()[0]
+        energy, kept = (float(np.square(part).sum()) for part in (sigma, sigma[there]))
+        method = "svd" if factors is None else "factors"
+        self.outcomes.append(Outcome(UpdateStats(energy, energy - kept, 0.0, 0, 0), Certificate(method, 0, 0.0)))
+        return u[:, there], sigma[there], v[:, there]
 
     def account(self, t: int, keep: Keep) -> KeepStats:
         """What `keep` keeps of expert t's delta, before anything is merged."""
@@ -219,10 +222,3 @@ class Operands:
 
 # one tensor's merge: yields (first element, merged values in float32), all elements in order
 Combination = Callable[[Operands], Iterator[tuple[int, np.ndarray]]]
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The first axis against all others; a vector is one row."""
-    if len(shape) < 2:
-        return 1, int(np.prod(shape, dtype=np.int64))
-    return shape[0], int(np.prod(shape[1:], dtype=np.int64))

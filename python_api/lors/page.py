@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape as escape
+from html import escape as escape_markup
 
+from .errors import printable
 from .replaceable import HEAD
 
-__all__ = ["Series", "heat_table", "lines", "page", "scatter", "section", "table"]
+__all__ = ["Series", "escape", "heat_table", "lines", "page", "scatter", "section", "table"]
 
 Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
@@ -47,6 +48,11 @@ path.line{stroke:currentColor;fill:none;stroke-width:2}.dash{stroke-dasharray:6 
 circle{fill:currentColor;fill-opacity:.75}details{margin:.5rem 0}summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 @media print{.scroll{overflow:visible}}
 """
+
+
+def escape(text: str) -> str:
+    """Text of any origin as HTML, in an element or an attribute: no markup, nothing that is not seen."""
+    return escape_markup(printable(text))
 
 
 def page(title: str, lead: str, sections: Sequence[str], links: Mapping[str, str]) -> str:

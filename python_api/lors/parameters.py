@@ -7,6 +7,7 @@ per parameter, whose value depends on the tensor: its name (filters) and its dep
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -112,10 +113,15 @@ def rank_of(value: float, m: int, n: int) -> int:
     return rank
 
 
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
+
+
 def _number(value: object) -> int | float | None:
     # PyYAML reads 1e-3 (no dot) as a string; mergekit takes it for the number that was meant, and so do we.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        return None  # float() would take 1_000 too
     try:
         number = float(value)
     except (ValueError, OverflowError):

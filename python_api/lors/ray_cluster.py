@@ -10,7 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import select
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
@@ -18,7 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import keeper
 from .errors import LorsError
+from .messages import first_line
 from .remote import is_url
 
 __all__ = ["connected", "decompositions", "submit_trial"]
@@ -26,6 +33,8 @@ __all__ = ["connected", "decompositions", "submit_trial"]
 RETRIES = 3
 GROUP_BYTES = 64 << 20  # weights of one task: a few hundred tasks for a large model, each far longer than its overhead
 CONNECT_SECONDS = 5.0
+TICK_SECONDS = 0.2
+START_SECONDS = 120.0  # of a cluster on this machine, which takes 3 on an idle one
 
 Factors = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
 
@@ -42,7 +51,8 @@ class Wanted(NamedTuple):
 def connected(address: str, cpus: int) -> Iterator[Any]:
     """Ray, connected: "local" starts a cluster of `cpus` workers for this command, anything else is an address.
 
-    A connection that the program has already is used and left open. LorsError when Ray is missing or cannot be reached.
+    A connection that the program has already is used and left open. No process of a cluster that is started here outlives
+    the block, nor this process. LorsError when Ray is missing or cannot be reached.
     """
     try:
         import ray
@@ -51,31 +61,96 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    if address == "local":
-        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    else:
-        _require_reachable(address)
-        options |= {"address": address}
-    try:
-        ray.init(**options)
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError ... with many lines
-        raise LorsError(f"--ray {address}: cannot connect: {str(error).strip().splitlines()[0]}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            _share_token(ray)
+            found = stack.enter_context(_started(cpus))
+        else:
+            _require_answer(address)
+            found = address
+        ours = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address=found, log_to_driver=False, logging_level="error")
+        except Exception as error:  # Ray raises ConnectionError, RuntimeError, ValueError ... with many lines
+            raise LorsError(f"--ray {address}: cannot connect: {first_line(error)}") from error
+        except SystemExit:  # is what Ray makes of SIGTERM
+            raise SystemExit(128 + signal.SIGTERM) from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, ours)  # which Ray takes for itself
+        stack.callback(ray.shutdown)
         yield ray
-    finally:
-        ray.shutdown()
 
 
-def _require_reachable(address: str) -> None:
-    """Ray itself waits for a minute and then prints a page."""
+def _share_token(ray: Any) -> None:
+    """New versions of Ray let in who has the cluster's token; only who starts the cluster gets one without being asked."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        if hasattr(ray._raylet, "Config"):
+            ray._raylet.Config.initialize("")  # reads them again
+
+
+@contextlib.contextmanager
+def _started(cpus: int) -> Iterator[str]:
+    """A cluster on this machine, below a keeper; its address."""
+    ours, theirs = os.pipe()
+    command = keeper.python(f"{__name__}:_head", str(cpus), str(theirs))
+    with open(ours, "rb", buffering=0) as stream, keeper.running(command, pass_fds=[theirs]):
+        os.close(theirs)
+        ready, _, _ = select.select([stream], [], [], START_SECONDS)
+        outcome, _, text = (stream.read(1 << 12) if ready else b"").decode("utf-8", "replace").partition(" ")
+        if outcome != "at":
+            raise LorsError(f"--ray local: cannot be started: {text or 'no answer'}")
+        yield text
+
+
+def _head(cpus: str, fd: str) -> None:
+    """The program that a cluster on this machine belongs to, until it is ended; tells where the cluster is, or why not."""
+    import ray
+
+    with open(int(fd), "w", encoding="utf-8") as stream:
+        try:
+            options: dict[str, Any] = {"num_cpus": int(cpus), "include_dashboard": False, "log_to_driver": False}
+            context = ray.init(address="local", logging_level="error", **options)
+        except Exception as error:
+            stream.write(f"failed {first_line(error)}")
+            return
+        stream.write(f"at {context.address_info['gcs_address']}")
+    while True:
+        signal.pause()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself waits for minutes and then prints a page.
+
+    It speaks gRPC, so HTTP/2: whoever is greeted answers with a SETTINGS frame, whose fourth byte is 4 (RFC 9113, 3.4).
+    With TLS (RAY_USE_TLS) any answer will do.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise LorsError(f"--ray {address}: expected local, HOST:PORT or ray://HOST:PORT")
+    greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        with socket.create_connection((host, int(port)), CONNECT_SECONDS) as connection:
+            connection.sendall(greeting)
+            answer = _first_bytes(connection, 4)
+    except TimeoutError:
+        raise LorsError(f"--ray {address}: no answer within {CONNECT_SECONDS:g} s") from None
     except (OSError, OverflowError) as error:
         raise LorsError(f"--ray {address}: cannot be reached: {getattr(error, 'strerror', None) or error}") from None
+    if answer[3:] != b"\x04" and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        raise LorsError(f"--ray {address}: expected a Ray cluster, which would answer in HTTP/2, got {answer!r}")
+
+
+def _first_bytes(connection: socket.socket, count: int) -> bytes:
+    """What comes first, fewer bytes when no more come; TimeoutError after CONNECT_SECONDS."""
+    deadline, found = time.monotonic() + CONNECT_SECONDS, b""
+    while len(found) < count:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        if not (more := connection.recv(count - len(found))):
+            break
+        found += more
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -108,10 +183,12 @@ def decompositions(
     seed: int,
     backend: str | None,
     cpus: int,
+    stop: threading.Event,
 ) -> Iterator[Factors]:
     """Starts the decomposition of all wanted matrices; the function that is yielded waits for the one it is asked for.
 
-    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node.
+    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node. stop: nothing is waited
+    for any more when it is set.
     """
     with connected(address, cpus) as ray:
         task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=environment())(decompose_group)
@@ -131,6 +208,9 @@ def decompositions(
             if (expert, name) not in references:
                 return None
             reference, place = references[expert, name]
+            while not ray.wait([reference], timeout=TICK_SECONDS)[0]:
+                if stop.is_set():
+                    raise LorsError(f"{expert}: tensor {name!r}: the merge was given up")
             left, right = _result(ray, reference)[place]
             if left.shape[1] < rank:
                 return None
@@ -226,8 +306,10 @@ def _source(path: str, base: str, label: str) -> Any:
 # --- trials
 
 
-def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arguments: Any) -> Future[Any]:
-    """A trial of a sweep as a task; the future of its `Trial`."""
+def submit_trial(
+    ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], record: Callable[[Any], Any], *arguments: Any
+) -> Future[Any]:
+    """A trial of a sweep as a task; the future of what `record` gives for its `Trial`."""
     require_fitting(ray, cpus, 0, memory)
     task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
     reference = task.remote(dict(plan), *arguments)
@@ -236,7 +318,7 @@ def submit_trial(ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], *arg
 
     def finish(future: Any) -> None:
         try:
-            done.set_result(_result(ray, reference))
+            done.set_result(record(_result(ray, reference)))
         except BaseException as error:
             done.set_exception(error)
 

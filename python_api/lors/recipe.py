@@ -30,9 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from . import strict_yaml
 from .errors import LorsError
 from .layers import compile_patterns
-from .messages import nearest, shown
+from .messages import near_path, nearest, shown
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
 from .public import public
+from .remote import is_url
 
 __all__ = [
     "REQUIRED",
@@ -42,8 +43,10 @@ __all__ = [
     "Recipe",
     "Setting",
     "Target",
+    "label_of",
     "parse_size",
     "rank_of",
+    "written_beside",
 ]
 
 BASE = -1  # index of a base that is an input without being listed in `models`
@@ -110,6 +113,7 @@ class Recipe(_Document):
     tokenizer_source: Literal["base"] | None = None
 
     _directory: Path | None = PrivateAttr(default=None)
+    _file: str = PrivateAttr(default="")
     _method: MethodSpec | None = PrivateAttr(default=None)
 
     @field_validator("dtype", "out_dtype", mode="before")
@@ -137,7 +141,8 @@ class Recipe(_Document):
                 raise LorsError(f"{path}: expected a recipe of at most {strict_yaml.MAX_BYTES} bytes")
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
-            raise LorsError(f"{path}: cannot read the recipe: {error.strerror or error}") from None
+            near = near_path(str(path)) if isinstance(error, FileNotFoundError) else ""
+            raise LorsError(f"{path}: cannot read the recipe: {error.strerror or error}{near}") from None
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise LorsError(f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}") from None
@@ -196,6 +201,11 @@ class Recipe(_Document):
         # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
         spec = (methods or {}).get(method) if isinstance(method, str) else None
         without = base is None or (spec is not None and spec.base == "optional")
+        for label, model in experts.items():
+            if not without and os.path.realpath(model) == os.path.realpath(str(base)):
+                raise LorsError(
+                    f"expert {label!r}: expected a model that was trained from the base, got the base: {model}"
+                )
         document: dict[str, object] = {
             "name": name,
             "merge_method": method,
@@ -217,7 +227,7 @@ class Recipe(_Document):
     ) -> Recipe:
         try:
             recipe = cls.model_validate(_prepare(document, directory))
-            recipe._directory = directory
+            recipe._directory, recipe._file = directory, file if directory is not None else ""
             _check_labels(recipe.models)
             return recipe if methods is None else recipe.bind(methods)
         except ValidationError as error:
@@ -247,6 +257,16 @@ class Recipe(_Document):
         bound = self.model_copy(update={"models": entries, "parameters": _checked(self.parameters, method, None)})
         bound._method = method
         return bound
+
+    def require_parameters(self) -> None:
+        """LorsError unless the recipe gives each model a value of every parameter that has no default."""
+        for spec in self._method.parameters if self._method else ():
+            if spec.default is not REQUIRED or spec.name in self.parameters:
+                continue
+            for index in self.inputs:
+                if index == BASE or spec.name not in self.models[index].parameters:
+                    key = "parameters" if index == BASE else f"models[{index}].parameters"
+                    raise LorsError(f"{key}.{spec.name}: missing; method {self.merge_method} has no default for it")
 
     # --- reading
 
@@ -340,24 +360,33 @@ class Recipe(_Document):
 
     # --- writing
 
-    def to_dict(self, *, resolved: bool = False) -> dict[str, Any]:
-        """The recipe as YAML data in canonical order, without what equals its default."""
+    def to_dict(self, *, resolved: bool = False, beside: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The recipe as YAML data in canonical order, without what equals its default.
+
+        resolved: local paths are absolute. beside: the directory that the recipe is written into: local paths that were
+        relative are so to it. Either way the recipe means the same from anywhere, and labels stay what they are.
+        """
         data = self.model_dump(exclude_defaults=True, exclude={"models", "parameters"}, mode="json")
-        if resolved and self.base_model is not None:
-            data["base_model"] = self._located(self.base_model, absolute=True)
+        entries = list(self.models)
+        if resolved or beside is not None:
+            if self.base_model is not None:
+                data["base_model"] = self._rewritten(self.base_model, beside)
+            entries = [entry.model_copy(update={"model": self._rewritten(entry.model, beside)}) for entry in entries]
+            renamed = zip(entries, self.labels, _labels(entries), strict=True)
+            entries = [e if new == old else e.model_copy(update={"name": old}) for e, old, new in renamed]
         data["models"] = [
-            {"model": self._located(entry.model, absolute=True) if resolved else entry.model}
+            {"model": entry.model}
             | ({"name": entry.name} if entry.name is not None else {})
             | ({"parameters": _data(entry.parameters)} if entry.parameters else {})
-            for entry in self.models
+            for entry in entries
         ]
         if self.parameters:
             data["parameters"] = _data(self.parameters)
         return {key: data[key] for key in type(self).model_fields if key in data}
 
-    def to_yaml(self, *, resolved: bool = False) -> str:
-        """Canonical YAML; loading it gives this recipe again. With `resolved`, local paths are absolute."""
-        data = self.to_dict(resolved=resolved)
+    def to_yaml(self, *, resolved: bool = False, beside: str | os.PathLike[str] | None = None) -> str:
+        """Canonical YAML of `to_dict`; loading it gives this recipe again."""
+        data = self.to_dict(resolved=resolved, beside=beside)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
     def published(self) -> Recipe:
@@ -366,13 +395,40 @@ class Recipe(_Document):
         base = None if self.base_model is None else public(self.base_model)
         return self.model_copy(update={"models": models, "base_model": base})
 
-    def _located(self, model: str, absolute: bool = False) -> str:
-        """`model` as something to open; a path that is found in the working directory only when `absolute` is asked."""
+    def missing(self, model: int, reason: str) -> LorsError:
+        """The error for a source that is nowhere: its key, and the places where it was looked for."""
+        if model == BASE:
+            key, text = "base_model" if self._file else "base", str(self.base_model)
+        else:
+            key, text = (
+                f"models[{model}].model" if self._file else f"expert {self.labels[model]!r}",
+                self.models[model].model,
+            )
+        places = [path for path in dict.fromkeys((self._directory, Path.cwd())) if path is not None]
+        relative = not (is_url(text) or _is_absolute(text))
+        looked = f"; looked for in {' and in '.join(map(str, places))}" if relative else ""
+        file = f"{self._file}: " if self._file else ""
+        return LorsError(f"{file}{key}: {text}: {reason}{looked}{near_path(text, places)}")
+
+    def _located(self, model: str) -> str:
+        """`model` as something to open: absolute when it is found beside the recipe, else as it is written."""
         if self._directory is not None and _exists(model, self._directory):
-            return os.path.abspath(self._directory / os.path.expanduser(model))
-        if _exists(model, None) and (absolute or model.startswith("~")):
-            return os.path.abspath(os.path.expanduser(model))
-        return model
+            return _absolute(os.path.join(self._directory, os.path.expanduser(model)))
+        return os.path.expanduser(model) if model.startswith("~") and _exists(model, None) else model
+
+    def _rewritten(self, model: str, beside: str | os.PathLike[str] | None) -> str:
+        """A local path as an absolute one, or, unless it was absolute, as one relative to a directory."""
+        if not (_exists(model, self._directory) or _exists(model, None)):
+            return model
+        if beside is not None and _is_absolute(model):
+            return model
+        path = self._located(model)
+        path = _absolute(path) if beside is None else _seen_from(beside, path)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise LorsError(f"{path}: expected a path in UTF-8: the recipe of the result could not name it") from None
+        return path
 
     def _is_base(self, entry: ModelEntry) -> bool:
         return self.base_model is not None and Path(entry.model) == Path(self.base_model)
@@ -432,7 +488,8 @@ def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
 
 def _prepare_entry(entry: object, index: int, directory: Path | None) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise LorsError(f"models[{index}]: expected a mapping such as {{model: PATH}}, got {shown(entry)}")
+        example = entry if isinstance(entry, str) and entry.isprintable() else "PATH"
+        raise LorsError(f"models[{index}]: expected a mapping such as {{model: {example}}}, got {shown(entry)}")
     _check_reference(entry.get("model"), f"models[{index}].model", directory)
     return entry | {"parameters": _parse_parameters(entry.get("parameters"), f"models[{index}].parameters")}
 
@@ -477,6 +534,25 @@ def _exists(model: str, directory: Path | None) -> bool:
     return os.path.exists(os.path.join(directory or "", os.path.expanduser(model)))
 
 
+def written_beside(directory: str | os.PathLike[str], model: str) -> str:
+    """How a recipe in `directory` names a model that is given in the working directory; a hub id or URL stays."""
+    return model if _is_absolute(model) or not _exists(model, None) else _seen_from(directory, model)
+
+
+def _seen_from(directory: str | os.PathLike[str], path: str) -> str:
+    return os.path.relpath(_absolute(path), os.path.realpath(directory))
+
+
+def _is_absolute(path: str) -> bool:
+    return os.path.isabs(os.path.expanduser(path))
+
+
+def _absolute(path: str) -> str:
+    """An absolute path without `..`; through symbolic links as the system goes."""
+    plain = os.path.abspath(path)
+    return plain if os.path.exists(plain) and os.path.samefile(plain, path) else os.path.realpath(path)
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 _WEIGHTS_FILE = re.compile(r"\.(safetensors|pt|pth|bin)$")
@@ -500,6 +576,11 @@ def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
     return tuple(labels)
 
 
+def label_of(model: str) -> str:
+    """What to call a model that is given without a name: the last part of its path."""
+    return _path_parts(model)[-1].removesuffix(".lors")
+
+
 def _path_parts(model: str) -> list[str]:
     model = public(model).partition("://")[2] if "://" in model else model.split("@")[0]
     parts = [part for part in model.split("/") if part not in ("", ".", "..", "~")] or ["model"]
@@ -521,6 +602,7 @@ def _check_labels(entries: Sequence[ModelEntry]) -> None:
 
 _EXPECTED = {
     "string_type": "a string",
+    "string_unicode": "a string in UTF-8",
     "string_too_short": "a string that is not empty",
     "too_short": "at least one model",
     "tuple_type": "a list",

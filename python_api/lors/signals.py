@@ -30,6 +30,7 @@ class Terminated(SystemExit):
 def terminate_cleanly() -> Iterator[None]:
     """Within the block, SIGTERM and SIGHUP raise Terminated in the main thread, so that what is temporary is removed.
 
+    Only the first signal raises, SIGINT as well: one more in the midst of cleaning up would end that.
     A process that has not left the block GRACE seconds after one of these or SIGINT is ended as it is: its main thread may
     be in a library that does not come back, and an exception may be lost in one. The next run removes what it leaves.
 
@@ -37,13 +38,17 @@ def terminate_cleanly() -> Iterator[None]:
     changes.
     """
 
+    seen: list[int] = []
+
     def handler(signum: int, frame: FrameType | None) -> None:
-        raise Terminated(signum)
+        seen.append(signum)
+        if len(seen) == 1:
+            raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    before = {signum: signal.getsignal(signum) for signum in _ENDING}
     with _deadline():
         try:
             for signum, previous in before.items():

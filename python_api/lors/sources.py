@@ -24,6 +24,13 @@ def rows_of(flat: np.ndarray) -> list[np.ndarray]:
     return [part for part in parts if part.size]
 
 
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The first axis against all others; a vector is one row."""
+    if len(shape) < 2:
+        return 1, int(np.prod(shape, dtype=np.int64))
+    return shape[0], int(np.prod(shape[1:], dtype=np.int64))
+
+
 class Slot:
     """One reusable buffer of a worker. Growing only, so that after a few tensors reading allocates nothing."""
 

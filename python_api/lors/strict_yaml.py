@@ -2,9 +2,14 @@
 
 On top of PyYAML's safe loader: no key twice in a mapping, keys are strings, and limits on size, depth and the number of
 values after aliases are expanded (a "billion laughs" file is small on disk).
+
+PyYAML reads YAML 1.1, where 010 is 8, 1:30 is 90 and no is false; in YAML 1.2 they are 10 and words. A value that the two
+do not read alike is refused, and so is every type but text, numbers, true, false and null.
 """
 
 from __future__ import annotations
+
+import re
 
 import yaml
 
@@ -16,6 +21,15 @@ __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "parse"]
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
 MAX_DEPTH = 32
+
+# Kinds of scalars, and how one is written that YAML 1.1 and 1.2 read alike.
+_ALIKE = {
+    "str": re.compile(r".*", re.DOTALL),
+    "int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    "float": re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+    "null": re.compile(r"null|Null|NULL|~|"),
+}
 
 
 def parse(text: str, file: str) -> object:
@@ -66,6 +80,7 @@ class _Check:
             raise LorsError(f"{_place(self.file, node.start_mark)}: nested deeper than {MAX_DEPTH} levels")
         if self.values > MAX_VALUES:
             raise LorsError(f"{_place(self.file, node.start_mark)}: expands to more than {MAX_VALUES} values")
+        self.kind(node)
         if isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 self.visit(item, depth + 1)
@@ -73,6 +88,22 @@ class _Check:
             self.keys([key for key, _ in node.value])
             for _, value in node.value:
                 self.visit(value, depth + 1)
+
+    def kind(self, node: yaml.Node) -> None:
+        """LorsError unless the node is of a kind that JSON has too, and is read alike by YAML 1.1 and 1.2."""
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind == node.tag or kind in ("seq", "map"):
+            return  # a tag of somebody's own: the constructor refuses it
+        place = _place(self.file, node.start_mark)
+        if kind not in _ALIKE:
+            got = f", got {shown(node.value)} (quote it if it is text)" if isinstance(node, yaml.ScalarNode) else ""
+            raise LorsError(f"{place}: a value of the kind {kind!r} is not supported{got}")
+        if isinstance(node, yaml.ScalarNode) and not _ALIKE[kind].fullmatch(node.value):
+            write = "true or false" if kind == "bool" else "a decimal number"
+            raise LorsError(
+                f"{place}: {shown(node.value)} means one thing in YAML 1.1 and another in 1.2: write {write}, or quote it if "
+                "it is text"
+            )
 
     def keys(self, keys: list[yaml.Node]) -> None:
         first: dict[str, yaml.Node] = {}

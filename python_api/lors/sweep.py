@@ -1,26 +1,29 @@
 """Sweeps: many settings of one merge, each merged and scored; decomposed once, resumed after a kill.
 
-`sweep_models` merges a setting, `sweep_score` scores it, `sweep_home` keeps what became of it. A trial may differ from
-`lors merge` of the same recipe in the last place of a weight, and from a decomposition at its own rank by the contract of
-the decomposition, 1e-5 of L.
+`sweep_inputs` knows the inputs by digest, `sweep_models` merges a setting, `sweep_score` scores it, `sweep_home` keeps
+what became of it. A trial may differ from `lors merge` of the same recipe in the last place of a weight, and from a
+decomposition at its own rank by the contract of the decomposition, 1e-5 of L.
 
-What is in the directory: sweep.json (what is swept), trials.jsonl (a line per finished trial, on disk before the next
-begins), optuna.log (the sampler's own storage), cache/, and at the end trials.csv, trials.json, best.yml and index.html.
+What is in the directory: sweep.json (what is swept, and of which inputs), trials.jsonl (a line per finished trial, on disk
+before the next begins), cache/, and at the end trials.csv, trials.json, best.yml and index.html.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
+import random
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,12 @@ from .errors import LorsError
 from .messages import nearest
 from .methods import SPECS
 from .output import writing
+from .public import public_text
 from .recipe import Recipe
-from .sweep_home import Home, load_lines, scratch
+from .sweep_home import STATE, Home, load_lines, scratch
+from .sweep_inputs import Inputs
 from .sweep_models import Models, axes, setting_recipe
-from .sweep_score import Objective, Score, Scorer
+from .sweep_score import Interrupted, Objective, Score, Scorer
 from .sweep_space import Space
 
 __all__ = ["Sweep", "Trial", "sweep"]
@@ -132,11 +137,20 @@ def sweep(
     plan = {
         "recipe": yaml.safe_load(recipe.published().to_yaml(resolved=True)), "options": dict(options), "methods": chosen,
         "objectives": [asdict(goal) for goal in goals], "sampler": sampler, "seed": seed,
+        "score": public_text(score) if isinstance(score, str) else None,
     }  # fmt: skip
     each = max(1, lors_kernels.thread_count(threads) // jobs)
-    settings: dict[str, Any] = {"backend": backend, "threads": each, "seed": seed, "units": jobs + 1}
-    with home.open(plan):
+    settings: dict[str, Any] = {
+        "backend": backend, "threads": each, "seed": seed, "units": jobs + 1, "run": secrets.token_hex(8),
+    }  # fmt: skip
+    with home.open() as before:
         state = Sweep(str(home), goals, _load_trials(home.path))
+        if before is not None:
+            _require_same(home, before, plan, state)
+        inputs = Inputs.of(recipe, scorer.data() if isinstance(scorer, Scorer) else None, threads)
+        if before is not None:
+            inputs.require_recorded(home, before["inputs"])
+        home.begin(plan | {"inputs": inputs.record})
         if retry and len(state.complete) < len(state.trials):
             state.trials = state.complete
             home.replace("trials.jsonl", "".join(f"{json.dumps(asdict(trial))}\n" for trial in state.trials))
@@ -144,19 +158,31 @@ def sweep(
         models = Models(home.path, recipe, **settings)
         with contextlib.closing(models), _cleared(home):
             jobs = _fitting(jobs, memory, models.model_bytes)
-            factors = models.prepare(_largest_rank(spaces))
+            factors = models.prepare(_largest_rank(spaces), inputs)
             models.adopt({label: str(path) for label, path in factors.items()})
             remote = _remote_plan(home, recipe, scorer, models, home.share(factors), settings) if ray else None
-            with _executor(_Runner(models, scorer), jobs, ray, remote) as submit:
+            record = _Record(home, state, inputs)
+            with _executor(_Runner(models, scorer), jobs, ray, remote, record) as submit:
                 for space in spaces:
-                    draw = _source(space, sampler, trials, state, home.path, seed)
-                    _run(draw, submit, state, home, space.method, jobs, progress)
+                    _run(_source(space, sampler, trials, state, seed), submit, home, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
             raise LorsError(f"{home}: no trial could be scored; the last one: {last} (--retry tries again)")
         _conclude(home, recipe, state)
     home.forget()
     return state
+
+
+def _require_same(home: Home, before: Mapping[str, Any], plan: Mapping[str, Any], state: Sweep) -> None:
+    """LorsError when the directory's sweep is another one. The scorer may be put right as long as it has scored nothing."""
+    if "inputs" not in before:
+        raise LorsError(
+            f"{home}: a sweep of an earlier version, which kept no digests of its inputs; use a new directory"
+        )
+    now = json.loads(json.dumps(plan))
+    odd = [key for key in now if before.get(key) != now[key] and not (key == "score" and not state.complete)]
+    if odd:
+        raise LorsError(f"{home}: holds a sweep with another {odd[0]}; use a new directory, or the same settings")
 
 
 @contextlib.contextmanager
@@ -225,13 +251,13 @@ class _Draw:
     tell: Callable[[Trial], None] = lambda trial: None
 
 
-def _source(space: Space, sampler: str, trials: int | None, state: Sweep, home: Path, seed: int) -> _Draw:
-    done = {trial.number: trial for trial in state.trials if trial.method == space.method}
+def _source(space: Space, sampler: str, trials: int | None, state: Sweep, seed: int) -> _Draw:
+    done = [trial for trial in state.trials if trial.method == space.method]
+    numbers = {trial.number for trial in done}
     if sampler == "tpe":
-        return _optuna(space, int(trials or 0), done, state.objectives, home, seed)
+        return _optuna(space, int(trials or 0) - len(done), done, state, seed)
     settings = space.grid() if sampler == "grid" else space.random(seed)
-    numbered = enumerate(settings)
-    left = ((number, one) for number, one in numbered if number not in done)
+    left = ((number, one) for number, one in enumerate(settings) if number not in numbers)
 
     def ask() -> tuple[int, dict[str, Any]] | None:
         found = next(left, None) if trials is None or sampler == "grid" else next(left)
@@ -240,51 +266,44 @@ def _source(space: Space, sampler: str, trials: int | None, state: Sweep, home: 
     return _Draw(ask)
 
 
-def _optuna(
-    space: Space, trials: int, done: Mapping[int, Trial], objectives: Sequence[Objective], home: Path, seed: int
-) -> _Draw:
+def _optuna(space: Space, left: int, done: Sequence[Trial], state: Sweep, seed: int) -> _Draw:
+    """Optuna's proposals: the same for the same seed, finished trials and number of the trial, one trial at a time."""
     try:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.distributions import CategoricalDistribution, FloatDistribution
     except ImportError:
         raise LorsError("--sampler tpe: needs Optuna: pip install 'lors-merging[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(home / "optuna.log"))),
-        study_name=space.method,
-        directions=["maximize" if objective.maximize else "minimize" for objective in objectives],
-        sampler=optuna.samplers.TPESampler(seed=seed + len(done), multivariate=False),
-        load_if_exists=True,
-    )
-    failed = optuna.trial.TrialState.FAIL
-    for old in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        # Under way when the sweep was killed: scored already, or never to be.
-        trial = done.get(old.number)
-        values = trial.values if trial and trial.state == "complete" else None
-        study.tell(old.number, list(values) if values else None, state=None if values else failed)
-    open_trials: dict[int, Any] = {}
-    left = trials - len(done)
-
-    def ask() -> tuple[int, dict[str, Any]] | None:
-        nonlocal left
-        if left <= 0:
-            return None
-        left -= 1
-        asked = study.ask()
-        open_trials[asked.number] = asked
-        settings: dict[str, Any] = {}
-        for axis in space.axes:
-            if axis.interval is not None:
-                settings[axis.name] = asked.suggest_float(axis.name, *axis.interval)
-            else:
-                settings[axis.name] = asked.suggest_categorical(axis.name, axis.values)
-        return asked.number, settings
+    study = optuna.create_study(directions=["maximize" if goal.maximize else "minimize" for goal in state.objectives])
+    distributions = {
+        axis.name: FloatDistribution(*axis.interval) if axis.interval else CategoricalDistribution(axis.values)
+        for axis in space.axes
+    }
 
     def tell(trial: Trial) -> None:
-        complete = trial.state == "complete"
-        study.tell(
-            open_trials.pop(trial.number), list(trial.values) if complete else None, state=None if complete else failed
-        )
+        if trial.state == "complete":  # of others there is nothing to learn
+            values = list(trial.values)
+            study.add_trial(
+                optuna.trial.create_trial(params=trial.settings, distributions=distributions, values=values)
+            )
+
+    try:
+        for trial in done:
+            tell(trial)
+    except (ValueError, TypeError) as error:
+        raise LorsError(f"{state.directory}: trials.jsonl: not a trial of this sweep: {error}") from None
+    taken = {trial.number for trial in done}
+    numbers = itertools.islice((number for number in itertools.count() if number not in taken), max(0, left))
+
+    def ask() -> tuple[int, dict[str, Any]] | None:
+        if (number := next(numbers, None)) is None:
+            return None
+        # A sampler for every trial: what it draws does not depend on how often the sweep was interrupted.
+        own = random.Random(f"{seed}-{space.method}-{number}").getrandbits(32)
+        study.sampler = optuna.samplers.TPESampler(seed=own)
+        asked = study.ask(distributions)
+        study.tell(asked, state=optuna.trial.TrialState.FAIL)  # it comes back as a finished one, if at all
+        return number, dict(asked.params)
 
     return _Draw(ask, tell)
 
@@ -292,8 +311,24 @@ def _optuna(
 Submit = Callable[..., "Future[Trial]"]  # (method, number, settings)
 
 
+class _Record:
+    """Takes down finished trials, in the thread that finished them: a signal interrupts the main thread only."""
+
+    def __init__(self, home: Home, state: Sweep, inputs: Inputs) -> None:
+        self._home, self._state, self._inputs, self._lock = home, state, inputs, threading.Lock()
+
+    def __call__(self, trial: Trial) -> Trial:
+        with self._lock:
+            self._inputs.require_unchanged()
+            self._home.append(json.dumps(asdict(trial)))
+            self._state.trials.append(trial)
+        return trial
+
+
 @contextlib.contextmanager
-def _executor(runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None) -> Iterator[Submit]:
+def _executor(
+    runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None, record: Callable[[Trial], Trial]
+) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
     if ray is not None and plan is not None:
         from .ray_cluster import connected, on_every_node, submit_trial
@@ -301,23 +336,20 @@ def _executor(runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, An
         with connected(ray, max(runner.models.threads, jobs)) as cluster:
             memory = 2 * runner.models.model_bytes
             try:
-                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, *trial)
+                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, record, *trial)
             finally:
                 if plan["url"] is not None:
                     on_every_node(cluster, remote_clear, plan["url"])
         return
     with ThreadPoolExecutor(jobs, thread_name_prefix="lors-trial") as pool:
         try:
-            yield lambda *trial: pool.submit(runner.trial, *trial)
+            yield lambda *trial: pool.submit(lambda: record(runner.trial(*trial)))
         except BaseException:
-            runner.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            runner.stop()  # merges and scorers; what is finished is still taken down
             raise
 
 
-def _run(
-    draw: _Draw, submit: Submit, state: Sweep, home: Home, method: str, jobs: int, progress: Callable[[Trial], None]
-) -> None:
+def _run(draw: _Draw, submit: Submit, home: Home, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
     running: set[Future[Trial]] = set()
     while True:
         while len(running) < jobs and (asked := draw.ask()) is not None:
@@ -325,9 +357,8 @@ def _run(
         if not running:
             return
         finished, running = wait(running, return_when=FIRST_COMPLETED)
-        for trial in (future.result() for future in finished):
-            home.append(json.dumps(asdict(trial)))
-            state.trials.append(trial)
+        for trial in sorted((future.result() for future in finished), key=lambda trial: trial.number):
+            home.push(STATE)
             draw.tell(trial)
             progress(trial)
 
@@ -339,8 +370,12 @@ class _Runner:
     """Merges and scores settings."""
 
     def __init__(self, models: Models, score: Callable[[Path], Score]) -> None:
-        self.models, self._score = models, score
-        self.stop = threading.Event()
+        self.models = models
+        self._score = partial(score, stop=models.stop) if isinstance(score, Scorer) else score
+
+    def stop(self) -> None:
+        """Ends the trials under way, by Interrupted."""
+        self.models.stop.set()
 
     def trial(self, method: str, number: int, settings: dict[str, Any]) -> Trial:
         begun = time.perf_counter()
@@ -350,7 +385,9 @@ class _Runner:
             except LorsError as error:
                 return Trial(method, number, settings, "failed", (), f"merge: {error}", time.perf_counter() - begun)
             merged = time.perf_counter()
-            score = Score("failed", (), "interrupted") if self.stop.is_set() else self._score(model)
+            if self.models.stop.is_set():
+                raise Interrupted
+            score = self._score(model)
         seconds = merged - begun, time.perf_counter() - merged
         return Trial(method, number, settings, score.state, score.values, score.error, *seconds)
 

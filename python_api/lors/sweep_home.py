@@ -1,7 +1,7 @@
 """The directory of a sweep, here or at a URL, and what is kept in it: the plan and a line per finished trial.
 
-A sweep at a URL works in a local directory; its plan, its trials and the sampler's storage are uploaded after every trial,
-its results at the end. Started again, here or elsewhere, it goes on from whichever of the two knows more trials.
+A sweep at a URL works in a local directory; its plan and its trials are uploaded after every trial, its results at the
+end. Started again, here or elsewhere, it goes on from whichever of the two knows more trials.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .output import writing
 from .public import public
 from .remote import Store, cache, local_path
 
-__all__ = ["Home", "load_lines"]
+__all__ = ["STATE", "Home", "load_lines"]
 
 OWN = {".lock", ".sweep.json.partial"}  # of a sweep that was stopped before it began
-STATE = ("sweep.json", "trials.jsonl", "optuna.log")
+STATE = ("sweep.json", "trials.jsonl")
 T = TypeVar("T")
 
 
@@ -44,8 +44,11 @@ class Home:
         return str(self.path) if self.url is None else public(self.url)
 
     @contextlib.contextmanager
-    def open(self, plan: dict[str, Any]) -> Iterator[None]:
-        """Makes or reopens the directory, for one process at a time; LorsError when it holds something else."""
+    def open(self) -> Iterator[dict[str, Any] | None]:
+        """Makes or reopens the directory, for one process at a time; the plan that it holds, None when it is new.
+
+        LorsError when it holds something else.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -57,28 +60,22 @@ class Home:
             self._pull()
             path = self.path / "sweep.json"
             if path.exists():
-                self._require_same(path, plan)
+                yield _read_plan(path)
             elif others := sorted({p.name for p in self.path.iterdir()} - OWN):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
             else:
-                self.replace("sweep.json", json.dumps(plan, indent=2) + "\n")
-                self.push(("sweep.json",))
-            shutil.rmtree(self.path / "trials", ignore_errors=True)  # of trials under way when it was killed
-            with writing(self.path):
-                yield
+                yield None
         finally:
             with contextlib.suppress(OSError):
                 os.close(lock)
 
-    def _require_same(self, path: Path, plan: dict[str, Any]) -> None:
-        try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise LorsError(f"{path}: cannot be read: {error}") from None
-        now = json.loads(json.dumps(plan))
-        if before != now:
-            odd = next(key for key in now if not isinstance(before, dict) or before.get(key) != now[key])
-            raise LorsError(f"{self}: holds a sweep with another {odd}; use a new directory, or the same settings")
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Keeps the plan, and removes what a run that was killed had under way."""
+        self.replace("sweep.json", json.dumps(plan, indent=2) + "\n")
+        self.push(("sweep.json",))
+        shutil.rmtree(self.path / "trials", ignore_errors=True)
+        for unit in self.path.glob("cache/unit-*"):
+            shutil.rmtree(unit, ignore_errors=True) if unit.is_dir() else unit.unlink()
 
     # --- files
 
@@ -87,17 +84,25 @@ class Home:
         path = self.path / name
         with writing(path):
             partial = path.with_name(f".{name}.partial")
-            partial.write_text(text, encoding="utf-8")
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(partial, path)
 
     def append(self, line: str) -> None:
-        """A line of trials.jsonl, on disk when this returns."""
+        """A line of trials.jsonl, on disk when this returns; on an error it is not there, and neither is half of it."""
         path = self.path / "trials.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.push(STATE)
+        with writing(path), path.open("ab", buffering=0) as stream:
+            size = stream.tell()
+            try:
+                rest = memoryview(f"{line}\n".encode())
+                while rest:
+                    rest = rest[stream.write(rest) or 0 :]
+                os.fsync(stream.fileno())
+            except BaseException:
+                stream.truncate(size)
+                raise
 
     def push(self, names: tuple[str, ...] | None = None) -> None:
         """Uploads files, by default all of the directory's own, when the sweep is kept at a URL."""
@@ -143,6 +148,16 @@ class Home:
         """Removes the local copy of a sweep that is complete at its URL."""
         if self.url is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LorsError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(plan, dict):
+        raise LorsError(f"{path}: expected the plan of a sweep")
+    return plan
 
 
 def scratch(url: str, what: str) -> Path:

@@ -28,6 +28,7 @@ import yaml
 from . import layers
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
+from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
 from .locks import flock
 from .merge_report import MergeReport
@@ -37,6 +38,8 @@ from .output import RECIPE_FILE, require_space, writing
 from .parameters import ParameterSpec, Rest
 from .recipe import Recipe
 from .sources import FileSource
+from .sweep_inputs import BASE, Inputs
+from .sweep_score import Interrupted
 
 __all__ = ["Models", "setting_recipe"]
 
@@ -47,12 +50,16 @@ REST = ParameterSpec("rest", "str", choices=get_args(Rest), help="what becomes o
 class Models:
     """Merges settings of `recipe` in the directory `home`; used by several threads, and by processes at once.
 
-    units: merges at lambda = 1 that are kept at a time.
+    units: merges at lambda = 1 that are kept at a time. run: names the run of the sweep, for which alone they are kept. `stop`
+    ends merges that are under way, by Interrupted.
     """
 
-    def __init__(self, home: Path, recipe: Recipe, *, backend: str | None, threads: int, seed: int, units: int) -> None:
+    def __init__(
+        self, home: Path, recipe: Recipe, *, backend: str | None, threads: int, seed: int, units: int, run: str
+    ) -> None:
         self._home, self._recipe, self._backend, self.threads, self._seed = home, recipe, backend, threads, seed
-        self._units, self._factors, self._free = units, dict[str, ExpertSource](), list[Path]()
+        self._units, self._factors, self._free, self._run = units, dict[str, ExpertSource](), list[Path](), run
+        self.stop = threading.Event()
         self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
         with open_checkpoint(str(recipe.base_source or recipe.sources[0])) as base:
             self.model_bytes = sum(info.nbytes for info in base.tensors.values())
@@ -62,7 +69,7 @@ class Models:
 
     # --- decompositions
 
-    def prepare(self, rank: float | None) -> dict[str, Path]:
+    def prepare(self, rank: float | None, inputs: Inputs) -> dict[str, Path]:
         """Decomposes every expert that is a checkpoint at a rank, unless that is done: label -> file of its factors."""
         from .task_vector import decompose
 
@@ -83,6 +90,7 @@ class Models:
                     self._recipe.base_source, source, path, rank=rank, density=0, remainder="none", name=label,
                     target=target, seed=self._seed, backend=self._backend, threads=self.threads,
                 )  # fmt: skip
+            _require_made_from(path, inputs, label)
             found[label] = path
         return found
 
@@ -124,8 +132,13 @@ class Models:
 
     def _merge(self, recipe: Recipe, out: Path) -> None:
         merge_recipe(
-            recipe, out, factors=self.factors, backend=self._backend, threads=self.threads, durable=False
+            recipe, out, factors=self.factors, backend=self._backend, threads=self.threads, durable=False,
+            progress=lambda *_: self._go_on(),
         )  # fmt: skip
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted
 
     def _take_free(self, out: Path) -> None:
         """Puts the directory of an earlier setting at `out`, to be written over; what the scorer put there goes."""
@@ -163,8 +176,11 @@ class Models:
                 with writing(out):
                     shutil.copyfile(path, out / path.name)
             report = MergeReport(method, str(self._backend), None, [])
-            with _writer(recipe, base, out, works, over=True) as writer:
-                Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads).run(works)
+            with _writer(recipe, whole, out, works, over=True) as writer:
+                engine = Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads)
+                engine.progress = lambda _: self._go_on()
+                engine.run(works)
+                base.require_unchanged()
                 writer.finish()
         with writing(out):
             (out / RECIPE_FILE).write_text(recipe.published().to_yaml(resolved=True), encoding="utf-8")
@@ -174,7 +190,7 @@ class Models:
     @contextlib.contextmanager
     def _unit(self, method: str, shared: Mapping[str, Any]) -> Iterator[Path]:
         """The merge at lambda = 1: made by whoever comes first, there for the time of the block."""
-        key = hashlib.sha256(json.dumps([method, sorted(shared.items())]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([self._run, method, sorted(shared.items())]).encode()).hexdigest()[:16]
         path = self._home / "cache" / f"unit-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -200,6 +216,15 @@ class Models:
             with path.with_suffix(".lock").open("w") as lock, contextlib.suppress(BlockingIOError):
                 flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_made_from(path: Path, inputs: Inputs, label: str) -> None:
+    """LorsError unless a decomposition is that of the inputs: it may lie there since an earlier run."""
+    with open_checkpoint(path) as checkpoint:
+        layout = ExpertSource(checkpoint).layout
+    for whose, made_from in ((BASE, layout.base), (f"expert {label!r}", layout.expert)):
+        if made_from != inputs.weights[whose]:
+            raise LorsError(f"{path}: decomposed from something else: {whose} has other digests; remove the file")
 
 
 def _along(recipe: Recipe, base: Checkpoint, lam: float) -> Callable[[str], float]:

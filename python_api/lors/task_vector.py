@@ -2,9 +2,10 @@
 
     W_new = W_merged + lambda * weight * (L + S)        add;  remove subtracts
 
-Adding the last expert to a float32 model gives the bits of merging all of them from scratch, because that is what
-merging does last. Everything else rounds once more than a merge from scratch: each add or remove moves an entry by at most
-half a unit in the last place of the model's dtype, plus 2^-24 of the largest value it passed through in float32.
+A merge sums the updates before it adds the base, and rounds once. A merged model no longer knows that sum, so every edit
+rounds once more: an add or remove moves an entry by at most half a unit in the last place of the model's dtype from the
+exact W +- update, plus 2^-24 of the update. Adding what was removed, or removing what was added, again and again goes to
+and fro between the same two models.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import lors_kernels
 from lors_kernels import KEEP_NONE, NonFiniteError
 
 from . import layers
-from .checkpoint import Checkpoint, compare, open_checkpoint
+from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .expert_file import (
     BLOCK,
@@ -131,6 +132,7 @@ def decompose(
         )  # fmt: skip
         output = stack.enter_context(OutputFile(path, EXPERT_FILE, force=force, inputs=[*origin.files, *tuned.files]))
         error = _write(output.path, layout, origin, tuned, backend, count)
+        require_unchanged((origin, tuned))
         output.commit()
         size, stored = sum(info.nbytes for info in tuned.tensors.values()), path.stat().st_size
     matrices = sum(part.matrix for part in parts)
@@ -174,6 +176,7 @@ def _parts(base: Checkpoint, target: Target | None, rank: float, density: float)
 
 def _write(path: Path, layout: Layout, base: Checkpoint, tuned: Checkpoint, backend: str | None, threads: int) -> float:
     text = layout.to_json()
+    Layout.from_json(text, f"{tuned.name}: the metadata of its expert file")  # what is written can be read
     with WeightWriter(
         path.parent, layout.specs(), metadata={KEY: text}, shard_bytes=2**63, stem=path.stem, early_writeback=False
     ) as writer:
@@ -339,12 +342,10 @@ def open_expert(path: str | os.PathLike[str], name: str | None = None) -> Expert
     try:
         if not is_expert_file(checkpoint):
             raise LorsError(f"{path}: expected an expert file, got a checkpoint; `lors decompose` makes one of it")
+        source = ExpertSource(checkpoint)
         if name is None:
-            checkpoint.name = json.loads(checkpoint.metadata[KEY]).get("name") or checkpoint.name
-        return ExpertSource(checkpoint)
-    except (ValueError, AttributeError) as error:
-        checkpoint.close()
-        raise LorsError(f"{path}: damaged expert file: its metadata cannot be read: {error}") from error
+            source.name = checkpoint.name = source.layout.name
+        return source
     except BaseException:
         checkpoint.close()
         raise

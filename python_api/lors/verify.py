@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .checkpoint import open_checkpoint
+from .checkpoint import open_checkpoint, require_unchanged
 from .errors import LorsError
 from .layers import kind
 from .merge_report import MergeReport
@@ -74,6 +74,7 @@ def verify(recipe: Recipe, out: str | os.PathLike[str]) -> str:
             expected[name][start : start + values.size] = values
 
         _engine(recipe, sources, keep, report, sample, None).run(sample)
+        require_unchanged((base, *experts, merged))  # or else the difference is theirs
         flips = 0
         for work in sample:
             want, got = (x.astype(np.float64).ravel() for x in (expected[work.name], merged.read(work.name)))

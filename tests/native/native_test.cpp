@@ -130,6 +130,21 @@ void check(int64_t m, int64_t n, DType base_type, DType tuned_type, int threads,
     }
 }
 
+void check_apply_update(int64_t m, int64_t n, DType base_type, DType out_type, int threads, std::mt19937& random) {
+    const Owned base(m, n, base_type, random), update(m, n, DType::kFloat32, random), out(m, n, out_type, random);
+    const float largest = lors::apply_update(out.matrix, base.matrix, update.matrix, 0.5f, threads);
+    const double unit = out_type == DType::kFloat32 ? 0x1p-24 : out_type == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+    double wrong = 0, most = 0;
+    for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            const double exact = 0.5 * base.at(i, j) + double{update.at(i, j)};
+            wrong = std::max(wrong, std::fabs(out.at(i, j) - exact) - (unit + 0x1p-24) * std::fabs(exact));
+            most = std::max(most, std::fabs(exact));
+        }
+    }
+    expect(wrong <= 0x1p-24 && std::fabs(largest - most) <= 1e-6 * most, "apply_update", m, n);
+}
+
 void check_ties() {
     const std::vector<float> equal(30 * 40, -0.25f);
     const Matrix tuned{equal.data(), DType::kFloat32, 30, 40, 40}, zeros{nullptr, DType::kFloat32, 30, 40, 40};
@@ -222,6 +237,7 @@ int main() {
         for (int threads : {1, 3}) {
             check(m, n, types[step % 3], types[step / 3 % 3], threads, random), ++step;
             check_ties_update(m, n, threads, random);
+            check_apply_update(m, n, types[step % 3], types[step / 3 % 3], threads, random);
         }
     }
     check_ties();

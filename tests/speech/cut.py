@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,3 +32,21 @@ def cut_config() -> Config:
 def dies(out: Path, inputs: Mapping[str, Path]) -> None:
     """A stage that is killed, as for its memory."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs(out: Path, inputs: Mapping[str, Path], *, up: str) -> None:
+    """A stage that never ends by itself and leaves a process behind, in a session of its own; makes a file `up`."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 1000"], start_new_session=True)
+    Path(up).touch()
+    while True:
+        time.sleep(1)
+
+
+def counts(out: Path, inputs: Mapping[str, Path], *, number: int) -> None:
+    """A stage of a few steps: its number and the results of its needs, added up."""
+    for step in range(5):
+        (out / f"step-{step}").touch()
+        time.sleep(0.002)
+    total = number + sum(int((path / "total").read_text()) for path in inputs.values())
+    (out / "total").write_text(str(total))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import resource
+import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +108,69 @@ def test_unusable_audio(tmp_path: Path) -> None:
         assert f"cannot read audio {tmp_path / name}" in str(error.value) and "\n" not in str(error.value)
 
 
+def _wav(rate: int, channels: int = 1, frames: int = 16000) -> bytes:
+    """16 bits per sample, all of them zero."""
+    data = bytes(2 * channels * frames)
+    fmt = struct.pack("<HHLLHH", 1, channels, rate, rate * channels * 2 % 2**32, channels * 2, 16)
+    return (
+        b"RIFF"
+        + struct.pack("<L", 36 + len(data))
+        + b"WAVEfmt "
+        + struct.pack("<L", 16)
+        + fmt
+        + b"data"
+        + struct.pack("<L", len(data))
+        + data
+    )
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """Rates and lengths are looked at before a sample is read: one second of 1 Hz would become 256 million samples."""
+    for rate in (1, 3999, 384_001, 2**31 - 1):
+        (tmp_path / f"{rate}.wav").write_bytes(_wav(rate))
+    (tmp_path / "channels.wav").write_bytes(_wav(16000, 65, 100))
+    soundfile.write(tmp_path / "hours.flac", np.zeros(16000 * 3600, np.int16), 16000)
+    soundfile.write(tmp_path / "lies.flac", _tone(1.0), 16000)
+    flac = bytearray((tmp_path / "lies.flac").read_bytes())
+    flac[21:26] = bytes([flac[21] & 0xF0 | 0x0F]) + b"\xff" * 4  # 2^36 - 1 samples in all
+    (tmp_path / "lies.flac").write_bytes(flac)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, said in [
+        ("1.wav", "expected a sampling rate from 4000 to 384000 Hz, got 1"),
+        ("3999.wav", "expected a sampling rate from 4000 to 384000 Hz, got 3999"),
+        ("384001.wav", "expected a sampling rate"),
+        ("2147483647.wav", "expected "),
+        ("channels.wav", "expected at most 64 channels, got 65"),
+        ("hours.flac", r"expected at most 60 s, got 3600\.0 s"),
+        ("lies.flac", "expected "),
+    ]:
+        with pytest.raises(LorsError, match=f"cannot read audio .*{name}: {said}"):
+            read_audio(AudioFile(tmp_path / name))
+        if "hours" not in name and "lies" not in name:
+            with pytest.raises(LorsError, match=f"cannot read audio .*{name}: {said}"):
+                duration(AudioFile(tmp_path / name))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB"
+
+
+def test_spans_that_lie(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", _tone(1.0), 16000)
+    for start, seconds, said in (
+        (0.0, 1e300, "expected at most 60 s"),
+        (0.0, 61.0, "expected at most 60 s, got 61.0 s"),
+        (1e300, 1.0, "length 0"),
+        (1e308, None, "length 0"),
+        (0.0, 59.0, "expected a whole recording"),
+    ):
+        with pytest.raises(LorsError, match=said):
+            read_audio(AudioFile(tmp_path / "a.wav", start, seconds))
+
+
+def test_channels_are_averaged_in_blocks(tmp_path: Path) -> None:
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, (16000 * 3, 64)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", sound, 16000, subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(AudioFile(tmp_path / "a.wav")), sound.mean(axis=1), atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------- manifest
 
 
@@ -161,15 +227,15 @@ def test_length_filter(tmp_path: Path) -> None:
         (["id|audio|text|language", "a||x|ca"], "m.tsv:2: expected the path of a recording, got ''"),
         (
             ["id|audio|text|language|seconds", "a|a.wav|x|ca|long"],
-            "m.tsv:2: expected start and seconds, got None and 'long'",
+            "m.tsv:2: expected start and seconds, got nothing and 'long'",
         ),
         (
             ["id|audio|text|language|seconds", "a|a.wav|x|ca|nan"],
-            "m.tsv:2: expected start and seconds, got None and 'nan'",
+            "m.tsv:2: expected start and seconds, got nothing and 'nan'",
         ),
         (
             ["id|audio|text|language|seconds", "a|a.wav|x|ca|-1"],
-            "m.tsv:2: expected start and seconds, got None and '-1'",
+            "m.tsv:2: expected start and seconds, got nothing and '-1'",
         ),
         (["id|audio|text|language|start|seconds", "a|a.wav|x|ca|-1|1"], "expected start and seconds, got '-1' and '1'"),
     ],
@@ -208,6 +274,28 @@ def test_choosing_from_a_loaded_corpus(catalan: Corpus) -> None:
         load_corpus(catalan + catalan[:1], languages="ca", split="test")
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"seconds": 10**400}, "expected start and seconds, got nothing and an integer of 1329 bits"),
+        ({"seconds": 1, "start": 10**400}, "expected start and seconds"),
+        ({"seconds": True}, "expected start and seconds, got nothing and true"),
+        ({"seconds": [[[1]]]}, "expected start and seconds"),
+        ({"id": [1]}, "expected text in 'id', got \\[1\\]"),
+        ({"id": True}, "expected text in 'id', got true"),
+        ({"text": {"a": 1}}, "expected text in 'text', got a mapping"),
+        ({"audio": "a\0b.wav"}, "expected text in 'audio'"),
+        ({"audio": "\ud800"}, "half of a surrogate pair"),
+        ({"language": 3}, "expected text in 'language', got 3"),
+        ({"text": "x" * 2**20}, "expected lines of less than 1048576 characters"),
+    ],
+)
+def test_rows_with_values_of_other_types(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "x", "language": "ca"} | row))
+    with pytest.raises(LorsError, match=f"m.jsonl:1: .*{said}"):
+        load_corpus(tmp_path / "m.jsonl", languages="ca")
+
+
 def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "latin.tsv").write_bytes("audio\ttext\tlanguage\na.wav\tñ\tca\n".encode("latin-1"))
     good = '{"audio": "a.wav", "text": "x", "language": "ca"}\n'
@@ -219,10 +307,10 @@ def test_wrong_files(tmp_path: Path) -> None:
     for name, said in [
         ("latin.tsv", "expected UTF-8 text, got byte 0xf1"),
         ("latin.jsonl", "expected UTF-8 text, got byte 0xf1"),
-        ("broken.jsonl", "broken.jsonl:2: expected one JSON object per line"),
+        ("broken.jsonl", "broken.jsonl:2: not JSON"),
         ("nan.jsonl", "nan.jsonl:1: expected text in 'text', got nan"),
-        ("half.jsonl", "expected text in 'text', got '.ud800'"),
-        ("list.jsonl", "list.jsonl:1: expected an object, got list"),
+        ("half.jsonl", "half of a surrogate pair"),
+        ("list.jsonl", "list.jsonl:1: expected one JSON object per line, got .1."),
         ("absent.tsv", "cannot read"),
         ("x.csv", "expected a .tsv or .jsonl manifest"),
     ]:

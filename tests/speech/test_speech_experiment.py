@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +15,18 @@ from typing import Any
 
 import pytest
 from cut import cut_config, dies
+from processes import gone, marked, unlucky, wait_for
 
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
 from lors.speech.config import Grid, load_config, shipped_configs
 from lors.speech.experiment import build_stages
-from lors.speech.report import print_tables
+from lors.speech.report import _page, print_tables
 from lors.speech.stages import Stage, exclusive, run_stages
 from lors.speech.whisper import SHIPPED
+
+KILLS = int(os.environ.get("LORS_KILLS", "2"))
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +66,31 @@ def test_report_shows_every_number(finished: Path, results: dict[str, Any], caps
         assert text in page
     print_tables(finished)
     assert f"{_wer(results, 'base'):.2f}" in capsys.readouterr().out
+
+
+def test_no_label_is_markup(results: dict[str, Any]) -> None:
+    """Every text of the results replaced: the page has the same elements, and none of the text's."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key + more if key in results["grids"] else key: renamed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [renamed(inner) for inner in value]
+        return (
+            value + more
+            if value in (*results["grids"], results["config"]["name"], results["config"]["base"])
+            else value
+        )
+
+    pages = []
+    for more in ("", "<script>'\"&\x1b[2J"):
+        changed = renamed(results)
+        changed["config"] |= {"rest": "base" + more, "experts": [f"{x}{more}" for x in results["config"]["experts"]]}
+        changed["signatures"] = {name + more: text + more for name, text in results["signatures"].items()}
+        changed["versions"] = {name + more: text + more for name, text in results["versions"].items()}
+        pages.append(_page(changed))
+    assert "<script>" not in pages[1] and "\x1b" not in pages[1] and "&lt;script&gt;" in pages[1]
+    assert pages[0].count("<") == pages[1].count("<")
 
 
 def test_merging_the_files_gives_the_words_of_the_experiment(
@@ -142,6 +172,85 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert "1 of 3 stages were already done" in said and (tmp_path / "out" / "report.html").exists()
     trained = next((tmp_path / "out" / "stages").glob("expert-ca-s0-*/model/training.json"))
     assert json.loads(trained.read_text())["resumed_from"] >= 30
+
+
+STAGES = [sys.executable, str(Path(__file__).with_name("stages_command.py")), "stages"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)],
+    ids=lambda signals: "-".join(signum.name for signum in signals),
+)
+def test_a_signal_ends_a_run_and_its_stages(tmp_path: Path, signals: tuple[int, ...]) -> None:
+    with marked([*STAGES, str(tmp_path / "out"), "hangs", str(tmp_path / "up")], tmp_path / "log") as found:
+        wait_for(tmp_path / "up", 120)
+        assert len(found.alive()) >= 6
+        assert found.end(*signals) < 5
+        assert gone(found), (tmp_path / "log").read_text()
+        assert found.process.returncode in (128 + signals[0], -signals[0])
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+def test_a_run_that_is_killed_at_its_beginning_leaves_no_fork_server(tmp_path: Path) -> None:
+    """It imports for seconds and looks for its parent only then."""
+    with marked([*STAGES, str(tmp_path / "out"), "hangs", str(tmp_path / "up")], tmp_path / "log") as found:
+        deadline = time.monotonic() + 60
+        while not any(b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found.alive()):
+            assert time.monotonic() < deadline
+        found.end(signal.SIGKILL)
+        assert gone(found, 0.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+@pytest.mark.timeout(300 + 60 * KILLS)
+def test_signals_at_random_moments(tmp_path: Path) -> None:
+    """A run that is ended again and again: within 5 s, nothing outlives it, what is done stays done, and it comes to its end."""
+    count, out, log = 30, tmp_path / "out", tmp_path / "log"
+    command = [*STAGES, str(out), "counts", str(count)]
+    begun = time.monotonic()
+    with marked([*STAGES, str(tmp_path / "want"), "counts", str(count)], log) as found:
+        assert found.process.wait(120) == 0
+    span, hits, rounds, slowest, done = time.monotonic() - begun, 0, 0, 0.0, dict[str, str]()
+
+    def totals(root: Path) -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in root.glob("stages/*[!l]/total")}  # not in .partial
+
+    want = totals(tmp_path / "want")
+    assert len(want) == count and len(set(want.values())) > count / 2
+    for number in range(KILLS):
+        rng = random.Random(number)
+        signals, pause = unlucky(rng)
+        with marked(command, log) as found:
+            time.sleep(rng.uniform(0, span))
+            slowest = max(slowest, found.end(*signals, pause=pause))
+            assert gone(found) and slowest < 5, (number, signals)
+            hits += found.process.returncode != 0
+        assert "Traceback" not in log.read_text(), log.read_text()
+        before, done = done, totals(out)
+        assert before.items() <= done.items() <= want.items()
+        if len(done) == count:
+            shutil.rmtree(out)
+            done, rounds = {}, rounds + 1
+    subprocess.run(
+        command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert totals(out) == want and not list(out.glob("stages/*.partial"))
+    print(
+        f"{hits} of {KILLS} signals came before the end, the slowest end took {slowest:.2f} s, {rounds} runs came to their end"
+    )
+
+
+def test_a_run_whose_processes_are_killed_says_so(tmp_path: Path) -> None:
+    with marked([*STAGES, str(tmp_path / "out"), "hangs", str(tmp_path / "up")], tmp_path / "log") as found:
+        wait_for(tmp_path / "up", 120)
+        for pid in found.alive():
+            if pid != found.process.pid:
+                os.kill(pid, signal.SIGKILL)
+        assert found.process.wait(10) == 2
+    assert "has ended; run the same command again" in (tmp_path / "log").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import layers
 from ..errors import LorsError
+from ..messages import first_line
 from ..methods import SPECS
 from ..parameters import MethodSpec, ParameterSpec
 from .peers import Swap, largest_entries, peer
@@ -74,13 +75,22 @@ def restore() -> None:
 
 
 def mergekit_yaml(arguments: Sequence[str]) -> None:
-    """mergekit's command `mergekit-yaml CONFIG OUT [flags]` with our methods and our selection; exits as it does."""
+    """mergekit's command `mergekit-yaml CONFIG OUT [flags]` with our methods and our selection.
+
+    What mergekit raises is a LorsError with the first line of it; a wrong option raises what its command line reader does.
+    """
     register()
     try:
         with accelerate():
             from mergekit.scripts.run_yaml import main
 
-            main(args=list(arguments), prog_name="lors mergekit-yaml")
+            main(args=list(arguments), prog_name="lors mergekit-yaml", standalone_mode=False)
+    except LorsError:
+        raise
+    except Exception as error:
+        if hasattr(error, "format_message") or type(error).__name__ == "Abort":  # a wrong option, Ctrl-C
+            raise
+        raise LorsError(f"mergekit: {first_line(error)} (LORS_TRACEBACK=1 shows where)") from error
     finally:
         unregister()
 

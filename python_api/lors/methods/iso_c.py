@@ -2,7 +2,7 @@
 
     D = sum_t w_t delta_t = U S V^T,     W = W0 + lambda * mean(S) * U V^T
 
-The mean is over all min(m, n) singular values. Directions that D has not got (S = 0) are left out of U V^T, which no
+The mean is over all min(m, n) singular values. Directions that D has not got (S = 0 in float64) are left out of U V^T, which no
 SVD defines there.
 """
 
@@ -23,10 +23,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
         total = np.zeros(operands.spec.shape, np.float64)
         for t, model in enumerate(models):
-            base, tuned = operands.pair(t)
-            delta = tuned.astype(np.float32) - base.astype(np.float32)
-            operands.check(t, delta)
-            total += model["weight"] * delta
+            total += model["weight"] * operands.delta(t)
         directions = polar(total)
         # S are the eigenvalues of the other polar factor, (U V^T)^T D, so their sum is its trace
         mean = float(np.vdot(directions, total)) / min(total.shape)

@@ -18,6 +18,8 @@ def reduce(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> li
     total = sum(weights) if shared["normalize"] else 1.0
     if abs(total) < 1e-8:
         raise LorsError(f"parameters.weight: expected weights whose sum is not 0 with normalize, got {weights}")
+    if not any(weights):
+        raise LorsError(f"parameters.weight: expected a weight that is not 0, got {weights}")
     return [Reduction(weight / total) for weight in weights]
 
 

@@ -28,12 +28,10 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
             base, tuned = chunk.base.astype(np.float64), chunk.tuned[0].astype(np.float64)
             operands.check(0, tuned - base)
             products += base @ base, tuned @ tuned, base @ tuned
-        first, second = (np.float32(factor) for factor in factors(shared["t"], *products))
+        first, second = factors(shared["t"], *products)
         for chunk in operands.chunks():
-            out = operands.out(chunk.base)
-            out *= first
-            out += second * chunk.tuned[0].astype(np.float32)
-            yield chunk.start, out
+            base, tuned = chunk.base.astype(np.float64), chunk.tuned[0].astype(np.float64)
+            yield chunk.start, (first * base + second * tuned).astype(np.float32)
 
     return merge
 

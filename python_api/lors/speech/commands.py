@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import LorsError
+from ..errors import LorsError, printable
+from ..messages import say
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -58,7 +59,7 @@ def synth(
         out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format, workers=workers,
         force=force, progress=True,
     )  # fmt: skip
-    print(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
+    say(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
 
 
 def _names(name: str) -> tuple[str, str]:
@@ -152,7 +153,7 @@ def finetune(
     wer = "" if result.dev_wer is None else f", dev WER {result.dev_wer:.2f} %"
     resumed = f" (continued from step {result.resumed_from})" if result.resumed_from else ""
     skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
-    print(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
+    say(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
           f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def evaluate(
     if out is not None:
         evaluation.write(out)
     if as_json:
-        print(json.dumps(evaluation.rows(), indent=1, ensure_ascii=False))
+        print(json.dumps(evaluation.rows(), indent=1))
     else:
         show_evaluation(evaluation)
     if pair is not None:
@@ -218,7 +219,7 @@ def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tup
     for task in tasks:
         metric = "wer" if task == "transcribe" else "bleu"
         interval = compare(evaluation, first, second, task=task, metric=metric)
-        print(f"{task}: {metric.upper()} of {first} minus {second}: {interval.difference:+.2f} "
+        say(f"{task}: {metric.upper()} of {first} minus {second}: {interval.difference:+.2f} "
               f"[{interval.low:+.2f}, {interval.high:+.2f}] (95 %, paired bootstrap)")  # fmt: skip
 
 
@@ -249,12 +250,14 @@ def show_evaluation(evaluation: Evaluation) -> None:
         for model in dict.fromkeys(r.model for r in rows):
             scores = [r.score for r in rows if r.model == model]
             means = [sum(getattr(s, name) for s in scores) / len(scores) for name in metrics]
-            table.add_row(model, *(f"{value:.2f}" for value in (*(getattr(s, main) for s in scores), *means)))
+            table.add_row(
+                printable(model), *(f"{value:.2f}" for value in (*(getattr(s, main) for s in scores), *means))
+            )
         console.print(table)
         dropped = sum(r.score.dropped for r in rows)
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
         signature = f"; {rows[0].score.bleu_signature}" if task == "translate" else ""
-        print(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
+        say(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
               f"real-time factor {speed:.4f}{signature}")  # fmt: skip
 
 
@@ -295,14 +298,14 @@ def experiment(
         settings = settings.model_copy(update={"data": section})
     if show:
         for item in build_stages(settings):
-            print(f"{'done' if item.done(out) else '    '}  {item.name}")
+            say(f"{'done' if item.done(out) else '    '}  {item.name}")
         return
-    path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=lambda line: print(line, flush=True))
+    path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=say)
     if stage is None:
         from .report import print_tables
 
         print_tables(out)
-        print(f"report: {path}")
+        say(f"report: {path}")
 
 
 def _integers(text: str) -> list[int]:

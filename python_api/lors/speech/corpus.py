@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from .. import strict_json
 from ..errors import LorsError
-from ..messages import first_line, nearest
+from ..messages import first_line, nearest, shown
 from .audio import AudioBytes, AudioFile, AudioSource, duration
 from .languages import common_voice_code, fleurs_code, parse_languages, whisper_code
 
@@ -25,6 +25,7 @@ __all__ = ["TASKS", "Corpus", "Utterance", "by_task", "load_corpus", "parse_task
 
 TASKS = ("transcribe", "translate")
 _AUDIO_COLUMNS = ("audio", "path", "audio_path", "file")
+_LONGEST_LINE = 1 << 20  # characters
 _TEXT_COLUMNS = ("text", "sentence", "transcription")
 
 
@@ -153,10 +154,18 @@ def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         raise LorsError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x}") from error
 
 
+def _lines(stream: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a text file; LorsError for one that is longer than any row of a corpus."""
+    for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), ""), 1):
+        if len(line) == _LONGEST_LINE:
+            raise LorsError(f"{path}:{number}: expected lines of less than {_LONGEST_LINE} characters")
+        yield line
+
+
 def _rows(path: Path, required: Iterable[str], escape: str | None = None) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a TSV file with a header. Quotes are text: corpora hold unbalanced ones."""
     with _opened(path, newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
+        reader = csv.DictReader(_lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
         try:
             header = list(reader.fieldnames or [])
             found = ", ".join(map(repr, header)) or "nothing"
@@ -175,16 +184,14 @@ def _rows(path: Path, required: Iterable[str], escape: str | None = None) -> Ite
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with _opened(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise LorsError(f"{path}:{number}: expected one JSON object per line: {error}") from error
-            if not isinstance(row, dict):
-                raise LorsError(f"{path}:{number}: expected an object, got {type(row).__name__}")
-            yield number, row
+        for number, line in enumerate(_lines(stream, path), 1):
+            if text := line.strip():
+                row = strict_json.parse(
+                    text, f"{path}:{number}", infinite=True
+                )  # pandas writes NaN for what is missing
+                if not isinstance(row, dict):
+                    raise LorsError(f"{path}:{number}: expected one JSON object per line, got {shown(row)}")
+                yield number, row
 
 
 def _manifest(path: Path) -> Iterator[Utterance]:
@@ -198,7 +205,7 @@ def _manifest(path: Path) -> Iterator[Utterance]:
         where = f"{path}:{number}"
         audio = _text(where, row, *_AUDIO_COLUMNS)
         yield Utterance(
-            id=str(audio if row.get("id") in (None, "") else row["id"]),
+            id=_id(where, row) or audio,
             audio=_audio(where, path.parent, row, audio),
             text=_text(where, row, *_TEXT_COLUMNS),
             translation=_text(where, row, "translation", required=False) or None,
@@ -207,10 +214,16 @@ def _manifest(path: Path) -> Iterator[Utterance]:
         )
 
 
+def _id(where: str, row: dict[str, Any]) -> str:
+    """A text, or a whole number as some corpora have; "" where there is none."""
+    value = row.get("id")
+    return str(value) if type(value) is int else _text(where, row, "id", required=False)
+
+
 def _language(where: str, row: dict[str, Any]) -> str:
     language = whisper_code(_text(where, row, "language"))
     if not language:
-        raise LorsError(f"{where}: expected a language, got {row['language']!r}")
+        raise LorsError(f"{where}: expected a language, got {shown(row['language'])}")
     return language
 
 
@@ -222,12 +235,17 @@ def _audio(where: str, directory: Path, row: dict[str, Any], audio: str) -> Audi
     if not row.get("seconds"):
         return AudioFile(file)
     try:
-        start, seconds = float(row.get("start") or 0), float(row["seconds"])
-    except (TypeError, ValueError):
+        start, seconds = _number(row.get("start") or 0), _number(row["seconds"])
+    except (TypeError, ValueError, OverflowError):
         start, seconds = 0.0, 0.0
     if not (0 <= start < math.inf and 0 < seconds < math.inf):
-        raise LorsError(f"{where}: expected start and seconds, got {row.get('start')!r} and {row['seconds']!r}")
+        got = f"{shown(row.get('start'))} and {shown(row['seconds'])}"
+        raise LorsError(f"{where}: expected start and seconds, got {got}")
     return AudioFile(file, start, seconds)
+
+
+def _number(value: Any) -> float:
+    return math.nan if isinstance(value, bool) else float(value)
 
 
 def _text(where: str, row: dict[str, Any], *names: str, required: bool = True) -> str:
@@ -240,17 +258,9 @@ def _text(where: str, row: dict[str, Any], *names: str, required: bool = True) -
     value = row[name]
     if value is None:
         return ""
-    if not isinstance(value, str) or not _encodable(value):
-        raise LorsError(f"{where}: expected text in {name!r}, got {value!r}")
+    if not isinstance(value, str) or "\0" in value:
+        raise LorsError(f"{where}: expected text in {name!r}, got {shown(value)}")
     return value
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------- Common Voice and CoVoST 2

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from ..errors import LorsError
+from ..messages import say
 from .config import Config, Data, load_config
 
 __all__ = ["RECORDINGS", "demo", "demo_config"]
@@ -36,9 +37,9 @@ def demo(out: Path) -> Path:
 
     require_extra()
     began = time.monotonic()
-    report = run_experiment(demo_config(), out, report=lambda line: print(line, flush=True))
+    report = run_experiment(demo_config(), out, report=say)
     print_tables(out)
-    print(f"{time.monotonic() - began:.0f} s -> {report}")
+    say(f"{time.monotonic() - began:.0f} s -> {report}")
     return report
 
 

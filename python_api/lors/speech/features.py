@@ -34,7 +34,8 @@ def log_mel(utterances: Sequence[Utterance], extractor: Any) -> NDArray[np.float
 
     samples = []
     for utterance in utterances:
-        audio = read_audio(utterance.audio)
+        _require_window(utterance, duration(utterance.audio), extractor)  # before it is read
+        audio = read_audio(utterance.audio, extractor.n_samples / SAMPLE_RATE + _ROUNDING)
         _require_window(utterance, len(audio) / SAMPLE_RATE, extractor)
         samples.append(audio)
     mel = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="np")["input_features"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
+from ..messages import say
 from ..output import write_file
+from ..page import escape
 from ..replaceable import HEAD, PAGE, RESULTS
 from .config import Config
 from .results import METRIC, summarise
@@ -43,12 +45,12 @@ def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path
 
 
 def wide_console() -> Any:
-    """A console that does not cut a table of ten languages where the output is no terminal."""
+    """A console for tables of names: it takes them for text, and does not cut ten languages where it is no terminal."""
     import sys
 
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
 
 
 def print_tables(root: Path) -> None:
@@ -63,10 +65,10 @@ def print_tables(root: Path) -> None:
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(printable, row))
         console.print(table)
     for line in _verdicts(results):
-        print(line)
+        say(line)
 
 
 def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
@@ -131,7 +133,7 @@ def _pm(spread: Mapping[str, Any] | None) -> str:
 def _page(results: Mapping[str, Any]) -> str:
     config = results["config"]
     body = [
-        f"<h1>Merging experiment <em>{html.escape(config['name'])}</em></h1>",
+        f"<h1>Merging experiment <em>{escape(config['name'])}</em></h1>",
         _setting(results),
         *(_tests(results, task) for task in config["tasks"]),
         _normalised(results),
@@ -141,7 +143,7 @@ def _page(results: Mapping[str, Any]) -> str:
         _spectra(results),
         _reading(results),
     ]
-    title = html.escape(f"LoRS experiment {config['name']}")
+    title = escape(f"LoRS experiment {config['name']}")
     return (
         f"{HEAD}<title>{title}</title>"
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
@@ -152,10 +154,10 @@ def _setting(results: Mapping[str, Any]) -> str:
     config = results["config"]
     data = config["data"]
     speech = (
-        f"synthetic speech (espeak-ng, condition {data['synth']['condition']}), {data['train']} training "
+        f"synthetic speech (espeak-ng, condition {escape(data['synth']['condition'])}), {data['train']} training "
         f"utterances per language"
         if data["synth"]
-        else html.escape(str(data["source"]))
+        else escape(str(data["source"]))
     )
     settings = {len(grid["tried"]) for grid in results["grids"].values()}
     reference = results.get("reference")
@@ -166,23 +168,23 @@ def _setting(results: Mapping[str, Any]) -> str:
             f"{reference['utterances']} test answers."
         )
     return (
-        f"<p>Base <code>{html.escape(config['base'])}</code>; {speech}; experts {', '.join(config['experts'])}; tasks "
+        f"<p>Base <code>{escape(config['base'])}</code>; {speech}; experts {escape(', '.join(config['experts']))}; tasks "
         f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
         f"{sum(results['utterances'].values())} test "
         f"answers per model, {results['dropped']} empty references dropped. Tensors that a method does not decompose: "
-        f"<code>{config['rest']}</code>. Every method was tried with "
+        f"<code>{escape(config['rest'])}</code>. Every method was tried with "
         f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
         f"once.{words}</p>"
     )
 
 
 def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     chosen = set(merges)
     lines = []
     for row in rows[1:]:
         kind = ' class="merge"' if row[0] in chosen else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f'<div class="wrap"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
@@ -215,17 +217,17 @@ def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
     for row, label in enumerate(labels):
         y = height + 22 + 16 * row
         parts.append(f'<rect x="10" y="{y}" width="10" height="10" fill="{_COLOURS[row % len(_COLOURS)]}"/>')
-        parts.append(f'<text x="26" y="{y + 9}" font-size="11">{html.escape(label)}</text>')
+        parts.append(f'<text x="26" y="{y + 9}" font-size="11">{escape(label)}</text>')
     for i, language in enumerate(languages):
         x = 40 + i * (len(labels) * bar + 14)
-        parts.append(f'<text x="{x}" y="{height + 12}" font-size="11">{language}</text>')
+        parts.append(f'<text x="{x}" y="{height + 12}" font-size="11">{escape(language)}</text>')
         for row, label in enumerate(labels):
             value = values[label, language]
             if value is not None:
                 tall = (height - 20) * value / top
                 parts.append(
                     f'<rect x="{x + row * bar}" y="{height - tall:.1f}" width="{bar - 1}" height="{tall:.1f}" '
-                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{html.escape(label)} {language}: '
+                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{escape(f"{label} {language}")}: '
                     f"{value:.1f}</title></rect>"
                 )
     parts.append(
@@ -260,7 +262,7 @@ def _comparisons(results: Mapping[str, Any]) -> str:
         intervals = [_interval(c), _interval(c, "seeds_")] if several else [_interval(c)]
         rows.append([label, task, difference, *intervals, _verdict(c)])
     return (
-        f"<h2>Against {html.escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "
+        f"<h2>Against {escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "
         "paired bootstrap, means over the experts' languages: test utterances drawn, then test utterances and seeds "
         "drawn. A few seeds make the second a rough figure, rather too narrow than too wide.</p>"
     )
@@ -295,7 +297,7 @@ def _curves(results: Mapping[str, Any]) -> str:
         return 50 + (width - 70) * across, 20 + (height - 60) * (worst - y) / ((worst - best) or 1.0)
 
     def text(x: float, y: float, what: str, more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11"{more}>{html.escape(what)}</text>'
+        return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11"{more}>{escape(what)}</text>'
 
     parts = [f'<svg width="{width + 180}" height="{height}" role="img">', text(4, 12, "dev WER")]
     parts += [text(4, 26, f"{worst:.1f}"), text(4, height - 38, f"{best:.1f}")]
@@ -305,7 +307,7 @@ def _curves(results: Mapping[str, Any]) -> str:
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in line:
-            title = f"<title>{html.escape(label)}: lambda {x}, WER {y:.2f}</title>"
+            title = f"<title>{escape(label)}: lambda {x}, WER {y:.2f}</title>"
             cx, cy = place(x, y)
             parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill="{colour}">{title}</circle>')
         parts.append(text(width, 30 + 16 * row, label, f' fill="{colour}"'))
@@ -387,7 +389,7 @@ def _reading(results: Mapping[str, Any]) -> str:
         else ""
     )
     signatures = "".join(
-        f"<li>{name}: <code>{html.escape(text)}</code></li>" for name, text in results["signatures"].items()
+        f"<li>{escape(name)}: <code>{escape(text)}</code></li>" for name, text in results["signatures"].items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     if results["machine"]["commit"]:
@@ -397,5 +399,5 @@ def _reading(results: Mapping[str, Any]) -> str:
         f"reference words summed over "
         f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in "
         f"<code>stages/test-*/answers.jsonl</code>."
-        f"</li>{signatures}<li>{html.escape(versions)}</li></ul>"
+        f"</li>{signatures}<li>{escape(versions)}</li></ul>"
     )

@@ -2,7 +2,8 @@
 
 A stage's key is a hash of its kind, its parameters and the keys of the stages it needs, so a changed parameter redoes
 exactly what depends on it. A finished stage is a directory ``stages/<name>-<key>``; an unfinished one ends in
-``.partial`` and is continued. Killing any process at any time costs at most the work since its last own checkpoint.
+``.partial`` and is continued. Killing any process at any time costs at most the work since its last own checkpoint. No
+process of a run outlives it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from .. import keeper
 from ..errors import LorsError
 from ..locks import flock
 from ..messages import nearest
@@ -119,7 +120,42 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[
 
 
 def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
-    """Runs what is not done yet, `jobs` processes at a time. The first failure lets the others finish and is raised."""
+    """Runs what is not done yet, `jobs` processes at a time. The first failure lets the others finish and is raised.
+
+    The processes are another one's, which a keeper ends with us: an orphan would write into the directory that the next run
+    continues.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    command = keeper.python(f"{__name__}:_serve", str(theirs.fileno()))
+    with ours, keeper.running(command, pass_fds=[theirs.fileno()]):
+        theirs.close()
+        try:
+            ours.send((stages, root, jobs))
+            while isinstance(said := ours.recv(), str):
+                report(said)
+        except (EOFError, OSError):
+            raise LorsError(
+                "the process that runs the stages has ended; run the same command again to continue"
+            ) from None
+    if said is not None:
+        raise said
+
+
+def _serve(fd: str) -> None:
+    """Runs stages for another process: its pipe brings them, and takes lines, at the end None or the LorsError."""
+    from multiprocessing.connection import Connection
+
+    with Connection(int(fd)) as link:
+        stages, root, jobs = link.recv()
+        try:
+            _run_here(stages, root, jobs, link.send)
+        except LorsError as error:
+            link.send(error)
+        else:
+            link.send(None)
+
+
+def _run_here(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
     # A fork server imports torch and transformers once; stages start in milliseconds and share no state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -127,34 +163,27 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
     done = len(stages) - len(waiting)
     if done:
         report(f"{done} of {len(stages)} stages were already done")
-    # Nothing is ever written: its end tells a stage that the run is gone, however it went.
-    lifeline, held = context.Pipe(duplex=False)
     running: dict[Any, tuple[Stage, Any, float]] = {}
     failure: str | None = None
-    try:
-        while waiting or running:
-            while failure is None and len(running) < jobs and (stage := _ready(waiting, root)) is not None:
-                waiting.remove(stage)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(stage, root, sender, lifeline), daemon=True)
-                process.start()
-                sender.close()
-                running[process.sentinel] = (stage, (process, receiver), time.monotonic())
-            if not running:
-                break
-            for sentinel in wait(list(running)):
-                stage, (process, receiver), began = running.pop(sentinel)
-                process.join()
-                if process.exitcode == 0:
-                    done += 1
-                    report(f"[{done}/{len(stages)}] {stage.name}: {time.monotonic() - began:.0f} s")
-                elif failure is None:
-                    said = _last_words(receiver, process.exitcode)
-                    failure = f"stage {stage.name}: {said}; run the same command again to continue"
-    finally:
-        for _, (process, _), _ in running.values():
-            process.terminate()
-        held.close()
+    while waiting or running:
+        while failure is None and len(running) < jobs and (stage := _ready(waiting, root)) is not None:
+            waiting.remove(stage)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(stage, root, sender), daemon=True)
+            process.start()
+            sender.close()
+            running[process.sentinel] = (stage, (process, receiver), time.monotonic())
+        if not running:
+            break
+        for sentinel in wait(list(running)):
+            stage, (process, receiver), began = running.pop(sentinel)
+            process.join()
+            if process.exitcode == 0:
+                done += 1
+                report(f"[{done}/{len(stages)}] {stage.name}: {time.monotonic() - began:.0f} s")
+            elif failure is None:
+                said = _last_words(receiver, process.exitcode)
+                failure = f"stage {stage.name}: {said}; run the same command again to continue"
     if failure is not None:
         raise LorsError(failure)
 
@@ -175,14 +204,13 @@ def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
     return next((stage for stage in waiting if all(need.done(root) for need in stage.needs)), None)
 
 
-def _child(stage: Stage, root: Path, sender: Any, lifeline: Any) -> None:
+def _child(stage: Stage, root: Path, sender: Any) -> None:
     import torch
 
     from .whisper import quiet
 
     torch.set_num_threads(1)
     quiet()
-    threading.Thread(target=_die_with_the_run, args=(lifeline,), daemon=True).start()
     (root / "logs").mkdir(exist_ok=True)
     with (root / "logs" / f"{stage.name}.log").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -196,9 +224,3 @@ def _child(stage: Stage, root: Path, sender: Any, lifeline: Any) -> None:
             traceback.print_exc()
             sender.send(f"{type(error).__name__}: {error} (see {log.name})")
             sys.exit(1)
-
-
-def _die_with_the_run(lifeline: Any) -> None:
-    """An orphan would write into the directory that the next run continues."""
-    lifeline.poll(None)
-    os._exit(1)

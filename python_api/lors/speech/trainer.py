@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..errors import LorsError
+from ..errors import LorsError, printable
 from ..layers import decomposed
 from .audio import require
 from .corpus import Corpus, by_task
@@ -224,7 +224,8 @@ class _Progress(TrainerCallback):
         told = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []
         told += [f"dev WER {logs['eval_wer']:.2f} %"] if "eval_wer" in logs else []
         if told:
-            print(f"{self._label}: step {state.global_step} of {state.max_steps}: {', '.join(told)}", file=sys.stderr)
+            line = f"{self._label}: step {state.global_step} of {state.max_steps}: {', '.join(told)}"
+            print(printable(line), file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

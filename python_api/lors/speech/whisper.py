@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import strict_json
 from ..checkpoint import HUB_ID, open_checkpoint
 from ..errors import LorsError
-from ..messages import first_line, nearest
+from ..messages import first_line, nearest, shown
 from ..remote import is_url
 
 __all__ = [
@@ -56,13 +56,11 @@ def _fetched(source: str) -> Path:
 
 
 def _check_whisper(path: Path) -> None:
-    try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LorsError(f"{path}: expected a model directory with config.json: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not (path / "config.json").exists():
+        raise LorsError(f"{path}: expected a model directory with config.json")
+    kind = strict_json.read(path / "config.json", infinite=True).get("model_type")
     if kind != "whisper":
-        raise LorsError(f"{path}: expected a Whisper checkpoint, got model_type {kind!r}")
+        raise LorsError(f"{path}: expected a Whisper checkpoint, got model_type {shown(kind)}")
 
 
 def load_model(source: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -126,12 +124,8 @@ def torch_device(device: str) -> Any:
 
 def require_languages(source: str | Path, languages: Iterable[str]) -> None:
     """LorsError naming the first language the model has no token for; reads its generation_config.json, no weights."""
-    try:
-        known = json.loads((local_model(source) / "generation_config.json").read_text("utf-8")).get("lang_to_id")
-    except FileNotFoundError:
-        known = None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LorsError(f"{source}: cannot read generation_config.json: {first_line(error)}") from error
+    path = local_model(source) / "generation_config.json"
+    known = strict_json.read(path, infinite=True).get("lang_to_id") if path.exists() else None
     if not isinstance(known, dict):
         raise LorsError(f"{source}: expected a multilingual Whisper, got a generation_config.json without lang_to_id")
     codes = [token[2:-2] for token in known]

@@ -1,0 +1,130 @@
+"""How a command ends when something is wrong: one line on stderr and an exit code, whatever it was.
+
+2 for all that a user can put right and for what nobody foresaw (``LORS_TRACEBACK=1`` shows that whole), 130 for Ctrl-C, 1
+for a reader of the output that went away. A wrong option is told like a wrong input: where, expected, got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .console import tell
+from .errors import LorsError
+from .messages import first_line
+from .signals import Terminated
+
+__all__ = ["by_option", "explained", "one_line_errors"]
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around a command: what it raises ends the process as above."""
+    try:
+        yield
+    except Terminated as error:
+        tell(f"terminated by {error.name}")
+        raise
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except BrokenPipeError:
+        _end(None, 1)
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # Ctrl-C, by the library that reads the command line
+            _end("interrupted", 130)
+        if os.environ.get("LORS_TRACEBACK") == "1":
+            traceback.print_exc()
+        _end(explained(error), 2)
+
+
+def explained(error: Exception) -> str | None:
+    """The line for an exception; None when all is said (the help of a command without arguments)."""
+    if isinstance(error, LorsError):
+        text = str(error)
+    elif hasattr(error, "format_message"):  # by the library that reads the command line
+        text = _usage(error)
+    else:
+        text = str(LorsError(_unforeseen(error)))  # on one line
+    return f"error: {text}" if text else None
+
+
+def by_option(message: str, keys: Mapping[str, str]) -> str:
+    """The message with the recipe's key at its beginning replaced by the option that stands for it."""
+    place, colon, rest = message.partition(": ")
+    return f"{keys[place]}{colon}{rest}" if place in keys else message
+
+
+def _end(line: str | None, status: int) -> None:
+    if line is not None:
+        tell(line)
+    raise SystemExit(status)
+
+
+# --- wrong options ---------------------------------------------------------------------------------------------------
+
+# How the library words what it expected of a number -> how we do; its wording differs from version to version.
+_EXPECTED = (
+    (r".*(valid number|valid float|valid decimal).*", "a number"),
+    (r".*(valid integer|valid int\b).*", "an integer"),
+    (r".*greater than or equal to (\S+)", r"at least \1"),
+    (r".*not in the range x>=(\S+?)\.?", r"at least \1"),
+)
+
+
+def _usage(error: Any) -> str:
+    kind = type(error).__name__
+    if kind == "NoArgsIsHelpError":
+        return ""
+    command = getattr(getattr(error, "ctx", None), "command_path", None) or "lors"
+    if kind == "NoSuchOption":
+        near = f", did you mean {error.possibilities[0]}?" if error.possibilities else f"; see {command} --help"
+        return f"{command}: unknown option {error.option_name}{near}"
+    if kind == "BadParameter" and getattr(error, "param", None) is not None:
+        return f"{error.param.opts[0]}: {_expected(error.message, error.param.opts)}"
+    text = error.format_message().strip().rstrip(".")
+    text = re.sub(r"\. Did you mean (.*)$", r", did you mean \1", text)
+    text = re.sub(r"^Missing (\w+) '(.*)'$", r"missing \1 \2", text)
+    text = re.sub(
+        r"^Got unexpected extra argument(?:\(s\)|s)? \((.*)\)$", r"expected no further argument, got \1", text
+    )
+    hint = "" if text.endswith("?") else f"; see {command} --help"
+    return f"{command}: {text[:1].lower()}{text[1:]}{hint}"
+
+
+def _expected(message: str, names: Sequence[str]) -> str:
+    got = next((value for value in _given(names)), None)
+    for pattern, wanted in _EXPECTED:
+        if found := re.fullmatch(pattern, message.strip()):
+            return f"expected {found.expand(wanted)}" + ("" if got is None else f", got {got!r}")
+    return message
+
+
+def _given(names: Sequence[str]) -> Iterator[str]:
+    """What the command line says for an option; the library's errors do not tell."""
+    for index, word in enumerate(sys.argv):
+        name, equals, value = word.partition("=")
+        if name in names and equals:
+            yield value
+        elif name in names and index + 1 < len(sys.argv):
+            yield sys.argv[index + 1]
+
+
+# --- the last resort -------------------------------------------------------------------------------------------------
+
+
+def _unforeseen(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory; fewer --threads, or jobs at a time, need less"
+    if isinstance(error, RecursionError):
+        return "something in the input is nested too deeply"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "the system does not allow so many threads; give fewer --threads"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
+    return f"{type(error).__name__}: {first_line(error)} (LORS_TRACEBACK=1 shows where)"

@@ -1,0 +1,98 @@
+"""Documents from outside: JSON as typed documents, of which every field is checked before anything is done with them.
+
+A document declares its fields on `Document`; `read` (a file), `parse` (text) and `check` (parsed JSON) give one, or a
+LorsError of one line such as ``PATH: experts[0].weight: expected a number, got 'x'``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from . import strict_json
+from .errors import LorsError
+from .messages import nearest, shown
+
+__all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "problem"]
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+MAX_VALUES = 200_000  # of a document: what is wrong with each takes pydantic 900 bytes to say
+T = TypeVar("T", bound="Document")
+
+
+class Document(BaseModel):
+    """Fields have the types they are declared with, nothing is converted, and there are no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls: type[T], text: str | bytes, where: str) -> T:
+        """The document in a JSON text; LorsError that begins with `where`."""
+        strict_json.parse(text, where, values=MAX_VALUES)  # pydantic's parser takes keys twice, NaN, and more
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise LorsError(f"{where}: {problem(error, cls)}") from None
+
+    @classmethod
+    def check(cls: type[T], content: object, where: str) -> T:
+        """The document that JSON of at most MAX_VALUES values is."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise LorsError(f"{where}: {problem(error, cls)}") from None
+
+    @classmethod
+    def read(cls: type[T], path: Path) -> T:
+        """The document in a file."""
+        return cls.parse(strict_json.read_bytes(path), str(path))
+
+
+class ModelConfig(Document):
+    """What lors itself reads of a model's config.json; the rest is transformers' concern."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model_type: str | None = None
+    tie_word_embeddings: bool | None = None
+    d_model: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    vocab_size: int | None = None
+    num_mel_bins: int | None = None
+
+
+# --- what is wrong, in one line --------------------------------------------------------------------------------------
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_EXPECTED = {
+    "string_type": "a string", "string_unicode": "a string of whole characters", "string_too_short": "a string that is not empty",
+    "too_short": "at least one", "tuple_type": "a list", "list_type": "a list", "dict_type": "an object",
+    "model_type": "an object", "dataclass_type": "an object", "int_type": "an integer", "float_type": "a number",
+    "finite_number": "a finite number", "bool_type": "true or false", "none_required": "null",
+}  # fmt: skip
+
+
+def problem(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Where and what: an unknown key before all else, for a misspelt key is also a missing one."""
+    problems = error.errors(include_url=False)
+    first = next((p for p in problems if p["type"] in _UNKNOWN), problems[0])
+    location, value, code = first["loc"], first["input"], first["type"]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    place = f"{place}: " if place else ""
+    if code in _UNKNOWN:
+        known = nearest(location[-1], kind.model_fields) if len(location) == 1 else ""
+        return f"{place}unknown key {shown(location[-1])}{known}"
+    if code == "missing":
+        return f"{place}missing"
+    if code == "value_error":
+        return f"{place}{first['ctx']['error']}"
+    if code == "literal_error":
+        return f"{place}expected {re.sub(' or ', ', ', first['ctx']['expected'])}, got {shown(value)}"
+    if code == "string_pattern_mismatch":
+        return f"{place}expected text of the form {first['ctx']['pattern']}, got {shown(value)}"
+    message = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{place}expected {_EXPECTED.get(code, message)}, got {shown(value)}"

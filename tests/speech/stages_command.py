@@ -1,0 +1,39 @@
+"""`lors` with a command more: `stages`, which runs stages of `cut` as `lors experiment` runs its own.
+
+python stages_command.py stages OUT hangs UP|counts N [--ray local]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cut import counts, cut_config, hangs
+
+from lors import cli, ray_stages
+from lors.speech.stages import Stage, exclusive, run_stages
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+@cli.app.command()
+def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer.Option()] = None) -> None:
+    chosen: list[Stage] = []
+    if kind == "hangs":
+        chosen = [Stage("x", hangs, {"up": argument})]
+    for number in range(int(argument) if kind == "counts" else 0):
+        chosen.append(
+            Stage(f"count-{number}", counts, {"number": number}, tuple(chosen[(number - 1) // 2 : (number + 1) // 2]))
+        )
+    with exclusive(out):
+        if ray is None:
+            run_stages(chosen, out, 2, say)
+        else:
+            ray_stages.run_stages(ray, cut_config(), chosen, out.absolute(), 2, say)
+
+
+if __name__ == "__main__":
+    cli.main()
