@@ -28,7 +28,7 @@ from lors.errors import LorsError, LorsWarning
 from lors.formats import DTYPES
 from lors.locks import Lock
 from lors.output import OpenAIWriter, OutputDirectory, WeightWriter
-from lors.signals import Terminated, terminate_cleanly
+from lors.signals import Terminated
 
 F32 = np.dtype(np.float32)
 
@@ -405,22 +405,6 @@ def test_signals_clean_up(tmp_path: Path, signum: signal.Signals) -> None:
         process.wait(10)
         assert process.returncode == (-signum if signum == signal.SIGINT else 128 + signum)
         assert names(tmp_path) == []
-
-
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
-    with pytest.raises(Terminated) as caught, terminate_cleanly():
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.code == 143
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with terminate_cleanly():
-            signal.raise_signal(signal.SIGHUP)  # nohup stays in force
-    finally:
-        signal.signal(signal.SIGHUP, previous)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: terminate_cleanly().__enter__()).result()
 
 
 # ------------------------------------------------------------------------------ after the commit, and no locks

@@ -210,15 +210,85 @@ def test_what_changes_while_an_edit_runs_is_kept(
     exchange = output.exchange
 
     def late(first: Path, second: Path) -> bool:
-        (out / "eval" / "more.txt").write_text("second")
+        if second == out:
+            (out / "eval" / "more.txt").write_text("second")
+            (out / "eval" / "new.txt").write_text("new")
+            (out / "eval" / "new.txt").replace(out / "eval" / "replaced.txt")
+        return exchange(first, second)
+
+    (out / "eval" / "replaced.txt").write_text("old")
+    monkeypatch.setattr(output, "exchange", late)
+    edit(out, family["de.file"])
+    assert os.listdir(tmp_path) == ["out"]
+    assert {path.name: path.read_text() for path in (out / "eval").iterdir()} == {
+        "answers.txt": "first", "more.txt": "second", "replaced.txt": "new"
+    }  # fmt: skip
+
+
+def test_what_comes_to_the_top_while_an_edit_runs_is_kept(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    lors.merge(family["base"], {"ca": family["ca.file"]}, out)
+    (out / "notes.txt").write_text("old")
+    exchange = output.exchange
+
+    def late(first: Path, second: Path) -> bool:
+        (out / "new").write_text("new")
+        (out / "new").replace(out / "notes.txt")  # as editors save
         return exchange(first, second)
 
     monkeypatch.setattr(output, "exchange", late)
-    with pytest.warns(LorsWarning, match="eval/more.txt"):
+    with pytest.warns(LorsWarning, match="notes.txt"):
         edit(out, family["de.file"])
     (kept,) = [path for path in tmp_path.iterdir() if path != out]
-    assert (kept / "eval" / "more.txt").read_text() == "second"
-    assert (out / "eval" / "answers.txt").read_text() == "first"
+    assert (kept / "notes.txt").read_text() == "new" and (out / "notes.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_who_works_in_a_directory_of_the_model_stays_there(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    out = tmp_path / "out"
+    lors.merge(family["base"], {"ca": family["ca.file"]}, out)
+    (out / "eval").mkdir()
+    (out / "eval" / "answers.txt").write_text("first")
+    inode = (out / "eval").stat().st_ino
+    if not swaps:  # on such a file system a directory of the same content takes its place
+        monkeypatch.setattr(output, "exchange", lambda first, second: False)
+    edit(out, family["de.file"])
+    assert ((out / "eval").stat().st_ino == inode) == swaps
+    assert (out / "eval" / "answers.txt").read_text() == "first" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_mounted_directory_is_not_carried_over(family: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lors.merge(family["base"], {"ca": family["ca.file"]}, out)
+    (out / "eval").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", out / "eval"], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    try:
+        (out / "eval" / "answers.txt").write_text("hours of decoding")
+        assert "eval: is on another file system" in refused(tmp_path, lambda: edit(out, family["de.file"]))
+        message = refused(tmp_path, lambda: lors.merge(family["base"], {"ca": family["ca"]}, out / "eval"))
+        assert "exists already" in message
+        (out / "eval" / "answers.txt").unlink()
+        message = refused(tmp_path, lambda: lors.merge(family["base"], {"ca": family["ca"]}, out / "eval"))
+        assert "is a mount point" in message
+    finally:
+        subprocess.run(["umount", out / "eval"], check=True)
+
+
+def test_a_name_with_a_line_break_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.warns(LorsWarning) as caught, OutputDirectory(out, force=True) as new:
+        new.write_text("config.json", "new")
+        (out / "a\nb\x1b[2J").write_text("")
+        new.commit()
+    assert str(caught[0].message).isprintable()
 
 
 def test_an_edit_keeps_a_card_that_was_written_by_hand(family: dict[str, Path], tmp_path: Path) -> None:

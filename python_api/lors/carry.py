@@ -16,7 +16,8 @@ __all__ = ["Seen", "carry", "dress", "unseen"]
 
 _NO_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-Seen = dict[str, tuple[int, ...]]  # relative path -> what tells the file; empty for a directory
+LINKED = (0,)
+Seen = dict[str, tuple[int, ...]]  # relative path -> () for a directory, LINKED, or the state of a file that was copied
 
 
 def carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
@@ -26,12 +27,17 @@ def carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
     symbolic links and pipes. Directories are made, with mode, owner and times of the old ones. Where the file system has no
     hard links, files are copied. LorsError for what can be neither, such as another file system that is mounted there.
     """
+    try:
+        return _carry(source, target, leave)
+    except OSError as error:
+        raise LorsError(f"{error.filename or source}: cannot be carried over: {error.strerror or error}") from error
+
+
+def _carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
     device, seen = source.stat().st_dev, Seen()
     for name, status in _tree(source, leave):
         if status.st_dev != device:
-            raise LorsError(
-                f"{source / name}: is on another file system than {source}, and stays behind if that is replaced"
-            )
+            raise LorsError(f"{source / name}: is on another file system than {source}, and cannot be carried over")
         if stat.S_ISDIR(status.st_mode):
             (target / name).mkdir()
             seen[name] = ()
@@ -42,12 +48,18 @@ def carry(source: Path, target: Path, leave: Collection[str]) -> Seen:
     return seen
 
 
-def unseen(source: Path, seen: Seen, leave: Collection[str]) -> str | None:
-    """The first entry of `source` that `carry` has not seen as it is now."""
-    for name, status in _tree(source, leave):
+def unseen(old: Path, new: Path, seen: Seen, leave: Collection[str]) -> str | None:
+    """The first entry of `old` that is not in `new` as `carry` has seen it; whole directories named in `leave` are."""
+    for name, status in _tree(old, leave):
+        if name.partition("/")[0] in leave:
+            continue
         told = seen.get(name)
-        now = () if stat.S_ISDIR(status.st_mode) else _told(status, len(told or ()) == 1)
-        if told != now:
+        if told is None or stat.S_ISDIR(status.st_mode) != (told == ()):
+            return name
+        if told == LINKED:
+            if not os.path.lexists(new / name) or not os.path.samestat((new / name).lstat(), status):
+                return name
+        elif told and told != _state(status):
             return name
     return None
 
@@ -79,7 +91,7 @@ def _tree(source: Path, leave: Collection[str]) -> Iterator[tuple[str, os.stat_r
 def _link(source: Path, target: Path, status: os.stat_result) -> tuple[int, ...]:
     try:
         os.link(source, target, follow_symlinks=False)
-        return _told(status, linked=True)
+        return LINKED
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -90,9 +102,8 @@ def _link(source: Path, target: Path, status: os.stat_result) -> tuple[int, ...]
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
         raise LorsError(f"{source}: is neither a file nor a link, and cannot be carried over on this file system")
     shutil.copy2(source, target, follow_symlinks=False)
-    return _told(status, linked=False)
+    return _state(status)
 
 
-def _told(status: os.stat_result, linked: bool) -> tuple[int, ...]:
-    """A file with a second name is the same whatever is written to it; a copy is not."""
-    return (status.st_ino,) if linked else (status.st_ino, status.st_size, status.st_mtime_ns)
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -29,12 +29,19 @@ class LorsError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # cut before escaping too: a name of 100 MB would take gigabytes
-        super().__init__(_cut(printable(_cut(public_text(message)))))
+        super().__init__(_one_line(message))
 
 
 class LorsWarning(UserWarning):
     """Something that the user should know of a result that is in place all the same, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(message: str) -> str:
+    # cut before escaping too: a name of 100 MB would take gigabytes
+    return _cut(printable(_cut(public_text(message))))
 
 
 class SettingError(LorsError):

@@ -26,10 +26,10 @@ from .carry import Seen, carry, dress, unseen
 from .errors import LorsError, LorsWarning
 from .formats import dtype_code
 from .locks import Lock
-from .replaceable import FileKind, foreign, objection, require_file
+from .replaceable import MODEL, FileKind, Kind, foreign, objection, require_file
 from .system import exchange, preallocate, start_writeback
 
-__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "writing"]
+__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "write_file", "writing"]
 
 RECIPE_FILE = "lors_recipe.yml"
 TensorSpec = tuple[str, "np.dtype[Any]", tuple[int, ...]]
@@ -124,8 +124,8 @@ class OutputDirectory:
 
     Args:
         path: the target. Missing parents are made. A symbolic link is followed: what it points to is replaced.
-        force: replace a directory in which there is nothing but a checkpoint (`replaceable`). Needs room for both until
-            the commit. An empty one is always replaced.
+        force: replace a directory in which there is nothing but a checkpoint, or what `kind` says (`replaceable`). Needs
+            room for both until the commit. An empty one is always replaced.
         keep: the target is changed in place: all that is in it and is not written anew stays (:meth:`outdated`).
         inputs: every file and directory that is read; the target must not contain, or be inside, any of them.
         durable: commit survives a power failure (fsync of every file and directory).
@@ -141,9 +141,10 @@ class OutputDirectory:
         keep: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
         durable: bool = True,
+        kind: Kind = MODEL,
     ) -> None:
         self.target = Path(os.path.realpath(os.path.expanduser(path)))
-        self._force, self._keep, self._durable = force, keep, durable
+        self._force, self._keep, self._durable, self._kind = force, keep, durable, kind
         self._inputs = [Path(os.path.realpath(input)) for input in inputs]
         self._left: set[str] = set()  # with `keep`: names that are not carried over
         self._carried: Seen = {}
@@ -185,7 +186,7 @@ class OutputDirectory:
         if os.listdir(target) and not self._keep:
             if not self._force:
                 raise LorsError(f"{target}: exists already; --force replaces it")
-            if reason := objection(target):
+            if reason := objection(target, self._kind):
                 raise LorsError(f"{target}: {reason}")
         here = Path(os.path.realpath("."))
         if here == target or target in here.parents:
@@ -262,7 +263,7 @@ class OutputDirectory:
             _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
 
     def _newcomer(self, old: Path) -> str | None:
-        return unseen(old, self._carried, self._left) if self._keep else foreign(old)
+        return unseen(old, self.target, self._carried, self._left) if self._keep else foreign(old, self._kind)
 
     def _remove_parents(self) -> None:
         with contextlib.suppress(OSError):  # somebody else uses them by now: theirs to keep
@@ -302,6 +303,7 @@ class OutputDirectory:
             else:
                 self.path.rename(self.target)
         self._committed = True
+        self._give_back()
         if self._durable:
             self._confirm()
 
@@ -333,6 +335,13 @@ class OutputDirectory:
                     f"cannot write {self.target}: {error}; what was there is now {self._aside}, and the next run puts it back"
                 ) from error
             raise
+
+    def _give_back(self) -> None:
+        """Directories that were carried over are the old ones again: who works in one stays in it, and loses nothing."""
+        for name in [name for name, told in self._carried.items() if not told and "/" not in name]:
+            with contextlib.suppress(OSError):  # the new one has all that the old one had
+                if exchange(self.path / name, self.target / name):
+                    self._left.add(name)
 
     def _confirm(self) -> None:
         try:
@@ -459,6 +468,13 @@ class OutputFile:
             _sync(self.target.parent)
         except OSError as error:
             _note(f"{self.target}: is in place, but may not survive a power failure: {error.strerror or error}")
+
+
+def write_file(path: Path, text: str, kind: FileKind) -> None:
+    """Writes a text file in one step, over one of its kind if there is one; LorsError otherwise."""
+    with OutputFile(path, kind, force=True) as file:
+        file.write_text(text)
+        file.commit()
 
 
 def _rename_new(source: Path, target: Path) -> None:

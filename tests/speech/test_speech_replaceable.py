@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from cut import cut_config
 
+from helpers import module
 from lors.errors import LorsError
+from lors.replaceable import objection
 from lors.speech.evaluation import make_room
 from lors.speech.experiment import run_experiment
 from lors.speech.synth import synthesise
@@ -18,11 +20,9 @@ from lors.speech.training import Training, finetune
 def test_synth_writes_over_a_corpus_of_its_own_only(tmp_path: Path) -> None:
     out, options = tmp_path / "corpus", {"languages": ["ca"], "sizes": {"test": 1}}
     synthesise(out, **options)
-    with pytest.raises(LorsError, match="holds a corpus already; --force"):
+    with pytest.raises(LorsError, match="exists already; --force"):
         synthesise(out, **options)
     synthesise(out, **options, force=True)
-    (out / "manifest.tsv").unlink()  # as a run that was stopped leaves it
-    synthesise(out, **options)
     recording = out / "ca" / "interview.flac"
     recording.write_bytes(b"an hour of speech")
     with pytest.raises(LorsError, match="ca/interview.flac"):
@@ -34,10 +34,23 @@ def test_synth_writes_over_a_corpus_of_its_own_only(tmp_path: Path) -> None:
     (mine / "manifest.tsv").write_text("id\taudio\n")
     (mine / "clips").mkdir()
     (mine / "clips" / "1.flac").write_bytes(b"")
-    for force in (False, True):
-        with pytest.raises(LorsError, match="clips"):
-            synthesise(mine, **options, force=force)
+    with pytest.raises(LorsError, match="only a corpus of `lors synth` .*clips"):
+        synthesise(mine, **options, force=True)
     assert (mine / "manifest.tsv").read_text() == "id\taudio\n"
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_fine_tuned_model_may_be_replaced(tmp_path: Path, recordings: Path, train: str) -> None:
+    """By `--force`: transformers and PEFT write no name into it that is not known."""
+    module("peft", "speech")
+    options = {"data": recordings, "languages": "ca", "limit": 2, "training": Training(max_steps=1, train=train)}
+    finetune("tiny", tmp_path / "ca", **options)
+    assert objection(tmp_path / "ca") is None and (tmp_path / "ca" / "adapter").exists() == (train == "lora")
+    finetune("tiny", tmp_path / "ca", **options, force=True)
+    (tmp_path / "ca" / "adapter").mkdir(exist_ok=True)
+    (tmp_path / "ca" / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(LorsError, match="adapter/notes.txt"):
+        finetune("tiny", tmp_path / "ca", **options, force=True)
 
 
 @pytest.mark.parametrize("name", ["notes/keep.txt", "run.json"])

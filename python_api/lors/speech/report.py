@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import printable
 from ..messages import say
-from ..output import OutputFile
+from ..output import write_file
 from ..page import escape
 from ..replaceable import HEAD, PAGE, RESULTS
 from .config import Config
@@ -36,12 +36,8 @@ td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weigh
 def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
     """Writes both files into `root` and returns the HTML one."""
     results = {"lors": "experiment", **summarise(config, stages)}
-    with OutputFile(root / "results.json", RESULTS, force=True) as data:
-        data.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        data.commit()
-    with OutputFile(root / "report.html", PAGE, force=True) as page:
-        page.write_text(_page(results))
-        page.commit()
+    write_file(root / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n", RESULTS)
+    write_file(root / "report.html", _page(results), PAGE)
     return root / "report.html"
 
 
