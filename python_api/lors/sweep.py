@@ -15,13 +15,14 @@ import csv
 import itertools
 import json
 import os
+import queue
 import random
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -161,10 +162,11 @@ def sweep(
             factors = models.prepare(_largest_rank(spaces), inputs)
             models.adopt({label: str(path) for label, path in factors.items()})
             remote = _remote_plan(home, recipe, scorer, models, home.share(factors), settings) if ray else None
-            record = _Record(home, state, inputs)
-            with _executor(_Runner(models, scorer), jobs, ray, remote, record) as submit:
+            outcomes = _Outcomes(home, state, inputs)
+            with _executor(_Runner(models, scorer), jobs, ray, remote, outcomes) as submit:
                 for space in spaces:
-                    _run(_source(space, sampler, trials, state, seed), submit, home, space.method, jobs, progress)
+                    draw = _source(space, sampler, trials, state, seed)
+                    _run(draw, submit, outcomes, home, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
             raise LorsError(f"{home}: no trial could be scored; the last one: {last} (--retry tries again)")
@@ -308,26 +310,44 @@ def _optuna(space: Space, left: int, done: Sequence[Trial], state: Sweep, seed: 
     return _Draw(ask, tell)
 
 
-Submit = Callable[..., "Future[Trial]"]  # (method, number, settings)
+Submit = Callable[..., object]  # (method, number, settings); what comes of it goes to `_Outcomes`
 
 
-class _Record:
-    """Takes down finished trials, in the thread that finished them: a signal interrupts the main thread only."""
+class _Outcomes:
+    """Finished trials: taken down in the thread that finished them, then handed to the main thread.
+
+    A signal interrupts the main thread only, and nowhere where it holds a lock that others wait for: it waits for a queue, not
+    for futures.
+    """
 
     def __init__(self, home: Home, state: Sweep, inputs: Inputs) -> None:
         self._home, self._state, self._inputs, self._lock = home, state, inputs, threading.Lock()
+        self._queue: queue.SimpleQueue[Trial | BaseException] = queue.SimpleQueue()
 
-    def __call__(self, trial: Trial) -> Trial:
-        with self._lock:
-            self._inputs.require_unchanged()
-            self._home.append(json.dumps(asdict(trial)))
-            self._state.trials.append(trial)
-        return trial
+    def of(self, run: Callable[[], Trial]) -> None:
+        """Runs a trial, or waits for it, and keeps what came of it."""
+        try:
+            trial = run()
+            with self._lock:
+                self._inputs.require_unchanged()
+                self._home.append(json.dumps(asdict(trial)))
+                self._state.trials.append(trial)
+        except BaseException as error:
+            self._queue.put(error)
+        else:
+            self._queue.put(trial)
+
+    def next(self) -> Trial:
+        """The next that is finished; raises what the trial raised."""
+        outcome = self._queue.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 @contextlib.contextmanager
 def _executor(
-    runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None, record: Callable[[Trial], Trial]
+    runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None, outcomes: _Outcomes
 ) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
     if ray is not None and plan is not None:
@@ -336,31 +356,40 @@ def _executor(
         with connected(ray, max(runner.models.threads, jobs)) as cluster:
             memory = 2 * runner.models.model_bytes
             try:
-                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, record, *trial)
+                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, outcomes.of, *trial)
             finally:
                 if plan["url"] is not None:
                     on_every_node(cluster, remote_clear, plan["url"])
         return
     with ThreadPoolExecutor(jobs, thread_name_prefix="lors-trial") as pool:
         try:
-            yield lambda *trial: pool.submit(lambda: record(runner.trial(*trial)))
+            yield lambda *trial: pool.submit(outcomes.of, partial(runner.trial, *trial))
         except BaseException:
             runner.stop()  # merges and scorers; what is finished is still taken down
             raise
 
 
-def _run(draw: _Draw, submit: Submit, home: Home, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
-    running: set[Future[Trial]] = set()
+def _run(
+    draw: _Draw,
+    submit: Submit,
+    outcomes: _Outcomes,
+    home: Home,
+    method: str,
+    jobs: int,
+    progress: Callable[[Trial], None],
+) -> None:
+    running = 0
     while True:
-        while len(running) < jobs and (asked := draw.ask()) is not None:
-            running.add(submit(method, *asked))
+        while running < jobs and (asked := draw.ask()) is not None:
+            submit(method, *asked)
+            running += 1
         if not running:
             return
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        for trial in sorted((future.result() for future in finished), key=lambda trial: trial.number):
-            home.push(STATE)
-            draw.tell(trial)
-            progress(trial)
+        trial = outcomes.next()
+        running -= 1
+        home.push(STATE)
+        draw.tell(trial)
+        progress(trial)
 
 
 # --- one setting
