@@ -28,7 +28,7 @@ from lors.errors import LorsError, LorsWarning
 from lors.formats import DTYPES
 from lors.locks import Lock
 from lors.output import OpenAIWriter, OutputDirectory, WeightWriter
-from lors.signals import Terminated, terminate_cleanly
+from lors.signals import Terminated
 
 F32 = np.dtype(np.float32)
 
@@ -407,22 +407,6 @@ def test_signals_clean_up(tmp_path: Path, signum: signal.Signals) -> None:
         assert names(tmp_path) == []
 
 
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
-    with pytest.raises(Terminated) as caught, terminate_cleanly():
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.code == 143
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with terminate_cleanly():
-            signal.raise_signal(signal.SIGHUP)  # nohup stays in force
-    finally:
-        signal.signal(signal.SIGHUP, previous)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: terminate_cleanly().__enter__()).result()
-
-
 # ------------------------------------------------------------------------------ after the commit, and no locks
 
 
@@ -494,7 +478,7 @@ def test_closing_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(LorsError, match=r"cannot write .*model-0000\d-of-00002.safetensors: Input/output error"):
             writer.finish()
         monkeypatch.undo()
-    with pytest.raises(ValueError, match="the reason"), WeightWriter(tmp_path / "x", []) as writer:
+    with pytest.raises(ValueError, match="the reason"), WeightWriter(tmp_path, [], stem="x") as writer:
         monkeypatch.setattr(os, "close", broken)
         raise ValueError("the reason")
 

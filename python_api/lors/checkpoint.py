@@ -75,7 +75,7 @@ class Checkpoint:
         self.adapter: dict[str, Any] | None = None
         self._directory = directory
         with contextlib.ExitStack() as stack:
-            self._streams = [stack.enter_context(_open(file)) for file in files]
+            self._streams = [_open(file, stack) for file in files]
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
                 self._read_contents(index, file, stream)
             if not self.tensors:
@@ -357,13 +357,20 @@ def _read_json(path: Path, *, required: bool = False) -> dict[str, Any] | None:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, stack: contextlib.ExitStack) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
             raise LorsError(f"{path}: expected a file")
-        return path.open("rb")
+        stream = path.open("rb")
+        stack.callback(_close, stream)
+        return stream
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _close(stream: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # of a file that is only read: all of it has been
+        stream.close()
 
 
 def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:

@@ -18,12 +18,14 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def flock(file: int | IO[str], operation: int, path: Path) -> None:
-    """fcntl.flock; LorsError where the file system of `path` has no such locks."""
+    """fcntl.flock, which raises BlockingIOError when another has it; LorsError where `path` cannot be locked."""
     try:
         fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise
+            raise LorsError(f"{path}: cannot be locked: {error.strerror}") from error
         raise LorsError(
             f"{path}: the file system there has no file locks (flock: {error.strerror}), which keep two runs apart; "
             "use a directory on another one"

@@ -26,10 +26,10 @@ from .carry import Seen, carry, dress, unseen
 from .errors import LorsError, LorsWarning
 from .formats import dtype_code
 from .locks import Lock
-from .replaceable import FileKind, foreign, objection, require_file
+from .replaceable import MODEL, FileKind, Kind, foreign, objection, require_file
 from .system import exchange, preallocate, start_writeback
 
-__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "writing"]
+__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "write_file", "writing"]
 
 RECIPE_FILE = "lors_recipe.yml"
 TensorSpec = tuple[str, "np.dtype[Any]", tuple[int, ...]]
@@ -124,8 +124,8 @@ class OutputDirectory:
 
     Args:
         path: the target. Missing parents are made. A symbolic link is followed: what it points to is replaced.
-        force: replace a directory in which there is nothing but a checkpoint (`replaceable`). Needs room for both until
-            the commit. An empty one is always replaced.
+        force: replace a directory in which there is nothing but a checkpoint, or what `kind` says (`replaceable`). Needs
+            room for both until the commit. An empty one is always replaced.
         keep: the target is changed in place: all that is in it and is not written anew stays (:meth:`outdated`).
         inputs: every file and directory that is read; the target must not contain, or be inside, any of them.
         durable: commit survives a power failure (fsync of every file and directory).
@@ -141,9 +141,10 @@ class OutputDirectory:
         keep: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
         durable: bool = True,
+        kind: Kind = MODEL,
     ) -> None:
         self.target = Path(os.path.realpath(os.path.expanduser(path)))
-        self._force, self._keep, self._durable = force, keep, durable
+        self._force, self._keep, self._durable, self._kind = force, keep, durable, kind
         self._inputs = [Path(os.path.realpath(input)) for input in inputs]
         self._left: set[str] = set()  # with `keep`: names that are not carried over
         self._carried: Seen = {}
@@ -154,6 +155,7 @@ class OutputDirectory:
         self._check()
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.path = self.target.with_name(f".{self.target.name}.lors-{token}.tmp")
+        self._aside = self.path.with_suffix(".old")  # for the old one, where two names cannot be swapped
 
     # -------------------------------------------------------------------------------------------------- checks
 
@@ -184,7 +186,7 @@ class OutputDirectory:
         if os.listdir(target) and not self._keep:
             if not self._force:
                 raise LorsError(f"{target}: exists already; --force replaces it")
-            if reason := objection(target):
+            if reason := objection(target, self._kind):
                 raise LorsError(f"{target}: {reason}")
         here = Path(os.path.realpath("."))
         if here == target or target in here.parents:
@@ -245,23 +247,23 @@ class OutputDirectory:
             self._remove_parents()
 
     def _discard(self) -> None:
-        """Removes what stands under the temporary name: the new directory, or after the commit the old one.
+        """Removes what stands under the temporary names: the new directory, or after the commit the old one.
 
         An old one that holds what came into it meanwhile stays, under a name of its own.
         """
-        if not os.path.lexists(self.path):
-            return
-        replaced = self._own is not None and not os.path.samestat(self.path.lstat(), self._own)
-        if not replaced or not (newcomer := self._newcomer()):
-            return _remove_tree(self.path)
-        kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
-        self.path.rename(kept)
-        _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
+        for path in (self.path, self._aside):
+            if not os.path.lexists(path) or (path == self._aside and not os.path.lexists(self.target)):
+                continue  # nothing there, or the old one, which the next run puts back
+            replaced = self._own is not None and not os.path.samestat(path.lstat(), self._own)
+            if not replaced or not (newcomer := self._newcomer(path)):
+                _remove_tree(path)
+                continue
+            kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
+            path.rename(kept)
+            _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
 
-    def _newcomer(self) -> str | None:
-        if self._keep:
-            return unseen(self.path, self._carried, self._left)
-        return foreign(self.path)
+    def _newcomer(self, old: Path) -> str | None:
+        return unseen(old, self._carried, self._left) if self._keep else foreign(old, self._kind)
 
     def _remove_parents(self) -> None:
         with contextlib.suppress(OSError):  # somebody else uses them by now: theirs to keep
@@ -318,17 +320,20 @@ class OutputDirectory:
             _sync(self.path)
 
     def _replace(self) -> None:
-        # After an exchange, self.path is the old directory, and leaving the block removes it as it would the new one.
+        # The old directory is then self.path or self._aside, and leaving the block removes it as it would the new one.
         if exchange(self.path, self.target):
             return
-        aside = self.path.with_suffix(".old")
-        self.target.rename(aside)
+        self.target.rename(self._aside)
         try:
             self.path.rename(self.target)
-        except BaseException:
-            aside.rename(self.target)
+        except BaseException as error:
+            try:
+                self._aside.rename(self.target)
+            except OSError:
+                raise LorsError(
+                    f"cannot write {self.target}: {error}; what was there is now {self._aside}, and the next run puts it back"
+                ) from error
             raise
-        aside.rename(self.path)
 
     def _confirm(self) -> None:
         try:
@@ -455,6 +460,13 @@ class OutputFile:
             _sync(self.target.parent)
         except OSError as error:
             _note(f"{self.target}: is in place, but may not survive a power failure: {error.strerror or error}")
+
+
+def write_file(path: Path, text: str, kind: FileKind) -> None:
+    """Writes a text file in one step, over one of its kind if there is one; LorsError otherwise."""
+    with OutputFile(path, kind, force=True) as file:
+        file.write_text(text)
+        file.commit()
 
 
 def _rename_new(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import LorsError
 
 __all__ = [
+    "ANSWERS",
     "CHECKPOINTS",
     "CORPUS",
     "EXPERT_FILE",
@@ -60,9 +61,7 @@ MODEL = Kind(
 # `lors synth`: manifest.tsv and <language>/<language>-<split>-<number>.<format>
 CORPUS = Kind(
     "a corpus of `lors synth`",
-    re.compile(
-        r"manifest\.tsv|\.manifest\.tsv\.tmp|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?", re.ASCII
-    ),
+    re.compile(r"manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?", re.ASCII),
 )
 # `lors finetune`: OUT.checkpoints, whose directories are transformers' own
 CHECKPOINTS = Kind("checkpoints of `lors finetune`", re.compile(r"run\.json|run\.\d+\.tmp|\d+-[\w-]+/.*", re.DOTALL))
@@ -79,7 +78,7 @@ def objection_to(entries: Collection[str], kind: Kind = MODEL) -> str | None:
     if odd := _odd(entries, kind):
         return f"{only}, and {odd!r} is no part of one"
     if entries and kind.telling is not None and not any(map(kind.telling.fullmatch, entries)):
-        return f"{only}, and there is no model in this one"
+        return f"{only}, and this is neither: there is no model in it"
     return None
 
 
@@ -120,6 +119,7 @@ EXPERT_FILE = FileKind("an expert file", b'{"__metadata__":{"lors.expert":', 8)
 PAGE = FileKind("a page of lors", HEAD.encode())
 RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')
+ANSWERS = FileKind("a file of answers of lors", b'{"id": ')
 RUN = FileKind("a file of settings of `lors finetune`", b'{\n "model": ')
 
 

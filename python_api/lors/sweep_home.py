@@ -59,14 +59,14 @@ class Home:
                 raise LorsError(f"{self}: another sweep is running there") from None
             self._pull()
             path = self.path / "sweep.json"
-            if path.exists():
-                yield _read_plan(path)
-            elif others := sorted({p.name for p in self.path.iterdir()} - OWN):
+            before = _read_plan(path) if path.exists() else None
+            if before is None and (others := sorted({p.name for p in self.path.iterdir()} - OWN)):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
-            else:
-                yield None
+            with writing(self.path):
+                yield before
         finally:
-            os.close(lock)
+            with contextlib.suppress(OSError):
+                os.close(lock)
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Keeps the plan, and removes what a run that was killed had under way."""

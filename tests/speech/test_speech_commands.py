@@ -71,12 +71,12 @@ def test_synth(tmp_path: Path) -> None:
     )
     assert said.startswith("6 utterances") and len(list((tmp_path / "c").rglob("*.wav"))) == 6
     before = (tmp_path / "c" / "manifest.tsv").read_bytes()
-    with pytest.raises(LorsError, match="holds a corpus already"):
+    with pytest.raises(LorsError, match="exists already"):
         _run("synth", tmp_path / "c", "--languages", "ca")
     with pytest.raises(LorsError, match="expected utterances in at least one split"):
         _run("synth", tmp_path / "c", "--force", "--train", 0, "--dev", 0, "--test", 0)
     assert (tmp_path / "c" / "manifest.tsv").read_bytes() == before
-    with pytest.raises(LorsError, match="cannot write"):
+    with pytest.raises(LorsError, match="is not a directory"):
         _run("synth", tmp_path / "c" / "manifest.tsv" / "x", "--train", 0, "--dev", 0, "--test", 1)
 
 

@@ -18,11 +18,9 @@ from lors.speech.training import Training, finetune
 def test_synth_writes_over_a_corpus_of_its_own_only(tmp_path: Path) -> None:
     out, options = tmp_path / "corpus", {"languages": ["ca"], "sizes": {"test": 1}}
     synthesise(out, **options)
-    with pytest.raises(LorsError, match="holds a corpus already; --force"):
+    with pytest.raises(LorsError, match="exists already; --force"):
         synthesise(out, **options)
     synthesise(out, **options, force=True)
-    (out / "manifest.tsv").unlink()  # as a run that was stopped leaves it
-    synthesise(out, **options)
     recording = out / "ca" / "interview.flac"
     recording.write_bytes(b"an hour of speech")
     with pytest.raises(LorsError, match="ca/interview.flac"):
@@ -34,9 +32,8 @@ def test_synth_writes_over_a_corpus_of_its_own_only(tmp_path: Path) -> None:
     (mine / "manifest.tsv").write_text("id\taudio\n")
     (mine / "clips").mkdir()
     (mine / "clips" / "1.flac").write_bytes(b"")
-    for force in (False, True):
-        with pytest.raises(LorsError, match="clips"):
-            synthesise(mine, **options, force=force)
+    with pytest.raises(LorsError, match="only a corpus of `lors synth` .*clips"):
+        synthesise(mine, **options, force=True)
     assert (mine / "manifest.tsv").read_text() == "id\taudio\n"
 
 

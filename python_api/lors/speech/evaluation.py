@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
-from ..output import OutputFile, writing
-from ..replaceable import SCORES, require_file
+from ..output import write_file, writing
+from ..replaceable import ANSWERS, SCORES, require_file
 from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
@@ -82,19 +82,13 @@ class Evaluation:
         LorsError when `out` cannot be written.
         """
         make_room(out)
-        with writing(out):
-            self._write(out)
-
-    def _write(self, out: Path) -> None:
         for r in self.results:
+            counts = zip(r.answers, r.statistics.errors, r.statistics.words, strict=True)
+            lines = [{**asdict(answer), "errors": int(errors), "words": int(words)} for answer, errors, words in counts]
             name = f"{r.model.replace('/', '--')}.{r.task}.{r.language}.jsonl"
-            with (out / "answers" / name).open("w", encoding="utf-8") as stream:
-                for answer, errors, words in zip(r.answers, r.statistics.errors, r.statistics.words, strict=True):
-                    line = {**asdict(answer), "errors": int(errors), "words": int(words)}
-                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        with OutputFile(out / "scores.json", SCORES, force=True) as scores:
-            scores.write_text(json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n")
-            scores.commit()
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_file(out / "answers" / name, text, ANSWERS)
+        write_file(out / "scores.json", json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", SCORES)
 
 
 def make_room(out: Path) -> None:

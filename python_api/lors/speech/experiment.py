@@ -185,19 +185,11 @@ def _synthesise(
     out: Path, _: Mapping[str, Path], *, experts: Sequence[str], languages: Sequence[str], sizes: Mapping[str, int],
     condition: str, seed: int,
 ) -> None:  # fmt: skip
-    from .synth import synthesise
+    from .synth import speak
 
     # Only the experts' languages need training speech.
     others = [language for language in languages if language not in experts]
-    parts = [(list(experts), dict(sizes)), (others, {"test": sizes["test"]})]
-    lines: list[str] = []
-    for chosen, split_sizes in parts:
-        if chosen:
-            manifest = synthesise(
-                out, languages=chosen, sizes=split_sizes, condition=condition, seed=seed, workers=2, force=True
-            )
-            lines += manifest.read_text("utf-8").splitlines(keepends=True)[bool(lines) :]
-    (out / "manifest.tsv").write_text("".join(lines), "utf-8")
+    speak(out, [(experts, sizes), (others, {"test": sizes["test"]})], condition, seed, workers=2)
 
 
 def _finetune(

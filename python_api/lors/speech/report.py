@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..output import OutputFile
+from ..output import write_file
 from ..replaceable import HEAD, PAGE, RESULTS
 from .config import Config
 from .results import METRIC, summarise
@@ -34,12 +34,8 @@ td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weigh
 def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
     """Writes both files into `root` and returns the HTML one."""
     results = {"lors": "experiment", **summarise(config, stages)}
-    with OutputFile(root / "results.json", RESULTS, force=True) as data:
-        data.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        data.commit()
-    with OutputFile(root / "report.html", PAGE, force=True) as page:
-        page.write_text(_page(results))
-        page.commit()
+    write_file(root / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n", RESULTS)
+    write_file(root / "report.html", _page(results), PAGE)
     return root / "report.html"
 
 

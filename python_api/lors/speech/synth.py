@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
 from ..messages import nearest
-from ..output import writing
-from ..replaceable import CORPUS, foreign
+from ..output import OutputDirectory, writing
+from ..replaceable import CORPUS
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
 from .progress import bar
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CONDITIONS", "Condition", "espeak_program", "synthesise"]
+__all__ = ["CONDITIONS", "Condition", "espeak_program", "speak", "synthesise"]
 
 MANIFEST_COLUMNS = ("id", "audio", "text", "translation", "language", "split")
 
@@ -114,27 +114,43 @@ def synthesise(
     """Writes ``out/manifest.tsv`` and ``out/<language>/<id>.<format>``; returns the manifest.
 
     `sizes` is utterances per language and split (train, dev, test). The same sentences are drawn for all languages of a
-    split. The manifest appears last: a directory with one is complete, and written over only with `force`. `workers`:
-    processes of espeak-ng at a time (default: cores). `progress`: a bar on stderr where that is a terminal. LorsError for
-    a condition, format or language that is not there, no espeak-ng, or a place that cannot be written or holds something
-    else.
+    split. The directory appears complete; a corpus that is there is replaced with `force`. `workers`: processes of
+    espeak-ng at a time (default: cores). `progress`: a bar on stderr where that is a terminal. LorsError for a condition,
+    format or language that is not there, no espeak-ng, or a place that cannot be written or holds something else.
     """
+    with OutputDirectory(out, force=force, kind=CORPUS, durable=False) as corpus:
+        parts = [(list(languages), sizes)]
+        speak(corpus.path, parts, condition, seed, audio_format=audio_format, workers=workers, progress=progress)
+        corpus.commit()
+    return out / "manifest.tsv"
+
+
+def speak(
+    out: Path,
+    parts: Iterable[tuple[Sequence[str], Mapping[str, int]]],
+    condition: str,
+    seed: int,
+    *,
+    audio_format: str = "flac",
+    workers: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Fills a directory with a corpus; `parts`: languages, and the sizes of their splits."""
     if condition not in CONDITIONS:
         raise LorsError(f"synth: unknown condition {condition!r}{nearest(condition, CONDITIONS)}")
     if audio_format not in ("flac", "wav"):
         raise LorsError(f"synth: expected the format flac or wav, got {audio_format!r}")
-    if not any(sizes.values()):
-        raise LorsError("synth: expected utterances in at least one split, got none")
-    _require_own(out, force)
     program = espeak_program()
     jobs = [
         _Job(out, language, split, index, sentence(concept, language), sentence(concept, "en"), audio_format)
+        for languages, sizes in parts
         for language in languages
         for split, size in sizes.items()
         for index, concept in enumerate(sample(split, size, seed))
     ]
+    if not jobs:
+        raise LorsError("synth: expected utterances in at least one split, got none")
     with writing(out):
-        (out / "manifest.tsv").unlink(missing_ok=True)  # of a corpus that is written over
         for language in {job.language for job in jobs}:
             (out / language).mkdir(parents=True, exist_ok=True)
 
@@ -154,16 +170,7 @@ def synthesise(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for thousands of utterances
             raise
-        return _write_manifest(out / "manifest.tsv", jobs)
-
-
-def _require_own(out: Path, force: bool) -> None:
-    """LorsError when a corpus here could write over something else; what a stopped run left is written over."""
-    with writing(out):
-        if out.is_dir() and (odd := foreign(out, CORPUS)):
-            raise LorsError(f"{out}: expected a new directory, or one of `lors synth`, it has {odd!r}")
-    if (out / "manifest.tsv").exists() and not force:
-        raise LorsError(f"{out}: holds a corpus already; --force writes over it")
+        _write_manifest(out / "manifest.tsv", jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +197,11 @@ class _Job:
         (self.out / self.audio).write_bytes(encoded.getvalue())
 
 
-def _write_manifest(path: Path, jobs: list[_Job]) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
+def _write_manifest(path: Path, jobs: list[_Job]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE)
         writer.writerow(MANIFEST_COLUMNS)
         writer.writerows((j.key, j.audio, j.text, j.translation, j.language, j.split) for j in jobs)
-    temporary.replace(path)
-    return path
 
 
 def _utterance(program: str, job: _Job, condition: Condition, seed: str) -> NDArray[np.int16]:
