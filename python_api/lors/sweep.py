@@ -26,9 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter
 
 import lors_kernels
 
@@ -51,12 +52,14 @@ SAMPLERS = ("grid", "random", "tpe")
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and what became of it."""
+    """One setting and what became of it. `values`: one per objective of a complete one, else none."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     number: int  # within its method
-    settings: dict[str, Any]
-    state: str
+    settings: dict[str, bool | int | float | str]
+    state: Literal["complete", "failed", "timeout", "nan"]
     values: tuple[float, ...] = ()
     error: str = ""
     merge_seconds: float = 0.0
@@ -145,7 +148,7 @@ def sweep(
         "backend": backend, "threads": each, "seed": seed, "units": jobs + 1, "run": secrets.token_hex(8),
     }  # fmt: skip
     with home.open() as before:
-        state = Sweep(str(home), goals, _load_trials(home.path))
+        state = Sweep(str(home), goals, _load_trials(home.path, len(goals)))
         if before is not None:
             _require_same(home, before, plan, state)
         inputs = Inputs.of(recipe, scorer.data() if isinstance(scorer, Scorer) else None, threads)
@@ -224,22 +227,15 @@ def _check_sampler(sampler: str, trials: int | None, jobs: int) -> None:
         raise LorsError(f"--trials, --jobs: expected at least 1, got {trials}, {jobs}")
 
 
-def _load_trials(home: Path) -> list[Trial]:
-    """The trials of an earlier run."""
-    return load_lines(home, _read_trial)
-
-
-def _read_trial(data: Any) -> Trial:
-    """ValueError or TypeError when it is not what `Trial` was written as."""
-    record = dict(data)
-    trial = Trial(**record | {"values": tuple(record.get("values", ()))})
-    kinds = ((trial.method, str), (trial.number, int), (trial.settings, dict), (trial.state, str), (trial.error, str))
-    numbers = (*trial.values, trial.merge_seconds, trial.score_seconds)
-    if not all(isinstance(value, kind) for value, kind in kinds) or not all(
-        isinstance(n, (int, float)) for n in numbers
-    ):
-        raise ValueError(f"expected a trial, got {str(record)[:80]!r}")
-    return trial
+def _load_trials(home: Path, goals: int | None = None) -> list[Trial]:
+    """The trials of an earlier run; goals: how many values a score has."""
+    trials = load_lines(home, TypeAdapter(Trial).validate_json)
+    for trial in trials:
+        if goals is not None and len(trial.values) != (goals if trial.state == "complete" else 0):
+            raise LorsError(
+                f"{home}/trials.jsonl: {trial.method} {trial.number}: expected {goals} values, got {len(trial.values)}"
+            )
+    return trials
 
 
 # --- which settings

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from .errors import LorsError
 from .locks import flock
+from .messages import first_line, shown
 from .output import writing
 from .public import public
 from .remote import Store, cache, local_path
@@ -164,7 +167,7 @@ def scratch(url: str, what: str) -> Path:
     return cache() / f"{what}-{hashlib.sha256(url.encode()).hexdigest()[:32]}"
 
 
-def load_lines(home: Path, read: Callable[[Any], T]) -> list[T]:
+def load_lines(home: Path, read: Callable[[bytes], T]) -> list[T]:
     """Every line of trials.jsonl; a last one that a kill cut off is dropped."""
     path = home / "trials.jsonl"
     if not path.exists():
@@ -173,7 +176,17 @@ def load_lines(home: Path, read: Callable[[Any], T]) -> list[T]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    try:
-        return [read(json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LorsError(f"{path}: cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            found.append(read(line))
+        except ValueError as error:
+            raise LorsError(f"{path}: line {number}: {_problem(error)}") from None
+    return found
+
+
+def _problem(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {shown(problem['input'])}"
