@@ -396,6 +396,40 @@ def test_scores_of_two_scorers_are_not_mixed(recipe: Recipe, tmp_path: Path) -> 
         sweep(recipe, {"rank": "1"}, "sh -c 'echo 2'", tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"number": 1.5}', "number: "),
+        ('{"number": true}', "number: "),
+        ('{"values": [1.0, 2.0]}', "lors 0: expected 1 values, got 2"),
+        ('{"values": []}', "lors 0: expected 1 values, got 0"),
+        ('{"values": [NaN]}', "values.0: "),
+        ('{"values": [1e999]}', "values.0: "),
+        ('{"values": "1"}', "values: "),
+        ('{"settings": {"lambda": [1]}}', "settings.lambda"),
+        ('{"state": "done"}', "state: "),
+        ('{"mood": 1}', "mood: "),
+        ('{"method": null}', "method: "),
+        ("[]", "trial"),
+        ("[" * 100_000, "line 2: "),
+        ("7" * 5000, "line 2: "),
+        ("x", "line 2: "),
+        ("", "line 2: "),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_trials_that_are_none(recipe: Recipe, tmp_path: Path, line: str, message: str) -> None:
+    """A file that somebody has edited is refused in one line, not believed."""
+    sweep(recipe, {"rank": "1,2"}, norm, tmp_path / "s", trials=1)
+    log = tmp_path / "s" / "trials.jsonl"
+    good = log.read_text()
+    text = json.dumps({**json.loads(good), **json.loads(line)}) if line.startswith("{") else line
+    log.write_text(f"{good}{text}\n{good}")
+    with pytest.raises(LorsError, match=message) as caught:
+        sweep(recipe, {"rank": "1,2"}, norm, tmp_path / "s")
+    assert "trials.jsonl: " in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_failed_trials_are_tried_again_when_asked(recipe: Recipe, tmp_path: Path) -> None:
     broken = {"lors-0", "lors-2"}
 

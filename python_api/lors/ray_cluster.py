@@ -17,7 +17,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -307,23 +306,18 @@ def _source(path: str, base: str, label: str) -> Any:
 
 
 def submit_trial(
-    ray: Any, cpus: int, memory: int, plan: Mapping[str, Any], record: Callable[[Any], Any], *arguments: Any
-) -> Future[Any]:
-    """A trial of a sweep as a task; the future of what `record` gives for its `Trial`."""
+    ray: Any,
+    cpus: int,
+    memory: int,
+    plan: Mapping[str, Any],
+    then: Callable[[Callable[[], Any]], None],
+    *arguments: Any,
+) -> None:
+    """A trial of a sweep as a task; `then` is called with what returns its `Trial`, or raises, when it has ended."""
     require_fitting(ray, cpus, 0, memory)
     task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
     reference = task.remote(dict(plan), *arguments)
-    done: Future[Any] = Future()
-    done.set_running_or_notify_cancel()
-
-    def finish(future: Any) -> None:
-        try:
-            done.set_result(record(_result(ray, reference)))
-        except BaseException as error:
-            done.set_exception(error)
-
-    reference.future().add_done_callback(finish)
-    return done
+    reference.future().add_done_callback(lambda _: then(lambda: _result(ray, reference)))
 
 
 def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:

@@ -15,19 +15,21 @@ import csv
 import itertools
 import json
 import os
+import queue
 import random
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter
 
 import lors_kernels
 
@@ -50,12 +52,14 @@ SAMPLERS = ("grid", "random", "tpe")
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and what became of it."""
+    """One setting and what became of it. `values`: one per objective of a complete one, else none."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     number: int  # within its method
-    settings: dict[str, Any]
-    state: str
+    settings: dict[str, bool | int | float | str]
+    state: Literal["complete", "failed", "timeout", "nan"]
     values: tuple[float, ...] = ()
     error: str = ""
     merge_seconds: float = 0.0
@@ -144,7 +148,7 @@ def sweep(
         "backend": backend, "threads": each, "seed": seed, "units": jobs + 1, "run": secrets.token_hex(8),
     }  # fmt: skip
     with home.open() as before:
-        state = Sweep(str(home), goals, _load_trials(home.path))
+        state = Sweep(str(home), goals, _load_trials(home.path, len(goals)))
         if before is not None:
             _require_same(home, before, plan, state)
         inputs = Inputs.of(recipe, scorer.data() if isinstance(scorer, Scorer) else None, threads)
@@ -161,10 +165,11 @@ def sweep(
             factors = models.prepare(_largest_rank(spaces), inputs)
             models.adopt({label: str(path) for label, path in factors.items()})
             remote = _remote_plan(home, recipe, scorer, models, home.share(factors), settings) if ray else None
-            record = _Record(home, state, inputs)
-            with _executor(_Runner(models, scorer), jobs, ray, remote, record) as submit:
+            outcomes = _Outcomes(home, state, inputs)
+            with _executor(_Runner(models, scorer), jobs, ray, remote, outcomes) as submit:
                 for space in spaces:
-                    _run(_source(space, sampler, trials, state, seed), submit, home, space.method, jobs, progress)
+                    draw = _source(space, sampler, trials, state, seed)
+                    _run(draw, submit, outcomes, home, space.method, jobs, progress)
         if not state.complete:
             last = state.trials[-1].error if state.trials else "there was no trial"
             raise LorsError(f"{home}: no trial could be scored; the last one: {last} (--retry tries again)")
@@ -222,22 +227,15 @@ def _check_sampler(sampler: str, trials: int | None, jobs: int) -> None:
         raise LorsError(f"--trials, --jobs: expected at least 1, got {trials}, {jobs}")
 
 
-def _load_trials(home: Path) -> list[Trial]:
-    """The trials of an earlier run."""
-    return load_lines(home, _read_trial)
-
-
-def _read_trial(data: Any) -> Trial:
-    """ValueError or TypeError when it is not what `Trial` was written as."""
-    record = dict(data)
-    trial = Trial(**record | {"values": tuple(record.get("values", ()))})
-    kinds = ((trial.method, str), (trial.number, int), (trial.settings, dict), (trial.state, str), (trial.error, str))
-    numbers = (*trial.values, trial.merge_seconds, trial.score_seconds)
-    if not all(isinstance(value, kind) for value, kind in kinds) or not all(
-        isinstance(n, (int, float)) for n in numbers
-    ):
-        raise ValueError(f"expected a trial, got {str(record)[:80]!r}")
-    return trial
+def _load_trials(home: Path, goals: int | None = None) -> list[Trial]:
+    """The trials of an earlier run; goals: how many values a score has."""
+    trials = load_lines(home, TypeAdapter(Trial).validate_json)
+    for trial in trials:
+        if goals is not None and len(trial.values) != (goals if trial.state == "complete" else 0):
+            raise LorsError(
+                f"{home}/trials.jsonl: {trial.method} {trial.number}: expected {goals} values, got {len(trial.values)}"
+            )
+    return trials
 
 
 # --- which settings
@@ -308,26 +306,44 @@ def _optuna(space: Space, left: int, done: Sequence[Trial], state: Sweep, seed: 
     return _Draw(ask, tell)
 
 
-Submit = Callable[..., "Future[Trial]"]  # (method, number, settings)
+Submit = Callable[..., object]  # (method, number, settings); what comes of it goes to `_Outcomes`
 
 
-class _Record:
-    """Takes down finished trials, in the thread that finished them: a signal interrupts the main thread only."""
+class _Outcomes:
+    """Finished trials: taken down in the thread that finished them, then handed to the main thread.
+
+    A signal interrupts the main thread only, and nowhere where it holds a lock that others wait for: it waits for a queue, not
+    for futures.
+    """
 
     def __init__(self, home: Home, state: Sweep, inputs: Inputs) -> None:
         self._home, self._state, self._inputs, self._lock = home, state, inputs, threading.Lock()
+        self._queue: queue.SimpleQueue[Trial | BaseException] = queue.SimpleQueue()
 
-    def __call__(self, trial: Trial) -> Trial:
-        with self._lock:
-            self._inputs.require_unchanged()
-            self._home.append(json.dumps(asdict(trial)))
-            self._state.trials.append(trial)
-        return trial
+    def of(self, run: Callable[[], Trial]) -> None:
+        """Runs a trial, or waits for it, and keeps what came of it."""
+        try:
+            trial = run()
+            with self._lock:
+                self._inputs.require_unchanged()
+                self._home.append(json.dumps(asdict(trial)))
+                self._state.trials.append(trial)
+        except BaseException as error:
+            self._queue.put(error)
+        else:
+            self._queue.put(trial)
+
+    def next(self) -> Trial:
+        """The next that is finished; raises what the trial raised."""
+        outcome = self._queue.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 @contextlib.contextmanager
 def _executor(
-    runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None, record: Callable[[Trial], Trial]
+    runner: _Runner, jobs: int, ray: str | None, plan: Mapping[str, Any] | None, outcomes: _Outcomes
 ) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
     if ray is not None and plan is not None:
@@ -336,31 +352,40 @@ def _executor(
         with connected(ray, max(runner.models.threads, jobs)) as cluster:
             memory = 2 * runner.models.model_bytes
             try:
-                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, record, *trial)
+                yield lambda *trial: submit_trial(cluster, runner.models.threads, memory, plan, outcomes.of, *trial)
             finally:
                 if plan["url"] is not None:
                     on_every_node(cluster, remote_clear, plan["url"])
         return
     with ThreadPoolExecutor(jobs, thread_name_prefix="lors-trial") as pool:
         try:
-            yield lambda *trial: pool.submit(lambda: record(runner.trial(*trial)))
+            yield lambda *trial: pool.submit(outcomes.of, partial(runner.trial, *trial))
         except BaseException:
             runner.stop()  # merges and scorers; what is finished is still taken down
             raise
 
 
-def _run(draw: _Draw, submit: Submit, home: Home, method: str, jobs: int, progress: Callable[[Trial], None]) -> None:
-    running: set[Future[Trial]] = set()
+def _run(
+    draw: _Draw,
+    submit: Submit,
+    outcomes: _Outcomes,
+    home: Home,
+    method: str,
+    jobs: int,
+    progress: Callable[[Trial], None],
+) -> None:
+    running = 0
     while True:
-        while len(running) < jobs and (asked := draw.ask()) is not None:
-            running.add(submit(method, *asked))
+        while running < jobs and (asked := draw.ask()) is not None:
+            submit(method, *asked)
+            running += 1
         if not running:
             return
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        for trial in sorted((future.result() for future in finished), key=lambda trial: trial.number):
-            home.push(STATE)
-            draw.tell(trial)
-            progress(trial)
+        trial = outcomes.next()
+        running -= 1
+        home.push(STATE)
+        draw.tell(trial)
+        progress(trial)
 
 
 # --- one setting

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from .errors import LorsError
 from .locks import flock
+from .messages import first_line, shown
 from .output import writing
 from .public import public
 from .remote import Store, cache, local_path
@@ -59,12 +62,11 @@ class Home:
                 raise LorsError(f"{self}: another sweep is running there") from None
             self._pull()
             path = self.path / "sweep.json"
-            if path.exists():
-                yield _read_plan(path)
-            elif others := sorted({p.name for p in self.path.iterdir()} - OWN):
+            before = _read_plan(path) if path.exists() else None
+            if before is None and (others := sorted({p.name for p in self.path.iterdir()} - OWN)):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
-            else:
-                yield None
+            with writing(self.path):
+                yield before
         finally:
             with contextlib.suppress(OSError):
                 os.close(lock)
@@ -165,7 +167,7 @@ def scratch(url: str, what: str) -> Path:
     return cache() / f"{what}-{hashlib.sha256(url.encode()).hexdigest()[:32]}"
 
 
-def load_lines(home: Path, read: Callable[[Any], T]) -> list[T]:
+def load_lines(home: Path, read: Callable[[bytes], T]) -> list[T]:
     """Every line of trials.jsonl; a last one that a kill cut off is dropped."""
     path = home / "trials.jsonl"
     if not path.exists():
@@ -174,7 +176,17 @@ def load_lines(home: Path, read: Callable[[Any], T]) -> list[T]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    try:
-        return [read(json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LorsError(f"{path}: cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            found.append(read(line))
+        except ValueError as error:
+            raise LorsError(f"{path}: line {number}: {_problem(error)}") from None
+    return found
+
+
+def _problem(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {shown(problem['input'])}"

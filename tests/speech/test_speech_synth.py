@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
+from processes import LORS, gone, marked, wait_until
 
 from lors.errors import LorsError
 from lors.speech.audio import AudioFile, read_audio
@@ -90,3 +92,15 @@ def test_an_espeak_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(LorsError, match=r"espeak-ng: expected speech for '.*' with voice ca.*, got: no such voice"):
         synthesise(tmp_path / "c", languages=["ca"], sizes={"test": 1}, force=True)
     assert (tmp_path / "c" / "manifest.tsv").read_text() == "old" and len(list((tmp_path / "c").iterdir())) == 1
+
+
+@needs_espeak
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda signum: signum.name)
+def test_a_signal_ends_it(tmp_path: Path, signum: signal.Signals) -> None:
+    """Thousands of utterances are to come; an espeak-ng under way is done in a moment."""
+    command = [*LORS, "synth", str(tmp_path / "out"), "--languages", "ca,de", "--train", "2000", "--workers", "2"]
+    with marked(command, tmp_path / "log") as found:
+        assert wait_until(lambda: len(list(tmp_path.rglob("*.flac"))) > 3, 120), (tmp_path / "log").read_text()
+        assert found.end(signum) < 5 and gone(found)
+        assert found.process.returncode == {signal.SIGINT: 130, signal.SIGKILL: -9}.get(signum, 128 + signum)
+    assert not (tmp_path / "out" / "manifest.tsv").exists()

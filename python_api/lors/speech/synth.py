@@ -162,9 +162,14 @@ def speak(
         bar("speaking", len(jobs)) if progress else nullcontext() as advance,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
-        for _ in pool.map(run, jobs):
-            if advance is not None:
-                advance(1)
+        done = pool.map(run, jobs)
+        try:
+            for _ in done:
+                if advance is not None:
+                    advance(1)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for thousands of utterances
+            raise
         _write_manifest(out / "manifest.tsv", jobs)
 
 
