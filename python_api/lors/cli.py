@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import LorsError
-from .messages import say
+from .messages import print_lines
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
@@ -228,12 +228,12 @@ def show_report(report: MergeReport, verbose: bool = True) -> None:
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
-        say(f"note: {notice}")
-    say(
+        print_lines(f"note: {notice}")
+    print_lines(
         f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
-    say(
+    print_lines(
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
@@ -334,7 +334,7 @@ def decompose(
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
-        say(
+        print_lines(
             f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
             f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
         )
@@ -393,7 +393,7 @@ def export_lora(
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
     from .task_vector import export_lora as run
 
-    say(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+    print_lines(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def report(
         with writing(path):
             path.write_text(text, encoding="utf-8")
     if not quiet:
-        say(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
+        print_lines(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
 def _named(text: str) -> tuple[str, str]:

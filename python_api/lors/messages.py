@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .errors import printable
 
-__all__ = ["first_line", "nearest", "say", "shown"]
+__all__ = ["first_line", "nearest", "print_lines", "shown"]
 
 
 def shown(value: object, inner: bool = False) -> str:
@@ -34,7 +34,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
 
 
-def say(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Prints lines for the user. Names of files, tensors and experts are in them: each is one line, whatever they hold."""
     for line in lines:
         print(printable(line), flush=True)
