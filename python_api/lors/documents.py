@@ -57,6 +57,7 @@ class ModelConfig(Document):
     model_config = ConfigDict(extra="ignore")
 
     model_type: str | None = None
+    architectures: list[str] | None = None
     tie_word_embeddings: bool | None = None
     d_model: int | None = None
     encoder_layers: int | None = None
