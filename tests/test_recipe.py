@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -708,6 +709,10 @@ def test_errors_of_yaml(text: str, expected: str) -> None:
 def test_an_alias_bomb_is_refused_before_it_is_built() -> None:
     levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20))
     assert "expands to more than 50000 values" in message(f"a0: &a0 [x]\n{levels}")
+    for much in ("1," * 200_000, "[]," * 200_000):  # the parser takes 20 s for these
+        begun = time.process_time()
+        assert "has more than 50000 values" in message(f"a: [{much}]")
+        assert time.process_time() - begun < 5
 
 
 def test_anchors_and_merge_keys_are_fine() -> None:
