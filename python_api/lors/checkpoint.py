@@ -40,7 +40,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
+_CONFIG_VALUES = 100_000  # as documents.MAX_VALUES; that module is not imported for weights alone
 _COMPARE_ELEMENTS = 1 << 20
 
 

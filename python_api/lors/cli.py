@@ -451,7 +451,7 @@ def sweep(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items()
             )
             result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
-            print(f"{trial.method} {trial.number}: {setting}: {result}", flush=True)
+            print_lines(f"{trial.method} {trial.number}: {setting}: {result}")
 
     done = run(
         Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
@@ -460,7 +460,7 @@ def sweep(
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        print(
+        print_lines(
             f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} -> {out}/best.yml, {out}/index.html"
         )
 

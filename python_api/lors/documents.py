@@ -19,7 +19,7 @@ from .messages import nearest, shown
 __all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "problem"]
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-MAX_VALUES = 200_000  # of a document: what is wrong with each takes pydantic 900 bytes to say
+MAX_VALUES = 100_000  # of a document: what is wrong with each takes pydantic up to 1.5 kB to say
 T = TypeVar("T", bound="Document")
 
 
