@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from lors import page
 from lors.interference import interference
 from lors.interference_page import render
-from lors.messages import say
+from lors.messages import print_lines
 from lors.task_vector import decompose
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
@@ -124,8 +124,8 @@ def test_escape() -> None:
     assert page.escape("<a href='x'>&\x1b\ud800") == "&lt;a href=&#x27;x&#x27;&gt;&amp;\\x1b\\ud800"
 
 
-def test_say(capsys: pytest.CaptureFixture[str]) -> None:
-    say("one\ntwo", "\x1b[2J three")
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_lines("one\ntwo", "\x1b[2J three")
     assert capsys.readouterr().out == "one\\ntwo\n\\x1b[2J three\n"
 
 

@@ -55,6 +55,51 @@ def test_a_class_that_is_not_there(tiny_whisper: Path, tmp_path: Path) -> None:
         load_merged(tmp_path / "bare.safetensors", {"ca": tiny_whisper / "ca"})
 
 
+@pytest.mark.parametrize("kind", ["whisper", "evil"])
+def test_code_that_comes_with_a_model_is_never_run(tiny_whisper: Path, tmp_path: Path, kind: str) -> None:
+    """`auto_map` names a module in the model's directory; to import it is to run it."""
+    import json
+
+    import whispers
+    from lors.speech.whisper import load_model, load_processor
+
+    names = ("AutoConfig", "AutoModelForSpeechSeq2Seq", "AutoTokenizer", "AutoProcessor", "AutoFeatureExtractor")
+    code = {
+        "auto_map": {name: ["evil.Thing", "evil.Thing"] if name == "AutoTokenizer" else "evil.Thing" for name in names}
+    }
+    odd = whispers.copy(tiny_whisper / "base", tmp_path / "odd", model_type=kind, **code)
+    for name in (
+        "tokenizer_config.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ):
+        content = json.loads((odd / name).read_text()) if (odd / name).exists() else {}
+        (odd / name).write_text(json.dumps(content | code))
+    (odd / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Thing: pass\n")
+    loads = (load_model, load_processor, lambda model: load_merged(model, {"x": tiny_whisper / "ca"}, rank=2))
+    for load in loads:
+        try:
+            load(odd)
+        except LorsError as error:
+            assert "\n" not in str(error)
+    assert not (tmp_path / "owned").exists()
+    out = tmp_path / "out"
+    lors.merge(odd, {"x": tiny_whisper / "ca"}, out, rank=2)
+    assert not (out / "evil.py").exists() and not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["pipeline"], ["AutoModel"], ["logging"], [3], "WhisperForConditionalGeneration", [[]], {"a": 1}]
+)
+def test_what_a_configuration_names_is_a_model_of_transformers(tiny_whisper: Path, tmp_path: Path, names: Any) -> None:
+    import whispers
+
+    odd = whispers.copy(tiny_whisper / "base", tmp_path / "odd", architectures=names)
+    with pytest.raises(LorsError, match="architectures"):
+        load_merged(odd, {"ca": tiny_whisper / "ca"})
+
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "T5ForConditionalGeneration": ("T5Config", {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 50}),
     "LlamaForCausalLM": (

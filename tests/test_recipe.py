@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -739,9 +740,23 @@ def test_numbers_and_words_that_they_read_alike() -> None:
         assert strict_yaml.parse(f"a: {text}", "x") == {"a": value}
 
 
+def test_very_many_models() -> None:
+    """Of one path, whose labels are made longer until they differ, and numbered where they never do."""
+    start, entry = "merge_method: lors\nbase_model: b\nmodels:\n", "- {model: " + "a/" * 30 + "x}\n"
+    assert message(start + entry * 9000) == "recipe: models: expected at most 1000 models, got a list of 9000"
+    begun = time.process_time()
+    labels = Recipe.from_yaml(start + entry * 1000).labels
+    assert len(set(labels)) == 1000 and labels[0].startswith("a-a-a") and labels[999].endswith("x-1000")
+    assert time.process_time() - begun < 5
+
+
 def test_an_alias_bomb_is_refused_before_it_is_built() -> None:
     levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20))
     assert "expands to more than 50000 values" in message(f"a0: &a0 [x]\n{levels}")
+    for much in ("1," * 200_000, "[]," * 200_000):  # the parser takes 20 s for these
+        begun = time.process_time()
+        assert "has more than 50000 values" in message(f"a: [{much}]")
+        assert time.process_time() - begun < 5
 
 
 def test_anchors_and_merge_keys_are_fine() -> None:

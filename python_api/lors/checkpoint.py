@@ -53,7 +53,7 @@ _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors"
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_CONFIG_VALUES = 200_000  # as documents.MAX_VALUES; that module is not imported for weights alone
+_CONFIG_VALUES = 100_000  # as documents.MAX_VALUES; that module is not imported for weights alone
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_PAGE = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)(?:/tree/(?P<revision>[\w.-]+))?/?"

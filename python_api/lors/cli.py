@@ -13,7 +13,7 @@ import typer
 
 from .cli_errors import as_options, one_line_errors
 from .errors import LorsError, SettingError
-from .messages import say
+from .messages import print_lines
 from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
@@ -160,7 +160,7 @@ def merge(
 
 
 def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tuple[Path | None, str]:
-    """The two arguments of `merge`, told apart; `described`: options say what is merged."""
+    """The two arguments of `merge`, told apart; `described`: options print_lines what is merged."""
     usage = "lors merge --base DIR --expert NAME=DIR OUT"
     if len(paths) > 2 or "=" in paths[0] and not Path(paths[0]).exists():
         raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {' '.join(paths)}; models are options: {usage}")
@@ -294,14 +294,14 @@ def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = Fal
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
-        say(f"note: {notice}")
-    say(
+        print_lines(f"note: {notice}")
+    print_lines(
         f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
     if rehearsal:
         return
-    say(
+    print_lines(
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
@@ -403,7 +403,7 @@ def decompose(
     if as_json:
         print(json.dumps(done.to_dict(), indent=2))
     else:
-        say(
+        print_lines(
             f"{done.path}: {done.bytes / 1e6:.1f} MB, {100 * done.share:.1f} % of the checkpoint; {done.matrices} matrices "
             f"decomposed, stored to {done.error:.1e} of the update's norm, {done.seconds:.2f} s"
         )
@@ -455,7 +455,7 @@ def export_lora(
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
     from .task_vector import export_lora as run
 
-    say(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
+    print_lines(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def sweep(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items()
             )
             result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
-            print(f"{trial.method} {trial.number}: {setting}: {result}", flush=True)
+            print_lines(f"{trial.method} {trial.number}: {setting}: {result}")
 
     done = run(
         Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
@@ -522,7 +522,7 @@ def sweep(
     )  # fmt: skip
     best = done.best()
     if best is not None and not quiet:
-        say(
+        print_lines(
             f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
             f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )
@@ -559,7 +559,7 @@ def report(
         data.commit()
         page.commit()
     if not quiet:
-        say(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
+        print_lines(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
 for _name, _command in SPEECH_COMMANDS.items():

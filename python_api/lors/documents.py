@@ -19,7 +19,7 @@ from .messages import nearest, shown
 __all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "problem"]
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-MAX_VALUES = 200_000  # of a document: what is wrong with each takes pydantic 900 bytes to say
+MAX_VALUES = 100_000  # of a document: what is wrong with each takes pydantic up to 1.5 kB to say
 T = TypeVar("T", bound="Document")
 
 
@@ -57,6 +57,7 @@ class ModelConfig(Document):
     model_config = ConfigDict(extra="ignore")
 
     model_type: str | None = None
+    architectures: list[str] | None = None
     tie_word_embeddings: bool | None = None
     d_model: int | None = None
     encoder_layers: int | None = None

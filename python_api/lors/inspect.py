@@ -15,7 +15,7 @@ import numpy as np
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .layers import kind, select
-from .messages import say
+from .messages import print_lines
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _print_contents(checkpoint: Checkpoint, match: str | None, as_json: bool) ->
         )
         return
     config = checkpoint.config or checkpoint.dims or {}
-    say(
+    print_lines(
         f"{checkpoint.path}: {checkpoint.naming}, {len(checkpoint.files)} weight file(s), {len(checkpoint.tensors)} tensors"
     )
     told = {
@@ -110,7 +110,7 @@ def _print_contents(checkpoint: Checkpoint, match: str | None, as_json: bool) ->
         if key in config
     }
     if told:
-        say(", ".join(f"{key} {value}" for key, value in told.items()))
+        print_lines(", ".join(f"{key} {value}" for key, value in told.items()))
     rows: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for info in infos:
         row = rows[kind(info.name), info.code]
@@ -123,7 +123,7 @@ def _print_contents(checkpoint: Checkpoint, match: str | None, as_json: bool) ->
             for (name, code), (n, entries, size) in rows.items()
         ],
     )
-    say(f"total {sum(i.numel for i in infos):,} entries, {sum(i.nbytes for i in infos) / 1e6:.1f} MB")
+    print_lines(f"total {sum(i.numel for i in infos):,} entries, {sum(i.nbytes for i in infos) / 1e6:.1f} MB")
 
 
 def _print_spectra(found: list[Spectrum], rank: int, top: int) -> None:
@@ -139,13 +139,13 @@ def _print_spectra(found: list[Spectrum], rank: int, top: int) -> None:
     )  # fmt: skip
     energy = sum(s.norm**2 for s in found)
     kept = sum(s.energy * s.norm**2 for s in found) / energy if energy else 0.0
-    say(f"{len(found)} matrices, norm {energy**0.5:.4g}, rank {rank} keeps {100 * kept:.1f} % of the energy")
+    print_lines(f"{len(found)} matrices, norm {energy**0.5:.4g}, rank {rank} keeps {100 * kept:.1f} % of the energy")
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print_lines("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def draw(found: list[Spectrum], rank: int, path: Path) -> None:

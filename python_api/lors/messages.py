@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import printable
 
-__all__ = ["first_line", "near_path", "nearest", "say", "shown"]
+__all__ = ["first_line", "near_path", "nearest", "print_lines", "shown"]
 
 
 def shown(value: object, inner: bool = False) -> str:
@@ -55,7 +55,7 @@ def near_path(text: str, places: Iterable[Path] = (Path(),)) -> str:
     return ""
 
 
-def say(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Prints lines for the user. Names of files, tensors and experts are in them: each is one line, whatever they hold."""
     for line in lines:
         print(printable(line), flush=True)

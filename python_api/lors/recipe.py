@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -102,7 +103,7 @@ class Recipe(_Document):
     name: str | None = None
     merge_method: str = Field(min_length=1)
     base_model: str | None = Field(default=None, min_length=1)
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=1000)
     parameters: dict[str, Setting] = {}
     target: Target | None = None
     rest: Rest | None = None  # None: the method's own
@@ -570,7 +571,8 @@ def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
     labels = [entry.name or part[-1] for entry, part in zip(entries, parts, strict=True)]
     derived = [i for i, entry in enumerate(entries) if entry.name is None]
     for depth in range(2, max(map(len, parts)) + 1):
-        for i in [i for i in derived if labels.count(labels[i]) > 1]:
+        times = Counter(labels)
+        for i in [i for i in derived if times[labels[i]] > 1]:
             labels[i] = "-".join(parts[i][-depth:])
     taken = {entry.name for entry in entries}
     for i in derived:
@@ -610,6 +612,7 @@ _EXPECTED = {
     "string_unicode": "a string in UTF-8",
     "string_too_short": "a string that is not empty",
     "too_short": "at least one model",
+    "too_long": "at most 1000 models",
     "tuple_type": "a list",
     "model_type": "a mapping",
     "int_type": "an integer",

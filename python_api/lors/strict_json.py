@@ -23,14 +23,15 @@ MAX_VALUES = 1_500_000  # an empty list takes 3 bytes of text and 64 of memory
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A file of at most `limit` bytes; LorsError when it is larger, no file, or cannot be read."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a named pipe would be waited for
+        if not stat.S_ISREG(path.stat().st_mode):  # a named pipe would be waited for
             raise LorsError(f"{path}: expected a file")
-        if found.st_size > limit:
-            raise LorsError(f"{path}: expected at most {limit} bytes, got {found.st_size}")
-        return path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(limit + 1)
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > limit:
+        raise LorsError(f"{path}: expected at most {limit} bytes, got more")
+    return content
 
 
 def read(path: Path, *, values: int = MAX_VALUES, infinite: bool = False) -> dict[str, Any]:

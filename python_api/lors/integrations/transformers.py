@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import LorsError
+from ..messages import first_line, shown
 from .peers import peer
 
 OLDEST = "4.45"
@@ -41,7 +42,10 @@ def load_merged(
     if checkpoint.config is None or directory is None:
         raise LorsError(f"{base}: expected a config.json beside the weights, got none")
     model_class = model_class or _class_of(transformers, checkpoint.config)
-    config = transformers.AutoConfig.from_pretrained(directory)
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LorsError(f"{directory}: transformers cannot read its config.json: {first_line(error)}") from error
     tensors = {name: _torch(array) for name, array in merged.items()}
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     options = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
@@ -53,12 +57,13 @@ def load_merged(
 
 def _class_of(transformers: Any, config: Mapping[str, Any]) -> type:
     names = config.get("architectures") or []
-    found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    if found is None:
-        raise LorsError(
-            f"config.json: expected a class of transformers under architectures, got {names}; pass model_class"
-        )
-    return found  # type: ignore[no-any-return]
+    for name in names:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    raise LorsError(
+        f"config.json: expected a class of transformers under architectures, got {shown(names)}; pass model_class"
+    )
 
 
 def _torch(array: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LorsError, printable
-from ..messages import say
+from ..messages import print_lines
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -59,7 +59,7 @@ def synth(
         out, languages=codes, sizes=sizes, condition=condition, seed=seed, audio_format=audio_format, workers=workers,
         force=force, progress=True,
     )  # fmt: skip
-    say(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
+    print_lines(f"{len(codes) * sum(sizes.values())} utterances -> {manifest}")
 
 
 def _names(name: str) -> tuple[str, str]:
@@ -153,7 +153,7 @@ def finetune(
     wer = "" if result.dev_wer is None else f", dev WER {result.dev_wer:.2f} %"
     resumed = f" (continued from step {result.resumed_from})" if result.resumed_from else ""
     skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
-    say(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
+    print_lines(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
           f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tup
     for task in tasks:
         metric = "wer" if task == "transcribe" else "bleu"
         interval = compare(evaluation, first, second, task=task, metric=metric)
-        say(f"{task}: {metric.upper()} of {first} minus {second}: {interval.difference:+.2f} "
+        print_lines(f"{task}: {metric.upper()} of {first} minus {second}: {interval.difference:+.2f} "
               f"[{interval.low:+.2f}, {interval.high:+.2f}] (95 %, paired bootstrap)")  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
         dropped = sum(r.score.dropped for r in rows)
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
         signature = f"; {rows[0].score.bleu_signature}" if task == "translate" else ""
-        say(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
+        print_lines(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
               f"real-time factor {speed:.4f}{signature}")  # fmt: skip
 
 
@@ -298,14 +298,14 @@ def experiment(
         settings = settings.model_copy(update={"data": section})
     if show:
         for item in build_stages(settings):
-            say(f"{'done' if item.done(out) else '    '}  {item.name}")
+            print_lines(f"{'done' if item.done(out) else '    '}  {item.name}")
         return
-    path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=say)
+    path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=print_lines)
     if stage is None:
         from .report import print_tables
 
         print_tables(out)
-        say(f"report: {path}")
+        print_lines(f"report: {path}")
 
 
 def _integers(text: str) -> list[int]:

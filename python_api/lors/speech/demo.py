@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ..errors import LorsError
-from ..messages import say
+from ..messages import print_lines
 from .config import Config, Data, load_config
 
 __all__ = ["RECORDINGS", "demo", "demo_config"]
@@ -37,9 +37,9 @@ def demo(out: Path) -> Path:
 
     require_extra()
     began = time.monotonic()
-    report = run_experiment(demo_config(), out, report=say)
+    report = run_experiment(demo_config(), out, report=print_lines)
     print_tables(out)
-    say(f"{time.monotonic() - began:.0f} s -> {report}")
+    print_lines(f"{time.monotonic() - began:.0f} s -> {report}")
     return report
 
 

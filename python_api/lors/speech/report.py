@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import printable
-from ..messages import say
+from ..messages import print_lines
 from ..output import write_file
 from ..page import escape
 from ..replaceable import HEAD, PAGE, RESULTS
@@ -68,7 +68,7 @@ def print_tables(root: Path) -> None:
             table.add_row(*map(printable, row))
         console.print(table)
     for line in _verdicts(results):
-        say(line)
+        print_lines(line)
 
 
 def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
