@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -21,8 +23,8 @@ using LowRankTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
 using ThresholdTuple = std::tuple<float, int64_t, int64_t>;
 // (low, high, key, limit, factor)
 using KeepTuple = std::tuple<ThresholdTuple, ThresholdTuple, uint64_t, uint64_t, float>;
-// (elect, normalize, scale)
-using ConsensusTuple = std::tuple<bool, bool, float>;
+// (elect, normalize, scale, divisor)
+using ConsensusTuple = std::tuple<bool, bool, float, float>;
 
 Matrix matrix(const MatrixTuple& t) {
     return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<lors::DType>(std::get<1>(t)), std::get<2>(t),
@@ -46,6 +48,13 @@ float* floats(uintptr_t address) {
     return reinterpret_cast<float*>(address);
 }
 
+// One of everything per expert, and at least one.
+void check_count(const char* name, size_t got, size_t experts) {
+    if (got == experts && experts > 0) return;
+    throw std::invalid_argument(std::string(name) + ": expected one per expert, got " + std::to_string(got) + " for " +
+                                std::to_string(experts));
+}
+
 void gram_apply(const MatrixTuple& base, const MatrixTuple& tuned, bool transposed, uintptr_t x, int64_t width,
                 uintptr_t z, int threads) {
     py::gil_scoped_release release;
@@ -62,6 +71,9 @@ auto residual_threshold(const MatrixTuple& base, const MatrixTuple& tuned, const
 auto merge_update(const MatrixTuple& out, const MatrixTuple& base, const std::vector<MatrixTuple>& tuned,
                   const std::vector<LowRankTuple>& factors, const std::vector<ThresholdTuple>& thresholds,
                   const std::vector<float>& weights, int threads) {
+    check_count("factors", factors.size(), tuned.size());
+    check_count("thresholds", thresholds.size(), tuned.size());
+    check_count("weights", weights.size(), tuned.size());
     std::vector<lors::UpdateStats> stats(tuned.size());
     {
         py::gil_scoped_release release;
@@ -88,13 +100,16 @@ float apply_update(const MatrixTuple& out, const MatrixTuple& base, const Matrix
 auto ties_update(const MatrixTuple& out, const MatrixTuple& base, const std::vector<MatrixTuple>& tuned,
                  const std::vector<KeepTuple>& keeps, const std::vector<float>& weights, const ConsensusTuple& rule,
                  int64_t start, int threads) {
+    check_count("keeps", keeps.size(), tuned.size());
+    check_count("weights", weights.size(), tuned.size());
     std::vector<lors::KeepStats> stats(tuned.size());
     {
         py::gil_scoped_release release;
         std::vector<lors::TiesExpert> experts;
         for (size_t t = 0; t < tuned.size(); ++t) experts.push_back({matrix(tuned[t]), keep(keeps[t]), weights[t]});
         lors::ties_update(matrix(out), matrix(base), experts.data(), static_cast<int64_t>(experts.size()),
-                          {std::get<0>(rule), std::get<1>(rule), std::get<2>(rule)}, start, stats.data(), threads);
+                          {std::get<0>(rule), std::get<1>(rule), std::get<2>(rule), std::get<3>(rule)}, start,
+                          stats.data(), threads);
     }
     py::list result;
     for (const lors::KeepStats& s : stats) {

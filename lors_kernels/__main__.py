@@ -1,4 +1,4 @@
-"""`python -m lors_kernels`: which backends run here, and on what."""
+"""`python -m lors_kernels`: which backends run here, and on what. Exit code 1 when something is broken or misconfigured."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ PACKAGES = ("lors-merging", "torch", "numpy", "ml_dtypes", "triton", "transforme
 
 
 def diagnosis() -> dict[str, Any]:
-    """Everything a bug report needs."""
+    """Everything a bug report needs. `broken` names what is there and does not work."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    backends = available_backends()
+    broken = [name for name, status in backends.items() if status.broken]
+    try:
+        threads: int | str = thread_count()
+    except ValueError as error:
+        threads = str(error)
+        broken.append("threads")
     return {
-        "backends": {name: status._asdict() for name, status in available_backends().items()},
-        "threads": thread_count(),
-        "vector_unit": _vector_unit(),
+        "backends": {name: status._asdict() | {"state": status.state} for name, status in backends.items()},
+        "broken": broken,
+        "threads": threads,
         "processor": _processor(),
         "platform": platform.platform(),
         "versions": versions,
     }
-
-
-def _vector_unit() -> str:
-    from .backends.cpu import library
-
-    try:
-        return library().isa
-    except (ImportError, ValueError) as error:
-        return str(error)
 
 
 def _processor() -> str:
@@ -51,19 +49,21 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def print_diagnosis(*, as_json: bool = False) -> None:
+def print_diagnosis(*, as_json: bool = False) -> bool:
+    """Prints it and returns whether nothing is broken."""
     found = diagnosis()
     if as_json:
         print(json.dumps(found, indent=2))
-        return
+        return not found["broken"]
     for name, status in found["backends"].items():
-        print(f"{name:10} {'available' if status['ok'] else 'not available'}: {status['reason']}")
-    for key in ("threads", "vector_unit", "processor", "platform"):
-        print(f"{key.replace('_', ' '):12} {found[key]}")
-    print("versions     " + ", ".join(f"{package} {version}" for package, version in found["versions"].items()))
+        print(f"{name:10} {status['state']}: {status['reason']}")
+    for key in ("threads", "processor", "platform"):
+        print(f"{key:10} {found[key]}")
+    print("versions   " + ", ".join(f"{package} {version}" for package, version in found["versions"].items()))
+    return not found["broken"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lors_kernels", description=__doc__)
     parser.add_argument("--json", action="store_true")
-    print_diagnosis(as_json=parser.parse_args(sys.argv[1:]).json)
+    sys.exit(0 if print_diagnosis(as_json=parser.parse_args().json) else 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_same_place, to_torch
+from .arrays import check_matrix, check_out, plain, to_torch
+from .scalars import check_number
 
 
 def apply_update(
@@ -36,14 +37,16 @@ def apply_update(
     Raises:
         ValueError, TypeError: arguments that do not fit.
     """
-    check_matrix(out, "out")
+    base, update = plain(base), plain(update)
+    check_matrix(plain(out), "out")
     for name, x in (("base", base), ("update", update)):
         if x is not None:
             check_matrix(x, name, shape=out.shape)
-            check_same_place(out, x, name)
+    scale = check_number(scale, "scale")
+    out = check_out(out, out if update is None else update, entrywise=(base, update))
     if 0 in out.shape:
         return 0.0
     module = dispatch.select(backend, out, "apply_update")
     if module.NAME != "cpu":
         out, base, update = map(to_torch, (out, base, update))
-    return float(module.apply_update(out, base, update, float(scale), threads=threads))
+    return float(module.apply_update(out, base, update, scale, threads=threads))

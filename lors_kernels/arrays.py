@@ -1,13 +1,15 @@
-"""Tensors as the backends see them: checked once, at the public function, with the value in the message.
+"""Tensors as the backends see them: made plain and checked once, at the public function, with the value in the message.
 
 Arguments are `torch.Tensor` or `numpy.ndarray` (bfloat16 as `ml_dtypes.bfloat16`). torch is imported only when a caller
-already brought a tensor, or when a backend that is written in torch runs.
+already brought a tensor, or when a backend that is written in torch runs. Nothing here is differentiated: what an
+operation reads is detached, and an output that autograd records is refused.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
@@ -28,7 +30,12 @@ def is_torch(x: object) -> bool:
 
 
 def dtype_name(x: Array) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
+
+
+@cache
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def device_of(x: Array) -> str:
@@ -49,16 +56,41 @@ def strides_of(x: Array) -> tuple[int, ...]:
     return tuple(s // x.itemsize for s in x.strides)  # type: ignore[union-attr]
 
 
+def byte_strides(x: Array) -> tuple[int, ...]:
+    if is_torch(x):
+        return tuple(s * x.element_size() for s in x.stride())  # type: ignore[union-attr]
+    return x.strides  # type: ignore[union-attr, return-value]
+
+
 def address_of(x: Array) -> int:
     return x.data_ptr() if is_torch(x) else x.ctypes.data  # type: ignore[union-attr]
+
+
+def item_size(x: Array) -> int:
+    return x.element_size() if is_torch(x) else x.itemsize  # type: ignore[return-value, union-attr]
+
+
+def plain(x: Any) -> Any:
+    """What an operation reads of an argument: its very numbers, without a subclass, autograd or torch's lazy negation.
+
+    A tensor with the negation bit set holds the negative of what its memory says, so its numbers are written out. What is
+    no array is left to `check_matrix`.
+    """
+    if is_torch(x):
+        x = x.detach()
+        return x.resolve_neg() if x.is_neg() else x
+    return np.asarray(x) if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray) else x
 
 
 def check_matrix(
     x: Any, name: str, *, shape: Sequence[int | None] = (None, None), dtypes: Sequence[str] = FLOATS
 ) -> None:
-    """Raises unless `x` is a matrix of the given shape (None: any size) whose rows are contiguous."""
+    """Raises unless `x` is a matrix of the given shape (None: any size) whose rows are contiguous in memory it can read."""
     wanted = f"a matrix {['any' if s is None else s for s in shape]} of dtype {' or '.join(dtypes)}"
-    if not (is_torch(x) or isinstance(x, np.ndarray)):
+    if is_torch(x):
+        if x.is_nested or x.layout != sys.modules["torch"].strided:
+            raise TypeError(f"{name}: expected {wanted}, got a {'nested' if x.is_nested else x.layout} tensor")
+    elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
     if dtype_name(x) not in dtypes:
         raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
@@ -66,13 +98,26 @@ def check_matrix(
         raise ValueError(f"{name}: expected {wanted}, got {describe(x)}")
     if x.shape[1] >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2**31 columns, got {describe(x)}")
+    if 0 not in x.shape:
+        _check_memory(x, name)
+
+
+def _check_memory(x: Array, name: str) -> None:
     row, column = strides_of(x)
-    if x.size != 0 if isinstance(x, np.ndarray) else x.numel() != 0:
-        if column != 1 and x.shape[1] > 1 or row < x.shape[1] and x.shape[0] > 1:
-            raise ValueError(f"{name}: expected contiguous rows, got strides {(row, column)} for {describe(x)}")
-        itemsize = x.itemsize if isinstance(x, np.ndarray) else x.element_size()
-        if address_of(x) % itemsize:
-            raise ValueError(f"{name}: expected memory aligned to {itemsize} bytes, got address {address_of(x):#x}")
+    if column != 1 and x.shape[1] > 1 or row < x.shape[1] and x.shape[0] > 1:
+        raise ValueError(f"{name}: expected contiguous rows, got strides {(row, column)} for {describe(x)}")
+    try:
+        address = address_of(x)
+    except RuntimeError as error:  # a tensor of torch.vmap, which stands for several
+        raise TypeError(f"{name}: expected numbers in memory, got {describe(x)}: {error}".splitlines()[0]) from None
+    if address == 0:
+        raise ValueError(f"{name}: expected numbers in memory, got a meta or fake {describe(x)}")
+    if is_torch(x) and x.is_neg():  # type: ignore[union-attr]
+        raise ValueError(f"{name}: expected numbers in memory, got a lazily negated {describe(x)}: call resolve_neg()")
+    size, strides = item_size(x), byte_strides(x)
+    if address % size or any(s % size for s, count in zip(strides, x.shape, strict=True) if count > 1):
+        got = f"address {address:#x} and strides of {list(strides)} bytes"
+        raise ValueError(f"{name}: expected memory aligned to {size} bytes, got {got}")
 
 
 def check_pair(base: Any, tuned: Any) -> tuple[int, int]:
@@ -104,6 +149,78 @@ def check_factors(left: Any, right: Any, tuned: Array) -> int:
     return int(left.shape[1])
 
 
+def check_out(
+    out: Any,
+    like: Array,
+    *,
+    entrywise: Sequence[Array | None] = (),
+    others: Sequence[Array | None] = (),
+    name: str = "out",
+    dtypes: Sequence[str] = FLOATS,
+) -> Any:
+    """The matrix that is about to be written, plain, of the shape and in the place of `like`; the last of an operation's checks.
+
+    Raises unless it is the caller's to write and nothing reads it elsewhere: `entrywise` inputs, of which entry [i, j] is
+    read for entry [i, j] alone, may be the very same matrix, and `others` share no memory with it. Autograd is told of the
+    write, as torch's own operations in place do: a backward pass that needs the old numbers fails instead of using the new.
+    """
+    written = plain(out)
+    _check_writable(out, name)
+    check_matrix(written, name, shape=like.shape, dtypes=dtypes)
+    check_same_place(like, written, name)
+    inputs = [x for x in entrywise if x is not None and _geometry(x) != _geometry(written)]
+    if any(overlap(written, x) for x in (*inputs, *others) if x is not None):
+        raise ValueError(f"{name}: expected memory of its own, got {describe(out)} that overlaps an input")
+    if is_torch(out):
+        import torch
+
+        torch.autograd.graph.increment_version(out)
+    return written
+
+
+def _check_writable(out: Any, name: str) -> None:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError(f"{name}: expected memory that may be written, got a read-only {describe(out)}")
+    if not is_torch(out):
+        return
+    import torch
+
+    if out.is_neg():
+        raise ValueError(f"{name}: expected a tensor without the lazy negation bit, got {describe(out)}: pass a copy")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, or torch.no_grad(), got {describe(out)} that requires one"
+        )
+
+
+def _geometry(x: Array) -> tuple[object, ...]:
+    return address_of(x), dtype_name(x), tuple(x.shape), byte_strides(x)[0] if x.shape[0] > 1 else None
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two checked matrices have a byte in common."""
+    if 0 in a.shape or 0 in b.shape:
+        return False
+    (a_start, a_end), (b_start, b_end) = span(a), span(b)
+    if a_end <= b_start or b_end <= a_start:
+        return False
+    (a_rows, a_width), (b_rows, b_width) = _rows(a), _rows(b)
+    before = np.searchsorted(b_rows, a_rows + a_width) - 1  # the last row of b that begins before a row of a ends
+    return bool(((before >= 0) & (b_rows[before] + b_width > a_rows)).any())
+
+
+def span(x: Array) -> tuple[int, int]:
+    """The first byte of a checked matrix, and the first behind its last."""
+    start = address_of(x)
+    return start, start + byte_strides(x)[0] * (x.shape[0] - 1) + x.shape[1] * item_size(x)
+
+
+def _rows(x: Array) -> tuple[np.ndarray, int]:
+    """Where the rows of a checked matrix begin, and their width, in bytes."""
+    step = byte_strides(x)[0] if x.shape[0] > 1 else 0
+    return address_of(x) + step * np.arange(x.shape[0]), x.shape[1] * item_size(x)
+
+
 def new(like: Array, shape: tuple[int, ...], *, zero: bool = False) -> Any:
     """A float32 array of the kind and on the device of `like`."""
     if is_torch(like):
@@ -124,6 +241,7 @@ def to_torch(x: Any) -> Any:
         return x
     import torch
 
+    x = x.squeeze().reshape(x.shape)  # one row or column has any stride: torch takes no negative ones
     if not x.flags.writeable or min(x.strides, default=0) < 0:
         x = x.copy()
     if x.dtype == BFLOAT16:

@@ -1,7 +1,9 @@
 """Which code runs an operation.
 
-`backend=None` takes the first available backend that can work where the tensors are. A named backend runs or raises with
-the reason; nothing falls back behind the caller's back.
+`backend=None` takes the first backend of an order that is there and can work where the tensors are. It passes over what is
+absent: a module that was not built, a package that is not installed, no GPU. It does not pass over what is there and broken
+or misconfigured: that is an error with its reason, because nobody asked for slower code. A named backend runs or raises with
+the reason. Nothing falls back behind the caller's back.
 """
 
 from __future__ import annotations
@@ -15,12 +17,20 @@ from .arrays import Array, device_of
 
 
 class Availability(NamedTuple):
+    """Whether a backend can run. `probe()` of its module returns (True, what it runs on) or (False, what is absent); what it
+    raises is why the backend is broken."""
+
     ok: bool
     reason: str  # what it runs on, or why it cannot run
+    broken: bool = False  # there, and cannot run all the same
+
+    @property
+    def state(self) -> str:
+        return "available" if self.ok else "broken" if self.broken else "not available"
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name, or all were tried, and none can run."""
+    """The backend that was asked for cannot run; or, if none was, none is there or the one to be used is broken."""
 
 
 _MODULES = {
@@ -41,13 +51,17 @@ _GPU_ORDER = {
 }
 
 
+def load(name: str) -> ModuleType:
+    return import_module(_MODULES[name])
+
+
 @cache
 def availability(name: str) -> Availability:
     """Success and failure are both remembered: a broken library is loaded once, and its reason stays the same."""
     try:
-        return Availability(*import_module(_MODULES[name]).probe())
+        return Availability(*load(name).probe())
     except Exception as error:
-        return Availability(False, f"{type(error).__name__}: {error}".splitlines()[0])
+        return Availability(False, f"{type(error).__name__}: {error}".splitlines()[0], broken=True)
 
 
 def available_backends() -> dict[str, Availability]:
@@ -63,15 +77,21 @@ def select(backend: str | None, like: Array, operation: str = "gram_apply") -> M
             raise ValueError(f"backend: expected one of {', '.join(_MODULES)} or None, got {backend!r}")
         order: tuple[str, ...] = (backend,)
     else:
-        order = _GPU_ORDER[operation] if device == "cuda" else _ORDER.get(device, ("reference",))
+        order = _GPU_ORDER.get(operation, ("reference",)) if device == "cuda" else _ORDER.get(device, ("reference",))
     reasons = []
     for name in order:
         status = availability(name)
-        if not status.ok:
-            reasons.append(f"{name}: {status.reason}")
-            continue
-        module = import_module(_MODULES[name])
-        if device in module.DEVICES or not module.DEVICES:
-            return module
-        reasons.append(f"{name}: runs on {', '.join(module.DEVICES)}, got tensors on {device}")
+        if status.broken and backend is None:
+            raise BackendUnavailable(f"{name} is broken: {status.reason} (mend it, or name another backend)")
+        reason = status.reason if not status.ok else _unfit(load(name), device, operation)
+        if reason is None:
+            return load(name)
+        reasons.append(f"{name}: {reason}")
     raise BackendUnavailable("; ".join(reasons))
+
+
+def _unfit(module: ModuleType, device: str, operation: str) -> str | None:
+    """Why a backend that runs here does not do this; None if it does."""
+    if module.DEVICES and device not in module.DEVICES:
+        return f"runs on {', '.join(module.DEVICES)}, got tensors on {device}"
+    return None if hasattr(module, operation) else f"has no {operation}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_pair, check_same_place, is_torch, like_kind, new, to_torch
+from .arrays import check_matrix, check_pair, check_same_place, is_torch, like_kind, new, plain, to_torch
 
 
 def gram_apply(
@@ -28,6 +28,7 @@ def gram_apply(
     Sums run in float32 in an order fixed by the shape (float64 in the reference), so the relative error is a few units
     of 1e-7 of ||delta||^2 ||x||. Bits may differ between backends and instruction sets. NaN and infinity propagate.
     """
+    base, tuned, x = plain(base), plain(tuned), plain(x)
     m, n = check_pair(base, tuned)
     if side not in ("right", "left"):
         raise ValueError(f"side: expected 'right' or 'left', got {side!r}")
@@ -35,7 +36,7 @@ def gram_apply(
     check_same_place(tuned, x, "x")
     if 0 in (m, n, x.shape[1]):
         return new(tuned, tuple(x.shape), zero=True)
-    module = dispatch.select(backend, tuned)
+    module = dispatch.select(backend, tuned, "gram_apply")
     if module.NAME == "cpu" or is_torch(tuned):
         return module.gram_apply(base, tuned, x, side=side, threads=threads)
     return like_kind(tuned, module.gram_apply(to_torch(base), to_torch(tuned), to_torch(x), side=side))

@@ -7,13 +7,14 @@ On `cpu` and `reference` the same functions loop over the pairs, so that code wr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import dispatch
-from .arrays import check_matrix, check_same_place, describe, dtype_name, is_torch
+from .arrays import check_matrix, check_out, check_same_place, describe, dtype_name, is_torch, overlap, plain, span
+from .scalars import check_number, check_whole
+from .ties_update import check_consensus, check_keep
 from .types import KEEP_ALL, Keep, KeepStats, Threshold, UpdateStats
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ class MatrixGroup:
     """
 
     def __init__(self, bases: Sequence[Tensor] | None, tuned: Sequence[Sequence[Tensor]]) -> None:
-        self.tuned = tuple(tuple(row) for row in tuned)
+        self.tuned = tuple(tuple(plain(x) for x in row) for row in tuned)
         if not self.tuned or not self.tuned[0]:
             raise ValueError("tuned: expected at least one matrix with at least one expert, got none")
-        self.bases = None if bases is None else tuple(bases)
+        self.bases = None if bases is None else tuple(plain(x) for x in bases)
         self.matrices, self.experts = len(self.tuned), len(self.tuned[0])
         if self.bases is not None and len(self.bases) != self.matrices:
             raise ValueError(f"bases: expected {self.matrices}, one per row of tuned, got {len(self.bases)}")
@@ -146,20 +147,6 @@ class GroupKeepStats(NamedTuple):
         return [KeepStats(sums[0], sums[1], sums[2], sums[3], kept, bad) for sums, kept, bad in rows]
 
 
-class Consensus(NamedTuple):
-    """How `ties_update` puts the experts together."""
-
-    elect: bool
-    normalize: bool
-    scale: float
-    start: int
-
-    def divisor(self, weight: Sequence[float]) -> float:
-        """What the sum is divided by without an election."""
-        total = math.fsum(weight)
-        return total if abs(total) >= 1e-8 else 1.0
-
-
 class GroupSVD(NamedTuple):
     """A truncated SVD per pair: L_p = left[p] @ right[p].T."""
 
@@ -181,6 +168,7 @@ def gram_apply_group(group: MatrixGroup, x: Tensor, *, side: str = "right", back
     """
     if side not in ("right", "left"):
         raise ValueError(f"side: expected 'right' or 'left', got {side!r}")
+    x = plain(x)
     _check_stack(x, "x", (group.pairs, group.n if side == "right" else group.m, None), group)
     if x.numel() == 0 or group.m * group.n == 0:
         return x.new_zeros(x.shape)
@@ -195,11 +183,9 @@ def residual_threshold_group(
     left [P, m, r], right [P, n, r] float32 or both None; k is common to the group. Nothing is raised for NaN or
     infinity and nothing waits for the device: `non_finite` counts them.
     """
+    left, right = plain(left), plain(right)
     _check_stacks(left, right, group)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an integer, got {type(k).__name__} {k!r}")
-    if not 0 <= k <= group.m * group.n:
-        raise ValueError(f"k: expected 0 to {group.m * group.n} for matrices {[group.m, group.n]}, got {k}")
+    k = check_whole(k, "k", 0, group.m * group.n, f" for matrices {[group.m, group.n]}")
     if group.m * group.n == 0:
         return GroupThreshold.of([Threshold(float("inf"), 0, 0)] * group.pairs, group.device)
     left, right = _contiguous(left), _contiguous(right)
@@ -221,9 +207,9 @@ def merge_update_group(
     out: G tensors [m, n] of one dtype, may be the bases themselves. weight: T numbers, or G * T in pair order.
     threshold None keeps everything. The experts are added in order in float32, with one rounding at the end.
     """
+    left, right = plain(left), plain(right)
     _check_stacks(left, right, group)
-    _check_out(out, group)
-    weights = [float(w) for w in weight]
+    weights = [check_number(w, "weight") for w in weight]
     if len(weights) not in (group.experts, group.pairs):
         raise ValueError(f"weight: expected {group.experts} or {group.pairs} numbers, got {len(weights)}")
     if len(weights) != group.pairs:
@@ -232,12 +218,13 @@ def merge_update_group(
         threshold = GroupThreshold.of([KEEP_ALL] * group.pairs, group.device)
     elif threshold.value.shape != (group.pairs,):
         raise ValueError(f"threshold: expected {group.pairs} entries, got {describe(threshold.value)}")
+    left, right = _contiguous(left), _contiguous(right)
+    out = _check_out(out, group, left, right)
     if group.m * group.n == 0:
         zeros = threshold.ties.new_zeros(group.pairs)
         return GroupStats(zeros.double().unsqueeze(1).expand(-1, 3), zeros, zeros)
-    left, right = _contiguous(left), _contiguous(right)
     module = operations("merge_update", group, backend)
-    return module.merge_update(group, tuple(out), left, right, threshold, weights)  # type: ignore[no-any-return]
+    return module.merge_update(group, out, left, right, threshold, weights)  # type: ignore[no-any-return]
 
 
 def ties_update_group(
@@ -257,22 +244,24 @@ def ties_update_group(
     out: G tensors [m, n] of one dtype, may be the bases themselves; None: only the account. keep: T rules, or G * T in
     pair order. weight: T numbers.
     """
-    if out is not None:
-        _check_out(out, group)
     rules = list(keep)
+    for rule in rules:
+        check_keep(rule)
     if len(rules) not in (group.experts, group.pairs):
         raise ValueError(f"keep: expected {group.experts} or {group.pairs} rules, got {len(rules)}")
     if len(weight) != group.experts:
         raise ValueError(f"weight: expected {group.experts} numbers, got {len(weight)}")
     rules = rules if len(rules) == group.pairs else rules * group.matrices
+    weights = [check_number(w, "weight") for w in weight]
+    consensus = check_consensus(elect, normalize, scale, start, group.m * group.n)
+    out = None if out is None else _check_out(out, group)
     if group.m * group.n == 0:
         import torch
 
         zeros = torch.zeros(group.pairs, dtype=torch.int64, device=group.device)
         return GroupKeepStats(zeros.double().unsqueeze(1).expand(-1, 4), zeros, zeros)
     module = operations("ties_update", group, backend)
-    rule = Consensus(elect, normalize, float(scale), start)
-    return module.ties_update(group, None if out is None else tuple(out), rules, [float(w) for w in weight], rule)  # type: ignore[no-any-return]
+    return module.ties_update(group, out, rules, weights, consensus)  # type: ignore[no-any-return]
 
 
 def truncated_svd_group(group: MatrixGroup, rank: int, *, seed: int = 0, backend: str | None = None) -> GroupSVD:
@@ -339,12 +328,40 @@ def _columns(x: Tensor | None) -> list[int]:
     return [0, 0] if x is None else [x.data_ptr(), row_stride(x)]
 
 
-def _check_out(out: Sequence[Tensor], group: MatrixGroup) -> None:
+def _check_out(out: Sequence[Tensor], group: MatrixGroup, *factors: Tensor | None) -> tuple[Tensor, ...]:
+    """`check_out` of every output, which may be its own matrix's base or tuned but nobody else's."""
     if len(out) != group.matrices:
         raise ValueError(f"out: expected {group.matrices} matrices, got {len(out)}")
-    _check_alike(out, out[0], "out")
-    check_matrix(out[0], "out", shape=(group.m, group.n))
-    check_same_place(group.like, out[0], "out")
+    _check_alike([plain(x) for x in out], plain(out[0]), "out")
+    inputs = [[*row] if group.bases is None else [group.bases[i], *row] for i, row in enumerate(group.tuned)]
+    _check_apart(out, inputs)
+    flat = [x.flatten(0, 1) for x in factors if x is not None]
+    pairs = zip(out, inputs, strict=True)
+    return tuple(check_out(x, group.like, entrywise=read, others=flat) for x, read in pairs)
+
+
+class _Place(NamedTuple):
+    start: int  # address of its first byte
+    end: int
+    x: Tensor
+    matrix: int
+    written: bool
+
+
+def _check_apart(out: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]]) -> None:
+    """Raises where the output of one matrix shares memory with what belongs to another."""
+    places = [_Place(*span(x), x, i, True) for i, x in enumerate(out)]
+    places += [_Place(*span(x), x, i, False) for i, row in enumerate(inputs) for x in row]
+    before: list[_Place] = []  # those that reach beyond where the next begins
+    for place in sorted(places, key=lambda place: place.start):
+        before = [other for other in before if other.end > place.start]
+        for other in before:
+            matters = place.matrix != other.matrix and (place.written or other.written)
+            if matters and overlap(place.x, other.x):
+                raise ValueError(
+                    f"out: expected memory of its own, got matrices {other.matrix} and {place.matrix} that overlap"
+                )
+        before.append(place)
 
 
 def _check_alike(tensors: Sequence[Tensor], like: Tensor, name: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from . import dispatch
-from .arrays import check_factors, check_matrix, check_pair, check_same_place, to_torch
+from .arrays import check_factors, check_matrix, check_out, check_pair, check_same_place, plain, to_torch
+from .scalars import check_number, check_threshold
 from .types import KEEP_ALL, Threshold, UpdateStats
 
 
@@ -27,16 +29,18 @@ def merge_update(
     order in float32, with one rounding to out's dtype at the end.
 
     Args:
-        out: [m, n] float32, float16 or bfloat16, updated in place. May be base's own memory.
+        out: [m, n] float32, float16 or bfloat16, updated in place. May be base itself, or a tuned_t; else its memory is its
+            own.
         base: [m, n], or None for zeros.
         tuned: [m, n], or a sequence of T of them (then left, right, threshold and weight are sequences of T too, or
             None, or for weight one number for all).
         left, right: [m, r] and [n, r] float32; None: L = 0.
         threshold: which entries of R are added: a `Threshold` from `residual_threshold`, `KEEP_NONE`, or None for all.
-        weight: float.
+        weight: a number that is finite in float32.
 
     Returns:
-        `UpdateStats`, or a list of T. Nothing is raised for NaN or infinity: `stats.non_finite` counts them.
+        `UpdateStats`, or a list of T. Nothing is raised for NaN or infinity in delta: `stats.non_finite` counts them, and
+        where there are any, out means nothing. Nor for a sum that out's dtype cannot hold: it becomes infinite.
     """
     single = not isinstance(tuned, (list, tuple))
     experts = [tuned] if single else list(tuned)
@@ -46,18 +50,17 @@ def merge_update(
         lefts, rights, thresholds, weights = [left], [right], [threshold], [weight]
     else:
         lefts, rights, thresholds = (_sequence(x, len(experts), name) for x, name in _named(left, right, threshold))
-        weights = (
-            [weight] * len(experts) if isinstance(weight, (int, float)) else _sequence(weight, len(experts), "weight")
-        )
+        weights = [weight] * len(experts) if isinstance(weight, Real) else _sequence(weight, len(experts), "weight")
+    base = plain(base)
+    experts, lefts, rights = ([plain(x) for x in xs] for xs in (experts, lefts, rights))
     for tuned_t, left_t, right_t in zip(experts, lefts, rights, strict=True):
         m, n = check_pair(base, tuned_t)
+        check_matrix(tuned_t, "tuned", shape=experts[0].shape)
+        check_same_place(experts[0], tuned_t, "tuned")
         check_factors(left_t, right_t, tuned_t)
-        check_matrix(out, "out", shape=(m, n))
-        check_same_place(tuned_t, out, "out")
-    thresholds = [KEEP_ALL if t is None else t for t in thresholds]
-    for t in thresholds:
-        if not isinstance(t, Threshold):
-            raise TypeError(f"threshold: expected a Threshold or None, got {type(t).__name__}")
+    thresholds = [KEEP_ALL if t is None else check_threshold(t, "threshold") for t in thresholds]
+    weights = [check_number(w, "weight") for w in weights]
+    out = check_out(out, experts[0], entrywise=(base, *experts), others=(*lefts, *rights))
     if m * n == 0:
         stats = [UpdateStats(0.0, 0.0, 0.0, 0, 0)] * len(experts)
     else:
@@ -65,7 +68,6 @@ def merge_update(
         if module.NAME != "cpu":
             out, base = to_torch(out), to_torch(base)
             experts, lefts, rights = ([to_torch(x) for x in xs] for xs in (experts, lefts, rights))
-        weights = [float(w) for w in weights]
         stats = module.merge_update(out, base, experts, lefts, rights, thresholds, weights, threads=threads)
     return stats[0] if single else stats
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
-from .types import ALWAYS, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from .types import ALWAYS, Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()  # any
 
 
 def probe() -> tuple[bool, str]:
+    if find_spec("torch") is None:
+        return False, "torch is not installed"
     import torch
 
     return True, f"torch {torch.__version__}"
@@ -138,30 +141,26 @@ def ties_update(
     tuned: Sequence[Any],
     keep: Sequence[Keep],
     weight: Sequence[float],
+    rule: Consensus,
     *,
-    elect: bool,
-    normalize: bool,
-    scale: float,
-    start: int,
     threads: int | None = None,
 ) -> list[KeepStats]:
     import torch
 
     values, stats = [], []
-    for tuned_t, rule, weight_t in zip(tuned, keep, weight, strict=True):
+    for tuned_t, keep_t, weight_t in zip(tuned, keep, weight, strict=True):
         d = delta(base, tuned_t)
-        mask = kept_entries(d, rule, start)
+        mask = kept_entries(d, keep_t, rule.start)
         kept = torch.where(mask, d, 0.0)
-        values.append(kept * rule.factor * weight_t)
+        values.append(kept * keep_t.factor * weight_t)
         sums = [float(x.double().sum()) for x in (d.double().square(), kept.double().square(), d.abs(), kept.abs())]
         stats.append(KeepStats(*sums, int(mask.sum()), int((~torch.isfinite(d)).sum())))  # type: ignore[call-arg,arg-type]
     if out is None:
         return stats
-    total, divisor = torch.zeros_like(values[0]), torch.tensor(sum(weight), device=values[0].device)
-    divisor = torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+    total, divisor = torch.zeros_like(values[0]), torch.tensor(rule.divisor(weight), device=values[0].device)
     for v in values:
         total = total + v
-    if elect:
+    if rule.elect:
         sign = torch.where(total >= 0, 1.0, -1.0)
         total, divisor = torch.zeros_like(total), torch.zeros_like(total)
         for v, weight_t in zip(values, weight, strict=True):
@@ -169,7 +168,7 @@ def ties_update(
             total = total + torch.where(agrees, v, 0.0)
             divisor = divisor + torch.where(agrees, weight_t, 0.0)
         divisor = torch.where(divisor == 0, 1.0, divisor)
-    out.copy_(out.float() + scale * (total / divisor if normalize else total))
+    out.copy_(out.float() + rule.scale * (total / divisor if rule.normalize else total))
     return stats
 
 
@@ -194,15 +193,15 @@ def sparse_update(
     import torch
 
     bits = ((mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: out.numel()].bool()
-    if int(bits.sum()) > len(values):
-        return 0.0, -1, 0
+    if int(bits.sum()) != len(values):
+        return 0.0, int(bits.sum()), 0
     sparse = torch.zeros(out.numel())
-    sparse[bits] = values[: int(bits.sum())].float() * scale
+    sparse[bits] = values.float() * scale
     sparse = sparse.view(out.shape)
     low = low_rank(left, right, out)
     out += weight * (low + sparse)
     bad = int((~(torch.isfinite(sparse) & torch.isfinite(low))).sum())
-    return float(sparse.double().square().sum()), int(bits.sum()), bad
+    return float(sparse.double().square().sum()), len(values), bad
 
 
 def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None) -> TruncatedSVD:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_factors, check_pair, to_torch
+from .arrays import check_factors, check_pair, plain, to_torch
+from .scalars import check_whole
 from .types import KEEP_NONE, Threshold
 
 
@@ -38,12 +39,10 @@ def residual_threshold(
         NonFiniteError: delta holds NaN or infinity.
         ValueError, TypeError: arguments that do not fit.
     """
+    base, tuned, left, right = plain(base), plain(tuned), plain(left), plain(right)
     m, n = check_pair(base, tuned)
     check_factors(left, right, tuned)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected an integer, got {type(k).__name__} {k!r}")
-    if not 0 <= k <= m * n:
-        raise ValueError(f"k: expected 0 to {m * n} for a matrix {[m, n]}, got {k}")
+    k = check_whole(k, "k", 0, m * n, f" for a matrix {[m, n]}")
     if m * n == 0:
         return KEEP_NONE
     module = dispatch.select(backend, tuned, "residual_threshold")

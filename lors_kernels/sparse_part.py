@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from . import dispatch
-from .arrays import check_factors, check_pair, is_torch, to_torch
-from .types import Threshold
+from .arrays import check_factors, check_pair, is_torch, plain, to_torch
+from .scalars import check_threshold, check_whole
+from .types import KEEP_NONE, Threshold
 
 
 class SparsePart(NamedTuple):
@@ -35,17 +36,20 @@ def sparse_part(
         threshold: what `residual_threshold` gave for these and `k`.
         k: number of kept entries, a ValueError when the threshold keeps another number.
 
-    The values have the bits that `merge_update` of the same backend adds. One thread.
+    The values have the bits that `merge_update` of the same backend adds. NaN and infinity in delta, which
+    `residual_threshold` refuses, are not looked for. One thread.
     """
     if is_torch(tuned):
         raise TypeError("tuned: expected a numpy array, got a torch tensor: stored parts live in main memory")
+    arrays = base, tuned, left, right = plain(base), plain(tuned), plain(left), plain(right)
     m, n = check_pair(base, tuned)
     check_factors(left, right, tuned)
+    check_threshold(threshold, "threshold")
+    k = check_whole(k, "k", 0, m * n, f" for a matrix {[m, n]}")
     mask, values = np.zeros((m * n + 7) // 8, np.uint8), np.empty(k, np.float32)
-    if m * n == 0 or k == 0:
+    if m * n == 0 or k == 0 and threshold[::2] == KEEP_NONE[::2]:
         return SparsePart(mask, values)
-    module = dispatch.select(backend, tuned)
-    arrays = (base, tuned, left, right)
+    module = dispatch.select(backend, tuned, "sparse_part")
     if module.NAME == "cpu":
         count = module.sparse_part(*arrays, threshold, mask, values)
     else:

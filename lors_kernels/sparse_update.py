@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from . import dispatch
-from .arrays import FLOATS, check_factors, check_matrix, dtype_name, to_torch
+from .arrays import FLOATS, check_factors, check_matrix, check_out, describe, dtype_name, is_torch, plain, to_torch
+from .scalars import check_number
 from .sparse_part import SparsePart
 
 
@@ -29,35 +30,41 @@ def sparse_update(
     """out += weight * (left @ right.T + S), S[i, j] = scale * (next value) where the mask's bit i * n + j is set, else 0.
 
     Args:
-        out: [m, n] float32, C-contiguous, updated in place by one thread.
+        out: [m, n] float32, C-contiguous, updated in place by one thread; its memory is its own.
         part: mask [ceil(m * n / 8)] uint8; values float32, float16 or bfloat16, one per set bit (ValueError otherwise).
         left, right: [m, r] and [n, r] float32; None: L = 0.
+        scale, weight: numbers that are finite in float32.
 
     With float32 values from `sparse_part` and scale 1, the result has the bits of `merge_update` on the whole delta, on
     the same backend. Nothing is raised for NaN or infinity: `non_finite` counts them.
     """
-    check_matrix(out, "out", dtypes=("float32",))
+    if is_torch(out):
+        raise TypeError("out: expected a numpy array, got a torch tensor: stored parts live in main memory")
+    left, right = plain(left), plain(right)
+    check_matrix(plain(out), "out", dtypes=("float32",))
     check_factors(left, right, out)
     m, n = out.shape
     if not out.flags.c_contiguous:
         raise ValueError(f"out: expected a C-contiguous matrix, got strides {out.strides}")
-    if part.mask.dtype != np.uint8 or part.mask.size != (m * n + 7) // 8 or not part.mask.flags.c_contiguous:
-        raise ValueError(
-            f"mask: expected {(m * n + 7) // 8} bytes for {m} x {n}, got {part.mask.size} {part.mask.dtype}"
-        )
-    if dtype_name(part.values) not in FLOATS or part.values.ndim != 1 or not part.values.flags.c_contiguous:
-        raise ValueError(
-            f"values: expected a vector of {' or '.join(FLOATS)}, got {part.values.dtype} {part.values.shape}"
-        )
+    mask = _vector(part.mask, "mask", ("uint8",), (m * n + 7) // 8)
+    values = _vector(part.values, "values", FLOATS)
+    scale, weight = check_number(scale, "scale"), check_number(weight, "weight")
+    out = check_out(out, out, others=(left, right, mask[None], values[None]))
     if m * n == 0:
         return SparseStats(0.0, 0)
-    module = dispatch.select(backend, out)
-    arrays = (out, part.mask, part.values, left, right)
+    module = dispatch.select(backend, out, "sparse_update")
+    arrays = (out, mask, values, left, right)
     if module.NAME != "cpu":
         arrays = tuple(map(to_torch, arrays))  # type: ignore[assignment]
     energy, used, bad = module.sparse_update(*arrays, scale, weight)
-    if used != part.values.size:
-        raise ValueError(
-            f"mask: expected {part.values.size} set bits, one per value, got {'more' if used < 0 else used}"
-        )
+    if used != values.size:
+        raise ValueError(f"mask: expected {values.size} set bits, one per value, got {used}")
     return SparseStats(energy, bad)
+
+
+def _vector(x: np.ndarray, name: str, dtypes: tuple[str, ...], size: int | None = None) -> np.ndarray:
+    x = plain(x)
+    if not isinstance(x, np.ndarray) or x.ndim != 1 or dtype_name(x) not in dtypes or size not in (None, x.size):
+        wanted = f"a vector of {'' if size is None else f'{size} '}{' or '.join(dtypes)}"
+        raise ValueError(f"{name}: expected {wanted}, got {describe(x)}")
+    return np.require(x, requirements=["C", "A"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_pair, check_same_place, to_torch
-from .types import ALWAYS, Keep, KeepStats
+from .arrays import check_matrix, check_out, check_pair, check_same_place, plain, to_torch
+from .scalars import FAR, check_number, check_threshold, check_whole
+from .types import ALWAYS, Consensus, Keep, KeepStats
 
 
 def ties_update(
@@ -30,46 +29,47 @@ def ties_update(
     """out += scale * sum_t a_t v_t / sum_t a_t weight_t,  v_t = weight_t * factor_t * keep_t(tuned_t - base).
 
     a_t is 1 where v_t has the sign of sum_t v_t (a sum of 0 counts as positive) and is not 0, else 0; with
-    `elect=False` it is 1 everywhere. Without `normalize` there is no divisor; a divisor of 0 counts as 1. Base and every
-    tuned_t are read once, out is written once; sums run over the experts in order in float32.
+    `elect=False` it is 1 everywhere. Without `normalize` there is no divisor; a divisor of 0 counts as 1, and so does a sum of
+    all weights below 1e-8. Base and every tuned_t are read once, out is written once; sums run over the experts in order in
+    float32.
 
     Args:
-        out: [m, n] float32, float16 or bfloat16, updated in place; None: only the account is made.
+        out: [m, n] float32, float16 or bfloat16, updated in place; None: only the account is made. May be base itself, or a
+            tuned_t; else its memory is its own.
         base: [m, n], or None for zeros.
         tuned: T matrices [m, n], each float32, float16 or bfloat16.
         keep: T rules (`Keep`): magnitude thresholds, and random numbers that depend on (key, index) only.
-        weight: T floats.
+        weight: T numbers that are finite in float32, as `scale` and the factors of `keep`.
         start: row-major index, in its tensor, of the first entry given here; thresholds and random numbers count from it.
 
     Returns:
-        T `KeepStats`. Nothing is raised for NaN or infinity: `non_finite` counts them.
+        T `KeepStats`. Nothing is raised for NaN or infinity in a delta: `non_finite` counts them, and where there are any,
+        out means nothing. Nor for a sum that out's dtype cannot hold: it becomes infinite.
 
     Raises:
         ValueError, TypeError: arguments that do not fit. BackendUnavailable: a backend without this operation.
     Source: Yadav et al. 2023 (TIES), Yu et al. 2023 (DARE), Davari and Belilovsky 2023 (breadcrumbs).
     """
-    if not tuned or not len(tuned) == len(keep) == len(weight):
+    if not 0 < len(tuned) == len(keep) == len(weight):
         got = f"{len(tuned)}, {len(keep)} and {len(weight)}"
         raise ValueError(f"tuned, keep, weight: expected as many of each and at least one, got {got}")
-    for expert in tuned:
+    base, experts = plain(base), [plain(x) for x in tuned]
+    for expert in experts:
         m, n = check_pair(base, expert)
-        check_matrix(expert, "tuned", shape=tuned[0].shape)
-        check_same_place(tuned[0], expert, "tuned")
+        check_matrix(expert, "tuned", shape=experts[0].shape)
+        check_same_place(experts[0], expert, "tuned")
+    for keep_t in keep:
+        check_keep(keep_t)
+    weights = [check_number(w, "weight") for w in weight]
+    rule = check_consensus(elect, normalize, scale, start, m * n)
     if out is not None:
-        check_matrix(out, "out", shape=(m, n))
-        check_same_place(tuned[0], out, "out")
-    for rule in keep:
-        _check_keep(rule)
-    if start < 0:
-        raise ValueError(f"start: expected at least 0, got {start}")
+        out = check_out(out, experts[0], entrywise=(base, *experts))
     if m * n == 0:
-        return [KeepStats(0.0, 0.0, 0.0, 0.0, 0, 0)] * len(tuned)
-    module = _module(backend, tuned[0])
-    experts = list(tuned)
+        return [KeepStats(0.0, 0.0, 0.0, 0.0, 0, 0)] * len(experts)
+    module = dispatch.select(backend, experts[0], "ties_update")
     if module.NAME != "cpu":
         out, base, experts = to_torch(out), to_torch(base), [to_torch(x) for x in experts]
-    options = {"elect": elect, "normalize": normalize, "scale": float(scale), "start": start, "threads": threads}
-    return module.ties_update(out, base, experts, list(keep), [float(w) for w in weight], **options)  # type: ignore[no-any-return]
+    return module.ties_update(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
 
 
 def random_key(*parts: object) -> int:
@@ -85,20 +85,16 @@ def keep_limit(probability: float) -> int:
     return int(probability * ALWAYS)
 
 
-def _check_keep(rule: Any) -> None:
+def check_consensus(elect: bool, normalize: bool, scale: float, start: int, count: int) -> Consensus:
+    start = check_whole(start, "start", 0, FAR - count)
+    return Consensus(bool(elect), bool(normalize), check_number(scale, "scale"), start)
+
+
+def check_keep(rule: Any) -> None:
     if not isinstance(rule, Keep):
         raise TypeError(f"keep: expected a Keep, got {type(rule).__name__}")
-    if not 0 <= rule.limit <= ALWAYS:
-        raise ValueError(f"keep.limit: expected 0 to 2**32, got {rule.limit}")
-    if not math.isfinite(rule.factor):
-        raise ValueError(f"keep.factor: expected a finite number, got {rule.factor}")
-
-
-def _module(backend: str | None, like: Any) -> ModuleType:
-    """As `dispatch.select`, passing over backends that have not got this operation."""
-    module = dispatch.select(backend, like, "ties_update")
-    if hasattr(module, "ties_update"):
-        return module
-    if backend is not None:
-        raise dispatch.BackendUnavailable(f"{backend}: has no ties_update")
-    return dispatch.select("reference", like)
+    check_threshold(rule.low, "keep.low")
+    check_threshold(rule.high, "keep.high")
+    check_whole(rule.key, "keep.key", 0, 2**64 - 1)
+    check_whole(rule.limit, "keep.limit", 0, ALWAYS)
+    check_number(rule.factor, "keep.factor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -46,8 +47,26 @@ class Keep(NamedTuple):
     factor: float = 1.0
 
 
+class Consensus(NamedTuple):
+    """How `ties_update` puts the experts together."""
+
+    elect: bool
+    normalize: bool
+    scale: float
+    start: int
+
+    def divisor(self, weight: Sequence[float]) -> float:
+        """What the sum is divided by without an election: weights that cancel leave it undivided."""
+        total = math.fsum(weight)
+        return total if abs(total) >= 1e-8 else 1.0
+
+
 class KeepStats(NamedTuple):
-    """What one expert contributed to a ties_update, summed in float64 over the matrix."""
+    """What one expert contributed to a ties_update. Where `non_finite` is not 0 the rest means nothing.
+
+    Squares and short sums of them are of float32, the sums of these of float64: to 1e-5 where the squares are neither
+    above nor below the range of float32.
+    """
 
     delta_energy: float  # sum of delta^2
     kept_energy: float  # sum of the kept delta^2
@@ -58,7 +77,8 @@ class KeepStats(NamedTuple):
 
 
 class UpdateStats(NamedTuple):
-    """What one expert contributed to a merge_update, summed in float64 over the matrix."""
+    """What one expert contributed to a merge_update, as exact as `KeepStats`. Where `non_finite` is not 0 the rest means
+    nothing."""
 
     delta_energy: float  # sum of delta^2
     residual_energy: float  # sum of (delta - L)^2

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from lors_kernels.dispatch import availability
+from lors_kernels.testing.cases import Case
+from lors_kernels.testing.checks import CHECKS, Place
 
 BACKENDS = ("cpu", "reference")
 REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
@@ -45,6 +47,12 @@ def require_backend(name: str) -> str:
     status = availability(name)
     require(name, status.ok, status.reason)
     return name
+
+
+def assert_right(operation: str, case: Case, backend: str) -> None:
+    """What `lors validate` checks of an operation."""
+    wrong = [finding for finding in CHECKS[operation](Place(backend), case) if not finding.ok]
+    assert not wrong, wrong
 
 
 def ringed(array: np.ndarray, ring: int = 64) -> tuple[np.ndarray, np.ndarray]:

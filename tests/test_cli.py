@@ -253,9 +253,7 @@ def test_inspect(tiny_whisper: Path, tmp_path: Path) -> None:
 def test_doctor_and_module() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert found["backends"]["cpu"]["ok"] and found["backends"]["reference"]["ok"]
-    module = subprocess.run([sys.executable, "-m", "lors_kernels"], capture_output=True, text=True, check=True)
-    assert "cpu        available" in module.stdout
-    wrong = json.loads(run("doctor", "--json", env={"LORS_ISA": "mmx"}).stdout)
+    wrong = json.loads(run("doctor", "--json", env={"LORS_ISA": "mmx"}, check=1).stdout)
     assert not wrong["backends"]["cpu"]["ok"] and "LORS_ISA: expected one of" in wrong["backends"]["cpu"]["reason"]
 
 
@@ -274,17 +272,12 @@ def test_validate_every_instruction_set(isa: str) -> None:
         pytest.skip("avx2: this processor has no AVX2")
     done = run("validate", "--quick", "--backend", "cpu", "--json", env={"LORS_ISA": isa})
     results = json.loads(done.stdout)
-    assert len(results) > 100 and all(check["ok"] for check in results)
+    assert len(results) > 300 and all(check["ok"] for check in results)
 
 
-def test_validate_reports_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check must be able to fail: a backend whose sums are off by a hundredth is caught."""
-    from lors_kernels.backends import cpu
-    from lors_kernels.testing.validate import validate_command
-
-    honest = cpu.gram_apply
-    monkeypatch.setattr(cpu, "gram_apply", lambda *args, **options: honest(*args, **options) * 1.01)
-    assert not validate_command(["cpu"], quick=True)
+def test_validate_without_its_kernels_fails() -> None:
+    done = run("validate", "--quick", env={"LORS_ISA": "mmx"}, check=1)
+    assert "cpu: broken: ValueError: LORS_ISA: expected one of" in done.stderr
 
 
 def test_help_is_fast_and_version_is_told() -> None:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 import lors_kernels as kernels
 from helpers import ringed
 from lors_kernels.testing.cases import CASES, DTYPES, Case
+from lors_kernels.testing.checks import SUM_ERROR
 from lors_kernels.testing.numerics import delta_of
-from lors_kernels.testing.validate import SUM_ERROR
 
 SMALL = [case for case in CASES if not case.large]
 
@@ -106,7 +106,7 @@ def test_torch_in_torch_out() -> None:
         ({"tuned": np.ones((4, 3), np.float32).T}, "tuned: expected contiguous rows"),
         ({"side": "middle"}, "side: expected 'right' or 'left', got 'middle'"),
         ({"backend": "gpu"}, "backend: expected one of .* got 'gpu'"),
-        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"threads": 0}, "threads: expected 1 to 32768, got 0"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:

@@ -2,40 +2,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
-from helpers import ringed
-from lors_kernels import KEEP_ALL, KEEP_NONE
+from helpers import assert_right, ringed
+from lors_kernels import KEEP_ALL, KEEP_NONE, Threshold
+from lors_kernels.arrays import to_torch
+from lors_kernels.testing import oracle
 from lors_kernels.testing.cases import CASES, DTYPES, Case
+from lors_kernels.testing.checks import Place, low_bits
 from lors_kernels.testing.numerics import delta_of
-from lors_kernels.testing.validate import ADD_ERROR
 
 SMALL = [case for case in CASES if not case.large]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_cases_against_float64(case: Case, backend: str) -> None:
-    base, tuned = case.matrices()
-    delta = delta_of(base, tuned)
-    svd = kernels.truncated_svd(base, tuned, case.rank)
-    k = delta.size // 5
-    threshold = kernels.residual_threshold(base, tuned, svd.left, svd.right, k, backend=backend)
-    out = base.astype(np.float32)
-    stats = kernels.merge_update(out, base, tuned, svd.left, svd.right, threshold, 0.3, backend=backend)
-    low = svd.left.astype(np.float64) @ svd.right.astype(np.float64).T
-    residual = delta - low
-    assert stats.kept == k and stats.non_finite == 0
-    # L + S is delta where an entry is kept and L elsewhere
-    change = (out.astype(np.float64) - base.astype(np.float64)) / 0.3
-    scale = max(np.abs(base.astype(np.float64)).max(), np.abs(delta).max(), 2.0**-120)
-    near_low, near_delta = np.abs(change - low) <= 4e-6 * scale, np.abs(change - delta) <= 4e-6 * scale
-    assert (near_low | near_delta).all()
-    energy = float((delta.astype(np.float64) ** 2).sum())
-    assert stats.delta_energy == pytest.approx(energy, rel=1e-5)
-    assert stats.residual_energy == pytest.approx(float((residual**2).sum()), rel=1e-3, abs=1e-9 * energy + 1e-36)
-    assert stats.kept_energy <= stats.residual_energy * (1 + 1e-6)
+def test_cases(case: Case, backend: str) -> None:
+    assert_right("merge_update", case, backend)
 
 
 @given(
@@ -47,32 +32,49 @@ def test_cases_against_float64(case: Case, backend: str) -> None:
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_number_of_experts_against_reference(
+def test_any_number_of_experts_against_float64(
     m: int, n: int, experts: int, rank: int, dtypes: tuple[str, str, str], threads: int, seed: int
 ) -> None:
+    """No entry is farther off than its roundings explain, and all of them no farther than plain float32 torch is.
+
+    Torch rounds as often, but elsewhere, and sometimes to the other side: over many matrices of one entry and of a
+    thousand the difference was never above 0.2 units, 0.5 are allowed.
+    """
     rng = np.random.default_rng(seed)
     base = rng.standard_normal((m, n)).astype(DTYPES[dtypes[0]])
     tuned = [rng.standard_normal((m, n)).astype(DTYPES[dtypes[1]]) for _ in range(experts)]
     left = [rng.standard_normal((m, rank)).astype(np.float32) if rank else None for _ in tuned]
     right = [rng.standard_normal((n, rank)).astype(np.float32) if rank else None for _ in tuned]
     kept = [int(rng.integers(0, m * n + 1)) for _ in tuned]
-    weights = rng.standard_normal(experts).tolist()
-    outs = []
+    weights, start = rng.standard_normal(experts).tolist(), np.ones((m, n), DTYPES[dtypes[2]])
+    deltas = [delta_of(base, t) for t in tuned]
     for backend in ("cpu", "reference"):
-        out = np.ones((m, n), DTYPES[dtypes[2]])
-        # a threshold holds for the backend that found it: another rounds L's last bit its own way
-        thresholds = [
-            kernels.residual_threshold(base, t, a, b, k, backend=backend)
-            for t, a, b, k in zip(tuned, left, right, kept, strict=True)
+        lows = [
+            low_bits(Place(backend), base, t, a, b) if rank else np.zeros((m, n), np.float32)
+            for t, a, b in zip(tuned, left, right, strict=True)
         ]
+        rests = [delta - low for delta, low in zip(deltas, lows, strict=True)]
+        thresholds = [oracle.nth_largest(rest, k) for rest, k in zip(rests, kept, strict=True)]
+        masks = [oracle.selected(rest, t) for rest, t in zip(rests, thresholds, strict=True)]
+        parts = [np.where(mask, rest, np.float32(0)) for mask, rest in zip(masks, rests, strict=True)]
+        out = start.copy()
         stats = kernels.merge_update(
             out, base, tuned, left, right, thresholds, weights, backend=backend, threads=threads
         )
-        outs.append((out.astype(np.float64), [s.delta_energy for s in stats]))
-    unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtypes[2]]
-    scale = max(1.0, np.abs(outs[1][0]).max(), experts * 20.0)
-    assert np.abs(outs[0][0] - outs[1][0]).max() <= ADD_ERROR * scale * 8 + 2 * unit * np.abs(outs[1][0]).max()
-    np.testing.assert_allclose(outs[0][1], outs[1][1], rtol=1e-5)
+        exact = oracle.merged(start, list(zip(weights, lows, parts, strict=True)))
+        assert exact.error(out) <= 1
+        for s, *arrays in zip(stats, deltas, rests, parts, strict=True):
+            assert all(oracle.sum_error(energy, x, 2) <= 1 for energy, x in zip(s[:3], arrays, strict=True))
+        assert [s.kept for s in stats] == kept
+        whole, naive = start.astype(np.float64), to_torch(start.copy()).float()
+        for a, b, delta, mask, weight in zip(left, right, deltas, masks, weights, strict=True):
+            low = a.astype(np.float64) @ b.T.astype(np.float64) if rank else np.zeros((m, n))
+            whole += np.float64(np.float32(weight)) * np.where(mask, delta, low)
+            plain = to_torch(a) @ to_torch(b).T if rank else torch.zeros(m, n)
+            naive = naive + weight * (plain + torch.where(to_torch(mask), to_torch(delta) - plain, 0))
+        naive = naive.to(to_torch(start.copy()).dtype).double().numpy()
+        unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtypes[2]] * np.linalg.norm(whole)
+        assert np.linalg.norm(out - whole) <= np.linalg.norm(naive - whole) + 0.5 * unit
 
 
 def test_fused_experts_have_the_bits_of_one_after_the_other() -> None:
@@ -164,7 +166,14 @@ def test_non_finite_deltas_are_counted_not_raised(backend: str) -> None:
             "weight: expected a sequence of 1, .* got 2 entries",
         ),
         ({"tuned": [np.ones((3, 4), np.float32)], "threshold": KEEP_ALL}, "threshold: expected a sequence of 1"),
-        ({"threshold": 0.5}, "threshold: expected a Threshold or None, got float"),
+        ({"threshold": 0.5}, "threshold: expected a Threshold, got float"),
+        ({"threshold": Threshold(-0.5, 0, 0)}, "threshold.value: expected a magnitude of float32, got -0.5"),
+        ({"threshold": Threshold(np.nan, 0, 0)}, "threshold.value: expected a magnitude of float32, got nan"),
+        ({"threshold": Threshold(0.5, 0, 2**63)}, "threshold.cut: expected 0 to .*, got 9223372036854775808"),
+        ({"weight": np.inf}, "weight: expected a finite float32 number, got inf"),
+        ({"weight": 1e39}, "weight: expected a finite float32 number, got 1e.39"),
+        ({"weight": "0.5"}, "weight: expected a number, got str '0.5'"),
+        ({"tuned": [np.ones((3, 4), np.float32), np.ones((4, 3), np.float32)]}, r"tuned: expected a matrix \[3, 4\]"),
         ({"left": np.ones((3, 2), np.float32)}, "left, right: expected both or neither"),
         (
             {"left": np.ones((3, 2), np.float32), "right": np.ones((4, 3), np.float32)},

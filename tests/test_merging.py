@@ -288,7 +288,7 @@ def test_nan_does_not_pass_into_half_precision() -> None:
         ({"densty": 0.5}, "densty.*did you mean 'density'"),
         ({"method": "lorse"}, "unknown method 'lorse', did you mean 'lors'"),
         ({"backend": "gpu"}, "backend: expected one of"),
-        ({"threads": 0}, "threads: expected at least 1"),
+        ({"threads": 0}, "threads: expected 1 to"),
         ({"target": {"include": ["nothing"]}}, "target.include: 'nothing' matches none"),
         ({"method": "linear", "weight": 1.0, "target": {"include": ["fc1"]}}, "treats all tensors alike"),
         ({"method": "linear", "weight": {"ca": 1.0, "de": -1.0}}, "weights whose sum is not 0"),

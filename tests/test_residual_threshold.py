@@ -9,8 +9,8 @@ import lors_kernels as kernels
 from helpers import ringed
 from lors_kernels import NonFiniteError, Threshold
 from lors_kernels.testing.cases import CASES, DTYPES, Case, interesting_k
+from lors_kernels.testing.checks import residual_of
 from lors_kernels.testing.numerics import delta_of, exact_selection, selected
-from lors_kernels.testing.validate import residual_of
 
 SMALL = [case for case in CASES if not case.large]
 

@@ -20,7 +20,6 @@ from lors.errors import LorsError
 from lors.expert_file import ExpertSource, decode_gaps, encode_gaps
 from lors.ledger import Ledger, edit
 from lors.task_vector import decompose, export_lora, open_expert
-from lors_kernels import SparsePart, residual_threshold, sparse_part, sparse_update, truncated_svd
 
 EXPERTS = ("ca", "de", "es")
 EXACT = {"values": "float32", "remainder": "float32"}
@@ -53,51 +52,6 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray], base: dict[str,
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
-
-
-# --- kernels
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 64), (16, 67), (33, 130)])
-@pytest.mark.parametrize("k", [0, 1, 7, None])
-def test_sparse_part_and_update_give_what_merge_update_gives(
-    backend: str, shape: tuple[int, int], k: int | None
-) -> None:
-    rng = np.random.default_rng(7)
-    base, tuned = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    k = min(shape[0] * shape[1], shape[0] * shape[1] if k is None else k)
-    svd = truncated_svd(base, tuned, 1, backend=backend)
-    threshold = residual_threshold(base, tuned, svd.left, svd.right, k, backend=backend)
-    part = sparse_part(base, tuned, svd.left, svd.right, threshold, k, backend=backend)
-    assert int(np.unpackbits(part.mask).sum()) == k == part.values.size
-    want, got = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    got[:] = want
-    lors_kernels_update(want, base, tuned, svd, threshold, backend)
-    stats = sparse_update(got, part, svd.left, svd.right, weight=0.3, backend=backend)
-    assert np.array_equal(got, want), "the same bits"
-    assert stats.energy == pytest.approx(float((part.values.astype(np.float64) ** 2).sum()), rel=1e-5)
-
-
-def lors_kernels_update(out: np.ndarray, base: Any, tuned: Any, svd: Any, threshold: Any, backend: str) -> None:
-    import lors_kernels
-
-    lors_kernels.merge_update(out, base, tuned, svd.left, svd.right, threshold, 0.3, backend=backend)
-
-
-def test_sparse_update_refuses_what_does_not_fit() -> None:
-    out = np.zeros((4, 6), np.float32)
-    part = SparsePart(np.array([0b1011, 0, 0], np.uint8), np.ones(3, np.float32))
-    assert sparse_update(out, part).energy == 3 and out.reshape(-1)[:4].tolist() == [1, 1, 0, 1]
-    for bad, message in (
-        (part._replace(values=np.ones(2, np.float32)), "set bits"),
-        (part._replace(values=np.ones(4, np.float32)), "set bits"),
-        (part._replace(mask=part.mask[:2]), "expected 3 bytes"),
-        (part._replace(values=np.ones(3)), "values"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            sparse_update(out, bad)
-    assert sparse_update(out, part._replace(values=np.array([1, np.nan, 2], np.float32))).non_finite == 1
 
 
 @pytest.mark.parametrize("numel", [1, 8, 300, 70_000])

@@ -68,6 +68,7 @@ struct Consensus {
     bool elect;      // sum only the values with the sign of their sum
     bool normalize;  // divide by the sum of the weights that went in
     float scale;
+    float divisor;  // of the sum when there is no election
 };
 // out += scale * consensus_t(weight[t] * factor[t] * keep_t(delta_t)). A null `out` leaves only the account. `start` is
 // the row-major index of the first entry in its tensor: thresholds and random numbers count from there.
@@ -109,7 +110,7 @@ struct Sparse {
 };
 struct SparseStats {
     double energy;       // sum of S^2
-    int64_t used;        // values used; -1: there are more bits than values
+    int64_t used;        // set bits; where they are not `count`, nothing was written
     int64_t non_finite;  // entries of L or S that are NaN or infinite
 };
 SparseStats sparse_update(float* out,           // [rows, cols], contiguous

@@ -18,16 +18,26 @@ uint64_t bits_at(const uint8_t* mask, int64_t bytes, int64_t bit) {
     return word;
 }
 
-// row[j] = scale * (next value) where bit i * n + j is set, else 0. Returns the number of values used so far, -1 when
-// there are fewer values than bits.
+// Bits [bit, bit + count), count <= 64.
+uint64_t bits_at(const Sparse& s, int64_t bit, int64_t count) {
+    const uint64_t word = bits_at(s.mask, (s.size + 7) / 8, bit);
+    return count < 64 ? word & ((uint64_t{1} << count) - 1) : word;
+}
+
+int64_t set_bits(const Sparse& s) {
+    int64_t total = 0;
+    for (int64_t bit = 0; bit < s.size; bit += 64) {
+        total += __builtin_popcountll(bits_at(s, bit, std::min<int64_t>(64, s.size - bit)));
+    }
+    return total;
+}
+
+// row[j] = scale * (next value) where bit i * n + j is set, else 0. Returns the number of values used so far.
 template <DType D>
 int64_t expand_row(const Sparse& s, int64_t i, int64_t n, int64_t used, float* row) {
-    const int64_t bytes = (s.size + 7) / 8;
     std::fill(row, row + padded(n), 0.0f);
     for (int64_t j = 0; j < n; j += 64) {
-        uint64_t word = bits_at(s.mask, bytes, i * n + j);
-        if (n - j < 64) word &= (uint64_t{1} << (n - j)) - 1;
-        if (used + __builtin_popcountll(word) > s.count) return -1;
+        uint64_t word = bits_at(s, i * n + j, std::min<int64_t>(64, n - j));
         for (; word; word &= word - 1) row[j + __builtin_ctzll(word)] = s.scale * load_one<D>(s.values, used++);
     }
     return used;
@@ -46,19 +56,19 @@ int64_t expand_row(const Sparse& s, int64_t i, int64_t n, int64_t used, float* r
 SparseStats sparse_update(float* out, const Matrix& shape, const LowRank& low_rank, const Sparse& sparse,
                           float weight) {
     const int64_t n = shape.cols, stride = padded(n);
+    SparseStats stats{0, set_bits(sparse), 0};
+    if (stats.used != sparse.count) return stats;
     // L by the very function that the selection saw, so that merging from parts can give the bits of merging from
     // wholes; what it calls delta is of no interest here.
     const Residual factors({nullptr, DType::kFloat32, shape.rows, n, n}, {out, DType::kFloat32, shape.rows, n, n},
                            low_rank);
     Buffer<float> scratch(4 * stride);
     float *delta = scratch.data(), *low = delta + stride, *rest = low + stride, *row = rest + stride;
-    SparseStats stats{0, 0, 0};
+    int64_t used = 0;
     for (int64_t i = 0; i < shape.rows; ++i) {
-        stats.used = expand_row(sparse, i, n, stats.used, row);
-        if (stats.used < 0) return stats;
+        used = expand_row(sparse, i, n, used, row);
         factors.row(i, delta, low, rest);
         float* to = out + i * n;
-        float energy = 0;
         const Vec<float> w = splat(weight);
         const auto update = [&](float* values, int64_t j) {
             store(values, multiply_add(w, load(low + j) + load(row + j), load(values)));
@@ -71,11 +81,12 @@ SparseStats sparse_update(float* out, const Matrix& shape, const LowRank& low_ra
             update(delta, j);
             std::copy(delta, delta + (n - j), to + j);
         }
+        double energy = 0;
         for (j = 0; j < n; ++j) {
-            energy += row[j] * row[j];
+            energy += double{row[j]} * row[j];
             stats.non_finite += magnitude_key(row[j]) >= kNonFiniteKey || magnitude_key(low[j]) >= kNonFiniteKey;
         }
-        stats.energy += static_cast<double>(energy);
+        stats.energy += energy;
     }
     return stats;
 }

@@ -95,10 +95,10 @@ StripStats trim(const float* delta, int64_t n, const Keep& keep, float weight, i
 
 // out[j] += scale * sum of the values, or of those with the sign of their sum, over the sum of their weights.
 void combine(float* out, const float* values, int64_t step, const TiesExpert* experts, int64_t count, int64_t n,
-             const Consensus& rule, float all_weights) {
+             const Consensus& rule) {
     const Vec<float> zero = {}, one = splat(1.0f);
     for (int64_t j = 0; j < padded(n); j += kLanes<float>) {
-        Vec<float> total = zero, divisor = splat(all_weights);
+        Vec<float> total = zero, divisor = splat(rule.divisor);
         for (int64_t t = 0; t < count; ++t) total += load(values + t * step + j);
         if (rule.elect) {
             const Mask positive = total >= zero;
@@ -126,9 +126,6 @@ void ties_update(const Matrix& out, const Matrix& base, const TiesExpert* expert
     const int64_t rows = shape.rows, cols = shape.cols, tasks = (rows + kTaskRows - 1) / kTaskRows;
     const int64_t strip = padded(std::min(kStrip, cols));
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
-    float all_weights = 0;
-    for (int64_t t = 0; t < count; ++t) all_weights += experts[t].weight;
-    if (std::abs(all_weights) < 1e-8f) all_weights = 1;
     std::vector<Delta> deltas;
     for (int64_t t = 0; t < count; ++t) deltas.emplace_back(base, experts[t].tuned);
     const int64_t each = (count + 3) * strip;  // per worker: out, delta, random bits, every expert's values
@@ -157,7 +154,7 @@ void ties_update(const Matrix& out, const Matrix& base, const TiesExpert* expert
                 }
                 if (!out.data) continue;
                 read_row(out, i, j, n, row);
-                combine(row, values, strip, experts, count, n, rule, all_weights);
+                combine(row, values, strip, experts, count, n, rule);
                 write_row(out, i, j, n, row);
             }
         }

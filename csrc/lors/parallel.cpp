@@ -7,6 +7,9 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,10 +40,7 @@ class Pool {
     void run(Job& job) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(threads_.size()) < job.helpers) {
-                const int index = static_cast<int>(threads_.size());
-                threads_.emplace_back([this, index] { serve(index); });
-            }
+            start(job.helpers);
             job_ = &job;
             running_ = job.helpers;
             ++generation_;
@@ -55,6 +55,18 @@ class Pool {
     std::mutex owner;  // held for a whole job: one caller uses the pool at a time
 
   private:
+    // More threads, until there are `count`; those that could be started stay.
+    void start(int count) {
+        while (static_cast<int>(threads_.size()) < count) {
+            const int index = static_cast<int>(threads_.size());
+            try {
+                threads_.emplace_back([this, index] { serve(index); });
+            } catch (const std::system_error& error) {
+                throw std::runtime_error("threads: expected " + std::to_string(count + 1) + ", got " +
+                                         std::to_string(index + 1) + ": " + error.what());
+            }
+        }
+    }
     void serve(int index) {
         uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(mutex_);

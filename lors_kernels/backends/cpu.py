@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -23,7 +24,8 @@ from ..arrays import (
     to_torch,
 )
 from ..threads import thread_count
-from ..types import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from . import built
 
 NAME = "cpu"
 DEVICES = ("cpu",)
@@ -60,11 +62,21 @@ def instruction_set() -> str:
 
 @cache
 def library() -> ModuleType:
-    return import_module(f"lors_kernels._cpu_{instruction_set()}")
+    name = f"_cpu_{instruction_set()}"
+    try:
+        return import_module(f"lors_kernels.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"lors_kernels.{name}":
+            raise
+        raise ImportError(
+            f"{name}: none for {sysconfig.get_config_var('SOABI')}, got {', '.join(built('_cpu_'))}"
+        ) from None
 
 
 def probe() -> tuple[bool, str]:
-    return True, f"{library().isa}, {thread_count()} threads"
+    if not built("_cpu_"):
+        return False, "not built"
+    return True, str(library().isa)
 
 
 def _matrix(x: Any) -> tuple[int, int, int, int, int]:
@@ -136,11 +148,8 @@ def ties_update(
     tuned: Sequence[Any],
     keep: Sequence[Keep],
     weight: Sequence[float],
+    rule: Consensus,
     *,
-    elect: bool,
-    normalize: bool,
-    scale: float,
-    start: int,
     threads: int | None = None,
 ) -> list[KeepStats]:
     b, like = _pair(base, tuned[0])
@@ -150,8 +159,8 @@ def ties_update(
         [_matrix(t) for t in tuned],
         [(tuple(k.low), tuple(k.high), k.key, k.limit, k.factor) for k in keep],
         list(weight),
-        (elect, normalize, scale),
-        start,
+        (rule.elect, rule.normalize, rule.scale, rule.divisor(weight)),
+        rule.start,
         thread_count(threads),
     )
     return [KeepStats(*s) for s in stats]

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..arrays import FLOATS, dtype_name
 from ..grouped import (
-    Consensus,
     GroupKeepStats,
     GroupStats,
     GroupThreshold,
@@ -21,7 +20,8 @@ from ..grouped import (
     to_device,
     upload,
 )
-from ..types import Keep
+from ..types import Consensus, Keep
+from . import built
 from .single import Single
 
 NAME = "cuda"
@@ -37,22 +37,22 @@ def library() -> ModuleType:
 
 
 def probe() -> tuple[bool, str]:
-    try:
-        built = library()
-    except ModuleNotFoundError:
+    if not built("_cuda"):
         return False, "not built (no nvcc at build time, or LORS_BUILD_CUDA=0)"
     import torch
 
-    count, why = built.device_count()
+    arches = f"built for {library().arches}"
     if torch.version.cuda is None:
-        kind = "HIP" if torch.version.hip else "CPU-only"
-        return False, f"built for {built.arches}; no device: this torch is a {kind} build"
-    if not count or not torch.cuda.is_available():
-        return False, f"built for {built.arches}; no device{f' ({why})' if why else ''}"
+        return False, f"{arches}; no device: this torch is a {'HIP' if torch.version.hip else 'CPU-only'} build"
+    count, why = library().device_count()
+    if not torch.cuda.is_available():
+        return False, f"{arches}; no device{f' ({why})' if why else ''}"
+    if not count:
+        raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({why})' if why else ''}")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return False, f"built for {built.arches}; the device has compute capability {major}.{minor}"
-    return True, f"{torch.cuda.get_device_name()}, built for {built.arches}"
+        return False, f"{arches}; the device has compute capability {major}.{minor}"
+    return True, f"{torch.cuda.get_device_name()}, {arches}"
 
 
 def is_fast(group: MatrixGroup) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ..grouped import Consensus, GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
-from ..types import Keep, KeepStats, NonFiniteError, Threshold
+from ..grouped import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold
 
 
 class Loop:
@@ -95,7 +95,7 @@ class Loop:
                 group.tuned[i],
                 keep[i * count : (i + 1) * count],
                 weight,
-                **rule._asdict(),
+                rule,
             )
         sums = torch.tensor([s[:4] for s in stats], dtype=torch.float64, device=group.device)
         counts = torch.tensor([s[4:] for s in stats], dtype=torch.int64, device=group.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..grouped import Consensus, GroupThreshold, MatrixGroup
-from ..types import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from ..grouped import GroupThreshold, MatrixGroup
+from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 
 class Single:
@@ -52,15 +52,11 @@ class Single:
         tuned: Sequence[Any],
         keep: Sequence[Keep],
         weight: Sequence[float],
+        rule: Consensus,
         *,
-        elect: bool,
-        normalize: bool,
-        scale: float,
-        start: int,
         threads: int | None = None,
     ) -> list[KeepStats]:
         group = _group(base, _same_dtype(tuned))
-        rule = Consensus(elect, normalize, scale, start)
         outs = None if out is None else (out,)
         return self.grouped.ties_update(group, outs, list(keep), list(weight), rule).stats()  # type: ignore[no-any-return]
 

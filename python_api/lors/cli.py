@@ -325,10 +325,11 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Backends, each available or why not; threads, vector unit, versions."""
+    """Backends, each available or why not; threads, versions. Exit code 1 if something is broken or misconfigured."""
     from lors_kernels.__main__ import print_diagnosis
 
-    print_diagnosis(as_json=as_json)
+    if not print_diagnosis(as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -339,7 +340,7 @@ def validate(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check every kernel operation against the reference on this machine; exit code 1 if one is wrong."""
+    """Check every kernel operation against its definition on this machine; exit code 1 if one is wrong or none is there."""
     from lors_kernels import BackendUnavailable
     from lors_kernels.testing.validate import validate_command
 

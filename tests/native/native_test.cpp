@@ -198,8 +198,8 @@ void check_ties_update(int64_t m, int64_t n, int threads, std::mt19937& random) 
     }
     std::vector<float> out(m * n, 1.0f);
     std::vector<lors::KeepStats> stats(3);
-    lors::ties_update({out.data(), DType::kFloat32, m, n, n}, base.matrix, experts.data(), 3, {true, true, 0.5f}, 0,
-                      stats.data(), threads);
+    lors::ties_update({out.data(), DType::kFloat32, m, n, n}, base.matrix, experts.data(), 3, {true, true, 0.5f, 1.0f},
+                      0, stats.data(), threads);
     int64_t kept[3] = {};
     double wrong = 0;
     for (int64_t i = 0; i < m * n; ++i) {

@@ -6,10 +6,11 @@ A module of its own, because the package's submodules carry the names of the ope
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
-from ...grouped import Consensus, GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
-from ...types import Keep
+from ...grouped import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ...types import Consensus, Keep
 from ..single import Single
 
 NAME = "triton"
@@ -18,10 +19,10 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def probe() -> tuple[bool, str]:
-    try:
-        import triton
-    except ImportError:
+    if find_spec("triton") is None:
         return False, "triton not installed (pip install triton)"
+    import triton
+
     if INTERPRETED:
         return True, f"triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET=1): for tests"
     import torch

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lors_kernels as kernels
+from helpers import assert_right
+from lors_kernels import NonFiniteError
+from lors_kernels.arrays import to_torch
+from lors_kernels.testing.cases import CASES, DTYPES, Case
+from lors_kernels.testing.numerics import LOW_RANK_ERROR
+
+SMALL = [case for case in CASES if not case.large]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_cases(case: Case, backend: str) -> None:
+    assert_right("lors_delta", case, backend)
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 60),
+    rank=st.integers(0, 5),
+    density=st.floats(0, 1),
+    dtype=st.sampled_from(list(DTYPES)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_against_the_definition_in_float64(m: int, n: int, rank: int, density: float, dtype: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rank = min(rank, m, n)
+    delta = rng.standard_normal((m, n)).astype(DTYPES[dtype])
+    exact = delta.astype(np.float64)
+    u, s, vh = np.linalg.svd(exact, full_matrices=False)
+    if 0 < rank < len(s) and s[rank - 1] - s[rank] < 1e-3 * s[0]:
+        return  # L is hardly unique
+    low = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    rest, k = np.abs(exact - low), int(density * exact.size)
+    unsure = LOW_RANK_ERROR * s[0] * np.sqrt(max(1, rank))  # ||L|| is no larger than that times s[0]
+    value = np.partition(rest, exact.size - k, axis=None)[exact.size - k] if k else np.inf
+    for backend in ("cpu", "reference"):
+        for kind in (delta, to_torch(delta.copy())):
+            found = np.asarray(kernels.lors_delta(kind, rank, density, backend=backend), np.float64)
+            is_low, is_whole = np.abs(found - low) <= 2 * unsure, np.abs(found - exact) <= 2 * unsure
+            assert (is_whole | (rest < value + 2 * unsure)).all(), "an entry of S is missing"
+            assert (is_low | (rest > value - 2 * unsure)).all(), "an entry of S is too many"
+
+
+def test_kind_and_dtype_of_the_result(backend: str) -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = kernels.lors_delta(x, 2, 0.5, backend=backend)
+    assert isinstance(found, torch.Tensor) and found.dtype == torch.float32
+    assert isinstance(kernels.lors_delta(x.float().numpy(), 2, 0.5, backend=backend), np.ndarray)
+
+
+@pytest.mark.parametrize(("rank", "density"), [(0, 0.0), (0, 1.0), (3, 1.0)])
+def test_nothing_and_everything(rank: int, density: float, backend: str) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 9)).astype(np.float32)
+    found = kernels.lors_delta(x, rank, density, backend=backend)
+    np.testing.assert_allclose(found, x * density, rtol=1e-6, atol=1e-6)
+
+
+def test_the_number_of_entries_is_that_of_the_engine() -> None:
+    """int(density * numel), in this order: density * m * n may round to another number."""
+    density, (m, n) = next(
+        (d / 1000, (m, n))
+        for d in range(1, 1000)
+        for m in range(2, 12)
+        for n in range(2, 12)
+        if int(d / 1000 * m * n) != int(d / 1000 * (m * n))
+    )
+    x = np.arange(1, m * n + 1, dtype=np.float32).reshape(m, n)
+    assert np.count_nonzero(kernels.lors_delta(x, 0, density)) == int(density * x.size)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_matrices(shape: tuple[int, int], backend: str) -> None:
+    assert kernels.lors_delta(np.zeros(shape, np.float32), 0, 0.5, backend=backend).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": -1}, r"rank: expected 0 to 3 for a matrix \[3, 4\], got -1"),
+        ({"rank": 4}, "rank: expected 0 to 3"),
+        ({"rank": 1.0}, "rank: expected an integer, got float 1.0"),
+        ({"rank": None}, "rank: expected an integer, got NoneType None"),
+        ({"density": -0.1}, "density: expected 0 to 1, got -0.1"),
+        ({"density": float("nan")}, "density: expected 0 to 1, got nan"),
+        ({"delta": np.ones((3, 4))}, "delta: expected a matrix .* float64"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, object], message: str, backend: str) -> None:
+    good = {"delta": np.ones((3, 4), np.float32), "rank": 1, "density": 0.5}
+    with pytest.raises((TypeError, ValueError), match=message):
+        kernels.lors_delta(**{**good, **arguments}, backend=backend)
+
+
+@pytest.mark.parametrize(("rank", "density"), [(0, 0.0), (0, 0.5), (2, 0.0), (2, 0.5)])
+def test_non_finite_entries_are_refused(rank: int, density: float, backend: str) -> None:
+    x = np.ones((5, 6), np.float32)
+    x[1, 2], x[4, 5] = np.nan, -np.inf
+    with pytest.raises(NonFiniteError) as caught:
+        kernels.lors_delta(x, rank, density, backend=backend)
+    assert caught.value.count == 2
