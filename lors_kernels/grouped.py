@@ -48,9 +48,9 @@ class MatrixGroup:
         like = self.tuned[0][0]
         _check_alike([x for row in self.tuned for x in row], like, "tuned")
         if self.bases is not None:
+            check_same_place(like, self.bases[0], "bases")
             _check_alike(self.bases, self.bases[0], "bases")
             check_matrix(self.bases[0], "bases", shape=like.shape)
-            check_same_place(like, self.bases[0], "bases")
         for i, row in enumerate(self.tuned):
             if len(row) != self.experts:
                 raise ValueError(f"tuned[{i}]: expected {self.experts} experts like tuned[0], got {len(row)}")
@@ -332,6 +332,7 @@ def _check_out(out: Sequence[Tensor], group: MatrixGroup, *factors: Tensor | Non
     """`check_out` of every output, which may be its own matrix's base or tuned but nobody else's."""
     if len(out) != group.matrices:
         raise ValueError(f"out: expected {group.matrices} matrices, got {len(out)}")
+    check_same_place(group.like, out[0], "out")
     _check_alike([plain(x) for x in out], plain(out[0]), "out")
     inputs = [[*row] if group.bases is None else [group.bases[i], *row] for i, row in enumerate(group.tuned)]
     _check_apart(out, inputs)
@@ -368,13 +369,10 @@ def _check_alike(tensors: Sequence[Tensor], like: Tensor, name: str) -> None:
     check_matrix(like, name)
     if not is_torch(like):
         raise TypeError(f"{name}: expected torch tensors, got {describe(like)}")
-    shape, dtype, device = like.shape, like.dtype, like.device
     for x in tensors:
-        if x is like:
-            continue
-        check_matrix(x, name, shape=shape, dtypes=(dtype_name(like),))
-        if x.dtype != dtype or x.device != device:
+        if x is not like:
             check_same_place(like, x, name)
+            check_matrix(x, name, shape=like.shape, dtypes=(dtype_name(like),))
 
 
 def _check_stack(x: Any, name: str, shape: tuple[int | None, ...], group: MatrixGroup) -> None:

@@ -381,7 +381,9 @@ def test_sidecars_and_config(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def torch() -> Any:
-    return pytest.importorskip("torch")
+    import torch
+
+    return torch
 
 
 def test_openai_whisper_pt(tmp_path: Path, torch: Any) -> None:

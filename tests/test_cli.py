@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import whispers
-from helpers import module
+from helpers import module, require
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 
@@ -268,8 +268,7 @@ def test_a_named_backend_never_falls_back(tiny_whisper: Path, tmp_path: Path) ->
 def test_validate_every_instruction_set(isa: str) -> None:
     from lors_kernels.backends.cpu import instruction_set
 
-    if instruction_set() == "portable" and isa == "avx2":
-        pytest.skip("avx2: this processor has no AVX2")
+    require("avx2", isa != "avx2" or instruction_set() != "portable", "this processor has none")
     done = run("validate", "--quick", "--backend", "cpu", "--json", env={"LORS_ISA": isa})
     results = json.loads(done.stdout)
     assert len(results) > 300 and all(check["ok"] for check in results)

@@ -99,8 +99,7 @@ def _triton_tool() -> str | None:
 
 
 def test_the_module_links_no_cuda_library(built: ModuleType) -> None:
-    if sys.platform != "linux" or not shutil.which("ldd"):
-        pytest.skip("ldd: not on this system")
+    require("ldd", sys.platform == "linux" and shutil.which("ldd") is not None, "not on this system")
     needed = subprocess.run(["ldd", built.__file__], capture_output=True, text=True, check=True).stdout
     assert "cudart" not in needed and "torch" not in needed
 

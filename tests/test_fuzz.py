@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from fuzz.targets import Corpus, survives
 
+from helpers import module
+
 COUNT, SEED = int(os.environ.get("LORS_FUZZ", "150")), int(os.environ.get("LORS_FUZZ_SEED", "0"))
 SLOWEST = 5.0  # seconds of processor time for one mutant
 SPARE = 32 << 20  # bytes that reading anything may take, besides twice the file
@@ -39,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutants(corpus: Corpus, name: str) -> None:
     if name == "manifest":
-        pytest.importorskip("soundfile")
+        module("soundfile", "speech")
     target = corpus.targets[name]
     for data, _ in corpus.seeds[name]:
         if name not in ("manifest", "index"):

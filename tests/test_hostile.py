@@ -22,6 +22,7 @@ import pytest
 import tiny
 
 import lors
+from helpers import require
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.ledger import Ledger, edit
@@ -208,8 +209,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True, text=True, check=False
     )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    require("tmpfs", mounted.returncode == 0, f"cannot mount one: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,39 @@ def test_cases(case: Case, backend: str) -> None:
     assert_right("merge_update", case, backend)
 
 
+class Sum(NamedTuple):
+    """Experts to be added up, all random, and their parts as a backend computes them."""
+
+    base: np.ndarray
+    tuned: list[np.ndarray]
+    left: list[Any]
+    right: list[Any]
+    threshold: list[Threshold]
+    weight: list[float]
+    low: list[np.ndarray]
+    residual: list[np.ndarray]
+    mask: list[np.ndarray]
+
+
+def random_sum(
+    shape: tuple[int, int], experts: int, rank: int, dtypes: tuple[str, ...], seed: int, backend: str
+) -> Sum:
+    rng, (m, n) = np.random.default_rng(seed), shape
+    base = rng.standard_normal(shape).astype(DTYPES[dtypes[0]])
+    found = Sum(base, [], [], [], [], rng.standard_normal(experts).tolist(), [], [], [])
+    for _ in range(experts):
+        tuned = rng.standard_normal(shape).astype(DTYPES[dtypes[1]])
+        left, right = (rng.standard_normal((x, rank)).astype(np.float32) if rank else None for x in (m, n))
+        low = low_bits(Place(backend), base, tuned, left, right) if rank else np.zeros(shape, np.float32)
+        residual = delta_of(base, tuned) - low
+        threshold = oracle.nth_largest(residual, int(rng.integers(0, m * n + 1)))
+        mask = oracle.selected(residual, threshold)
+        parts = (tuned, left, right, threshold, low, residual, mask)
+        for column, part in zip((*found[1:5], *found[6:]), parts, strict=True):
+            column.append(part)
+    return found
+
+
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 70),
@@ -35,46 +70,41 @@ def test_cases(case: Case, backend: str) -> None:
 def test_any_number_of_experts_against_float64(
     m: int, n: int, experts: int, rank: int, dtypes: tuple[str, str, str], threads: int, seed: int
 ) -> None:
-    """No entry is farther off than its roundings explain, and all of them no farther than plain float32 torch is.
-
-    Torch rounds as often, but elsewhere, and sometimes to the other side: over many matrices of one entry and of a
-    thousand the difference was never above 0.2 units, 0.5 are allowed.
-    """
-    rng = np.random.default_rng(seed)
-    base = rng.standard_normal((m, n)).astype(DTYPES[dtypes[0]])
-    tuned = [rng.standard_normal((m, n)).astype(DTYPES[dtypes[1]]) for _ in range(experts)]
-    left = [rng.standard_normal((m, rank)).astype(np.float32) if rank else None for _ in tuned]
-    right = [rng.standard_normal((n, rank)).astype(np.float32) if rank else None for _ in tuned]
-    kept = [int(rng.integers(0, m * n + 1)) for _ in tuned]
-    weights, start = rng.standard_normal(experts).tolist(), np.ones((m, n), DTYPES[dtypes[2]])
-    deltas = [delta_of(base, t) for t in tuned]
+    """No entry is farther off than its own roundings explain."""
     for backend in ("cpu", "reference"):
-        lows = [
-            low_bits(Place(backend), base, t, a, b) if rank else np.zeros((m, n), np.float32)
-            for t, a, b in zip(tuned, left, right, strict=True)
-        ]
-        rests = [delta - low for delta, low in zip(deltas, lows, strict=True)]
-        thresholds = [oracle.nth_largest(rest, k) for rest, k in zip(rests, kept, strict=True)]
-        masks = [oracle.selected(rest, t) for rest, t in zip(rests, thresholds, strict=True)]
-        parts = [np.where(mask, rest, np.float32(0)) for mask, rest in zip(masks, rests, strict=True)]
+        given, start = random_sum((m, n), experts, rank, dtypes, seed, backend), np.ones((m, n), DTYPES[dtypes[2]])
         out = start.copy()
-        stats = kernels.merge_update(
-            out, base, tuned, left, right, thresholds, weights, backend=backend, threads=threads
-        )
-        exact = oracle.merged(start, list(zip(weights, lows, parts, strict=True)))
-        assert exact.error(out) <= 1
-        for s, *arrays in zip(stats, deltas, rests, parts, strict=True):
-            assert all(oracle.sum_error(energy, x, 2) <= 1 for energy, x in zip(s[:3], arrays, strict=True))
-        assert [s.kept for s in stats] == kept
-        whole, naive = start.astype(np.float64), to_torch(start.copy()).float()
-        for a, b, delta, mask, weight in zip(left, right, deltas, masks, weights, strict=True):
-            low = a.astype(np.float64) @ b.T.astype(np.float64) if rank else np.zeros((m, n))
-            whole += np.float64(np.float32(weight)) * np.where(mask, delta, low)
-            plain = to_torch(a) @ to_torch(b).T if rank else torch.zeros(m, n)
-            naive = naive + weight * (plain + torch.where(to_torch(mask), to_torch(delta) - plain, 0))
-        naive = naive.to(to_torch(start.copy()).dtype).double().numpy()
-        unit = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtypes[2]] * np.linalg.norm(whole)
-        assert np.linalg.norm(out - whole) <= np.linalg.norm(naive - whole) + 0.5 * unit
+        stats = kernels.merge_update(out, *given[:6], backend=backend, threads=threads)
+        kept = [np.where(mask, x, np.float32(0)) for mask, x in zip(given.mask, given.residual, strict=True)]
+        assert oracle.merged(start, list(zip(given.weight, given.low, kept, strict=True))).error(out) <= 1
+        for s, x, *rest in zip(stats, given.tuned, given.residual, kept, given.mask, strict=True):
+            for energy, y in zip(s[:3], (delta_of(given.base, x), *rest[:2]), strict=True):
+                assert oracle.sum_error(energy, y, 2) <= 1
+            assert (s.kept, s.non_finite) == (np.count_nonzero(rest[2]), 0)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32",) * 3, ("float16",) * 3, ("bfloat16", "bfloat16", "float32")], ids="-".join
+)
+@pytest.mark.parametrize("rank", [0, 1, 7, 40])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_no_worse_than_plain_torch(experts: int, rank: int, dtypes: tuple[str, ...], backend: str) -> None:
+    """Against float64, over many entries. Where a build has no fused multiply-add it rounds products that torch's BLAS
+    does not: 1.08 of torch's error was seen, 1.00 with it."""
+    given = random_sum((120, 150), experts, rank, dtypes, 7, backend)
+    start = given.base.astype(DTYPES[dtypes[2]])
+    out, exact, naive = start.copy(), start.astype(np.float64), to_torch(start).float()
+    kernels.merge_update(out, *given[:6], backend=backend)
+    for x, left, right, weight, mask in zip(
+        given.tuned, given.left, given.right, given.weight, given.mask, strict=True
+    ):
+        delta = delta_of(given.base, x)
+        low = left.astype(np.float64) @ right.astype(np.float64).T if rank else np.zeros(delta.shape)
+        exact += np.float64(np.float32(weight)) * np.where(mask, delta, low)
+        plain = to_torch(left) @ to_torch(right).T if rank else torch.zeros(delta.shape)
+        naive = naive + weight * (plain + torch.where(to_torch(mask), to_torch(delta) - plain, 0))
+    rounded = naive.to(to_torch(start).dtype).double().numpy()
+    assert 0 < np.linalg.norm(out - exact) <= 1.1 * np.linalg.norm(rounded - exact)
 
 
 def test_fused_experts_have_the_bits_of_one_after_the_other() -> None:

@@ -12,6 +12,7 @@ import torch
 
 import lors
 import whispers
+from helpers import module
 from lors import LorsError
 from lors.verify import allowed_disagreements, disagreements
 
@@ -90,7 +91,8 @@ def test_dtypes_and_backends(dtypes: tuple[str, str, str], backend: str, tiny_wh
 
 
 def test_openai_naming_gives_the_same_weights(tiny_whisper: Path, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     states = {name: whispers.load(tiny_whisper / name) for name in ("base", "ca", "de")}
     dims = {"n_mels": 80, "n_audio_state": 64}
     paths = {name: whispers.save_openai(state, tmp_path / f"{name}.pt", dims) for name, state in states.items()}
@@ -127,7 +129,7 @@ def test_slabs_do_not_show(tiny_whisper: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_transformers_loads_and_generates(tiny_whisper: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = module("transformers", "peers")
     import torch
 
     lors.merge(tiny_whisper / "base", experts_of(tiny_whisper), tmp_path / "out", check=True)
@@ -193,7 +195,8 @@ def test_target_gradient_filter_and_fraction(tiny_whisper: Path) -> None:
 
 
 def test_merging_torch_state_dicts_gives_torch(tiny_whisper: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     states = {
         name: {key: torch.from_numpy(x).bfloat16() for key, x in whispers.load(tiny_whisper / name).items()}
         for name in ("base", "ca")

@@ -22,6 +22,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import require
 from lors import output
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError, LorsWarning
@@ -116,8 +117,6 @@ def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: boo
 
 def test_replacing_is_one_step_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two renames are only for file systems that cannot exchange: this one can, so a reader never sees a gap."""
-    if sys.platform not in ("linux", "darwin"):
-        pytest.skip(f"no atomic exchange on {sys.platform}")
     a, b = old_checkpoint(tmp_path / "a"), tmp_path / "b"
     b.mkdir()
     assert output.exchange(a, b) and names(b) == ["config.json"] and names(a) == []
@@ -658,7 +657,8 @@ def test_holes_and_double_writes_are_bugs_that_show(tmp_path: Path) -> None:
 
 
 def test_openai_pt_round_trip(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     codes = ["F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL"]
     tensors = {code: np.arange(6).reshape(2, 3).astype(DTYPES[code]) for code in codes}
     with OpenAIWriter(tmp_path / "x.pt", [(n, v.dtype, v.shape) for n, v in tensors.items()], {"n_mels": 80}) as writer:
@@ -720,8 +720,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    require("tmpfs", mounted.returncode == 0, f"cannot mount one: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 
 import lors
+from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import SPECS
@@ -25,7 +26,7 @@ from lors.sweep import sweep
 from lors.sweep_score import Score
 from lors.task_vector import decompose
 
-fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+fsspec = module("fsspec", "remote")
 
 
 @pytest.fixture(autouse=True)

@@ -50,3 +50,16 @@ def test_a_misspelt_requirement(tmp_path: Path) -> None:
     environment = {**os.environ, "LORS_REQUIRE": "cpu,peer"}
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 4 and "LORS_REQUIRE: unknown peer; known: chromium, cpu" in done.stderr
+
+
+def test_no_skip_passes_by_the_rule() -> None:
+    """`helpers.require` decides; only what is there in spite of a test may be in its way."""
+    skip = re.compile(r"importorskip|pytest\.skip\(|mark\.skip|skipif|SkipTest")
+    found = {
+        f"{path.relative_to(TESTS)}: {line.strip()}"
+        for path in TESTS.rglob("*.py")
+        if path.name not in ("helpers.py", "test_require.py")
+        for line in path.read_text().splitlines()
+        if skip.search(line) and "there is a" not in line
+    }
+    assert found == set()

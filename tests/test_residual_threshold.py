@@ -117,18 +117,3 @@ def test_non_finite_entries_are_counted(bad: float, shape: tuple[int, int], k: i
 def test_wrong_k(k: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         kernels.residual_threshold(None, np.ones((3, 4), np.float32), k=k)  # type: ignore[arg-type]
-
-
-def test_topk_mask_is_exact() -> None:
-    rng = np.random.default_rng(6)
-    x = rng.integers(-5, 6, (50, 60)).astype(np.float32)
-    for k in interesting_k(x.size):
-        assert (kernels.topk_mask(x, k) == exact_selection(x, k)).all()
-
-
-def test_topk_mask_of_torch_tensors() -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.randn(30, 40, dtype=torch.float16)
-    mask = kernels.topk_mask(x, 77)
-    assert mask.dtype == torch.bool
-    assert (mask.numpy() == exact_selection(x.float().numpy(), 77)).all()

@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-import lors_kernels as kernels
-from helpers import require_backend
+from helpers import require, require_backend
 from lors_kernels import thread_count
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -74,10 +72,10 @@ print(int(out.any()), k.merge_update(out, None, x, threads=2).kept)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_threads_that_cannot_be_started_are_one_line() -> None:
     """Nothing is written, and fewer threads work afterwards."""
     require_backend("cpu")
+    require("linux", sys.platform == "linux", "memory is limited by setrlimit")
     done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
     first, second = done.stdout.splitlines()
     assert first.startswith("RuntimeError threads: expected 4000, got "), done.stdout + done.stderr

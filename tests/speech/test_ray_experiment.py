@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from cut import cut_config
 
+from helpers import module
 from lors.errors import LorsError
 from lors.ray_stages import memory_of, run_stages
 from lors.speech.experiment import build_stages
 
-psutil = pytest.importorskip("psutil")
-pytest.importorskip("ray", reason="Ray is not installed")
+module("ray", "ray")
+psutil = module("psutil", "ray")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 

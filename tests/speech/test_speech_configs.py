@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import soundfile
 
+from helpers import module
 from lors.speech import run_experiment
 from lors.speech.audio import read_audio
 from lors.speech.config import Config, load_config
@@ -52,7 +53,7 @@ def _fleurs(root: Path, spoken: dict[str, Corpus]) -> str:
 
 
 def _shard(directory: Path, split: str, texts: Sequence[str], corpus: Sequence[Utterance]) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa, pq = module("pyarrow", "speech"), module("pyarrow.parquet", "speech")
     audio = []
     for utterance in corpus:
         stream = io.BytesIO()

@@ -17,6 +17,7 @@ import pytest
 from cut import cut_config, dies
 from processes import gone, marked, unlucky, wait_for
 
+from helpers import module
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
@@ -108,7 +109,7 @@ def test_merging_the_files_gives_the_words_of_the_experiment(
 
 def test_lora_experts_merge_from_their_adapters(tmp_path: Path) -> None:
     """Adapters are experts as they are: the merge of the expanded models, which the experiment makes, says the same."""
-    pytest.importorskip("peft")
+    module("peft", "speech")
     training = {"train": "lora", "lora_rank": 4, "max_steps": 30, "learning_rate": 3e-3, "warmup_steps": 3}
     grids = {"lors": Grid(method="lors", parameters={"rank": [3], "density": [0.2], "lam": [0.6]})}
     changes = {"languages": ("ca", "es"), "training": training, "grids": grids, "against": "lors"}
