@@ -3,7 +3,7 @@
     python tests/outcomes.py FILE...        a JSON line for each: {"end", "text", "seconds", "megabytes"}
 
 `end`: "read", "refused" (a LorsError), "raised" (any other exception), "killed" (a signal, 10 s of processor time among
-them). `megabytes`: what the peak memory of the process grew by.
+them). `seconds`: of processor time. `megabytes`: what the peak memory of the process grew by.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ def outcomes(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _outcome(work: Callable[[str], str], path: str) -> dict[str, Any]:
-    begun = time.monotonic()
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -60,7 +58,7 @@ def _outcome(work: Callable[[str], str], path: str) -> dict[str, Any]:
     _, status, usage = os.wait4(child, 0)
     end, text = json.loads(said[20:]) if status == 0 else ("killed", f"status {status}")
     megabytes = (usage.ru_maxrss - int(said[:20])) / 1024
-    return {"end": end, "text": text, "seconds": time.monotonic() - begun, "megabytes": megabytes}
+    return {"end": end, "text": text, "seconds": usage.ru_utime + usage.ru_stime, "megabytes": megabytes}
 
 
 def _run(work: Callable[[str], str], path: str) -> tuple[str, str]:

@@ -152,6 +152,22 @@ def huge(data: bytes) -> bytes:
     return data[:at] + entry + data[end:tail] + data[tail : tail + 12] + struct.pack("<L", sizes) + data[tail + 16 :]
 
 
+def afar(offset: int) -> Callable[[bytes], bytes]:
+    """zip64: data.pkl begins at `offset`."""
+
+    def change(data: bytes) -> bytes:
+        extra = struct.pack("<HHQ", 1, 8, offset)
+        at, tail = data.index(CENTRAL), data.index(END)
+        length = int.from_bytes(data[at + 28 : at + 30], "little")
+        end = at + 46 + length
+        entry = data[at : at + 30] + struct.pack("<H", len(extra)) + data[at + 32 : at + 42] + b"\xff" * 4
+        size = struct.unpack("<L", data[tail + 12 : tail + 16])[0] + len(extra)
+        middle = entry + data[at + 46 : end] + extra + data[end:tail]
+        return data[:at] + middle + data[tail : tail + 12] + struct.pack("<L", size) + data[tail + 16 :]
+
+    return change
+
+
 CENTRAL, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
 ZIPS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a version to come": (patch(CENTRAL, 6, b"\xff\x00"), "zip file version 25.5"),
@@ -165,6 +181,11 @@ ZIPS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a storage of 4 GB": (patch(CENTRAL, 20, b"\xfe\xff\xff\xff" * 2, 3), "reaches over the end"),
     "a member beyond the end": (patch(CENTRAL, 42, b"\xf0\xff\xff\xff"), "no local header"),
     "a member where none begins": (patch(CENTRAL, 42, b"\x01\x00\x00\x00"), "no local header"),
+    "a member at 2^64 - 1": (afar(2**64 - 1), "no local header"),
+    "a member at 2^63": (afar(2**63), "no local header"),
+    "a member just before the end": (lambda d: afar(len(d) - 3)(d), "no local header"),
+    "a directory that is smaller than told": (patch(END, 12, b"\x01\x00\x00\x00"), "x.pt"),
+    "a directory that begins later": (lambda d: patch(END, 16, struct.pack("<L", len(d)))(d), "x.pt"),
     "a name that is no text": (lambda d: patch(CENTRAL, 46, b"\xff\xff")(patch(CENTRAL, 8, b"\x00\x08")(d)), "x.pt"),
     "a member twice": (patch(CENTRAL, 46, b"x/data.pkl/", 1), "x.pt"),
     "a directory of 4 GB": (patch(END, 12, b"\xff\xff\xff\xff"), "the limit is"),

@@ -341,11 +341,12 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 def _member_offset(member: zipfile.ZipInfo, stream: BinaryIO, path: Path) -> int:
     """Where a stored member's bytes begin: behind its local header, whose length only the header itself gives."""
-    local = os.pread(stream.fileno(), 30, member.header_offset)
+    size = os.fstat(stream.fileno()).st_size
+    local = os.pread(stream.fileno(), 30, member.header_offset) if 0 <= member.header_offset < size else b""
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise LorsError(f"{path}: damaged archive: no local header for {member.filename!r}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     offset = member.header_offset + 30 + name_length + extra_length
-    if offset + member.file_size > os.fstat(stream.fileno()).st_size:
+    if offset + member.file_size > size:
         raise LorsError(f"{path}: truncated: {member.filename!r} reaches over the end of the file")
     return int(offset)

@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -155,10 +156,10 @@ _OPCODES = (
 
 
 def repickled(content: bytes, seed: int, header: int | None = None) -> bytes:
-    """A torch archive whose pickle is mutated, in a sound zip file; every fourth time the bytes of the file."""
+    """A torch archive whose pickle is mutated, in a sound zip file; or a field of the zip file's records, or any bytes."""
     rng = random.Random(seed)
-    if rng.random() < 0.25:
-        return mutate(content, seed, None)
+    if (choice := rng.random()) < 0.4:
+        return mutate(content, seed, None) if choice < 0.1 else _refield(content, rng)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     stream = io.BytesIO()
@@ -166,6 +167,24 @@ def repickled(content: bytes, seed: int, header: int | None = None) -> bytes:
         for name, data in members.items():
             archive.writestr(name, _pickle(data, rng) if name.endswith("data.pkl") else data)
     return stream.getvalue()
+
+
+def _refield(content: bytes, rng: random.Random) -> bytes:
+    """Another number in one to three fields of a zip file's records: local, central, end, and those of zip64."""
+    data = bytearray(content)
+    if rng.random() < 0.3:  # zip64's records, as they would be
+        at = len(data) - 22
+        size, start = (int.from_bytes(data[at + field : at + field + 4], "little") for field in (12, 16))
+        record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, data[at + 8], data[at + 8], size, start)
+        data[at:at] = record + struct.pack("<4sLQL", b"PK\x06\x07", 0, at, 1)
+    records = [
+        found.start() for found in re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06|\x06\x06|\x06\x07)", bytes(data))
+    ]
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at = rng.choice(records) + rng.randrange(4, 50, 2)
+        width = rng.choice((2, 4, 4, 8))
+        data[at : at + width] = (rng.choice(_NUMBERS) % 256**width).to_bytes(width, "little")
+    return bytes(data)
 
 
 def _pickle(data: bytes, rng: random.Random) -> bytes:
