@@ -66,6 +66,24 @@ def test_linear(normalize: bool, tiny_whisper: Path) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_linear_has_the_type_and_the_files_of_the_base(tiny_whisper: Path, tmp_path: Path) -> None:
+    """Of its first model only where there is no base."""
+    base = whispers.copy(tiny_whisper / "base", tmp_path / "base", whispers.cast("bfloat16"), comment="of the base")
+    half = whispers.copy(tiny_whisper / "ca", tmp_path / "half", whispers.cast("float16"))
+    lors.merge(base, {"ca": half, "de": tiny_whisper / "de"}, tmp_path / "out", "linear", weight=0.5)
+    merged, states = whispers.load(tmp_path / "out"), [whispers.load(path) for path in (half, tiny_whisper / "de")]
+    assert {str(x.dtype) for x in merged.values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["comment"] == "of the base"
+    for name, got in merged.items():
+        want = 0.5 * sum(state[name].astype(np.float64) for state in states)
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=2.0**-8, atol=1e-7)
+    models = "".join(f"  - {{model: {path}, parameters: {{weight: 1}}}}\n" for path in (half, tiny_whisper / "de"))
+    (tmp_path / "recipe.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
+    recipe = lors.Recipe.load(tmp_path / "recipe.yml", __import__("lors.methods").methods.SPECS)
+    lors.merge_recipe(recipe, tmp_path / "without")
+    assert {str(x.dtype) for x in whispers.load(tmp_path / "without").values()} == {"float16"}
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "dtypes",

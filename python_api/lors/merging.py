@@ -195,7 +195,9 @@ def merge_state_dicts(
     settings: as for `merge`. Tensors on a GPU are merged there, and so is the result; `device` may name that GPU.
     """
     states = _states(base, experts)
-    recipe = Recipe.from_arguments("base", {label: label for label in experts}, method, methods=SPECS, **settings)
+    # without a base for a method that sums the models: this one gives names and types alone
+    named = "base" if method not in METHODS or METHODS[method].relative else None
+    recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
     chosen = METHODS[method]
     if any(is_torch(value) for _, state in states for value in state.values()):
         from .engine_gpu import place_of
@@ -355,14 +357,18 @@ def _backend(name: str | None) -> str:
 
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
-    """Opens the checkpoints; a method without a base takes names, files and configuration from its first model."""
+    """Opens the checkpoints. Names, types, files and configuration are the base's, where there is none the first model's."""
     recipe.require_parameters()
     indices = recipe.experts if method.relative else recipe.inputs
-    experts = [stack.enter_context(_open_source(recipe, index)) for index in indices]
-    base = stack.enter_context(_open_source(recipe, BASE)) if method.relative else experts[0]
+    opened = {index: stack.enter_context(_open_source(recipe, index)) for index in indices}
+    experts = list(opened.values())
+    listed = BASE if recipe.base_index is None else recipe.base_index
+    base = opened.get(listed, experts[0])
+    if listed not in opened and recipe.base_source is not None:
+        base = stack.enter_context(_open_source(recipe, BASE))
     if base.adapter is not None:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
-    if method.relative and is_expert_file(base):
+    if base not in experts and is_expert_file(base):
         raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
     for expert in experts:
         if is_expert_file(expert):

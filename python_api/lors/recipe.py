@@ -199,18 +199,22 @@ class Recipe(_Document):
                 if label not in own:
                     raise SettingError(f"parameters.{parameter}", f"unknown expert {shown(label)}{nearest(label, own)}")
                 own[label][parameter] = one
-        # A method that needs no base averages the experts alone; in a recipe's text base_model is one more of its inputs.
+        models = [{"model": str(experts[label]), "name": label, "parameters": own[label]} for label in experts]
         spec = (methods or {}).get(method) if isinstance(method, str) else None
-        without = base is None or (spec is not None and spec.base == "optional")
-        for label, model in experts.items():
-            if not without and os.path.realpath(model) == os.path.realpath(str(base)):
-                problem = f"expected a model that was trained from the base, got the base: {model}"
+        same = [label for label, model in experts.items() if base and os.path.realpath(model) == os.path.realpath(base)]
+        if spec is None or spec.base != "optional":
+            for label in same:
+                problem = f"expected a model that was trained from the base, got the base: {experts[label]}"
                 raise SettingError(f"expert {label!r}", problem)
+        elif base is not None and not same:
+            # A method that needs no base averages the experts alone. To a recipe base_model is one more of its inputs, so
+            # it says that it weighs nothing; the types and files of the output are the base's.
+            models.append({"model": str(base), "parameters": {"weight": 0.0}})
         document: dict[str, object] = {
             "name": name,
             "merge_method": method,
-            "base_model": None if without else str(base),
-            "models": [{"model": str(experts[label]), "name": label, "parameters": own[label]} for label in experts],
+            "base_model": None if base is None else str(base),
+            "models": models,
             "parameters": shared,
             "target": dict(target) if isinstance(target, Mapping) else target,
             "rest": rest,
