@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -180,5 +181,5 @@ def test_an_expert_may_be_a_path_alone(
     monkeypatch.setattr("sys.argv", ["lors", *arguments])
     main()
     assert "3 experts" in capsys.readouterr().out
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"| expert | {name} |" in card for name in ("ca", "de", "checkpoint-100"))
+    ledger = json.loads((tmp_path / "out" / "lors_ledger.json").read_text())
+    assert [expert["name"] for expert in ledger["experts"]] == ["ca", "de", "checkpoint-100"]
