@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import lors
+from benchmarks.generate import power_law
 from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
@@ -113,6 +114,24 @@ def test_a_smaller_rank_from_the_same_file(family: dict[str, Path], tmp_path: Pa
         # rank 9 and rank 2 are two runs of the decomposition: its contract is 1e-5 of L; an entry or two at the
         # threshold may change sides
         assert distance(state(got), state(want), state(family["base"])) < 5e-3
+
+
+@pytest.mark.parametrize(("rank", "density", "off"), [(7, 0.1, 0.0), (5, 0.2, 0.195), (3, 0.1, 0.208), (0, 0.2, 0.328)])
+def test_how_far_off_a_smaller_rank_is(rank: int, density: float, off: float, tmp_path: Path) -> None:
+    """The numbers of docs/expert-files.md, and the note that a merge makes of them."""
+    name = "model.decoder.layers.0.fc1.weight"
+    delta = power_law(np.random.default_rng(3), 768, 768)
+    for label, values in (("base", np.zeros_like(delta)), ("ca", delta)):
+        tiny.write(tmp_path / label, {name: values})
+    base, made = tmp_path / "base", tmp_path / "ca.lors.safetensors"
+    decompose(base, tmp_path / "ca", made, rank=7, density=0.2, **EXACT)
+    settings: dict[str, Any] = {"density": density, "lam": 1.0, "target": {"include": ["fc1"]}}
+    settings |= {"rank": rank} if rank else {"method": "magnitude_prune"}
+    want = lors.merge_state_dicts({name: np.zeros_like(delta)}, {"ca": {name: delta}}, **settings)[name]
+    report = lors.merge(base, {"ca": made}, tmp_path / "got", **settings)
+    got = state(tmp_path / "got")[name]
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) == pytest.approx(off, abs=2e-3)
+    assert any("a smaller rank is asked for" in notice for notice in report.notices) == (rank < 7)
 
 
 COMBINED: dict[str, dict[str, Any]] = {

@@ -292,6 +292,12 @@ class ExpertSource:
         part = self._parts.get(name)
         return part is not None and part.matrix and part.kept < part.numel
 
+    def approximates(self, name: str, rank: float, density: float) -> bool:
+        """Whether S' of a smaller rank is chosen from L + S because the file knows no more of the difference."""
+        part = self._parts[name]
+        asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
+        return self.stands_in(name) and asked < part.rank and kept > 0
+
     # --- the engine's protocol
 
     def prefetch(self, name: str) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError
 from .layers import kind, select
 from .messages import print_lines
+from .spectrum import effective_rank
 
 
 @dataclass
@@ -28,14 +29,14 @@ class Spectrum:
     relative: float  # norm over that of the base's matrix
     singular_values: list[float]  # all of them
     energy: float  # share of norm^2 in the `rank` largest
-    effective_rank: float  # exp of the entropy of sigma^2 / sum sigma^2
+    effective_rank: float  # (sum sigma^2)^2 / sum sigma^4
 
 
 def spectra(base: Checkpoint, expert: Checkpoint, rank: int, match: str | None = None) -> Iterator[Spectrum]:
     """Spectrum of every decomposed matrix, one at a time. Full SVDs: this explains, it does not merge."""
     compare(base, expert)
-    shapes = {name: info for name, info in base.tensors.items() if not match or re.search(match, name)}
-    for name in (name for name in shapes if name in select(base.tensors, base.naming, base.config).names):
+    matrices = set(select(base.tensors, base.naming, base.config).names)
+    for name in (name for name in base.tensors if name in matrices and (not match or re.search(match, name))):
         w0 = base.read(name).astype(np.float32)
         delta = expert.read(expert.resolve(name) or name).astype(np.float32) - w0
         if not np.isfinite(delta).all():
@@ -44,8 +45,6 @@ def spectra(base: Checkpoint, expert: Checkpoint, rank: int, match: str | None =
         sigma = np.linalg.svd(delta, compute_uv=False).astype(np.float64)
         total = float((sigma**2).sum())
         share = sigma**2 / total if total else np.zeros_like(sigma)
-        positive = share[share > 0]
-        effective = float(np.exp(-(positive * np.log(positive)).sum())) if total else 0.0
         norm, scale = float(np.sqrt(total)), float(np.linalg.norm(w0))
         yield Spectrum(
             name,
@@ -54,7 +53,7 @@ def spectra(base: Checkpoint, expert: Checkpoint, rank: int, match: str | None =
             norm / scale if scale else 0.0,
             sigma.tolist(),
             float(share[:rank].sum()),
-            effective,
+            effective_rank(total, float((sigma**4).sum())),
         )
 
 

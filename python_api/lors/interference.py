@@ -33,6 +33,7 @@ from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
 from .parameters import rank_of
 from .sources import FileSource, Slot
+from .spectrum import effective_rank
 
 __all__ = ["Interference", "MatrixRow", "interference"]
 
@@ -251,7 +252,7 @@ def _single(row: MatrixRow, delta: np.ndarray, rank: int, density: float, scale:
     row.sigma.append([float(value) for value in svd.sigma])
     row.low.append(float((svd.sigma[:rank].astype(np.float64) ** 2).sum()) / energy if energy else 0.0)
     row.sparse.append(float((rest[keep].astype(np.float64) ** 2).sum()) / energy if energy else 0.0)
-    row.effective_rank.append(energy**2 / fourth if fourth else 0.0)
+    row.effective_rank.append(effective_rank(energy, fourth))
     norms = np.linalg.norm(left, axis=0)
     return _Expert(delta, left / np.where(norms > 0, norms, 1), right, np.where(keep, np.sign(rest), 0).astype(np.int8))
 

@@ -403,10 +403,12 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
     for index, source in enumerate(experts):
         if not isinstance(source, ExpertSource):
             continue
-        partly = False
+        partly = approximated = False
         for work in works:
             if work.reductions and (reduction := work.reductions[index]).weight:
                 source.require(work.name, work.matrix, reduction.rank, reduction.density)
+                smaller = work.matrix and source.approximates(work.name, reduction.rank, reduction.density)
+                approximated = approximated or smaller
             asked = work.reductions[index].weight if work.reductions else 0
             whole = work.combination is not None or (bool(asked) and not work.matrix)
             partly = partly or (whole and source.stands_in(work.name))
@@ -414,6 +416,12 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
             report.notices.append(
                 f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
                 f"{source.layout.density:g} where the whole difference is asked for"
+            )
+        if approximated:
+            report.notices.append(
+                f"{source.name}: a smaller rank is asked for than the expert file's {source.layout.rank:g}: S is chosen from "
+                f"what the file holds (density {source.layout.density:g}), not from the whole difference; "
+                "docs/expert-files.md says how far off that is"
             )
         if source.layout.remainder == "none":
             report.notices.append(
