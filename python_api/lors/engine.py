@@ -32,7 +32,7 @@ from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
 from .operands import Buffers, Certificate, Combination, Operands, Outcome
-from .parameters import rank_of
+from .parameters import LARGEST, rank_of
 from .sources import Slot, Source, Spec, rows_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
@@ -391,6 +391,10 @@ def plan(
         combination = treatment if callable(treatment) else None
         chosen = [] if callable(treatment) else treatment
         for reduction in chosen:
+            if not abs(reduction.weight) <= LARGEST:
+                raise LorsError(
+                    f"tensor {name!r}: expected lambda times weight to be a number of float32, got {reduction.weight:g}"
+                )
             if reduction.rank:
                 try:
                     rank_of(reduction.rank, *spec.shape)

@@ -72,6 +72,8 @@ class ParameterSpec:
         checked = _CHECKS[self.kind](self, value)
         if checked is None:
             raise ValueError(f"expected {self.expected}, got {shown(value)}")
+        if isinstance(checked, float) and not abs(checked) <= LARGEST:
+            raise ValueError(f"expected a number that float32 can hold, got {shown(value)}")
         return checked
 
     def settle(self, value: Scalar) -> Scalar:
@@ -79,6 +81,8 @@ class ParameterSpec:
         counts = self.kind == "int" or (self.kind == "rank" and not isinstance(value, str) and value >= 1)
         return math.floor(float(value) + 0.5) if counts else value
 
+
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which weights and sums are
 
 Rest: TypeAlias = Literal["task_arithmetic", "average", "base"]
 

@@ -4,6 +4,9 @@
 
 so a row keeps `density` of its entries on average. A vector is one row; a row of one entry has p = density. Of equal
 magnitudes the one that comes first has the lower rank.
+
+`rescale` multiplies what is kept by sum |delta| / sum |kept|, as mergekit does. So an entry is not kept as it is on average:
+its expectation is p |delta| sum |delta| / sum (p |delta|), less than |delta| for small entries and more for large ones.
 """
 
 from __future__ import annotations

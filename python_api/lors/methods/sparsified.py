@@ -7,6 +7,7 @@ magnitudes that the task vector had before it was trimmed, f_t = sum |delta_t| /
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
 
+from ..errors import LorsError
 from ..operands import Combination, Operands
 from ..parameters import MethodSpec, ParameterSpec
 from .base import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method
@@ -70,6 +72,8 @@ def rescaled(operands: Operands, t: int, keep: Keep) -> Keep:
         return keep
     stats = operands.account(t, keep)
     usable = min(stats.delta_sum, stats.kept_sum) >= TOO_SMALL
+    if not math.isfinite(stats.delta_sum):
+        raise LorsError(f"tensor {operands.name!r}: the sum of its changes overflows float32; set rescale: false")
     return keep._replace(factor=stats.delta_sum / stats.kept_sum) if usable else keep
 
 
