@@ -309,7 +309,10 @@ def test_include_replaces_the_rule_and_exclude_takes_out() -> None:
             SimpleNamespace(select="projections", include=[], exclude=["["]),
             "target.exclude[0]: '[' is not a regular expression: unterminated character set at position 0",
         ),
-        (Target(include=("fc9", "bias")), "target.include: 'fc9', 'bias' matches none of the 20 matrices"),
+        (
+            Target(include=("fc9", "bias")),
+            "target.include: 'fc9', 'bias' matches none of the 20 matrices, whose names are like 'model.encoder.embed_positions.weight'",
+        ),
         (Target(exclude=("weight",)), "target.exclude: 'weight' takes out all 16 chosen matrices"),
     ],
 )

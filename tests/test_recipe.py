@@ -602,7 +602,7 @@ def test_errors_of_a_key(line: str, expected: str) -> None:
         ("merge_method: lors\nmodels: [{model: a}]", "base_model: missing; method lors merges differences to a base"),
         ("merge_method: lors\nmodels: []", "models: expected at least one model, got []"),
         ("merge_method: lors\nmodels: a", "models: expected a list, got 'a'"),
-        ("merge_method: lors\nmodels: [a]", "models[0]: expected a mapping such as {model: PATH}, got 'a'"),
+        ("merge_method: lors\nmodels: [a]", "models[0]: expected a mapping such as {model: a}, got 'a'"),
         (
             "merge_method: lors\nmodels: [{model: a}, {modl: b}]",
             "models[1].modl: unknown key 'modl', did you mean 'model'?",

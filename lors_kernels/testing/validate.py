@@ -50,7 +50,9 @@ def _check(place: Place, operation: str, case: Case) -> Check:
         findings.append(Finding(f"{type(error).__name__}: {error}".splitlines()[0], math.inf))
     worst = max(findings, key=lambda finding: (not finding.ok, finding.share))
     seconds = time.perf_counter() - begun
-    return Check(place.backend, operation, case.name, worst.ok, *worst, seconds)
+    return Check(
+        place.backend, operation, case.name, bool(worst.ok), worst.aspect, float(worst.error), float(worst.allowed), seconds
+    )  # fmt: skip
 
 
 def validate_command(backends: list[str] | None, *, quick: bool = False, as_json: bool = False) -> bool:
