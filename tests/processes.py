@@ -88,7 +88,7 @@ def with_argument(argument: str) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 1.0) -> bool:
+def wait_until(true: Callable[[], bool], seconds: float = 3.0) -> bool:
     """Whether it is true, at the latest after so many seconds."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -102,6 +102,6 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     assert wait_until(path.exists, seconds), f"{path} has not come"
 
 
-def gone(found: Marked, seconds: float = 1.0) -> bool:
+def gone(found: Marked, seconds: float = 3.0) -> bool:
     """Whether nothing is alive, at the latest after so many seconds."""
     return wait_until(lambda: not found.alive(), seconds)

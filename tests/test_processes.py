@@ -238,7 +238,7 @@ def test_signals_at_random_moments(recipe: Path, tmp_path: Path) -> None:
         for index, signum in enumerate(signals):
             time.sleep(pause if index else 0)
             if process.is_alive():
-                os.kill(process.pid or 0, signum)
+                os.kill(process.pid, signum)
         process.join(20)
         slowest = max(slowest, time.monotonic() - ended)
         assert process.exitcode is not None and slowest < 5, (number, signals)

@@ -90,11 +90,12 @@ def killed_worker(task: str) -> Iterator[None]:
 
 
 def at_urls(recipe: Recipe) -> Recipe:
-    """The same inputs by URLs that every process of this machine sees and that are copied like those of any store."""
+    """The same inputs by URLs that every process of this machine sees and that are copied like those of any store: file:// and local://
+    alone would be paths."""
     data = recipe.to_dict(resolved=True)
-    data["base_model"] = f"local://{data['base_model']}"
+    data["base_model"] = f"simplecache::file://{data['base_model']}"
     for entry, label in zip(data["models"], recipe.labels, strict=True):
-        entry |= {"model": f"local://{entry['model']}", "name": label}
+        entry |= {"model": f"simplecache::file://{entry['model']}", "name": label}
     return Recipe.from_yaml(yaml.safe_dump(data), SPECS)
 
 
@@ -103,7 +104,7 @@ def test_a_merge_with_a_killed_worker_has_the_same_bits(cluster: str, recipe: Re
     with killed_worker("decompose_group"):
         merge_recipe(recipe, tmp_path / "ray", ray="local")
     assert digest(tmp_path / "ray") == digest(tmp_path / "local")
-    merge_recipe(at_urls(recipe), f"local://{tmp_path}/url", ray="local")
+    merge_recipe(at_urls(recipe), f"simplecache::file://{tmp_path}/url", ray="local")
     assert digest(tmp_path / "url") == digest(tmp_path / "local")
 
 
@@ -115,7 +116,9 @@ def test_a_sweep_on_the_cluster_is_the_local_one(cluster: str, recipe: Recipe, t
     local = sweep(recipe, options, str(script), tmp_path / "local")
     with killed_worker("_trial"):
         far = sweep(recipe, options, str(script), tmp_path / "far", jobs=2, threads=2, ray="local")
-    url = sweep(at_urls(recipe), options, str(script), f"local://{tmp_path}/url", jobs=2, threads=2, ray="local")
+    url = sweep(
+        at_urls(recipe), options, str(script), f"simplecache::file://{tmp_path}/url", jobs=2, threads=2, ray="local"
+    )
     want = {trial.number: trial.values for trial in local.trials}
     assert len(set(want.values())) == 4
     for found in (far, url):

@@ -341,6 +341,18 @@ def test_inputs_that_changed_are_named(own: Recipe, tmp_path: Path) -> None:
     assert len(sweep(own, {"rank": "1,2"}, norm, out).trials) == 2
 
 
+def test_the_data_of_the_built_in_scorer_is_an_input(recipe: Recipe, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "manifest.tsv").write_text("id\taudio\ttext\n")
+    for _ in range(2):  # nothing is scored: there is no language in it
+        with pytest.raises(LorsError, match="no trial could be scored"):
+            sweep(recipe, {"rank": "1"}, f"speech {data} ca", tmp_path / "s")
+    (data / "manifest.tsv").write_text("id\taudio\ttext\tlanguage\n")
+    with pytest.raises(LorsError, match=f"the scorer's data: {data}/manifest.tsv has changed since this sweep began"):
+        sweep(recipe, {"rank": "1"}, f"speech {data} ca", tmp_path / "s", retry=True)
+
+
 def test_inputs_that_change_during_a_sweep_end_it(own: Recipe, tmp_path: Path) -> None:
     weights = tmp_path / "own" / "de" / "model.safetensors"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LorsError
-from .ray_cluster import RETRIES, connected, environment, failure_of, require_fitting
+from .ray_cluster import RETRIES, TICK_SECONDS, connected, environment, failure_of, require_fitting
 
 if TYPE_CHECKING:
     from .speech.config import Config
@@ -56,7 +56,7 @@ def run_stages(
                     running[reference] = (stage, time.monotonic())
             if not running:
                 break
-            (finished,), _ = ray.wait(list(running))
+            finished = _one_of(ray, list(running))
             stage, began = running.pop(finished)
             if (said := failure_of(ray, finished)) is None:
                 done += 1
@@ -65,6 +65,13 @@ def run_stages(
                 failure = f"stage {stage.name}: {said}; run the same command again to continue"
     if failure is not None:
         raise LorsError(failure)
+
+
+def _one_of(ray: Any, running: Sequence[Any]) -> Any:
+    """The first that has ended. A signal during `ray.wait` would become Ray's SystemExit(1), so it is not waited for there."""
+    while not (ended := ray.wait(running, timeout=0)[0]):
+        time.sleep(TICK_SECONDS)
+    return ended[0]
 
 
 def memory_of(stage: Stage, weights: int) -> int:

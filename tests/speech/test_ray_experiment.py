@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from cut import cut_config
+from processes import gone, marked, wait_for
 
 from helpers import module
 from lors.errors import LorsError
@@ -53,6 +55,30 @@ def test_a_stage_on_a_cluster_with_a_killed_worker(finished: Path, tmp_path: Pat
     assert killed and [line.split(":")[0] for line in lines] == ["[1/1] expert-ca-s0"]
     weights = [stages["expert-ca-s0"].directory(root) / "model" / "model.safetensors" for root in (tmp_path, finished)]
     assert digest(weights[0]) == digest(weights[1]) and (tmp_path / "logs" / "expert-ca-s0.log").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
+def test_a_signal_ends_a_run_and_its_cluster(tmp_path: Path, signum: signal.Signals) -> None:
+    script = Path(__file__).with_name("stages_command.py")
+    command = [
+        sys.executable,
+        str(script),
+        "stages",
+        str(tmp_path / "out"),
+        "hangs",
+        str(tmp_path / "up"),
+        "--ray",
+        "local",
+    ]
+    with marked(command, tmp_path / "log") as found:
+        wait_for(tmp_path / "up", 120)
+        below = psutil.Process(found.process.pid).children(recursive=True)
+        assert {"raylet", "gcs_server", "sleep"} <= {process.name() for process in below}
+        assert found.end(signum) < 5
+        assert found.process.returncode == (-9 if signum == signal.SIGKILL else 143), (tmp_path / "log").read_text()
+        assert gone(found)
+        _, alive = psutil.wait_procs(below, timeout=1)
+        assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_memory_that_stages_reserve() -> None:

@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_at_its_beginning_leaves_no_fork_server(tmp_path: P
         while not any(b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found.alive()):
             assert time.monotonic() < deadline
         found.end(signal.SIGKILL)
-        assert gone(found, 0.5)
+        assert gone(found, 1.5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
