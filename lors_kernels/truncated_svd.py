@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_pair, is_torch, like_kind, to_torch
+from .arrays import check_pair, is_torch, like_kind, plain, to_torch
 from .types import TruncatedSVD
 
 
@@ -36,6 +36,7 @@ def truncated_svd(
     Not promised: the signs of the vectors, their order among equal singular values, the same bits on another backend.
     Source: block Lanczos, Golub and Underwood 1977; the bound is Davis and Kahan's sin-theta theorem.
     """
+    base, tuned = plain(base), plain(tuned)
     m, n = check_pair(base, tuned)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank: expected an integer, got {type(rank).__name__} {rank!r}")

@@ -92,7 +92,7 @@ def merge(
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
@@ -387,7 +387,7 @@ def decompose(
     seed: Annotated[int, typer.Option(min=0, help="Of the decomposition.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -418,7 +418,7 @@ def add(
     weight: Annotated[float | None, typer.Option(help="Its factor (default: the recipe's).")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -435,7 +435,7 @@ def remove(
     name: Annotated[str | None, typer.Option(help="Which one, when it is in the model twice.")] = None,
     backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS or all cores).")
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -77,7 +77,7 @@ def merge(
         out: directory to write; must not exist unless `force`.
         method: "lors", "task_arithmetic", "ties", "tsv", ...: `docs/methods.md` has all with their formulas.
         backend: kernels to use (see `lors_kernels.available_backends`); None chooses.
-        threads: None: LORS_THREADS, else all cores. The output has the same bits for every number.
+        threads: None: LORS_THREADS, else OMP_NUM_THREADS, else all cores. The output has the same bits for every number.
         device: "cuda", "cuda:1" or "cuda:0,cuda:1": decompose on GPUs, tensors split by bytes; None: the CPU. `backend` then
             names the GPU's kernels.
         device_memory: bytes to use on each GPU; None: 80 % of what is free.
