@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_out, plain, to_torch
+from .arrays import check_matrix, check_out, check_same_place, plain, to_torch
 from .scalars import check_number
 
 
@@ -42,8 +42,9 @@ def apply_update(
     for name, x in (("base", base), ("update", update)):
         if x is not None:
             check_matrix(x, name, shape=out.shape)
+            check_same_place(out, x, name)
     scale = check_number(scale, "scale")
-    out = check_out(out, out if update is None else update, entrywise=(base, update))
+    out = check_out(out, out, entrywise=(base, update))
     if 0 in out.shape:
         return 0.0
     module = dispatch.select(backend, out, "apply_update")

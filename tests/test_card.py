@@ -139,7 +139,7 @@ def markup(text: str) -> Counter[str]:
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    tokens = parser.parse(text)
+    tokens = parser.parse(text[: text.rindex("\n<!-- written by lors;")])  # the last line is our own
     return Counter(t.type for token in tokens for t in (token, *(token.children or ())) if t.type != "text")
 
 
