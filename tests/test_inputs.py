@@ -172,6 +172,11 @@ def test_what_others_may_do_meanwhile(family: Family, tmp_path: Path) -> None:
 # --- openai-whisper
 
 
+def within_a_unit(edited: np.ndarray, merged: np.ndarray) -> bool:
+    """An edit starts from a model that is rounded already: the merge's value or its neighbour."""
+    return bool((np.abs(edited - merged) <= np.spacing(np.abs(merged))).all())
+
+
 def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: Path) -> None:
     """--check, inspect, add, remove, and as the base of the next merge: its directory holds a model.pt."""
     dims = {"n_mels": 80, "n_audio_state": 64}
@@ -187,7 +192,7 @@ def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: 
     lors.merge(paths["base"], {"ca": paths["ca"], "de": file}, tmp_path / "both")
     with lors.open_checkpoint(out) as edited, lors.open_checkpoint(tmp_path / "both") as both:
         assert edited.naming == "openai-whisper" and edited.dims == dims and edited.name == "out"
-        assert all(edited.read(name).tobytes() == both.read(name).tobytes() for name in both.tensors)
+        assert all(within_a_unit(edited.read(name), both.read(name)) for name in both.tensors)
     edit(out, file, remove=True)
     lors.merge(out, {"de": paths["de"]}, tmp_path / "next", check=True)
     inspect_command(str(out), str(paths["base"]), rank=2, top=2, match="mlp", plot=None, as_json=True)
@@ -370,7 +375,9 @@ def test_an_added_expert_is_named_from_the_model(work: Path, tmp_path: Path, mon
     decompose("../models/base", "../models/de", "de.lors.safetensors", name="de", values="float32", remainder="float32")
     edit("out", "de.lors.safetensors")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert again(work / "out", tmp_path / "again") == digest(work / "out")
+    again(work / "out", tmp_path / "again")
+    with lors.open_checkpoint(work / "out") as edited, lors.open_checkpoint(tmp_path / "again") as both:
+        assert all(within_a_unit(edited.read(name), both.read(name)) for name in both.tensors)
 
 
 def test_a_source_that_is_nowhere_is_named_with_its_key_and_the_places(work: Path, tmp_path: Path) -> None:
@@ -440,4 +447,4 @@ def test_an_expert_called_base_is_attested_as_itself(family: Family, tmp_path: P
     card = (tmp_path / "out" / "README.md").read_text()
     for role, name in (("base", "base"), ("expert", "ca")):
         digest = hashlib.sha256((family[name] / "model.safetensors").read_bytes()).hexdigest()
-        assert any(line.startswith(f"| {role} | base |") and digest in line for line in card.splitlines())
+        assert any(line.startswith(f"| {role} | `base` |") and digest in line for line in card.splitlines())
