@@ -174,7 +174,8 @@ def test_what_others_may_do_meanwhile(family: Family, tmp_path: Path) -> None:
 
 def within_a_unit(edited: np.ndarray, merged: np.ndarray) -> bool:
     """An edit starts from a model that is rounded already: the merge's value or its neighbour."""
-    return bool((np.abs(edited - merged) <= np.spacing(np.abs(merged))).all())
+    # a weight that crosses zero was rounded at its size before the edit
+    return bool((np.abs(edited - merged) <= np.spacing(np.abs(merged)) + 1e-9).all())
 
 
 def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: Path) -> None:

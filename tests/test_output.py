@@ -516,7 +516,7 @@ def test_a_sweep_needs_locks(tmp_path: Path) -> None:
     from lors.sweep_home import Home
 
     with pytest.raises(LorsError, match="the file system there has no file locks .*use a directory on another one"):
-        Home(tmp_path / "sweep").open({}).__enter__()
+        Home(tmp_path / "sweep").open().__enter__()
 
 
 def test_a_disk_without_inodes(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Checkpoint:
             self._streams = [_open(file, stack) for file in files]
             held = {f: _identity(os.fstat(s.fileno())) for f, s in zip(files, self._streams, strict=True)}
             self._opened = self._beside() | held
-            for path in self.sidecars():
+            for path in (path for path in self._opened if path.name in SIDECARS):
                 with contextlib.ExitStack() as beside:
                     _refuse_pointer(path, _open(path, beside))
             for index, (file, stream) in enumerate(zip(files, self._streams, strict=True)):
