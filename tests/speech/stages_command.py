@@ -5,7 +5,6 @@ python stages_command.py stages OUT hangs UP|counts N [--ray local]
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -37,5 +36,4 @@ def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
     cli.main()
