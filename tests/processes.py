@@ -13,12 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LORS = [
-    sys.executable,
-    "-c",
-    # a shell without job control has its background processes ignore SIGINT, and they their children
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from lors.cli import main; main()",
-]
+LORS = [sys.executable, "-c", "from lors.cli import main; main()"]
 VARIABLE = "LORS_TEST_TOKEN"
 
 
@@ -30,8 +25,9 @@ class Marked:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), VARIABLE: self.token}
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-            )
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
+                preexec_fn=_heed_ctrl_c,
+            )  # fmt: skip
 
     def alive(self) -> list[int]:
         """Processes of it that have not ended."""
@@ -46,6 +42,11 @@ class Marked:
             self.process.send_signal(signum)
         self.process.wait(60)
         return time.monotonic() - begun
+
+
+def _heed_ctrl_c() -> None:
+    """SIGINT is ignored in what a shell starts in the background, as it may have started these tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _carries(pid: int, mark: bytes) -> bool:

@@ -283,6 +283,18 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
     refused("expected a number of trials", {"rank": "1"}, sampler="random")
     refused("--memory: expected at least", {"rank": "1"}, memory=1000, out=tmp_path / "y")
     refused("rank: expected at most", {"rank": "40"}, out=tmp_path / "z")
+    for command, message in (
+        ("", "expected a command"),
+        (" ", "expected a command"),
+        ("sh -c 'x", "No closing quotation"),
+        ("a\0", "expected"),
+    ):
+        with pytest.raises(LorsError, match=message):
+            sweep(recipe, {"rank": "1"}, command, tmp_path / "never")
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(LorsError, match="--timeout: expected seconds above 0"):
+            sweep(recipe, {"rank": "1"}, "true", tmp_path / "never", timeout=seconds)
+    assert not (tmp_path / "never").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     refused("expected a new directory", {"rank": "1"}, out=tmp_path / "full")

@@ -5,15 +5,12 @@ python stages_command.py stages OUT hangs UP|counts N [--ray local]
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from cut import counts, cut_config, hangs
 
-from lors import cli, ray_stages
-from lors.speech.stages import Stage, exclusive, run_stages
+from lors import cli
 
 
 def say(line: str) -> None:
@@ -22,13 +19,18 @@ def say(line: str) -> None:
 
 @cli.app.command()
 def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer.Option()] = None) -> None:
+    say("begun")
+    from cut import counts, cut_config, hangs
+
+    from lors import ray_stages
+    from lors.speech.stages import Stage, exclusive, run_stages
+
     chosen: list[Stage] = []
     if kind == "hangs":
         chosen = [Stage("x", hangs, {"up": argument})]
     for number in range(int(argument) if kind == "counts" else 0):
-        chosen.append(
-            Stage(f"count-{number}", counts, {"number": number}, tuple(chosen[(number - 1) // 2 : (number + 1) // 2]))
-        )
+        needs = chosen[(number - 1) // 2 : (number + 1) // 2]
+        chosen.append(Stage(f"count-{number}", counts, {"number": number}, tuple(needs)))
     with exclusive(out):
         if ray is None:
             run_stages(chosen, out, 2, say)
@@ -37,5 +39,4 @@ def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
     cli.main()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cut import cut_config, dies
-from processes import gone, marked, unlucky, wait_for
+from processes import gone, marked, unlucky, wait_for, wait_until
 
 from helpers import module
 from lors import merge
@@ -225,6 +225,7 @@ def test_signals_at_random_moments(tmp_path: Path) -> None:
         rng = random.Random(number)
         signals, pause = unlucky(rng)
         with marked(command, log) as found:
+            assert wait_until(lambda: "begun" in log.read_text(), 60)  # Ctrl-C before that is Python's own affair
             time.sleep(rng.uniform(0, span))
             slowest = max(slowest, found.end(*signals, pause=pause))
             assert gone(found) and slowest < 5, (number, signals)
