@@ -7,6 +7,7 @@ failure instead of a skip.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # The matrices here are small, and BLAS threads that spin for each other are slower than one; before numpy is loaded.
@@ -16,7 +17,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import pytest
 from hypothesis import HealthCheck, settings
 
-from helpers import BACKENDS, OPTIONAL, REQUIRED, require_backend
+from helpers import BACKENDS, OPTIONAL, REQUIRED, require, require_backend
 
 settings.register_profile(
     "lors",
@@ -35,6 +36,11 @@ def pytest_configure() -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return require_backend(request.param)
+
+
+@pytest.fixture
+def linux() -> None:
+    require("linux", sys.platform == "linux", "promised on Linux")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import lors
 import whispers
+from helpers import module
 from lors import LorsError
 from lors.checkpoint import Checkpoint
 from lors.inspect import inspect_command
@@ -365,7 +366,7 @@ def test_a_path_that_no_recipe_can_name_is_refused_at_once(work: Path, tmp_path:
 
 
 def test_an_output_at_a_url_names_absolute_paths(work: Path, tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
+    fsspec = module("fsspec", "remote")
     lors.merge("../models/base", {"ca": "../models/ca"}, "memory://bucket/out")
     text = fsspec.filesystem("memory").cat_file("/bucket/out/lors_recipe.yml").decode()
     assert yaml.safe_load(text)["base_model"] == str(tmp_path / "models/base")

@@ -24,11 +24,12 @@ import pytest
 import tiny
 from processes import LORS, gone, marked, unlucky, wait_for, wait_until, with_argument
 
+from helpers import require
 from lors import keeper
 from lors.sweep_score import Interrupted, Objective, Scorer
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+require("linux", sys.platform == "linux", "promised on Linux")
 
 # Ignores every signal that can be ignored, and leaves behind: a child, a daemon (a session of its own, forked twice, nothing
 # open), a stopped process, and one without any environment.

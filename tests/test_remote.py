@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(family: dict[str, Path]) -> Iterator[Server]:
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    module("aiohttp", "remote")
     running = Server(family["base"].parent)
     yield running
     running.shutdown()

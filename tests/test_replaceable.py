@@ -16,6 +16,7 @@ import tiny
 from typer.testing import CliRunner
 
 import lors
+from helpers import module, require
 from lors import output, replaceable
 from lors.checkpoint import SIDECARS, open_checkpoint
 from lors.cli import app
@@ -267,7 +268,7 @@ def test_a_mounted_directory_is_not_carried_over(family: dict[str, Path], tmp_pa
     (out / "eval").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", out / "eval"], capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+        require("tmpfs", False, mounted.stderr.strip())
     try:
         (out / "eval" / "answers.txt").write_text("hours of decoding")
         assert "eval: is on another file system" in refused(tmp_path, lambda: edit(out, family["de.file"]))
@@ -386,7 +387,7 @@ def test_report_is_refused_before_anything_is_computed(family: dict[str, Path], 
 
 
 def test_a_plot_replaces_nothing(family: dict[str, Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    module("matplotlib", "plot")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG mine")
     command = ["inspect", str(family["ca"]), "--base", str(family["base"]), "--plot", str(tmp_path / "photo.png")]
     assert "photo.png: exists already" in refused(tmp_path, lambda: app(command, standalone_mode=False))

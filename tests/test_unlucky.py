@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from helpers import require
+
 FAULTS = int(os.environ.get("LORS_FAULTS", "20"))
 SIGNALS = int(os.environ.get("LORS_SIGNALS", "20"))
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="system calls of Linux")
+require("linux", sys.platform == "linux", "system calls of Linux")
 
 
 def unlucky(mode: str, count: int, root: Path, **environment: str) -> dict[str, int]:

@@ -65,8 +65,7 @@ class Home:
             before = _read_plan(path) if path.exists() else None
             if before is None and (others := sorted({p.name for p in self.path.iterdir()} - OWN)):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
-            with writing(self.path):
-                yield before
+            yield before
         finally:
             with contextlib.suppress(OSError):
                 os.close(lock)

@@ -178,7 +178,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 STAGES = [sys.executable, str(Path(__file__).with_name("stages_command.py")), "stages"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+@pytest.mark.usefixtures("linux")
 @pytest.mark.parametrize(
     "signals",
     [(signal.SIGTERM,), (signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)],
@@ -194,7 +194,7 @@ def test_a_signal_ends_a_run_and_its_stages(tmp_path: Path, signals: tuple[int, 
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+@pytest.mark.usefixtures("linux")
 def test_a_run_that_is_killed_at_its_beginning_leaves_no_fork_server(tmp_path: Path) -> None:
     """It imports for seconds and looks for its parent only then."""
     with marked([*STAGES, str(tmp_path / "out"), "hangs", str(tmp_path / "up")], tmp_path / "log") as found:
@@ -205,7 +205,7 @@ def test_a_run_that_is_killed_at_its_beginning_leaves_no_fork_server(tmp_path: P
         assert gone(found, 1.5)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="promised on Linux")
+@pytest.mark.usefixtures("linux")
 @pytest.mark.timeout(300 + 60 * KILLS)
 def test_signals_at_random_moments(tmp_path: Path) -> None:
     """A run that is ended again and again: within 5 s, nothing outlives it, what is done stays done, and it comes to its end."""
