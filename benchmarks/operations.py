@@ -15,7 +15,18 @@ from .errors import BenchmarkError
 from .machine import ROOT
 from .results import Results
 
-OPERATIONS = ("gram_apply", "residual_threshold", "merge_update", "truncated_svd")
+OPERATIONS = (
+    "gram_apply",
+    "residual_threshold",
+    "merge_update",
+    "truncated_svd",
+    "apply_update",
+    "ties_update",
+    "sparse_part",
+    "sparse_update",
+    "topk_mask",
+    "lors_delta",
+)
 
 
 def run(results: Results, operation: str) -> None:

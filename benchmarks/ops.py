@@ -1,4 +1,4 @@
-"""What the four kernel benchmarks share: shapes, input rings, counted bytes, rounds.
+"""What the benchmarks of the kernel operations share: shapes, input rings, counted bytes, rounds.
 
 A kernel that is called again on the same small matrix finds it in the cache, which no merge ever does at first touch.
 "cold" therefore walks through a ring of matrix pairs four times as large as the last cache; "warm" repeats one pair,
