@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DTYPES, Inputs, copies, make_inputs, time_call
-
-
-def plain(out: Tensor, base: Tensor, update: Tensor) -> Tensor:
-    """In float32, and torch's rounding at the copy."""
-    return out.copy_(base.float() + update)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
@@ -34,12 +29,12 @@ def test_apply_update(benchmark: Any, shape: str, dtype: str, cache: str, impl: 
         return lors_kernels.apply_update(out, pair.base, update, backend="cpu")
 
     ours(inputs)
-    expected = plain(torch.empty_like(out), inputs.base, update)
+    expected = plain.apply_update(torch.empty_like(out), inputs.base, update)
     assert torch.equal(out, expected), f"apply_update: {int((out != expected).sum())} entries are rounded otherwise"
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        ours if impl == "cpu" else lambda pair: plain(out, pair.base, update),
+        ours if impl == "cpu" else lambda pair: plain.apply_update(out, pair.base, update),
         nbytes=inputs.base.nbytes + update.nbytes + out.nbytes,
         rounds=50,
     )

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DTYPES, Inputs, close, copies, make_inputs, time_call
 
 BLOCK = 16
-
-
-def plain(inputs: Inputs, x: Tensor) -> Tensor:
-    delta = inputs.tuned[0].float() - inputs.base.float()
-    return delta.T @ (delta @ x)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
@@ -35,7 +31,10 @@ def test_gram_apply(benchmark: Any, shape: str, dtype: str, cache: str, impl: st
     delta = inputs.delta.double()
     truth = delta.T @ (delta @ x.double())
     close(
-        lors_kernels.gram_apply(inputs.base, inputs.tuned[0], x, backend="cpu"), truth, plain(inputs, x), "gram_apply"
+        lors_kernels.gram_apply(inputs.base, inputs.tuned[0], x, backend="cpu"),
+        truth,
+        plain.gram_apply(inputs.base, inputs.tuned[0], x),
+        "gram_apply",
     )
 
     def ours(pair: Inputs) -> Tensor:
@@ -45,7 +44,7 @@ def test_gram_apply(benchmark: Any, shape: str, dtype: str, cache: str, impl: st
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        ours if impl == "cpu" else lambda pair: plain(pair, x),
+        ours if impl == "cpu" else lambda pair: plain.gram_apply(pair.base, pair.tuned[0], x),
         nbytes=inputs.nbytes + 2 * x.nbytes,
         rounds=50,
         flops=4 * m * n * BLOCK,

@@ -12,22 +12,15 @@ import pytest
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .bench_topk_mask import topk
 from .ops import DENSITY, RANK, Inputs, copies, make_inputs, time_call
-from .released import thin_svd
-
-
-def plain(delta: Tensor) -> Tensor:
-    low = thin_svd(delta, RANK)
-    residual = delta - low
-    return low + residual * topk(residual, int(delta.numel() * DENSITY))
 
 
 @lru_cache(maxsize=1)
 def truth(inputs: Inputs) -> Tensor:
-    return plain(inputs.base.double())
+    return plain.lors_delta(inputs.base.double(), RANK, DENSITY)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
@@ -50,7 +43,7 @@ def test_lors_delta(benchmark: Any, shape: str, dtype: str, deltas: str, cache: 
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        lambda pair: ours(pair.base) if impl == "cpu" else plain(pair.base),
+        lambda pair: ours(pair.base) if impl == "cpu" else plain.lors_delta(pair.base, RANK, DENSITY),
         nbytes=(passes + 3) * inputs.nbytes,
         rounds=20 if impl == "cpu" else 3,
         passes=passes,

@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DENSITY, DTYPES, EXPERTS, LAMBDA, Inputs, close, copies, factors, make_inputs, time_call
-
-
-def plain(out: Tensor, inputs: Inputs, left: list[Tensor], right: list[Tensor], values: list[float]) -> Tensor:
-    """In out's precision."""
-    for tuned, u, v, value in zip(inputs.tuned, left, right, values, strict=True):
-        low = u.to(out.dtype) @ v.to(out.dtype).T
-        residual = tuned.to(out.dtype) - inputs.base.to(out.dtype) - low
-        out += LAMBDA * (low + torch.where(residual.abs() >= value, residual, 0))
-    return out
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +47,8 @@ def test_merge_update(benchmark: Any, shape: str, dtype: str, cache: str, impl: 
     found = torch.zeros(m, n)
     ours(found, inputs)
     truth, naive = (
-        plain(torch.zeros(m, n, dtype=d), inputs, left, right, values) for d in (torch.float64, torch.float32)
+        plain.merge_update(torch.zeros(m, n, dtype=d), inputs.base, inputs.tuned, left, right, values, LAMBDA)
+        for d in (torch.float64, torch.float32)
     )
     # An entry within a rounding of the threshold may be kept by one and dropped by another: a few of m * n * EXPERTS.
     flipped = (found - truth).abs().maximum((naive - truth).abs()) > 0.5 * LAMBDA * min(values)
@@ -65,7 +58,11 @@ def test_merge_update(benchmark: Any, shape: str, dtype: str, cache: str, impl: 
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        lambda pair: ours(out, pair) if impl == "cpu" else plain(out, pair, left, right, values),
+        lambda pair: (
+            ours(out, pair)
+            if impl == "cpu"
+            else plain.merge_update(out, pair.base, pair.tuned, left, right, values, LAMBDA)
+        ),
         nbytes=inputs.nbytes + 2 * out.nbytes + sum(each.nbytes for each in (*left, *right)),
         rounds=20,
     )

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DENSITY, DTYPES, Inputs, copies, factors, make_inputs, time_call
-
-
-def magnitudes(inputs: Inputs, left: Tensor, right: Tensor) -> Tensor:
-    return (inputs.tuned[0].float() - inputs.base.float() - left @ right.T).abs().flatten()
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch", "torch topk"])
@@ -36,10 +33,10 @@ def test_residual_threshold(benchmark: Any, shape: str, dtype: str, cache: str, 
         return lors_kernels.residual_threshold(pair.base, pair.tuned[0], left, right, k, backend="cpu")
 
     def kthvalue(pair: Inputs) -> Tensor:
-        return magnitudes(pair, left, right).kthvalue(m * n - k + 1).values
+        return plain.kth_largest(plain.residual_magnitudes(pair.base, pair.tuned[0], left, right), k)
 
     def topk(pair: Inputs) -> Tensor:
-        return torch.topk(magnitudes(pair, left, right), k).values[-1]
+        return torch.topk(plain.residual_magnitudes(pair.base, pair.tuned[0], left, right), k).values[-1]
 
     # delta - L in another order of the rank's sum: one rounding of L apart, no more.
     expected, found = float(kthvalue(inputs)), ours(inputs).value

@@ -14,15 +14,10 @@ from torch import Tensor
 
 import lors_kernels
 from lors_kernels.sparse_part import sparse_part
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DENSITY, Inputs, copies, factors, make_inputs, time_call
-
-
-def plain(inputs: Inputs, left: Tensor, right: Tensor, value: float) -> tuple[np.ndarray, Tensor]:
-    residual = inputs.tuned[0].float() - inputs.base.float() - left @ right.T
-    kept = residual.abs() >= value
-    return np.packbits(kept.numpy(), bitorder="little"), residual[kept]
 
 
 @lru_cache(maxsize=1)
@@ -47,14 +42,16 @@ def test_sparse_part(benchmark: Any, shape: str, dtype: str, cache: str, impl: s
         arrays = (pair.base.numpy(), pair.tuned[0].numpy(), left.numpy(), right.numpy())
         return sparse_part(*arrays, threshold, k, backend="cpu")
 
-    found, expected = ours(inputs), plain(inputs, left, right, threshold.value)
+    found, expected = ours(inputs), plain.sparse_part(inputs.base, inputs.tuned[0], left, right, threshold.value)
     # delta - L in another order of the rank's sum: entries within a rounding of the threshold may fall either way.
     flipped = int(np.unpackbits(found.mask ^ expected[0]).sum())
     assert flipped <= 1e-4 * m * n, f"sparse_part: {flipped} entries differ"
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        ours if impl == "cpu" else lambda pair: plain(pair, left, right, threshold.value),
+        ours
+        if impl == "cpu"
+        else lambda pair: plain.sparse_part(pair.base, pair.tuned[0], left, right, threshold.value),
         nbytes=inputs.nbytes + left.nbytes + right.nbytes + found.mask.nbytes + found.values.nbytes,
         rounds=20,
     )

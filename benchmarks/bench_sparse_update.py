@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lors_kernels.sparse_part import SparsePart
 from lors_kernels.sparse_update import sparse_update
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DENSITY, DTYPES, LAMBDA, Inputs, close, copies, factors, make_inputs, time_call
@@ -37,15 +38,6 @@ def numpy_of(values: Tensor) -> np.ndarray:
     return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
-def plain(out: Tensor, mask: np.ndarray, values: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """In out's precision."""
-    sparse = torch.zeros_like(out)
-    bits = torch.from_numpy(np.unpackbits(mask, count=out.numel(), bitorder="little")).view(out.shape)
-    sparse[bits.bool()] = values.to(out.dtype)
-    out += LAMBDA * (left.to(out.dtype) @ right.to(out.dtype).T + sparse)
-    return out
-
-
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
 @pytest.mark.parametrize("cache", ["cold"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,14 +54,17 @@ def test_sparse_update(benchmark: Any, shape: str, dtype: str, cache: str, impl:
     found = torch.zeros(m, n)
     ours(found)
     truth, naive = (
-        plain(torch.zeros(m, n, dtype=d), part.mask, values, left, right) for d in (torch.float64, torch.float32)
+        plain.sparse_update(torch.zeros(m, n, dtype=d), part.mask, values, left, right, LAMBDA)
+        for d in (torch.float64, torch.float32)
     )
     close(found, truth, naive, "sparse_update")
     ring = copies(Inputs(inputs.base.clone(), []), cache == "cold")  # `base` is what is updated
     time_call(
         benchmark,
         ring,
-        lambda pair: ours(pair.base) if impl == "cpu" else plain(pair.base, part.mask, values, left, right),
+        lambda pair: (
+            ours(pair.base) if impl == "cpu" else plain.sparse_update(pair.base, part.mask, values, left, right, LAMBDA)
+        ),
         nbytes=2 * inputs.base.nbytes + part.mask.nbytes + part.values.nbytes + left.nbytes + right.nbytes,
         rounds=20,
     )

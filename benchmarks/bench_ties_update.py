@@ -14,21 +14,11 @@ import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 from lors_kernels.types import Keep
 
 from .ops import DENSITY, DTYPES, EXPERTS, LAMBDA, Inputs, close, copies, make_inputs, time_call
-
-
-def plain(out: Tensor, inputs: Inputs, values: list[float]) -> Tensor:
-    """In out's precision."""
-    deltas = torch.stack([tuned.to(out.dtype) - inputs.base.to(out.dtype) for tuned in inputs.tuned])
-    cut = torch.tensor(values, dtype=out.dtype)[:, None, None]
-    kept = torch.where(deltas.abs() >= cut, deltas, 0)
-    sign = torch.where(kept.sum(0) >= 0, 1, -1).to(out.dtype)
-    agreeing = (kept.sign() == sign) & (kept != 0)
-    out += LAMBDA * (kept * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
-    return out
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +42,10 @@ def test_ties_update(benchmark: Any, shape: str, dtype: str, cache: str, impl: s
 
     found = torch.zeros(m, n)
     ours(found, inputs)
-    truth, naive = (plain(torch.zeros(m, n, dtype=d), inputs, values) for d in (torch.float64, torch.float32))
+    truth, naive = (
+        plain.ties_update(torch.zeros(m, n, dtype=d), inputs.base, inputs.tuned, values, LAMBDA)
+        for d in (torch.float64, torch.float32)
+    )
     # Of magnitudes equal to the threshold the kernel keeps the first; where kept entries cancel, a rounding elects the sign.
     apart = (found - truth).abs() > 1e-3 * LAMBDA * min(values)
     assert int(apart.sum()) <= 1e-3 * m * n, f"ties_update: {int(apart.sum())} entries differ"
@@ -61,7 +54,9 @@ def test_ties_update(benchmark: Any, shape: str, dtype: str, cache: str, impl: s
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),
-        lambda pair: ours(out, pair) if impl == "cpu" else plain(out, pair, values),
+        lambda pair: (
+            ours(out, pair) if impl == "cpu" else plain.ties_update(out, pair.base, pair.tuned, values, LAMBDA)
+        ),
         nbytes=inputs.nbytes + 2 * out.nbytes,
         rounds=20,
     )

@@ -8,19 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import lors_kernels
+from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
 from .ops import DENSITY, DTYPES, Inputs, copies, make_inputs, time_call
-
-
-def topk(x: Tensor, k: int) -> Tensor:
-    mask = torch.zeros(x.numel(), dtype=torch.bool)
-    mask[torch.topk(x.abs().flatten(), k, sorted=False).indices] = True
-    return mask.view(x.shape)
 
 
 def kthvalue(x: Tensor, k: int) -> Tensor:
@@ -46,7 +40,7 @@ def test_topk_mask(benchmark: Any, shape: str, dtype: str, cache: str, impl: str
     values = inputs.base.float().abs()
     assert int(found.sum()) == k, f"topk_mask: expected {k} entries, got {int(found.sum())}"
     assert values[found].min() >= values[~found].max(), "topk_mask: an entry that is left out is larger than a kept one"
-    call = {"cpu": ours, "torch": lambda x: topk(x, k), "torch kthvalue": lambda x: kthvalue(x, k)}[impl]
+    call = {"cpu": ours, "torch": lambda x: plain.topk_mask(x, k), "torch kthvalue": lambda x: kthvalue(x, k)}[impl]
     time_call(
         benchmark,
         copies(inputs, cache == "cold"),

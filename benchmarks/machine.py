@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lors_kernels.testing.peaks import cache_sizes
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "transformers", "safetensors", "mergekit", "ml_dtypes")
 
@@ -53,17 +55,6 @@ def vector_units() -> list[str]:
     info = Path("/proc/cpuinfo")
     flags = set(re.findall(r"\S+", info.read_text())) if info.exists() else set()
     return [name for name in ("avx2", "fma", "avx512f", "avx512_bf16", "asimd") if name in flags]
-
-
-def cache_sizes() -> dict[str, int]:
-    """Bytes of L1d, L2 and L3 that core 0 sees; empty where the system does not say."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    sizes: dict[str, int] = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind, level, text = ((index / entry).read_text().strip() for entry in ("type", "level", "size"))
-        if kind != "Instruction":
-            sizes["L1d" if level == "1" else f"L{level}"] = int(text[:-1]) * units[text[-1]]
-    return sizes
 
 
 def memory_size() -> int:

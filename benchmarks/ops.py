@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lors_kernels.testing.peaks import cache_sizes
+
 from .generate import Spec, delta_tensor
-from .machine import cache_sizes
 
 RANK, DENSITY, LAMBDA, EXPERTS = 7, 0.2, 0.2, 5
 

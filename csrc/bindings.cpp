@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/peaks.h"
 #include "cpu/simd.h"
 
 namespace py = pybind11;
@@ -160,4 +161,7 @@ PYBIND11_MODULE(LORS_MODULE, module) {
     module.def("sparse_part", sparse_part);
     module.def("sparse_update", sparse_update);
     module.def("truncated_svd", truncated_svd);
+    module.def("multiply_rate", lors::multiply_rate, py::call_guard<py::gil_scoped_release>());
+    module.def("bfloat16_rate", lors::bfloat16_rate, py::call_guard<py::gil_scoped_release>());
+    module.def("read_rate", lors::read_rate, py::call_guard<py::gil_scoped_release>());
 }

@@ -8,6 +8,7 @@ the reason. Nothing falls back behind the caller's back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -67,6 +68,17 @@ def availability(name: str) -> Availability:
 def available_backends() -> dict[str, Availability]:
     """Every backend, and whether it can run here or why not."""
     return {name: availability(name) for name in _MODULES}
+
+
+def named_or_available(names: Sequence[str] | None) -> list[str]:
+    """Backends to look at one by one: those asked for by name, which must be there, or all that are."""
+    known = available_backends()
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")
+        if not known[name].ok:
+            raise BackendUnavailable(f"{name}: {known[name].reason}")
+    return list(names or (name for name, status in known.items() if status.ok))
 
 
 def select(backend: str | None, like: Array, operation: str = "gram_apply") -> ModuleType:

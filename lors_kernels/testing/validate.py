@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-import lors_kernels as kernels
-
 from .. import dispatch
 from .cases import CASES, Case
 from .checks import CHECKS, Finding, Place
@@ -58,13 +56,7 @@ def _check(place: Place, operation: str, case: Case) -> Check:
 def validate_command(backends: list[str] | None, *, quick: bool = False, as_json: bool = False) -> bool:
     """Prints a table and returns whether everything is right. A backend asked for by name must be available, one that is
     broken is wrong, and so is nothing to check."""
-    known = dispatch.available_backends()
-    for name in backends or ():
-        if name not in known:
-            raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")
-        if not known[name].ok:
-            raise kernels.BackendUnavailable(f"{name}: {known[name].reason}")
-    names = backends or [name for name, status in known.items() if status.ok]
+    known, names = dispatch.available_backends(), dispatch.named_or_available(backends)
     cases = tuple(case for case in CASES if not (quick and case.large))
     small = tuple(case for case in cases if case.matrices()[1].size <= SLOW)
     results = [check for name in names for check in checks(name, small if name == "reference" else cases)]
