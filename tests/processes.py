@@ -26,7 +26,7 @@ class Marked:
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True,
-                preexec_fn=_heed_ctrl_c,
+                preexec_fn=heed_ctrl_c,
             )  # fmt: skip
 
     def alive(self) -> list[int]:
@@ -44,7 +44,7 @@ class Marked:
         return time.monotonic() - begun
 
 
-def _heed_ctrl_c() -> None:
+def heed_ctrl_c() -> None:
     """SIGINT is ignored in what a shell starts in the background, as it may have started these tests."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -89,7 +89,7 @@ def with_argument(argument: str) -> list[int]:
     return found
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 3.0) -> bool:
+def wait_until(true: Callable[[], bool], seconds: float = 5.0) -> bool:
     """Whether it is true, at the latest after so many seconds."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -103,6 +103,6 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     assert wait_until(path.exists, seconds), f"{path} has not come"
 
 
-def gone(found: Marked, seconds: float = 3.0) -> bool:
+def gone(found: Marked, seconds: float = 5.0) -> bool:
     """Whether nothing is alive, at the latest after so many seconds."""
     return wait_until(lambda: not found.alive(), seconds)

@@ -22,7 +22,7 @@ from pathlib import Path
 import hostile_jobs
 import pytest
 import tiny
-from processes import LORS, gone, marked, unlucky, wait_for, wait_until, with_argument
+from processes import LORS, gone, heed_ctrl_c, marked, unlucky, wait_for, wait_until, with_argument
 
 from helpers import require
 from lors import keeper
@@ -84,7 +84,7 @@ def test_a_command_finds_itself_as_if_started_without_a_keeper() -> None:
     outputs = []
     for start in (
         lambda *a, **k: keeper.running(*a, **k),
-        lambda *a, **k: subprocess.Popen(*a, stdin=subprocess.DEVNULL, **k),
+        lambda *a, **k: subprocess.Popen(*a, stdin=subprocess.DEVNULL, preexec_fn=heed_ctrl_c, **k),
     ):
         with start(["sh", "-c", script], stdout=subprocess.PIPE) as process:
             outputs.append(process.stdout.read())
