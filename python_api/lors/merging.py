@@ -151,7 +151,7 @@ def merge_recipe(
     if check:
         from .verify import verify
 
-        job.report.notices.append(verify(recipe, out))
+        job.report.notices.append(verify(recipe, out, job.report))
     return job.report
 
 
