@@ -107,7 +107,7 @@ def test_what_is_broken_is_not(home: Path, kind: str, tiny_whisper: Path, tmp_pa
     assert re.match(reason, found["backends"]["cpu"]["reason"])
     done = merge(home, tiny_whisper, tmp_path / "out", **variables)
     assert done.returncode == 2 and not (tmp_path / "out").exists(), done.stderr
-    assert re.fullmatch(f"error: --backend: cpu is broken: {reason}.*\n", done.stderr)
+    assert re.fullmatch(f"error: backend cpu is broken: {reason}.*\n", done.stderr)
 
 
 def test_another_backend_runs_by_name(home: Path, tiny_whisper: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import lors
 import whispers
 from helpers import module
-from lors import LorsError
+from lors import LorsError, suspicions
 from lors.checkpoint import Checkpoint
 from lors.inspect import inspect_command
 from lors.interference import interference
@@ -188,7 +188,7 @@ def test_a_merged_openai_checkpoint_is_read_again(tiny_whisper: Path, tmp_path: 
     }
     out, file = tmp_path / "out", tmp_path / "de.lors.safetensors"
     report = lors.merge(paths["base"], {"ca": paths["ca"]}, out, check=True)
-    assert "compared with the reference" in report.notices[-1]
+    assert "compared with the method's definition" in report.notices[-1]
     decompose(paths["base"], paths["de"], file, name="de", values="float32", remainder="float32")
     edit(out, file)
     lors.merge(paths["base"], {"ca": paths["ca"], "de": file}, tmp_path / "both")
@@ -450,3 +450,32 @@ def test_an_expert_called_base_is_attested_as_itself(family: Family, tmp_path: P
     for role, name in (("base", "base"), ("expert", "ca")):
         digest = hashlib.sha256((family[name] / "model.safetensors").read_bytes()).hexdigest()
         assert any(line.startswith(f"| {role} | `base` |") and digest in line for line in card.splitlines())
+
+
+def test_an_original_whisper_among_the_experts_is_noticed(family: Family) -> None:
+    with lors.open_checkpoint(family["base"]) as base, lors.open_checkpoint(family["ca"]) as expert:
+        hashes = {base: {"model.safetensors": "0" * 64}, expert: {"model.safetensors": "1" * 64}}
+        assert suspicions.of_digests(base, [expert], hashes) == []
+        expert.hub_id = "openai/whisper-small"
+        (said,) = suspicions.of_digests(base, [expert], hashes)
+        assert "openai/whisper-small is an original Whisper, not a fine-tuned one: is it the base?" in said
+
+
+def test_an_expert_that_differs_outside_the_sample_is_not_the_base(family: Family, tmp_path: Path) -> None:
+    state = {name: value.copy() for name, value in tiny.tensors(0, 0.5).items()}
+    state["model.encoder.conv1.weight"][0, 0, 0] += 1  # no matrix
+    expert = tiny.write(tmp_path / "nearly", state)
+    assert "same weights as the base" not in said_of(family["base"], {"x": expert}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("gram", "center"),
+    [
+        ([[1.0, 1.0], [1.0, 1.5]], 0),  # trained from the first one
+        ([[0.01, 0.01], [0.01, 1.0]], None),  # hardly nearer to it than to the base
+        ([[1.0, 0.97], [0.97, 1.0]], None),  # each lies around the other
+        ([[1.0, 0.5], [0.5, 1.0]], None),  # they share half of their change
+    ],
+)
+def test_what_lies_around_what(gram: list[list[float]], center: int | None) -> None:
+    assert suspicions._center(np.array(gram)) == center

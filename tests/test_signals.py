@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import tiny
 
 from lors import signals
 from lors.signals import Terminated, terminate_cleanly
@@ -98,3 +100,23 @@ def test_a_command_that_cleans_up_has_its_time(monkeypatch: pytest.MonkeyPatch) 
         signal.raise_signal(signal.SIGTERM)
     time.sleep(0.6)
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_pattern_that_never_ends_is_ended(tmp_path: Path, signum: signal.Signals) -> None:
+    """`target` takes any regular expression; one that tries every way to split a name is the user's to interrupt."""
+    paths = tiny.family(tmp_path, ("ca",))
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"merge_method: lors\nbase_model: {paths['base']}\nmodels:\n  - model: {paths['ca']}\n"
+        "target: {include: ['(\\w+\\.?)+!']}\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lors", "merge", str(recipe), str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(4)
+    assert process.poll() is None, "it runs"
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=5)
+    assert process.returncode == 128 + signum and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()

@@ -106,7 +106,7 @@ def merge(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Reload the result and compare a sample with the reference.")
+        bool, typer.Option("--check", help="Reload the result and compare a sample with the method's definition.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,

@@ -18,7 +18,7 @@ HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
 
 _SIZES = {384: "tiny", 512: "base", 768: "small", 1024: "medium", 1280: "large"}
 _VOCABULARIES = {51864: "English-only", 51865: "multilingual, up to large-v2", 51866: "large-v3 and turbo"}
-_FLOATS = {"F16", "BF16", "F32", "F64"}
+_FLOATS = {"F16", "BF16", "F32"}
 _LAYER = re.compile(r"(?:^|\.)(encoder|decoder)\.(?:layers|blocks)\.(\d+)\.")
 _CONV1 = re.compile(r"(?:^|\.)encoder\.conv1\.weight$")
 _TOKENS = re.compile(r"(?:^|\.)(embed_tokens|token_embedding|proj_out)\.weight$")
@@ -27,12 +27,15 @@ _TOKENS = re.compile(r"(?:^|\.)(embed_tokens|token_embedding|proj_out)\.weight$"
 def dtype_kind(info: TensorInfo) -> str:
     """What can be done with a tensor.
 
-    "float" can be merged, "integer" (bool included) is carried from the base, "complex" and "8-bit float" are refused.
+    "float" can be merged, "integer" (bool included) is carried from the base, the others are refused: sums are made in
+    float32, so that of float64 values would be lost, and those beyond float32 be infinite.
     """
     if info.code in _FLOATS:
         return "float"
     if info.dtype.kind in "iub":
         return "integer"
+    if info.code == "F64":
+        return "64-bit float"
     return "complex" if info.dtype.kind == "c" else "8-bit float"
 
 
@@ -131,7 +134,7 @@ def _compare_dtypes(base: Checkpoint, expert: Checkpoint) -> None:
     for name, ours in base.tensors.items():
         theirs = expert.tensors[str(expert.resolve(name))]
         for checkpoint, info in ((base, ours), (expert, theirs)):
-            if dtype_kind(info) in ("complex", "8-bit float"):
+            if dtype_kind(info) not in ("float", "integer"):
                 raise LorsError(
                     f"{checkpoint.name}: tensor {info.name!r}: {info.code} cannot be merged: expected F32, F16 or BF16"
                 )

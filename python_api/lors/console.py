@@ -52,10 +52,12 @@ class _Stdout(io.FileIO):
 
 
 def _checked(stream: TextIO) -> TextIO:
+    """The stream with such errors. What its encoding has not got, of names that come from outside, is escaped."""
     stream.flush()
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors
     raw = _Stdout(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), stream.encoding, stream.errors, None, bool(stream.line_buffering),
+        io.BufferedWriter(raw), stream.encoding, errors, None, bool(stream.line_buffering),
         bool(getattr(stream, "write_through", False)),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ LorsError of one line such as ``PATH: experts[0].weight: expected a number, got 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -16,7 +17,7 @@ from . import strict_json
 from .errors import LorsError
 from .messages import nearest, shown
 
-__all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "problem"]
+__all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "first_problem", "problem"]
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MAX_VALUES = 100_000  # of a document: what is wrong with each takes pydantic up to 1.5 kB to say
@@ -78,22 +79,36 @@ _EXPECTED = {
 
 
 def problem(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Where and what: an unknown key before all else, for a misspelt key is also a missing one."""
+    """Where and what is wrong with a document."""
+    place, what = first_problem(error, {(): kind})
+    return f"{place}: {what}" if place else what
+
+
+def first_problem(
+    error: ValidationError, known: Mapping[tuple[str, ...], type[BaseModel]], words: Mapping[str, str] = _EXPECTED
+) -> tuple[str, str]:
+    """(where, what): an unknown key before all else, for a misspelt key is also a missing one.
+
+    known: place of a mapping, its names only, -> the model whose keys it may have. words: type of problem -> what was expected.
+    """
     problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] in _UNKNOWN), problems[0])
     location, value, code = first["loc"], first["input"], first["type"]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-    place = f"{place}: " if place else ""
     if code in _UNKNOWN:
-        known = nearest(location[-1], kind.model_fields) if len(location) == 1 else ""
-        return f"{place}unknown key {shown(location[-1])}{known}"
+        owner = known.get(tuple(part for part in location[:-1] if isinstance(part, str)))
+        return place, f"unknown key {shown(location[-1])}{nearest(location[-1], owner.model_fields) if owner else ''}"
     if code == "missing":
-        return f"{place}missing"
+        return place, "missing"
     if code == "value_error":
-        return f"{place}{first['ctx']['error']}"
+        return place, str(first["ctx"]["error"])
     if code == "literal_error":
-        return f"{place}expected {re.sub(' or ', ', ', first['ctx']['expected'])}, got {shown(value)}"
+        choices = re.split(", | or ", first["ctx"]["expected"])
+        return (
+            place,
+            f"expected {'one of ' * (len(choices) > 1)}{', '.join(choices).replace(chr(39), '')}, got {shown(value)}",
+        )
     if code == "string_pattern_mismatch":
-        return f"{place}expected text of the form {first['ctx']['pattern']}, got {shown(value)}"
+        return place, f"expected text of the form {first['ctx']['pattern']}, got {shown(value)}"
     message = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{place}expected {_EXPECTED.get(code, message)}, got {shown(value)}"
+    return place, f"expected {words.get(code, message)}, got {shown(value)}"

@@ -404,6 +404,20 @@ class ExpertSource:
             return np.zeros((part.shape[0], 0), np.float32), np.zeros((part.shape[1], 0), np.float32)
         return left, right
 
+    def stored(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(left, right, S) of a tensor in float64; of one that is not decomposed S is delta. None: it is not in the file."""
+        part = self._parts.get(name)
+        if part is None:
+            return None
+        if not part.matrix:
+            none = np.zeros((0, 0))
+            return none, none, self.update(name).astype(np.float64)
+        (mask, values), scale = self._sparse(part)
+        sparse = np.zeros(part.numel)
+        sparse[np.unpackbits(mask, count=part.numel, bitorder="little").view(bool)] = values.astype(np.float64) * scale
+        left, right = (x.astype(np.float64) for x in self.stored_factors(name))
+        return left, right, sparse.reshape(part.shape)
+
     # --- reading
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -21,6 +21,10 @@ class Factors(NamedTuple):
         """Rows [start, stop) of delta in float32."""
         return self.left[start:stop] @ self.right.T  # type: ignore[no-any-return]
 
+    def exact(self) -> np.ndarray:
+        """delta in float64."""
+        return self.left.astype(np.float64) @ self.right.astype(np.float64).T  # type: ignore[no-any-return]
+
     def flat(self, start: int, stop: int) -> np.ndarray:
         """Row-major entries [start, stop) of delta in float32."""
         n = len(self.right)

@@ -23,10 +23,11 @@ from pydantic import Field
 from .card import Source, carried_over, is_untouched, write_card
 from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
 from .documents import Document
-from .errors import LorsError
+from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
 from .merge_report import MergeReport, peak_memory
 from .output import RECIPE_FILE, OutputDirectory, writing
+from .parameters import LARGEST
 from .recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
@@ -85,6 +86,8 @@ def edit(
     written when the expert file was made from another base or, on removal, is not what was merged.
     """
     begun = time.perf_counter()
+    if weight is not None and not abs(weight) <= LARGEST:
+        raise SettingError("weight", f"expected a number that float32 can hold, got {weight:g}")
     target = Path(os.path.realpath(os.path.expanduser(merged)))
     if not target.is_dir():
         turned = (Path(expert).expanduser() / LEDGER_FILE).exists()

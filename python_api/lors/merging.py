@@ -151,7 +151,7 @@ def merge_recipe(
     if check:
         from .verify import verify
 
-        job.report.notices.append(verify(recipe, out))
+        job.report.notices.append(verify(recipe, out, job.report))
     return job.report
 
 
@@ -353,7 +353,13 @@ def _backend(name: str | None) -> str:
     try:
         return str(select(name, np.empty((1, 1), np.float32)).NAME)
     except (ValueError, BackendUnavailable) as error:
-        raise SettingError("backend", str(error).removeprefix("backend: ")) from None
+        raise _no_backend(name, error) from None
+
+
+def _no_backend(name: str | None, error: Exception) -> LorsError:
+    """The error for kernels that cannot run: about the setting only where there is one."""
+    problem = str(error).removeprefix("backend: ")
+    return LorsError(f"backend {problem}") if name is None else SettingError("backend", problem)
 
 
 def _open(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
@@ -553,7 +559,7 @@ def _on_devices(
     try:
         kernels = select(backend, torch.empty((1, 1), device=devices[0])).NAME
     except (ValueError, BackendUnavailable) as error:
-        raise SettingError("backend", str(error).removeprefix("backend: ")) from None
+        raise _no_backend(backend, error) from None
     engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
     return (kind or GpuEngine)(
         engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,

@@ -147,7 +147,7 @@ class Operands:
         """Expert t's delta as a float64 matrix: exact where it is known by factors, else formed in float32."""
         factors = self.experts[t].factors(self.name)
         if factors is not None:
-            return factors.left.astype(np.float64) @ factors.right.astype(np.float64).T  # type: ignore[no-any-return]
+            return factors.exact()
         base, tuned = self.pair(t)
         delta = tuned.astype(np.float32) - base.astype(np.float32)
         self.check(t, delta)
@@ -190,6 +190,10 @@ class Operands:
     ) -> None:
         """The same for differences that are known already."""
         self._update(out, start, [None, None], deltas, keep, weights, **rule)
+
+    def count_dropped(self, energy: float) -> None:
+        """The energy of what `add_deltas` does not see of a difference."""
+        self.outcomes.append(Outcome(UpdateStats(energy, energy, 0.0, 0, 0)))
 
     def _update(
         self,

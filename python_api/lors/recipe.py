@@ -29,6 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from . import strict_yaml
+from .documents import first_problem
 from .errors import LorsError, SettingError
 from .layers import compile_patterns
 from .messages import near_path, nearest, shown
@@ -235,7 +236,7 @@ class Recipe(_Document):
             _check_labels(recipe.models)
             return recipe if methods is None else recipe.bind(methods)
         except ValidationError as error:
-            problem: LorsError = _first_problem(error)
+            problem: LorsError = SettingError(*first_problem(error, _MAPPINGS, _EXPECTED))
         except LorsError as error:
             problem = error
         raise LorsError(f"{file}: {problem}") if file else problem
@@ -623,23 +624,4 @@ _EXPECTED = {
     "greater_than_equal": "an integer >= 0",
     "less_than": "an integer below 2**63",
 }
-
-
-def _first_problem(error: ValidationError) -> SettingError:
-    """The problem worth telling: an unknown key before all others, for a misspelt key is also a missing one."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location, value, kind = problem["loc"], problem["input"], problem["type"]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-    if kind == "extra_forbidden":
-        owners: dict[str | int, type[BaseModel]] = {"models": ModelEntry, "target": Target}
-        owner = owners[location[0]] if len(location) > 1 else Recipe
-        return SettingError(place, f"unknown key {shown(location[-1])}{nearest(location[-1], owner.model_fields)}")
-    if kind == "missing":
-        return SettingError(place, "missing")
-    if kind == "value_error":
-        return SettingError(place, str(problem["ctx"]["error"]))
-    if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return SettingError(place, f"expected one of {', '.join(allowed)}, got {shown(value)}")
-    return SettingError(place, f"expected {_EXPECTED.get(kind, problem['msg'])}, got {shown(value)}")
+_MAPPINGS: dict[tuple[str, ...], type[BaseModel]] = {(): Recipe, ("models",): ModelEntry, ("target",): Target}

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from .documents import first_problem
 from .errors import LorsError
 from .locks import flock
-from .messages import first_line, shown
+from .messages import first_line
 from .output import writing
 from .public import public
 from .remote import Store, cache, local_path
@@ -187,5 +188,5 @@ def load_lines(home: Path, read: Callable[[bytes], T]) -> list[T]:
 def _problem(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return first_line(error)
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {shown(problem['input'])}"
+    place, what = first_problem(error, {})
+    return f"{place}: {what}" if place else what

@@ -47,7 +47,7 @@ from .expert_file import (
     seal,
 )
 from .output import OutputDirectory, OutputFile, WeightWriter
-from .parameters import rank_of
+from .parameters import LARGEST, rank_of
 from .public import public
 from .recipe import Target
 from .remote import is_url, placed
@@ -110,7 +110,7 @@ def decompose(
     """
     begun = time.perf_counter()
     chosen = Target.model_validate(dict(target)) if target else None
-    _check_options(rank, density, values, index, remainder)
+    _check_options(rank, density, seed, values, index, remainder)
     with contextlib.ExitStack() as stack:
         path = Path(
             os.path.abspath(
@@ -140,11 +140,13 @@ def decompose(
     return Decomposition(shown, stored, size, matrices, error, time.perf_counter() - begun)
 
 
-def _check_options(rank: float, density: float, values: str, index: str, remainder: str) -> None:
+def _check_options(rank: float, density: float, seed: int, values: str, index: str, remainder: str) -> None:
     if not 0 <= density <= 1:
         raise SettingError("density", f"expected a number in [0, 1], got {density}")
-    if rank < 0 or (rank >= 1 and rank != int(rank)):
+    if not 0 <= rank < math.inf or (rank >= 1 and rank != int(rank)):
         raise SettingError("rank", f"expected 0, an integer >= 1 or a fraction of min(m, n) below 1, got {rank}")
+    if not 0 <= seed < 2**63:
+        raise SettingError("seed", f"expected an integer in [0, 2**63), got {seed}")
     for option, value, known in (
         ("values", values, ("float32", "float16", "bfloat16")),
         ("index", index, ("auto", "mask", "gaps")),
@@ -267,25 +269,32 @@ class _Encoder:
                 size = self._layout.stored[f"{part.name}:gaps"].shape[0]
                 mask = encode_gaps(mask, part.numel, size)
             self._put(f"{part.name}:{self._layout.index}", mask)
-            lost = self._floats(f"{part.name}:values", sparse.values, self._layout.values)
-        self._energies[self._row[part.name]] = stats.delta_energy, stats.residual_energy, stats.kept_energy
-        self._count(lost, float(np.vdot(out, out)))
+            lost = self._floats(part, "values", sparse.values, self._layout.values)
+        energies = stats.delta_energy, stats.residual_energy, stats.kept_energy
+        if not np.isfinite(energies).all():
+            raise LorsError(
+                f"{self._tuned.name}: tensor {part.name!r}: the squares of its difference to the base overflow float32"
+            )
+        self._energies[self._row[part.name]] = energies
+        self._count(lost, _square(out))
 
     def _rest(self, part: Part, start: int) -> None:
         base, tuned = self._fetch(part, start, min(start + CHUNK, part.numel))
-        delta = tuned.astype(np.float32) - base.astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = tuned.astype(np.float32) - base.astype(np.float32)
         if bad := int(np.count_nonzero(~np.isfinite(delta))):
             raise self._non_finite(part, bad)
         if self._layout.remainder == "none":
-            lost = float(np.vdot(delta, delta))
+            lost = _square(delta)
         elif self._layout.remainder == "int8":
             lost = self._int8(part, delta, start)
         else:
-            lost = self._floats(f"{part.name}:delta", delta, self._layout.remainder, start)
-        self._count(lost, float(np.vdot(delta, delta)))
+            lost = self._floats(part, "delta", delta, self._layout.remainder, start)
+        self._count(lost, _square(delta))
 
-    def _floats(self, name: str, values: np.ndarray, kind: str, start: int = 0) -> float:
+    def _floats(self, part: Part, array: str, values: np.ndarray, kind: str, start: int = 0) -> float:
         """Writes float32 values as `kind` and returns the squared norm of what that loses."""
+        name = f"{part.name}:{array}"
         exponent, stored = 0, values
         if kind == "float16":
             # The largest goes to [2^14, 2^15): deltas are small, and float16 has 11 bits only above 2^-14.
@@ -298,8 +307,8 @@ class _Encoder:
         self._put(name, stored, start)
         if kind == "float32":
             return 0.0
-        difference = stored.astype(np.float32) * np.float32(2.0**exponent) - values
-        return float(np.vdot(difference, difference))
+        with np.errstate(over="ignore"):
+            return self._loss(part, kind, stored.astype(np.float32) * np.float32(2.0**exponent), values)
 
     def _int8(self, part: Part, delta: np.ndarray, start: int) -> float:
         padded = np.zeros(-(-delta.size // BLOCK) * BLOCK, np.float32)
@@ -309,8 +318,20 @@ class _Encoder:
         quantised = np.rint(blocks / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)
         self._put(f"{part.name}:int8", quantised.reshape(-1)[: delta.size], start)
         self._scales(part, scales, start)
-        difference = quantised * scales[:, None] - blocks
-        return float(np.vdot(difference, difference))
+        with np.errstate(over="ignore"):
+            return self._loss(part, "int8", quantised * scales[:, None], blocks)
+
+    def _loss(self, part: Part, kind: str, restored: np.ndarray, values: np.ndarray) -> float:
+        """The squared norm of what storing loses; LorsError where what is stored is infinite again."""
+        with np.errstate(invalid="ignore"):
+            lost = _square(restored - values)
+        if not math.isfinite(lost):
+            option = "values" if part.matrix else "remainder"
+            raise LorsError(
+                f"{self._tuned.name}: tensor {part.name!r}: its difference to the base reaches {np.abs(values).max():.6g}, "
+                f"which rounds to infinity as {kind}; choose float32 as --{option}"
+            )
+        return lost
 
     def _scales(self, part: Part, scales: np.ndarray, start: int) -> None:
         """Scales of one chunk; the array as a whole is written when the last of them is there."""
@@ -332,6 +353,11 @@ class _Encoder:
             f"{self._tuned.name}: tensor {part.name!r}: expected a finite difference to the base, got {count} NaN or "
             "infinite entries"
         )
+
+
+def _square(values: np.ndarray) -> float:
+    """The sum of squares, in float64: of values that float32 holds it may not."""
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 # --- using them ------------------------------------------------------------------------------------------------------
@@ -364,6 +390,8 @@ def export_lora(
 
     base: what PEFT shall call the base model (the adapter's base_model_name_or_path). Returns the number of matrices.
     """
+    if not abs(scale) <= LARGEST:
+        raise SettingError("scale", f"expected a number that float32 can hold, got {scale:g}")
     source = open_expert(path)
     with source.checkpoint, OutputDirectory(out, force=force, inputs=[path]) as directory:
         matrices = [part for part in source.layout.parts if part.matrix and part.rank and part.name.endswith(".weight")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -363,3 +364,11 @@ def test_two_runs_in_one_directory(finished: Path) -> None:
         run_experiment(cut_config(), finished, stage="test-base", report=lambda line: None)
         with pytest.raises(LorsError, match="another experiment is running here"):
             run_experiment(cut_config(), finished)
+
+
+def test_keys_of_stages_that_many_need() -> None:
+    """Remembered: with 60 stages one upon the other, each needing the one below twice, it would take years."""
+    stage = Stage("0", print, {})
+    for depth in range(60):
+        stage = Stage(str(depth + 1), print, {}, (stage, stage))
+    assert len(stage.key) == 12 and stage.key == dataclasses.replace(stage).key != stage.needs[0].key

@@ -42,16 +42,22 @@ def ranked(name: str, *, elect: bool, normalize: bool) -> Method:
             rule = {"elect": elect, "normalize": shared["normalize"], "scale": shared["lambda"]}
             for chunk in operands.chunks(_width(operands)):
                 out, base = operands.out(chunk.base), chunk.base.astype(np.float32)
-                deltas = [
-                    draw.kept(chunk.start, tuned.astype(np.float32) - base)
-                    for draw, tuned in zip(draws, chunk.tuned, strict=True)
-                ]
+                deltas = []
+                for draw, tuned in zip(draws, chunk.tuned, strict=True):
+                    delta = tuned.astype(np.float32) - base
+                    energy = _energy(delta)
+                    deltas.append(draw.kept(chunk.start, delta))
+                    operands.count_dropped(energy - _energy(deltas[-1]))
                 operands.add_deltas(out, chunk.start, deltas, keep, [model["weight"] for model in models], **rule)
                 yield chunk.start, out
 
         return merge
 
     return Method(spec(name, normalize, True, (EPSILON,)), combine=combine, everywhere=True)
+
+
+def _energy(x: np.ndarray) -> float:
+    return float(np.square(x).sum(dtype=np.float64))
 
 
 def _check(density: float, epsilon: float) -> None:
