@@ -6,7 +6,8 @@ compiled for AVX-512 must never be merged by the linker into code that an older 
 Linux there is one, `_cpu_portable`: with NEON on arm64, and on macOS without -m flags, because one compilation may be for
 both of its processors.
 
-The CUDA module (`_cuda`) is built where nvcc is found: LORS_BUILD_CUDA=auto (the default), 0 (never) or 1 (or fail).
+The CUDA module (`_cuda`) is built where nvcc is found: LORS_BUILD_CUDA=auto (the default; where nvcc or the linking fails it
+warns, and the rest is installed), 0 (never) or 1 (or fail).
 LORS_CUDA_ARCHS lists the native architectures; PTX of the last one serves newer devices. The CUDA runtime is linked
 statically, and no GPU is looked for: what is built does not depend on the machine that builds it.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.errors import CompileError
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -52,7 +55,13 @@ def find_cuda() -> Path | None:
         return None
     # nvcc may be a link or a script: it says itself where it lives
     said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-    return next((Path(line.split("TOP=")[1]).resolve() for line in said.splitlines() if "TOP=" in line), None)
+    home = next((Path(line.split("TOP=")[1]).resolve() for line in said.splitlines() if "TOP=" in line), None)
+    if home is None:
+        problem = f"expected {nvcc} --dryrun to name its toolkit, got {' '.join(said.split())[:300]!r}"
+        if wanted == "1":
+            raise SystemExit(f"LORS_BUILD_CUDA=1: {problem}")
+        print(f"warning: the CUDA module is not built: {problem}", file=sys.stderr)
+    return home
 
 
 def compile_cuda(folder: Path) -> list[str]:
@@ -71,7 +80,7 @@ def compile_cuda(folder: Path) -> list[str]:
             (folder / f"{Path(source).stem}.resources.txt").write_text(done.stderr)
             if done.returncode:
                 target.unlink(missing_ok=True)
-                raise SystemExit(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
+                raise CompileError(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -93,6 +102,7 @@ def cuda_extension() -> Pybind11Extension | None:
         libraries=["cudart_static", "dl", "rt", "pthread"],
         extra_compile_args=COMMON,
         cxx_std=17,
+        optional=os.environ.get("LORS_BUILD_CUDA", "auto") == "auto",
     )
 
 
@@ -111,6 +121,11 @@ class BuildExt(build_ext):
             if ext is CUDA:
                 ext.extra_objects = compile_cuda(Path(self.build_temp))
             super().build_extension(ext)
+        except Exception:
+            Path(self.get_ext_fullpath(ext.name)).unlink(
+                missing_ok=True
+            )  # an older one would be installed in its place
+            raise
         finally:
             self.build_temp = shared
 

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--deltas", choices=("powerlaw", "flat"), default="powerlaw")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("-o", "--out", type=Path, default=ROOT / "bench-data")
+    parts.add_parser("counts", help="machine code and calls of the GPU backends, counted without a GPU")
     shown = parts.add_parser("table", help="print the tables")
     shown.add_argument("--check", action="store_true", help="fail if README.md or docs/measurements.md differs")
     shown.add_argument("--write", action="store_true", help="put the tables into README.md and docs/measurements.md")
@@ -118,6 +119,10 @@ def main(arguments: list[str]) -> int:
             spec = Spec(options.size, options.dtype, options.deltas, options.seed)
             for path in generate(options.out, spec, options.experts).directories:
                 print(path)
+        elif options.part == "counts":
+            from . import counts
+
+            counts.write()
         elif options.part == "table":
             if options.check:
                 table.check()

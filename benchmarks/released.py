@@ -85,7 +85,7 @@ def lowrank_svd(q: int, niter: int) -> Decompose:
 def topk_prune(residual: Tensor, k: int) -> Tensor:
     """The mask of the k largest |residual| built from torch.topk's indices, then multiplied."""
     indices = torch.topk(residual.abs().flatten(), k).indices
-    mask = torch.zeros(residual.numel(), dtype=residual.dtype)
+    mask = torch.zeros(residual.numel(), dtype=residual.dtype, device=residual.device)
     mask[indices] = 1
     return residual * mask.view_as(residual)
 

@@ -1,4 +1,4 @@
-"""`python -m lors_kernels`: which backends run here, and on what. Exit code 1 when something is broken or misconfigured."""
+"""`python -m lors_kernels`: which backends run here, and on what; what is too old. Exit code 1 when something is broken or misconfigured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ PACKAGES = ("lors-merging", "torch", "numpy", "ml_dtypes", "triton", "transforme
 
 
 def diagnosis() -> dict[str, Any]:
-    """Everything a bug report needs. `broken` names what is there and does not work."""
+    """Everything a bug report needs. `broken` names what is there and does not work; `too_old` says what works badly, or
+    not, for its age."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -32,11 +33,21 @@ def diagnosis() -> dict[str, Any]:
     return {
         "backends": {name: status._asdict() | {"state": status.state} for name, status in backends.items()},
         "broken": broken,
+        "too_old": _too_old(),
         "threads": threads,
         "processor": _processor(),
         "platform": platform.platform(),
         "versions": versions,
     }
+
+
+def _too_old() -> list[str]:
+    from .gpu_software import installed, too_old
+
+    try:
+        return too_old(installed())
+    except ImportError:  # torch, or the CUDA module: named as broken
+        return []
 
 
 def _processor() -> str:
@@ -57,6 +68,8 @@ def print_diagnosis(*, as_json: bool = False) -> bool:
         return not found["broken"]
     for name, status in found["backends"].items():
         print(f"{name:10} {status['state']}: {status['reason']}")
+    for line in found["too_old"]:
+        print(f"too old    {line}")
     for key in ("threads", "processor", "platform"):
         print(f"{key:10} {found[key]}")
     print("versions   " + ", ".join(f"{package} {version}" for package, version in found["versions"].items()))

@@ -15,12 +15,12 @@ never waits for the device: it does at the measurement before, at each check, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .grouped import GroupSVD, MatrixGroup
+from .precision import full_precision
 from .types import NonFiniteError
 
 if TYPE_CHECKING:
@@ -40,21 +40,8 @@ WORKSPACE = 1 << 30  # bytes of float64 deltas formed at a time, in the fallback
 
 def decompose(ops: Any, group: MatrixGroup, rank: int, seed: int) -> GroupSVD:
     """The factors of every pair. `ops` is a grouped backend; arguments are checked."""
-    with _full_precision():
+    with full_precision():
         return _Driver(ops, group, rank, seed).run()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Library products in float32, whatever the user has set: with tf32 the basis would lose orthogonality."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -338,6 +339,9 @@ if EMULATED:  # errors that a device would report
         x = torch.ones(5, 7)
         with pytest.raises(RuntimeError, match=message):
             kernels.merge_update(x.clone(), None, x, backend="cuda")
+        for name in variables:
+            monkeypatch.delenv(name)
+        kernels.merge_update(x.clone(), None, x, backend="cuda")  # what was reported is not reported again
 
     def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         from lors_kernels.backends import cuda
@@ -345,6 +349,30 @@ if EMULATED:  # errors that a device would report
         monkeypatch.setattr(cuda, "_stream", lambda device: (3, 0))
         with pytest.raises(RuntimeError, match="gram_apply .*: cudaErrorInvalidDevice: invalid device ordinal"):
             kernels.gram_apply(None, torch.ones(2, 2), torch.ones(2, 1), backend="cuda")
+        monkeypatch.undo()
+        kernels.gram_apply(None, torch.ones(2, 2), torch.ones(2, 1), backend="cuda")
+
+    def test_every_operation_runs_on_its_device_and_leaves_the_callers_selected(
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from lors_kernels.backends import cuda
+
+        emulation = ctypes.CDLL(EMULATED)
+        emulation.emulation_launches.restype = ctypes.c_uint64
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        monkeypatch.setattr(cuda, "_stream", lambda device: (1, 0))
+        for run in (
+            lambda: kernels.gram_apply(None, x, torch.ones(16, 1), backend="cuda"),
+            lambda: kernels.residual_threshold(None, x, k=3, backend="cuda"),
+            lambda: kernels.merge_update(x.clone(), None, x, backend="cuda"),
+            lambda: kernels.ties_update(x.clone(), None, [x], [Keep()], [1.0], backend="cuda"),
+            lambda: kernels.truncated_svd(None, x, 2, backend="cuda"),
+        ):
+            before = [emulation.emulation_launches(number) for number in (0, 1)]
+            run()
+            after = [emulation.emulation_launches(number) for number in (0, 1)]
+            assert after[0] == before[0] and after[1] > before[1]
+            assert emulation.emulation_device() == 0
 
 
 def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:

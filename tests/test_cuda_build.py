@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -152,3 +153,51 @@ def test_a_build_that_cannot_be_done_says_so(variables: dict[str, str], message:
         command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False
     )
     assert found.returncode and message in found.stderr
+
+
+FAKES = {
+    # what a toolkit says of itself, and then that it cannot compile
+    "nvcc": """#!/bin/sh
+case "$*" in *--dryrun*) echo "#\\$ TOP={home}" >&2; exit 0;; esac
+echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1
+""",
+    # a C++ compiler that is quick: whatever it is to write is there, and empty
+    "g++": """#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+""",
+}
+
+
+def build_with_fakes(tmp_path: Path, wanted: str, nvcc: str = FAKES["nvcc"]) -> subprocess.CompletedProcess[str]:
+    for name, text in {**FAKES, "nvcc": nvcc}.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text.replace("{home}", str(tmp_path)))
+        program.chmod(0o755)
+    compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(tmp_path / "bin" / "g++"))
+    environment = {**os.environ, **compilers, "LORS_BUILD_CUDA": wanted, "CUDA_HOME": ""}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_compiler_that_fails_breaks_no_install_that_did_not_ask_for_it(tmp_path: Path) -> None:
+    old = tmp_path / "lib" / "lors_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier build")
+    found = build_with_fakes(tmp_path, "auto")
+    assert found.returncode == 0, found.stderr
+    assert 'building extension "lors_kernels._cuda" failed: nvcc failed on csrc/cuda/' in found.stderr + found.stdout
+    assert "Unsupported gpu architecture" in found.stderr + found.stdout
+    assert not old.exists() and list(old.parent.glob("_cpu_portable*"))
+    found = build_with_fakes(tmp_path, "1")
+    assert found.returncode and "Unsupported gpu architecture" in found.stderr
+
+
+def test_a_compiler_that_does_not_say_where_it_lives(tmp_path: Path) -> None:
+    dumb = "#!/bin/sh\necho no such option >&2\n"
+    found = build_with_fakes(tmp_path, "auto", dumb)
+    assert found.returncode == 0, found.stderr
+    assert "warning: the CUDA module is not built: expected " in found.stderr and "no such option" in found.stderr
+    found = build_with_fakes(tmp_path, "1", dumb)
+    assert found.returncode and "LORS_BUILD_CUDA=1: expected " in found.stderr

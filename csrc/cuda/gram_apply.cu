@@ -282,7 +282,7 @@ GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, b
 
 void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x,
                 int64_t b, float* y, float* partial) {
-    begin(launch, "gram_apply", group);
+    const Selected selected = begin(launch, "gram_apply", group);
     const int64_t outer = transposed ? group.n : group.m, inner = transposed ? group.m : group.n;
     const Gram a{arguments(group, nullptr, nullptr, 0), outer, inner, plan.rows, plan.chunks, b, x, y, partial};
     if (plan.per_thread == 0) {

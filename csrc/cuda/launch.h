@@ -20,6 +20,7 @@ inline std::string describe(const char* kernel, const Group& group) {
 
 inline void check(cudaError_t code, const char* kernel, const Group& group) {
     if (code == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());  // reported here, and not by the next call as well
     std::string why = cudaGetErrorString(code);
     if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
         why += "; this build has " LORS_CUDA_ARCHS ", rebuild with LORS_CUDA_ARCHS set for this device";
@@ -27,14 +28,29 @@ inline void check(cudaError_t code, const char* kernel, const Group& group) {
     throw CudaError(describe(kernel, group) + ": " + std::string(cudaGetErrorName(code)) + ": " + why);
 }
 
+// The caller's device is the current one again when this goes: what a library selects is nobody else's business.
+class Selected {
+  public:
+    explicit Selected(int before) : before_(before) {}
+    Selected(const Selected&) = delete;
+    Selected& operator=(const Selected&) = delete;
+    ~Selected() { static_cast<void>(cudaSetDevice(before_)); }
+
+  private:
+    int before_;
+};
+
 // Selects the device, and refuses to add work behind an error nobody has seen: it would be reported in the wrong place.
-inline void begin(const Launch& launch, const char* kernel, const Group& group) {
-    check(cudaSetDevice(launch.device), kernel, group);
+[[nodiscard]] inline Selected begin(const Launch& launch, const char* kernel, const Group& group) {
     const cudaError_t earlier = cudaGetLastError();
     if (earlier != cudaSuccess) {
         throw CudaError(describe(kernel, group) + ": not started: an earlier kernel on this device failed with " +
                         cudaGetErrorName(earlier) + ": " + cudaGetErrorString(earlier));
     }
+    int before = 0;
+    check(cudaGetDevice(&before), kernel, group);
+    check(cudaSetDevice(launch.device), kernel, group);
+    return Selected(before);
 }
 
 // Puts a kernel on the stream. An error of the launch itself (sizes, an architecture that is not in the binary) is

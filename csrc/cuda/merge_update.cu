@@ -121,7 +121,7 @@ int64_t merge_tiles(int64_t m, int64_t n) {
 void merge_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
                   const float* left, const float* right_t, int64_t rank, const float* value, const int64_t* cut,
                   const float* weight, float* energy, int32_t* counts) {
-    begin(launch, "merge_update", group);
+    const Selected selected = begin(launch, "merge_update", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
     const int64_t tiles = merge_tiles(group.m, group.n);
     const unsigned grid = blocks(group.matrices * tiles, "merge_update", group);
@@ -133,7 +133,7 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
 }
 
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts) {
-    begin(launch, "measure", group);
+    const Selected selected = begin(launch, "measure", group);
     const GroupArgs g = arguments(group, nullptr, nullptr, 0);
     const int64_t tiles = merge_tiles(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * tiles, "measure", group);

@@ -172,7 +172,7 @@ int64_t tie_chunks(int64_t m, int64_t n) {
 
 void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                     int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite) {
-    begin(launch, "residual_threshold", group);
+    const Selected selected = begin(launch, "residual_threshold", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
     const int64_t chunks = tie_chunks(group.m, group.n);
     const int shift = kRadixShift[pass], bits = kRadixBits[pass];
@@ -187,7 +187,7 @@ void threshold_pass(const Launch& launch, const Group& group, const float* left,
 
 void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
                    const int32_t* key, const int64_t* ties, const int64_t* equal, int64_t* counts, int64_t* cut) {
-    begin(launch, "residual_threshold", group);
+    const Selected selected = begin(launch, "residual_threshold", group);
     const GroupArgs g = arguments(group, left, right_t, rank);
     const int64_t chunks = tie_chunks(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * chunks, "residual_threshold", group);

@@ -107,7 +107,7 @@ int64_t ties_tiles(int64_t m, int64_t n) {
 
 void ties_update(const Launch& launch, const Group& group, const int64_t* out_table, int out_dtype, bool out_aligned,
                  const TiesRules& rules, const TiesSum& sum, float* energy, int32_t* counts) {
-    begin(launch, "ties_update", group);
+    const Selected selected = begin(launch, "ties_update", group);
     const GroupArgs g = arguments(group, nullptr, nullptr, 0);
     const int64_t tiles = ties_tiles(group.m, group.n);
     const unsigned grid = blocks(group.matrices * tiles, "ties_update", group);

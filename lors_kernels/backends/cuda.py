@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..arrays import FLOATS, dtype_name
+from ..gpu_software import installed, too_old
 from ..grouped import (
     GroupKeepStats,
     GroupStats,
@@ -48,7 +49,8 @@ def probe() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:
-        raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({why})' if why else ''}")
+        found = "; ".join(too_old(installed())) or why
+        raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({found})' if found else ''}")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return False, f"{arches}; the device has compute capability {major}.{minor}"

@@ -4,10 +4,10 @@ From files or host memory (`GpuEngine`): decomposed matrices in groups on device
 them, because it is read, added to and written at the speed of the files, which a detour over the bus cannot better.
 State dicts that are on a device already (`ResidentEngine`): everything there, no value passes through the host.
 
-A batch is a few same-shaped matrices. Its tensors are read into page-locked memory by threads, copied on a stream of
-their own while the batch before is computed, merged in float32 on the device, and written behind. Experts come in slices
-that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are. The base
-is added to that sum last, as in `Engine`.
+A batch is a few same-shaped matrices. Its tensors are read into page-locked memory and copied on a stream of their own, by
+a thread of their own, while the batch before is computed; merged in float32 on the device, and written behind. Experts come
+in slices that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are.
+Of a batch with several slices the first is copied ahead. The base is added to the sum last, as in `Engine`.
 A device that runs out of memory gets smaller batches, then an error; nothing of a failed batch has been written.
 """
 
@@ -106,7 +106,14 @@ class Device:
         self.slots: list[Slot] = []
 
     def slot(self) -> Slot:
-        return self.slots.pop() if self.slots else (PinnedSlot() if self.real else Slot())
+        try:
+            return self.slots.pop()  # a reader and the run itself may ask at the same time
+        except IndexError:
+            return PinnedSlot() if self.real else Slot()
+
+    def selected(self) -> AbstractContextManager[Any]:
+        """Makes it the thread's current device: kernels, events and page-locked memory go by that."""
+        return self.torch.cuda.device(self.device) if self.real else nullcontext()
 
     def copying(self) -> AbstractContextManager[Any]:
         return self.torch.cuda.stream(self.copies) if self.real else nullcontext()
@@ -118,12 +125,17 @@ class Device:
         tensor = to_torch(values)
         return tensor.to(self.device, non_blocking=True) if self.real else tensor.clone()
 
-    def ready(self, tensors: Sequence[Any]) -> None:
-        """Lets the computing stream wait for the copies, and keeps their memory from being reused before it is done."""
-        if self.copies is None:
+    def copied(self) -> Any:
+        """An event behind the copies so far."""
+        return self.copies.record_event() if self.copies is not None else None
+
+    def ready(self, tensors: Sequence[Any], copied: Any) -> None:
+        """Lets the computing stream wait for the copies, though not for those of the next batch that may be under way
+        behind them, and keeps their memory from being reused before it is done."""
+        if copied is None:
             return
         stream = self.torch.cuda.current_stream(self.device)
-        stream.wait_stream(self.copies)
+        stream.wait_event(copied)
         for tensor in tensors:
             tensor.record_stream(stream)
 
@@ -134,7 +146,7 @@ class Device:
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         event = self.torch.cuda.Event()
-        event.record()
+        event.record(self.torch.cuda.current_stream(self.device))  # not that of the current device
         return host, event.synchronize
 
     def out_of_memory(self, error: BaseException) -> bool:
@@ -163,6 +175,15 @@ class Loaded(NamedTuple):
     bases: list[np.ndarray]
     tuned: list[list[np.ndarray]]
     slots: list[Slot]
+
+
+class Copied(NamedTuple):
+    """The same on the device, the copies under way."""
+
+    bases: list[Any]
+    tuned: list[list[Any]]
+    slots: list[Slot]  # the copies read from them
+    copied: Any  # event
 
 
 def slices(kind: Kind, most: int) -> list[Slice]:
@@ -250,9 +271,13 @@ class _DeviceRun:
         self.name = name
 
     def run(self) -> None:
+        with self.device.selected():
+            self.run_batches()
+
+    def run_batches(self) -> None:
         batches = list(self.batches())
         with ThreadPoolExecutor(READERS) as self.readers, ThreadPoolExecutor(1) as self.writer:
-            ahead: Future[Loaded] | None = None
+            ahead: Future[Loaded | Copied] | None = None
             written: list[Future[None]] = []
             for number, (kind, most, batch) in enumerate(batches):
                 if self.engine._stop.is_set():
@@ -262,7 +287,7 @@ class _DeviceRun:
                 following = batches[number + 1] if number + 1 < len(batches) else None
                 if following:
                     ahead = self.readers.submit(
-                        self.load, following[0], following[2], slices(following[0], following[1])[0]
+                        self.load_ahead, following[0], following[2], slices(following[0], following[1])[0]
                     )
                 for future in written:
                     future.result()  # at most one batch waits to be written
@@ -318,7 +343,26 @@ class _DeviceRun:
         tuned = [[fetch(engine.experts[e], i) for e in part.experts] for i in batch]
         return Loaded(bases, tuned, slots)
 
-    def merge(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+    def load_ahead(self, kind: Kind, batch: Sequence[int], part: Slice) -> Loaded | Copied:
+        """`load`, and the copies to the device if it has room for them now; else they wait for their turn."""
+        loaded = self.load(kind, batch, part)
+        try:
+            with self.device.selected():
+                return self.upload(loaded)
+        except Exception as error:
+            if not self.device.out_of_memory(error):
+                raise
+            return loaded
+
+    def upload(self, loaded: Loaded, bases: Sequence[Any] = ()) -> Copied:
+        """Starts the copies; bases that are there already are not copied again."""
+        device = self.device
+        with device.copying():
+            there = list(bases) or [device.upload(x) for x in loaded.bases]
+            tuned = [[device.upload(x) for x in row] for row in loaded.tuned]
+            return Copied(there, tuned, loaded.slots, device.copied())
+
+    def merge(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None) -> list[Future[None]]:
         """Merges a batch; where memory runs out, in halves, then with fewer experts at a time."""
         try:
             return self.attempt(kind, batch, most, loaded)
@@ -335,7 +379,9 @@ class _DeviceRun:
         work = self.pieces[batch[0]].work
         raise LorsError(f"{self.name}: out of memory for tensor {work.name!r} {list(kind.shape)} alone: {reason}")
 
-    def attempt(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+    def attempt(
+        self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None
+    ) -> list[Future[None]]:
         device, torch = self.device, self.device.torch
         outcomes: list[list[Outcome]] = [[] for _ in batch]
         totals: list[Any] = []
@@ -343,11 +389,9 @@ class _DeviceRun:
         for part in slices(kind, most):
             source = loaded or self.load(kind, batch, part)
             loaded = None
-            with device.copying():
-                if not bases:
-                    bases = [device.upload(x) for x in source.bases]
-                tuned = [[device.upload(x) for x in row] for row in source.tuned]
-            device.ready([*bases, *(x for row in tuned for x in row)])
+            there = source if isinstance(source, Copied) else self.upload(source, bases)
+            bases, tuned = there.bases, there.tuned
+            device.ready([*bases, *(x for row in tuned for x in row)], there.copied)
             if not totals:
                 totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
             found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)  # waits for the device: slots are free
@@ -484,10 +528,11 @@ class ResidentEngine(GpuEngine):
         self._prepare(pieces)
         summed = [i for i, piece in enumerate(pieces) if any(r.weight for r in piece.work.reductions)]
         run = _ResidentRun(self, self.devices[0], pieces, summed)
-        for kind, most, batch in run.batches():
-            run.merge(kind, batch, most, None)
-        for i in sorted(set(range(len(pieces))) - set(summed)):
-            self.alone(pieces[i].work, i, run.device)
+        with run.device.selected():
+            for kind, most, batch in run.batches():
+                run.merge(kind, batch, most, None)
+            for i in sorted(set(range(len(pieces))) - set(summed)):
+                self.alone(pieces[i].work, i, run.device)
         self._account(pieces)
 
     def alone(self, work: Work, index: int, device: Device) -> None:
@@ -515,7 +560,9 @@ class ResidentEngine(GpuEngine):
 class _ResidentRun(_DeviceRun):
     resident = True
 
-    def attempt(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | None) -> list[Future[None]]:
+    def attempt(
+        self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None
+    ) -> list[Future[None]]:
         engine, torch = self.engine, self.device.torch
         assert isinstance(engine, ResidentEngine)
         works = [self.pieces[i].work for i in batch]

@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that csrc calls: one device, number 0, with an H200's launch limits.
+// The part of the CUDA runtime that csrc calls: two devices, numbers 0 and 1, with an H200's launch limits.
 #pragma once
 
 #include <cstdlib>
@@ -32,6 +32,12 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace emulation {
 inline size_t dynamic_limit = 48 << 10;  // of the next launch; more has to be asked for
 
+inline cudaError_t last = cudaSuccess;  // what cudaGetLastError returns once
+
+inline cudaError_t failed(cudaError_t code) {
+    return last = code;
+}
+
 // Errors to order: CUDA_EMULATION_ERROR is what every launch fails with, CUDA_EMULATION_EARLIER what was left behind.
 inline cudaError_t ordered(const char* variable) {
     const char* code = std::getenv(variable);
@@ -53,18 +59,31 @@ inline const char* cudaGetErrorString(cudaError_t code) {
     return code == cudaErrorInvalidDevice ? "invalid device ordinal" : "emulated";
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = emulation::kDevices;
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+    if (device < 0 || device >= emulation::kDevices) return emulation::failed(cudaErrorInvalidDevice);
+    emulation::device = device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = emulation::device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {
-    return emulation::ordered("CUDA_EMULATION_EARLIER");
+    if (const cudaError_t code = emulation::ordered("CUDA_EMULATION_EARLIER"); code != cudaSuccess) return code;
+    const cudaError_t code = emulation::last;
+    emulation::last = cudaSuccess;
+    return code;
 }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int bytes) {
-    if (bytes > (227 << 10)) return cudaErrorInvalidValue;
+    if (bytes > (227 << 10)) return emulation::failed(cudaErrorInvalidValue);
     emulation::dynamic_limit = static_cast<size_t>(bytes) > (48u << 10) ? static_cast<size_t>(bytes) : 48u << 10;
     return cudaSuccess;
 }
@@ -74,11 +93,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const dim3 &grid = config->gridDim, &block = config->blockDim;
     const size_t limit = emulation::dynamic_limit;
     emulation::dynamic_limit = 48 << 10;
-    if (const cudaError_t code = emulation::ordered("CUDA_EMULATION_ERROR"); code != cudaSuccess) return code;
+    if (const cudaError_t code = emulation::ordered("CUDA_EMULATION_ERROR"); code != cudaSuccess)
+        return emulation::failed(code);
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || !block.x ||
         block.x * block.y * block.z > 1024 || config->dynamicSmemBytes > limit) {
-        return cudaErrorInvalidConfiguration;
+        return emulation::failed(cudaErrorInvalidConfiguration);
     }
+    ++emulation::launches[emulation::device];
     emulation::run(grid, block, config->dynamicSmemBytes, [&] { kernel(static_cast<P>(arguments)...); });
     return cudaSuccess;
 }

@@ -52,6 +52,17 @@ emulation_switch:
 namespace emulation {
 
 Position here;
+thread_local int device = 0;
+uint64_t launches[kDevices] = {};
+
+extern "C" {
+__attribute__((visibility("default"))) int emulation_device() {
+    return device;
+}
+__attribute__((visibility("default"))) uint64_t emulation_launches(int number) {
+    return launches[number];
+}
+}
 
 namespace {
 

@@ -30,6 +30,10 @@ struct Position {
 };
 extern Position here;  // of the fiber that runs
 
+constexpr int kDevices = 2;
+extern thread_local int device;      // the current one
+extern uint64_t launches[kDevices];  // on each; read by tests through emulation_device() and emulation_launches()
+
 // Runs `body` once per thread of the grid; throws std::runtime_error for what a device would hang on or answer with
 // anything.
 void run(dim3 blocks, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body);

@@ -1,0 +1,408 @@
+"""What can be known of the CUDA kernels without a device: counts from their machine code, and what those predict.
+
+`python -m benchmarks counts` compiles csrc/cuda for sm_80, sm_90 and sm_100, reads the machine code, counts calls of the host in
+one decomposition and one merge, and writes benchmarks/results/counts.json and docs/gpu-counts.md. Nothing here is measured:
+predictions follow from the counts and the few assumptions of `MODEL`, and stand beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import BenchmarkError
+from .machine import ROOT
+from .results import RESULTS
+from .shapes import SIZES
+
+ARCHS = ("80", "90", "100")
+CLASSES = {
+    "fma": ("FFMA", "FFMA2"), "tensor": ("HMMA",), "double": ("DFMA", "DMUL", "DADD"), "barriers": ("BAR",),
+    "shared": ("LDS", "STS", "ATOMS", "LDSM", "STSM"), "shuffles": ("SHFL", "MOVM"), "copies": ("LDGSTS",),
+    "loads": ("LDG",), "stores": ("STG",),
+}  # fmt: skip
+KINDS = {"0": "float32", "1": "float16", "2": "bfloat16", "3": "any"}
+MODEL = {
+    "processors": 132, "GHz": 1.98, "TB/s": 4.3, "issue": 0.6,
+    "said": "time = max(bytes / 4.3 TB/s, warp instructions / (132 processors x 4 schedulers x 1.98 GHz x 0.6)): every scheduler "
+    "issues an instruction in 60 % of its cycles; both numbers of the device are assumed, not measured by us",
+}  # fmt: skip
+
+
+class Instruction(NamedTuple):
+    address: int
+    text: str
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].split(".")[0]
+
+
+class Loop(NamedTuple):
+    first: int
+    last: int
+
+
+class Kernel(NamedTuple):
+    name: str  # as in the source
+    variant: str  # its template arguments
+    code: list[Instruction]
+    loops: list[Loop]
+
+    def inside(self, loop: Loop) -> list[Instruction]:
+        return [i for i in self.code if loop.first <= i.address <= loop.last]
+
+
+def parse(sass: str) -> Iterator[Kernel]:
+    """The kernels of `cuobjdump -sass`."""
+    for part in sass.split("Function : ")[1:]:
+        name, variant = demangle(part.split("\n", 1)[0].strip())
+        code = [
+            Instruction(int(address, 16), text)
+            for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+([^;]+?)\s*;", part, re.MULTILINE)
+        ]
+        loops = []
+        for at, text in code:
+            target = re.search(r"0x([0-9a-f]+)", text) if re.search(r"\bBRA\b", text) else None
+            if target and int(target.group(1), 16) < at:
+                loops.append(Loop(int(target.group(1), 16), at))
+        yield Kernel(name, variant, code, sorted(loops))
+
+
+def demangle(symbol: str) -> tuple[str, str]:
+    """(kernel, what tells its instances apart) of a mangled name."""
+    found = re.search(r"\d([a-z][a-z_]*_kernel)(I.*?EEv|E)", symbol)
+    if not found:
+        raise BenchmarkError(f"machine code: expected a kernel's name, got {symbol!r}")
+    arguments = re.findall(r"4KindE(\d)|L([bi])(\d+)", found.group(2))
+    parts = []
+    for kind, what, value in arguments:
+        parts.append(KINDS[kind] if kind else {"b0": "rows", "b1": "columns"}.get(what + value, f"x{value}"))
+    return found.group(1), " ".join(parts)
+
+
+def classes(code: list[Instruction]) -> dict[str, int]:
+    names = Counter(i.name for i in code)
+    return {"instructions": len(code)} | {label: sum(names[name] for name in group) for label, group in CLASSES.items()}
+
+
+def main_loop(kernel: Kernel) -> Loop | None:
+    """The longest."""
+    return max(kernel.loops, key=lambda loop: len(kernel.inside(loop)), default=None)
+
+
+def resources(text: str) -> dict[str, tuple[int, int, int]]:
+    """mangled name -> (registers, bytes of stack, bytes of shared memory), of `cuobjdump -res-usage`."""
+    found = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    return {name: (int(registers), int(stack), int(shared)) for name, registers, stack, shared in found}
+
+
+def blocks_per_processor(registers: int, shared: int, threads: int, arch: str) -> int:
+    """How many blocks fit, by registers (given to warps in units of 256), shared memory (and 1 KiB of the system's) and
+    the 64 warps of a processor."""
+    warps = threads // 32
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = (164 << 10 if arch == "80" else 228 << 10) // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+# --- what a warp does in one turn of its longest loop, and the deltas it covers by that
+
+
+def turn(kernel: Kernel, loop: Loop) -> int:
+    """Instructions, every branch counted and the loops inside run once: the loop over the rank is unrolled by four, so that
+    once is what rank 7 takes, its rest being straight code. `gram_kernel` works on a stage in batches of 4 rows."""
+    count = len(kernel.inside(loop))
+    if kernel.name != "gram_kernel":
+        return count
+    batches = [i for i in kernel.loops if i != loop and any(c.name == "BAR" for c in kernel.inside(i))]
+    batch = sum(len(kernel.inside(i)) for i in batches)
+    return count + batch * (stage_rows(kernel) // 4 - 1)
+
+
+def stage_rows(kernel: Kernel) -> int:
+    return 4 if kernel.variant.startswith("float32") else 8
+
+
+def deltas_of(kernel: Kernel) -> int | None:
+    if kernel.name == "gram_kernel":
+        return stage_rows(kernel) * int(kernel.variant.split("x")[-1]) * 32
+    return {"histogram_kernel": 16 * 32, "tie_kernel": 16 * 32, "merge_kernel": 16 * 32, "ties_kernel": 8 * 32}.get(
+        kernel.name
+    )
+
+
+def count_arch(arch: str, folder: Path) -> dict[str, Any]:
+    rows = {}
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        cubin = compile_one(source, arch, folder)
+        used = {demangle(name): usage for name, usage in resources(_dump("-res-usage", cubin)).items()}
+        for kernel in parse(_dump("-sass", cubin)):
+            if "any" in kernel.variant.split() or kernel.name.startswith("plain"):
+                continue  # for mixed dtypes and odd rows: slow on purpose
+            registers, stack, shared = used[kernel.name, kernel.variant]
+            threads = 32 if kernel.name == "cut_kernel" else 256
+            row: dict[str, Any] = {
+                "all": classes(kernel.code),
+                "registers": registers,
+                "stack": stack,
+                "shared": shared,
+            }
+            row["blocks"] = blocks_per_processor(registers, shared + dynamic_shared(kernel), threads, arch)
+            if loop := main_loop(kernel):
+                row["loop"] = classes(kernel.inside(loop))
+                if deltas := deltas_of(kernel):
+                    row["per delta"] = turn(kernel, loop) / deltas
+            rows[f"{kernel.name} {kernel.variant}".strip()] = row
+    return rows
+
+
+def dynamic_shared(kernel: Kernel) -> int:
+    """Of the largest matrix an instance takes."""
+    return 4 * 16 * 256 * int(kernel.variant.split("x")[-1]) if kernel.name == "gram_kernel" else 0
+
+
+def compile_one(source: Path, arch: str, folder: Path) -> Path:
+    """The machine code of one file, kept for as long as no source changes."""
+    sums = hashlib.sha256(source.read_bytes())
+    for header in sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]):
+        sums.update(header.read_bytes())
+    target = folder / f"{source.stem}-{arch}-{sums.hexdigest()[:16]}.cubin"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"nvcc {source.name} sm_{arch}", flush=True)
+        part = target.with_suffix(".part")
+        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", '-DLORS_CUDA_ARCHS="counts"']
+        _run([*command, "-o", str(part), str(source)])
+        part.rename(target)
+    return target
+
+
+def _dump(what: str, cubin: Path) -> str:
+    return _run([tool("cuobjdump"), what, str(cubin)])
+
+
+def tool(name: str) -> str:
+    """On the PATH, or the one that Triton brings."""
+    found = shutil.which(name)
+    if found is None:
+        with contextlib.suppress(ImportError):
+            import triton
+
+            here = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+            found = str(here) if here.exists() else None
+    if found is None:
+        raise BenchmarkError(f"counts: expected {name} on the PATH or in triton, found none")
+    return found
+
+
+def _run(command: list[str]) -> str:
+    environment = {**os.environ, "PATH": f"{Path(tool('cuobjdump')).parent}:{os.environ['PATH']}"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    except FileNotFoundError:
+        raise BenchmarkError(f"counts: expected {command[0]} on the PATH, found none") from None
+    if done.returncode:
+        raise BenchmarkError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+# --- calls of the host
+
+
+def count_calls() -> dict[str, Any]:
+    """Calls into torch and into our kernels of a decomposition and of a merge of one group, by running both on the CPU with a
+    backend that counts. A view costs the host a call and the device nothing; everything else is at least one launch."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lors_kernels import grouped, reference, svd
+    from lors_kernels.backends.loop import Loop
+    from lors_kernels.grouped import MatrixGroup
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+            self.calls["views" if views else "launches"] += 1
+            return function(*args, **(kwargs or {}))
+
+    class Counting(Loop):
+        """Our kernels count as the launches they are, and not as the torch calls that stand in for them here."""
+
+        width = 8
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            launches = {"gram_apply": 1, "measure": 1, "residual_threshold": 8, "merge_update": 1}.get(name)
+            if launches is None:
+                return found
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                calls.calls["own kernels"] += launches
+                with torch.utils._python_dispatch._disable_current_modes():
+                    return found(*arguments, **options)
+
+            return call
+
+    generator = torch.Generator().manual_seed(1)
+    strong = torch.arange(1, 33) ** -0.5
+    deltas = [
+        (torch.randn(256, 32, generator=generator) * strong) @ torch.randn(32, 192, generator=generator)
+        + 0.2 * torch.randn(256, 192, generator=generator)
+        for _ in range(2)
+    ]
+    group = MatrixGroup(None, [deltas])
+    backend = Counting(reference)
+    calls = Calls()
+    found: dict[str, Any] = {}
+    expand = svd.Krylov.expand
+    expansions: list[Counter[str]] = []
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        before = calls.calls.copy()
+        result = expand(self, *arguments)
+        expansions.append(calls.calls - before)
+        return result
+
+    operations, tolist = grouped.operations, torch.Tensor.tolist
+
+    def read(self: torch.Tensor) -> Any:
+        calls.calls["reads"] += 1
+        return tolist(self)
+
+    svd.Krylov.expand = counted  # type: ignore[method-assign]
+    grouped.operations = lambda *_: backend
+    torch.Tensor.tolist = read  # type: ignore[method-assign]
+    try:
+        with calls:
+            factors = grouped.truncated_svd_group(group, 7)
+        found["decompose"] = dict(calls.calls)
+        found["expand"] = dict(max(expansions, key=lambda one: one.total()))
+        with calls:
+            threshold = grouped.residual_threshold_group(group, factors.left, factors.right, 9830)
+            grouped.merge_update_group(group, [deltas[0].clone()], factors.left, factors.right, threshold, [1.0, 1.0])
+        found["merge"] = dict(calls.calls)
+    finally:
+        svd.Krylov.expand = expand  # type: ignore[method-assign]
+        grouped.operations = operations
+        torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+    found["passes"] = max(factors.passes)
+    return found
+
+
+# --- the prediction
+
+
+def predict(rows: dict[str, Any]) -> dict[str, Any]:
+    """whisper-large-v3 with 10 float16 experts on an H200."""
+    experts, item, rank = 10, 2, 7
+    matrices = SIZES["large-v3"].matrices()
+    entries = sum(m * n * count for (m, n), count in matrices.items())
+    factors = sum((m + n) * rank * 4 * count * experts for (m, n), count in matrices.items())
+    deltas, once = entries * experts, entries * (experts + 1) * item
+    steps: dict[str, tuple[str, int]] = {
+        "gram_apply, a pass of 8 vectors": ("gram_kernel float16 rows x5", once),
+        "threshold, one of three passes": ("histogram_kernel float16", once + factors),
+        "merge_update": ("merge_kernel float16", once + 2 * entries * item + factors),
+    }
+    found = {}
+    for name, (kernel, size) in steps.items():
+        instructions = rows[kernel]["per delta"] * deltas
+        rate = MODEL["processors"] * 4 * MODEL["GHz"] * 1e9 * MODEL["issue"]  # type: ignore[operator]
+        by_bytes, by_issue = size / (MODEL["TB/s"] * 1e9), 1e3 * instructions / rate  # type: ignore[operator]
+        found[name] = {"kernel": kernel, "bytes": size, "warp instructions": instructions} | {
+            "ms by bytes": by_bytes, "ms by issue": by_issue, "ms predicted": max(by_bytes, by_issue)
+        }  # fmt: skip
+    return found
+
+
+def run(archs: tuple[str, ...] = ARCHS, directory: Path = RESULTS) -> dict[str, Any]:
+    folder = ROOT / "build" / "counts"
+    data: dict[str, Any] = {"part": "counts", "quick": True, "compiler": _compiler(), "model": MODEL}
+    data["kernels"] = {f"sm_{arch}": count_arch(arch, folder) for arch in archs}
+    data["calls"] = count_calls()
+    data["predicted"] = predict(data["kernels"]["sm_90"])
+    (directory / "counts.json").write_text(json.dumps(data, indent=1) + "\n")
+    return data
+
+
+def _compiler() -> str:
+    return re.findall(r"release \S+, (\S+)", _run(["nvcc", "--version"]))[0]
+
+
+def render(data: dict[str, Any]) -> str:
+    lines = [
+        "# GPU kernels: counted", "",
+        "Written by `python -m benchmarks counts` from the machine code; **no number on this page was measured on a device.**",
+        f"nvcc {data['compiler']}. Kernels for mixed dtypes and odd rows are left out.", "",
+    ]  # fmt: skip
+    for arch, rows in data["kernels"].items():
+        lines += [
+            f"## {arch}",
+            "",
+            "Of the longest loop, with the loops inside it run once; per delta: warp instructions.",
+            "",
+        ]
+        head = (
+            "kernel",
+            "instructions",
+            "per delta",
+            "FMA",
+            "tensor",
+            "shared",
+            "shuffles",
+            "barriers",
+            "registers",
+            "blocks",
+        )
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, row in rows.items():
+            loop = row.get("loop", row["all"])
+            each = f"{row['per delta']:.2f}" if "per delta" in row else ""
+            cells = [
+                name, loop["instructions"], each, loop["fma"] + loop["double"], loop["tensor"], loop["shared"],
+                loop["shuffles"], loop["barriers"], row["registers"], row["blocks"],
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    lines += [
+        "## Calls of the host, a group",
+        "",
+        "| step | launches by torch | views | own kernels | reads |",
+        "|---|---|---|---|---|",
+    ]
+    for step in ("expand", "decompose", "merge"):
+        row = data["calls"][step]
+        cells = [str(row.get(key, 0)) for key in ("launches", "views", "own kernels", "reads")]
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    lines += ["", f"`decompose` with {data['calls']['passes']} passes; `merge` is everything of a group.", ""]
+    lines += [
+        "## Predicted: whisper-large-v3 x 10 in float16 on an H200",
+        "",
+        f"{data['model']['said'].capitalize()}.",
+        "",
+    ]
+    lines += ["| step | GB | ms by bytes | ms by issue | predicted |", "|---|---|---|---|---|"]
+    for name, row in data["predicted"].items():
+        cells = [row["bytes"] / 1e9, row["ms by bytes"], row["ms by issue"], row["ms predicted"]]
+        lines.append(f"| {name} | {' | '.join(f'{x:.1f}' for x in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write() -> None:
+    data = run()
+    (ROOT / "docs" / "gpu-counts.md").write_text(render(data))
+    print(render(data))
