@@ -343,7 +343,13 @@ class Engine:
                 if svd:
                     report.svd_methods[svd.method] += 1
                     report.svd_passes += svd.passes
-                    report.svd_worst = max(report.svd_worst, svd.residual)
+                    report.svd_worst = max(report.svd_worst, svd.residual if svd.unique else 0.0)
+                    report.svd_not_unique += not svd.unique
+        if report.svd_not_unique:
+            report.notices.append(
+                f"{report.svd_not_unique} of {sum(report.svd_methods.values())} decompositions are not unique: singular "
+                "values are equal across the rank, and the seed decides which directions L keeps"
+            )
         report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
         report.tensors += sum(piece.start == 0 for piece in pieces)
         report.decomposed += sum(piece.work.matrix for piece in pieces)

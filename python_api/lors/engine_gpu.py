@@ -420,7 +420,7 @@ def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Ou
     for p, found in enumerate(stats):
         certificate = None
         if svd:
-            certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p])
+            certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p], svd.unique[p])
         outcomes.append(Outcome(found, certificate))
     return [outcomes[p : p + experts] for p in range(0, len(outcomes), experts)]
 
