@@ -479,12 +479,13 @@ class _Driver:
             left = (rest / energy.clamp_min(1e-300) + cancellation).sqrt()
             error = torch.where(left <= CAPTURED, torch.minimum(error, 2 * left), error)
             # values are equal across the cut: one choice is as good as another, if nothing above them is missing
-            last, slack = theta[:, rank - 1], 0.5 * ENERGY_BOUND * rest / rank
+            last, following = theta[:, rank - 1], theta[:, rank]
+            slack = torch.minimum(0.5 * ENERGY_BOUND * rest / rank, EQUAL * last - (last - following)).clamp_min(0)
             upper = last + slack
             count, found = ((theta > x.unsqueeze(1)).sum(1) for x in (upper, last * (1 - EQUAL)))
             clear = s.unseen(torch.maximum(s.theta[:, :rank], upper.unsqueeze(1)), found).amax(1) <= UNSEEN
             lost = energy_bound(theta, rho, count, upper) + slack * rank
-            level = (last - theta[:, rank] <= EQUAL * last) & clear & (lost <= ENERGY_BOUND * rest)
+            level = (last - following <= EQUAL * last) & clear & (lost <= ENERGY_BOUND * rest)
             level &= (left > CAPTURED) & (rest > 100 * cancellation * energy)
             lost = 1.02 * (lost + FACTORS**2 * kept)  # rounding of the factors, orthogonal to what is lost
             error = torch.where(level, lost / rest.clamp_min(1e-300), error)

@@ -189,7 +189,8 @@ class Search {
         if (last - pairs.theta[static_cast<size_t>(rank_)] > kEqual * last) return false;
         const double energy = energy64(a_), rest = energy - sum_of(pairs.theta, rank_);
         if (rest < 100 * cancellation() * energy) return false;
-        const double slack = 0.5 * kEnergyBound * rest / rank;
+        const double slack = std::min(0.5 * kEnergyBound * rest / rank,
+                                      kEqual * last - (last - pairs.theta[static_cast<size_t>(rank_)]));
         const auto above = [&](double value) {
             return std::count_if(pairs.theta.begin(), pairs.theta.end(), [&](double theta) { return theta > value; });
         };
