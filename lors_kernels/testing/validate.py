@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import lors_kernels as kernels
 
 from .. import dispatch
-from .cases import CASES, Case
+from .cases import CASES, Case, hard_spectra
 from .checks import CHECKS, Finding, Place
 
 SLOW = 10_000  # entries above which the reference, whose plain torch takes seconds, is left to the tests
@@ -65,7 +65,7 @@ def validate_command(backends: list[str] | None, *, quick: bool = False, as_json
         if not known[name].ok:
             raise kernels.BackendUnavailable(f"{name}: {known[name].reason}")
     names = backends or [name for name, status in known.items() if status.ok]
-    cases = tuple(case for case in CASES if not (quick and case.large))
+    cases = tuple(case for case in (*CASES, *hard_spectra()) if not (quick and case.large))
     small = tuple(case for case in cases if case.matrices()[1].size <= SLOW)
     results = [check for name in names for check in checks(name, small if name == "reference" else cases)]
     broken = [] if backends else [name for name, status in known.items() if status.broken]
