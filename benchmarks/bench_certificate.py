@@ -49,7 +49,7 @@ def run(results: Results, count: int = COUNT) -> None:
         backends["cpu neon, emulated"] = (8, 160)
     else:
         print("cpu neon: no aarch64 cross-compiler or qemu here; left out", flush=True)
-    backends |= {f"batched, blocks of {width}": (200, 260) for width in (8, 16)}
+    backends |= {f"batched, blocks of {width}": (160, 230) for width in (8, 16)}
     for name, (smallest, largest) in backends.items():
         piece = results.record(name, partial(measure, name, count, smallest, largest))
         print(f"  {summary(piece)}", flush=True)
