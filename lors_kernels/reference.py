@@ -13,6 +13,7 @@ from typing import Any
 from .types import (
     ALWAYS,
     Consensus,
+    FactorOverflowError,
     Keep,
     KeepStats,
     NonFiniteError,
@@ -223,6 +224,9 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
         raise NonFiniteError(bad)
     u, s, vh = torch.linalg.svd(d.double(), full_matrices=False)
     left, right = (u[:, :rank] * s[:rank]).float().contiguous(), vh[:rank].T.contiguous().float()
+    overflows = int((~torch.isfinite(left)).sum())
+    if overflows:
+        raise FactorOverflowError(overflows)
     energy = float(d.double().square().sum())
     residual, unique = dense_claim(s.tolist(), rank, left.numel())
     return TruncatedSVD(left, right, s[:rank].float(), 0, residual, "svd", energy, NAME, unique)

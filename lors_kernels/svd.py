@@ -282,9 +282,9 @@ class _Driver:
             again += rounded
         self.double(sorted(again), tops, iterate=True)
         self.double(unsettled, tops, iterate=False)
-        overflows = int((~torch.isfinite(self.left)).sum())
-        if overflows:
-            raise FactorOverflowError(overflows)
+        overflows = (~torch.isfinite(self.left)).sum((1, 2)).tolist()
+        if any(overflows):
+            raise FactorOverflowError(sum(overflows), next(p for p, count in enumerate(overflows) if count))
         return GroupSVD(
             self.left,
             self.right,

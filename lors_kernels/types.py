@@ -16,11 +16,12 @@ class NonFiniteError(ValueError):
 
 
 class FactorOverflowError(ValueError):
-    """The singular vectors times singular values of delta exceed float32 in `count` entries."""
+    """The singular vectors times singular values of delta exceed float32 in `count` entries; `pair` is the first such
+    delta of a group."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__(f"delta: expected singular vectors times values within float32, got {count} entries beyond it")
-        self.count = count
+    def __init__(self, count: int, pair: int = 0) -> None:
+        super().__init__(f"its decomposition overflows float32: {count} entries of singular vectors times values")
+        self.count, self.pair = count, pair
 
 
 class Threshold(NamedTuple):

@@ -177,25 +177,44 @@ def test_error_bound_of_a_turned_vector() -> None:
     assert alone > 5e-3 and 8e-7 < apart < 2e-6
 
 
+def space(values: torch.Tensor, width: int, passes: int, seed: int = 0) -> Spectrum:
+    """What a space grown from `width` random vectors knows of the diagonal matrix with these values."""
+    n = len(values)
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.linalg.qr(torch.randn(n, width, generator=generator, dtype=torch.float64))[0]
+    basis, below = block, torch.zeros(width, width, dtype=torch.float64)
+    for _ in range(passes):
+        image = values.unsqueeze(1) * basis[:, -width:]
+        for _ in range(2):
+            image = image - basis @ (basis.T @ image)
+        block, below = torch.linalg.qr(image)
+        basis = torch.cat([basis, block], 1)
+    inner = basis[:, :-width]
+    theta, vectors = torch.linalg.eigh(inner.T @ (values.unsqueeze(1) * inner))
+    theta, vectors = theta.flip(0), vectors.flip(1)
+    ends = below @ vectors[-width:]
+    return Spectrum(*(x.unsqueeze(0) for x in (theta, vectors, ends)), width, n, (2e-16, 2e-13))
+
+
+def test_what_lies_beyond_the_cut_is_bounded_from_above() -> None:
+    """The next Ritz value lies below the next eigenvalue; the bound must not, however early it is asked for."""
+    values = torch.tensor([1.0, 0.9, 0.8, *(0.5 - 1e-3 * np.arange(80))], dtype=torch.float64)
+    known, low = 0, 0
+    for passes in range(6, 20, 2):
+        for seed in range(20):
+            s = space(values, 2, passes, seed)
+            ok, upper = s.cut(torch.tensor([3]))
+            known += bool(ok[0])
+            low += bool(ok[0]) and float(s.theta[0, 3]) < 0.4999
+            assert not ok[0] or upper[0] >= 0.5, (passes, seed)
+    assert known > 60 and low > 30  # nothing is trivial
+
+
 def test_an_eigenvector_is_called_unseen_where_it_is() -> None:
-    """Spaces grown from one and from two vectors, of a matrix with a double value: the second copy can hide from one."""
-    n = 60
-    values = torch.tensor([3.0, 3.0, *np.linspace(2.0, 0.1, n - 2)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
+    """Spaces grown from one, two and three vectors, of a matrix with a double value: the second copy can hide from one."""
+    values = torch.tensor([3.0, 3.0, *np.linspace(2.0, 0.1, 58)], dtype=torch.float64)
     for width, settled in ((1, False), (2, False), (3, True)):
-        block = torch.linalg.qr(torch.randn(n, width, generator=generator, dtype=torch.float64))[0]
-        basis, below = block, torch.zeros(width, width, dtype=torch.float64)
-        for _ in range(42 // width):
-            image = values.unsqueeze(1) * basis[:, -width:]
-            for _ in range(2):
-                image = image - basis @ (basis.T @ image)
-            block, below = torch.linalg.qr(image)
-            basis = torch.cat([basis, block], 1)
-        inner = basis[:, :-width]
-        theta, vectors = torch.linalg.eigh(inner.T @ (values.unsqueeze(1) * inner))
-        theta, vectors = theta.flip(0), vectors.flip(1)
-        ends = below @ vectors[-width:]
-        s = Spectrum(*(x.unsqueeze(0) for x in (theta, vectors, ends)), width, n, (2e-16, 2e-13))
+        s = space(values, width, 42 // width)
         copies = torch.tensor([min(width, 2)])
         assert bool(s.unseen(s.theta[:, :1], copies)[0, 0] <= 1e-3) == settled, width
         between = torch.tensor([[2.5, 4.0]], dtype=torch.float64)  # no eigenvalue there, and the space knows

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
+from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
 from .blas import one_thread_each
 from .errors import LorsError, SettingError
@@ -265,6 +265,8 @@ class Engine:
             stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
         except NonFiniteError:
             raise self._non_finite(expert, work) from None
+        except FactorOverflowError as error:
+            raise LorsError(f"{expert.name}: tensor {work.name!r}: {error}") from None
         if stats.non_finite:
             raise self._non_finite(expert, work)
         return Outcome(stats, Certificate.of(svd))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import NonFiniteError, UpdateStats
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.grouped import (
     MatrixGroup,
@@ -369,6 +369,10 @@ class _DeviceRun:
         except NonFiniteError:
             bad = operations("gram_apply", group, self.engine.device_backend).measure(group)[1]
             raise self.non_finite(bad.tolist(), works, part) from None
+        except FactorOverflowError as error:
+            i, t = divmod(error.pair, len(part.experts))
+            expert = self.engine.experts[part.experts[t]]
+            raise LorsError(f"{expert.name}: tensor {works[i].name!r}: {error}") from None
         if part.density < 1:
             threshold = residual_threshold_group(group, left, right, int(part.density * group.m * group.n), **options)
         weights = [work.reductions[e].weight for work in works for e in part.experts]
