@@ -102,15 +102,17 @@ class Spectrum:
         most = int(count.max()) if count.numel() else 0
         if most >= self.theta.shape[1]:
             count = count.clamp_max(self.theta.shape[1] - 1)
-        above = torch.arange(most, device=count.device) < count.unsqueeze(1)
+        wanted = torch.arange(most, device=count.device) < count.unsqueeze(1)
         poles = self.unseen(self.theta[:, :most], count)
-        settled = torch.where(above, poles, 0.0).amax(1) <= UNSEEN if most else torch.ones_like(count, dtype=torch.bool)
+        settled = (
+            torch.where(wanted, poles, 0.0).amax(1) <= UNSEEN if most else torch.ones_like(count, dtype=torch.bool)
+        )
         following = self.theta.gather(1, count.unsqueeze(1)).clamp_min(0)
         last = self.theta.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
         uppers = following + (last - following) * following.new_tensor([1 / 16, 1 / 4, 1 / 2])
-        free = self.unseen(uppers, count) <= UNSEEN
-        upper = uppers.gather(1, free.double().argmax(1, keepdim=True))
-        return settled & free.any(1), (upper + 2 * self.noise(upper)).squeeze(1)
+        above = uppers + 2 * self.noise(uppers)
+        free = (above < last) & (self.unseen(uppers, count) <= UNSEEN)
+        return settled & free.any(1), above.gather(1, free.double().argmax(1, keepdim=True)).squeeze(1)
 
     def settled(self, needed: Tensor) -> Tensor:
         """[A]: whether each of the first `needed` values has shown all its copies."""

@@ -86,13 +86,14 @@ double Spectrum::unseen(double lambda, int64_t found) const {
 std::optional<Cut> Spectrum::cut(int64_t count) const {
     if (count >= size()) return std::nullopt;
     const double last = theta[static_cast<size_t>(count - 1)], next = std::max(0.0, theta[static_cast<size_t>(count)]);
-    if (complete_) return Cut{count, next + 2 * noise(next)};
+    const auto above = [&](double value) { return value + 2 * noise(value); };
+    if (complete_) return above(next) < last ? std::optional(Cut{count, above(next)}) : std::nullopt;
     for (int64_t i = 0; i < count; ++i) {
         if (unseen(theta[static_cast<size_t>(i)], count) > kUnseen) return std::nullopt;
     }
     for (double step : {1.0 / 16, 1.0 / 4, 1.0 / 2}) {
         const double upper = next + step * (last - next);
-        if (unseen(upper, count) <= kUnseen) return Cut{count, upper + 2 * noise(upper)};
+        if (above(upper) < last && unseen(upper, count) <= kUnseen) return Cut{count, above(upper)};
     }
     return std::nullopt;
 }

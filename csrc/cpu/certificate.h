@@ -26,8 +26,9 @@ constexpr double kUnseen = 1e-3;        // probability with which an eigenvector
 constexpr double kCopy = 1e-4;          // the same for one more copy of a value that was found; rounding allows no less
 constexpr int64_t kExtra = 12;          // Ritz pairs beyond the wanted ones that are looked at
 
-// Rounding of products with G and of the orthogonalisation, twice what was measured: of what lies near an eigenvalue
-// lambda, relative to sqrt(lambda theta_1); and of anything, relative to theta_1.
+// Rounding of products with G and of the orthogonalisation, its part along one direction, several times what was
+// measured: of what lies near an eigenvalue lambda, relative to sqrt(lambda theta_1); and of anything, relative to
+// theta_1.
 template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 1e-7 : 2e-16;
 template <class T>
@@ -37,7 +38,7 @@ double noise_near(double lambda, double first) {
     return kRounding<T> * std::sqrt(std::max(0.0, lambda) * first) + kGround<T> * first;
 }
 
-// No eigenvalue of G but `count` of them lies above `upper`.
+// No eigenvalue of G but `count` of them lies above `upper`, which lies below as many Ritz values.
 struct Cut {
     int64_t count;
     double upper;
