@@ -67,6 +67,11 @@ sanitize: build/native-address,undefined build/native-thread
 	UBSAN_OPTIONS=halt_on_error=1 build/native-address,undefined
 	build/native-thread
 
+# Decompositions of matrices from its input: what `python -m benchmarks certificate` asks of 64-bit ARM.
+build/svd-aarch64: $(filter-out tests/native/native_test.cpp,$(NATIVE)) tests/native/svd_cases.cpp $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -fno-math-errno -Wall -Wextra -static -Icsrc $(filter %.cpp,$^) -o $@ -pthread
+
 # The same for 64-bit ARM, compiled as the extension module is, on an emulated processor.
 build/native-aarch64: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
 	$(call program,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)

@@ -17,7 +17,7 @@ from .operations import run as run_operation
 from .results import Results
 from .shapes import SIZES
 
-PARTS = (*OPERATIONS, "compute", "merge", "integrations", "scaling", "experts", "speech")
+PARTS = (*OPERATIONS, "certificate", "compute", "merge", "integrations", "scaling", "experts", "speech")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 HELP = {
+    "certificate": "20,000 hard matrices per backend: does what truncated_svd claims hold?",
     "compute": "computing only: the released procedure, torch's faster forms, ours",
     "merge": "whole commands: lors, mergekit, as released, floor",
     "integrations": "mergekit's TIES with and without our selection, and ours",
@@ -73,6 +74,10 @@ def run_part(options: argparse.Namespace) -> None:
     data = options.data.resolve()
     if options.part in OPERATIONS:
         run_operation(results, options.part)
+    elif options.part == "certificate":
+        from .bench_certificate import run as run_certificate
+
+        run_certificate(results, *([500] if options.quick else []))
     elif options.part == "compute":
         from .bench_compute import run as run_compute
 

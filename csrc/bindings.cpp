@@ -124,7 +124,8 @@ auto truncated_svd(const MatrixTuple& base, const MatrixTuple& tuned, int64_t ra
     py::gil_scoped_release release;
     const lors::SvdResult r = lors::truncated_svd(matrix(base), matrix(tuned), rank, seed, floats(left), floats(right),
                                                   floats(sigma), threads);
-    return std::make_tuple(static_cast<int>(r.method), r.passes, r.residual, r.energy, r.non_finite);
+    return std::make_tuple(static_cast<int>(r.method), r.passes, r.residual, r.unique, r.energy, r.non_finite,
+                           r.overflows);
 }
 
 int64_t sparse_part(const MatrixTuple& base, const MatrixTuple& tuned, const LowRankTuple& factors,

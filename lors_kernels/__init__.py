@@ -17,7 +17,18 @@ from .threads import thread_count
 from .ties_update import keep_limit, random_key, ties_update
 from .topk_mask import lors_delta, topk_mask
 from .truncated_svd import truncated_svd
-from .types import ALWAYS, KEEP_ALL, KEEP_NONE, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from .types import (
+    ALWAYS,
+    KEEP_ALL,
+    KEEP_NONE,
+    FactorOverflowError,
+    Keep,
+    KeepStats,
+    NonFiniteError,
+    Threshold,
+    TruncatedSVD,
+    UpdateStats,
+)
 
 __all__ = [
     "ALWAYS",
@@ -25,6 +36,7 @@ __all__ = [
     "KEEP_NONE",
     "Availability",
     "BackendUnavailable",
+    "FactorOverflowError",
     "Keep",
     "KeepStats",
     "NonFiniteError",

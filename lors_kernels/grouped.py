@@ -158,6 +158,7 @@ class GroupSVD(NamedTuple):
     method: list[str]
     energy: list[float]
     backend: str
+    unique: list[bool]
 
 
 def gram_apply_group(group: MatrixGroup, x: Tensor, *, side: str = "right", backend: str | None = None) -> Tensor:

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from .types import ALWAYS, Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from .types import (
+    ALWAYS,
+    Consensus,
+    FactorOverflowError,
+    Keep,
+    KeepStats,
+    NonFiniteError,
+    Threshold,
+    TruncatedSVD,
+    UpdateStats,
+    dense_claim,
+)
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()  # any
@@ -213,5 +224,9 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
         raise NonFiniteError(bad)
     u, s, vh = torch.linalg.svd(d.double(), full_matrices=False)
     left, right = (u[:, :rank] * s[:rank]).float().contiguous(), vh[:rank].T.contiguous().float()
+    overflows = int((~torch.isfinite(left)).sum())
+    if overflows:
+        raise FactorOverflowError(overflows)
     energy = float(d.double().square().sum())
-    return TruncatedSVD(left, right, s[:rank].float(), 0, 0.0, "svd", energy, NAME)
+    residual, unique = dense_claim(s.tolist(), rank, left.numel())
+    return TruncatedSVD(left, right, s[:rank].float(), 0, residual, "svd", energy, NAME, unique)

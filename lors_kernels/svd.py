@@ -1,27 +1,39 @@
-"""Truncated SVD of a group of matrices by block Krylov iteration, each with a measured certificate.
+"""Truncated SVDs of a group of matrices by block Krylov iteration, each with a certificate.
 
-The mathematics and the acceptance rule are those of csrc/cpu/truncated_svd.cpp, batched over the group. Block Lanczos on
-G = A.T A with full reorthogonalisation, A being delta or its transpose, whichever has fewer columns (N). After j passes
-the basis Q [N, s] spans the block Krylov space, T = Q.T G Q is known from the orthogonalisation coefficients, and its
-leading eigenpairs (theta, s) give v = Q s. One more pass forms A v and measures rho_i = ||G v_i - theta_i v_i||; then
+The mathematics and the acceptance rules are those of csrc/cpu/truncated_svd.cpp, batched over the group; certificate.py has
+what the spaces prove. Block Lanczos on G = A.T A with full reorthogonalisation, A being delta or its transpose, whichever
+has fewer columns (N). After j passes the basis Q [N, s] spans the block Krylov space, T = Q.T G Q is known from the
+orthogonalisation coefficients, and its leading eigenpairs (theta, s) give v = Q s.
 
-    ||L - exact||^2 <~ sum_i (theta_i + theta_{r+1}) * min(1, rho_i / (theta_i - theta_{r+1}))^2          (Davis-Kahan)
-
-Where float32 cannot meet the bound the iteration is repeated in float64 from the vectors found, and where that fails too,
-or the space is too small for Krylov to pay, A.T A is formed in float64 and diagonalised. Inside an iteration the host
-never waits for the device: it does at the measurement before, at each check, and at each certificate.
+When a pair's own numbers promise the bound, its vectors are measured: one pass more, which forms A v. Where rounding mixes
+the pairs at the cut, some beyond it are measured too, after a Rayleigh-Ritz step in float64. Where that does not do the
+iteration is repeated in float64, and where more copies of a value may be there than the block is wide, or the space is too
+small for Krylov to pay, a dense solver runs. Inside an iteration the host never waits for the device: it does at the
+measurement before, at each look at the spectra, and at each measurement.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .certificate import (
+    CAPTURED,
+    ENERGY_BOUND,
+    EQUAL,
+    ERROR_BOUND,
+    EXTRA,
+    ROUNDING,
+    UNSEEN,
+    Spectrum,
+    energy_bound,
+    error_bound,
+    needed,
+)
 from .grouped import GroupSVD, MatrixGroup
 from .precision import full_precision
-from .types import NonFiniteError
+from .types import DENORMAL, FACTORS, FactorOverflowError, NonFiniteError, dense_claim
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +42,10 @@ if TYPE_CHECKING:
     # x [A, N, b] of the given pairs -> (A.T A x, A x)
     Apply = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-ERROR_BOUND = 8e-6  # of L, relative; the contract is 1e-5 and the bound errs upwards
-ENERGY_BOUND = 5e-7  # of ||delta - L||^2, relative; the contract is 1e-6
-EQUAL = 2e-6  # relative difference below which two theta count as equal
+AIM = 0.5 * ERROR_BOUND  # of forecasts
 # Outside this range of magnitudes squares of float32 entries overflow or vanish: float64 from the start.
 MAGNITUDES = (2.0**-40, 2.0**20)
+PRODUCT = {"krylov": 5e-7, "krylov64": 1e-15}  # rounding of A v, relative
 WORKSPACE = 1 << 30  # bytes of float64 deltas formed at a time, in the fallbacks
 
 
@@ -42,31 +53,6 @@ def decompose(ops: Any, group: MatrixGroup, rank: int, seed: int) -> GroupSVD:
     """The factors of every pair. `ops` is a grouped backend; arguments are checked."""
     with full_precision():
         return _Driver(ops, group, rank, seed).run()
-
-
-@dataclass
-class _Ritz:
-    theta: Tensor  # [A, s] float64, largest first
-    vectors: Tensor  # [A, s, rank]
-    error: Tensor  # [A] bound on the relative error of L
-    accepted: Tensor  # [A] bool
-
-
-def certify(theta: Tensor, rho: Tensor, rank: int, total_energy: Tensor) -> tuple[Tensor, Tensor]:
-    """(bound on the relative error of L, accepted) from theta [A, s >= rank] and residual norms rho [A, rank]."""
-    import torch
-
-    wanted = theta[:, :rank].clamp_min(0)
-    after = theta[:, rank : rank + 1].clamp_min(0) if theta.shape[1] > rank else torch.zeros_like(wanted[:, :1])
-    gap = wanted - after
-    turn = torch.where(rho >= gap, 1.0, rho / gap.clamp_min(1e-300))
-    kept, lost = wanted.sum(1), (rho * turn).sum(1)
-    error = torch.where(kept > 0, (((wanted + after) * turn * turn).sum(1) / kept.clamp_min(1e-300)).sqrt(), 0.0)
-    rest = torch.maximum(total_energy - kept, 1e-12 * total_energy)
-    energy = torch.where(lost > 0, lost / rest.clamp_min(1e-300), 0.0)
-    last = wanted[:, -1]
-    spread = torch.where(last > 0, (last - after[:, 0]) / last.clamp_min(1e-300), 0.0)
-    return error, (error <= ERROR_BOUND) | ((spread <= EQUAL) & (energy <= ENERGY_BOUND))
 
 
 def orthonormalise(w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,13 +114,11 @@ class Krylov:
 
         return torch.randn((self.n, self.width), generator=self.random, dtype=torch.float64, device=self.energy.device)
 
-    def begin(self, start: Tensor | None = None) -> None:
-        """The first block: `start` [A, N, <= width], then random directions, orthonormalised."""
+    def begin(self) -> None:
+        """The first block: random directions, orthonormalised."""
         import torch
 
-        block = self.noise().expand(len(self.energy), -1, -1).clone()
-        if start is not None:
-            block[:, :, : start.shape[2]] = start
+        block = self.noise().expand(len(self.energy), -1, -1)
         scale = torch.ones_like(self.energy)
         self.basis[:, :, : self.width] = orthonormalise(block.to(self.basis.dtype), None, scale, self.noise())[0]
 
@@ -170,14 +154,14 @@ class Krylov:
         t[:, : self.t.shape[1], : self.t.shape[1]] = self.t
         self.basis, self.t = basis, t
 
-    def solve(self) -> _Ritz:
-        """Leading eigenpairs of the projection, and the certificate they would have in exact arithmetic."""
+    def spectrum(self) -> Spectrum:
+        """The eigenpairs of the projections, and their residuals in exact arithmetic."""
         import torch
 
         theta, vectors = torch.linalg.eigh(self.t[:, : self.size, : self.size])
-        theta, vectors = theta.flip(1), vectors[:, :, -self.rank :].flip(2)
-        rho = (self.below @ vectors[:, -self.width :]).norm(dim=1)
-        return _Ritz(theta, vectors, *certify(theta, rho, self.rank, self.energy))
+        theta, vectors = theta.flip(1), vectors.flip(2)
+        ends = self.below @ vectors[:, -self.width :]
+        return Spectrum(theta, vectors, ends, self.width, self.n, ROUNDING[str(self.basis.dtype)])
 
     def keep(self, chosen: Tensor) -> None:
         """Goes on with some of the pairs."""
@@ -200,15 +184,59 @@ def first_check(rank: int, width: int) -> int:
     return max(2, (rank + 2 * width - 1) // width + 2)
 
 
-def passes_to_go(error: list[float], previous: list[float] | None, since: int) -> int:
-    """Passes until the median pair should meet its bound, from how fast its bound has been falling."""
+def passes_to_go(exact: list[float], previous: list[float] | None, since: int) -> int:
+    """Passes until the median pair should meet its bound, from how fast its forecast has been falling."""
     waits = []
-    for i, now in enumerate(error):
+    for i, now in enumerate(exact):
         before = previous[i] if previous else 0.0
         rate = math.log(before / now) / since if before > 0 and 0 < now < before else 0.7
         wanted = math.log(max(1.0, now / (0.3 * ERROR_BOUND))) / max(rate, 0.3)
         waits.append(min(6, max(1, math.ceil(wanted * 0.85))))
     return sorted(waits)[len(waits) // 2]
+
+
+class _Outlook:
+    """What the spectra of the active pairs promise, on the host."""
+
+    def __init__(self, s: Spectrum, rank: int, energy: Tensor) -> None:
+        import torch
+
+        self.spectrum, self.rank = s, rank
+        self.reach = min(s.theta.shape[1], rank + EXTRA)
+        self.needed = needed(s.theta, rank)
+        alone = self.forecast(self.needed)
+        apart = torch.stack([self.forecast(torch.full_like(self.needed, c))[0] for c in range(rank + 1, self.reach)])
+        last, following = s.theta[:, rank - 1], s.theta[:, rank]
+        level = (last - following <= EQUAL * last + 4 * s.noise(last.unsqueeze(1)).squeeze(1)) & (self.needed == rank)
+        level &= s.rho[:, rank - 1 : rank + 1].amax(1) <= 1e-5 * last
+        captured = energy - s.theta[:, :rank].sum(1) <= 2e-6 * energy
+        columns = torch.stack([alone[0], alone[1], apart.amin(0), (level | captured).double()])
+        self.bound, self.exact, self.apart, special = columns.tolist()
+        self.special = [bool(x) for x in special]
+
+    def forecast(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The bound if nothing unseen stands in the way: as it may be measured, and without rounding."""
+        s, m = self.spectrum, self.reach
+        upper = (s.theta + s.rho).gather(1, count.unsqueeze(1)).squeeze(1).clamp_min(0)
+        as_measured, exact = (
+            error_bound(s.theta[:, :m], rho[:, :m], self.rank, count, upper).clamp_max(1) for rho in (s.residual, s.rho)
+        )
+        return as_measured, exact
+
+    def rounded(self, i: int) -> bool:
+        """Whether rounding, not the number of passes, limits the wanted pairs alone."""
+        return self.exact[i] <= 0.5 * self.bound[i]
+
+    def alone(self, i: int) -> bool:
+        return self.bound[i] <= AIM or (self.rounded(i) and self.bound[i] <= 0.9 * ERROR_BOUND)
+
+    def hopeless(self, i: int) -> bool:
+        """Whether rounding alone exceeds the bound, of the wanted pairs and of those held apart."""
+        return self.rounded(i) and min(self.bound[i], self.apart[i]) > 0.9 * ERROR_BOUND
+
+    def aside(self, i: int) -> bool:
+        """Whether a Rayleigh-Ritz step in float64 should end it, and sooner than more passes."""
+        return self.special[i] or (self.apart[i] <= AIM and (self.rounded(i) or self.exact[i] > 30 * ERROR_BOUND))
 
 
 class _Driver:
@@ -224,16 +252,26 @@ class _Driver:
         self.right = like.new_empty((count, group.n, rank))
         self.sigma = like.new_empty((count, rank))
         self.passes, self.residual, self.method = [0] * count, [0.0] * count, ["krylov"] * count
+        self.unique, self.scale = [True] * count, dict[int, float]()
 
     def run(self) -> GroupSVD:
+        import torch
+
         self.energy, bad, top = self.ops.measure(self.group)
         if any(bad.tolist()):
             raise NonFiniteError(int(bad.sum()))
         tops, everyone = top.tolist(), range(self.group.pairs)
         plain = [p for p in everyone if MAGNITUDES[0] <= tops[p] <= MAGNITUDES[1] or tops[p] == 0]
-        pays = krylov_pays(self.n, self.rank, self.ops.width)
-        hard = self.single(plain) if plain and pays else plain
-        self.double(sorted({*hard, *everyone} - ({*plain} - {*hard})))
+        again = [p for p in everyone if p not in set(plain)]
+        unsettled = plain
+        if plain and krylov_pays(self.n, self.rank, self.ops.width):
+            rounded, unsettled = self.single(plain)
+            again += rounded
+        self.double(sorted(again), tops, iterate=True)
+        self.double(unsettled, tops, iterate=False)
+        overflows = (~torch.isfinite(self.left)).sum((1, 2)).tolist()
+        if any(overflows):
+            raise FactorOverflowError(sum(overflows), next(p for p, count in enumerate(overflows) if count))
         return GroupSVD(
             self.left,
             self.right,
@@ -243,52 +281,77 @@ class _Driver:
             self.method,
             self.energy.tolist(),
             self.ops.name,
+            self.unique,
         )
 
-    def single(self, pairs: list[int]) -> list[int]:
-        """Float32 iteration; returns the pairs whose certificate it could not reach."""
+    def single(self, pairs: list[int]) -> tuple[list[int], list[int]]:
+        """Float32 iteration; returns the pairs that rounding kept from the bound, and those that more passes would not
+        settle."""
         import torch
 
-        krylov = Krylov(
-            len(pairs), self.n, self.rank, self.ops.width, self._pick(self.energy, pairs), torch.float32, self.seed
-        )
+        energy = self._pick(self.energy, pairs)
+        krylov = Krylov(len(pairs), self.n, self.rank, self.ops.width, energy, torch.float32, self.seed)
         krylov.begin()
 
         def apply_to(chosen: list[int]) -> Apply:
             part = self.group if chosen == list(range(self.group.pairs)) else self.group.take(chosen)
             return lambda x, product=False: self.ops.gram_apply(part, x, side=self.side, product=product)  # type: ignore[misc]
 
-        return self.iterate(krylov, pairs, apply_to, "krylov")
+        return self.iterate(krylov, pairs, apply_to, self.deltas, "krylov")
 
-    def double(self, pairs: list[int]) -> None:
-        """Float64: the iteration from the vectors found, then dense; a few pairs at a time, their delta in memory."""
+    def deltas(self, pairs: list[int]) -> Tensor:
         import torch
 
-        step = max(1, WORKSPACE // (8 * self.group.m * self.group.n))
-        width = (self.rank // 8 + 1) * 8
-        for first in range(0, len(pairs), step):
-            part = pairs[first : first + step]
-            a = torch.stack([_delta64(*self.group.pair(p), wide=self.wide) for p in part])
-            self.energy[part] = a.square().sum((1, 2))
+        return torch.stack([_delta64(*self.group.pair(p), wide=self.wide) for p in pairs])
+
+    def double(self, pairs: list[int], tops: list[float], *, iterate: bool) -> None:
+        """Float64: the iteration, then dense; a few pairs at a time, their delta in memory."""
+        import torch
+
+        width = 8
+        for part in self.parts(pairs):
+            # in the range where squares are harmless; powers of two, so that nothing is rounded
+            scale = torch.tensor(
+                [2.0 ** -math.frexp(tops[p])[1] if tops[p] else 1.0 for p in part], dtype=torch.float64
+            )
+            a = self.deltas(part) * scale.to(self.energy.device).view(-1, 1, 1)
+            self.scale.update(zip(part, scale.tolist(), strict=True))
+            energy = a.square().sum((1, 2))
+            self.energy[part] = energy / scale.to(energy.device).square()
             hard = part
-            if krylov_pays(self.n, self.rank, width):
-                krylov = Krylov(
-                    len(part), self.n, self.rank, width, self._pick(self.energy, part), torch.float64, self.seed
-                )
-                krylov.begin(self._start(part))
+            if iterate and krylov_pays(self.n, self.rank, width):
+                krylov = Krylov(len(part), self.n, self.rank, width, energy, torch.float64, self.seed)
+                krylov.begin()
                 where = {p: i for i, p in enumerate(part)}
 
-                def apply_to(chosen: list[int], a: Tensor = a, where: dict[int, int] = where) -> Apply:
-                    rows = a if len(chosen) == len(a) else a[[where[p] for p in chosen]]
+                def rows_of(chosen: list[int], a: Tensor = a, where: dict[int, int] = where) -> Tensor:
+                    return a if len(chosen) == len(a) else a[[where[p] for p in chosen]]
+
+                def apply_to(chosen: list[int], rows_of: Any = rows_of) -> Apply:
+                    rows = rows_of(chosen)
                     return lambda x, product=False: (rows.mT @ (y := rows @ x), y)  # type: ignore[misc]
 
-                hard = self.iterate(krylov, part, apply_to, "krylov64")
-            if hard:
-                self.dense(hard, a[[part.index(p) for p in hard]])
+                hard = sorted(sum(self.iterate(krylov, part, apply_to, rows_of, "krylov64"), []))
+            for p in hard:
+                self.dense(p, a[part.index(p)])
 
-    def iterate(self, krylov: Krylov, pairs: list[int], apply_to: Callable[[list[int]], Any], method: str) -> list[int]:
-        """Grows the bases until every certificate holds or cannot; returns the pairs for which it cannot."""
-        active, failed, previous = list(pairs), [], None
+    def parts(self, pairs: list[int]) -> Iterator[list[int]]:
+        """As many at a time as the workspace holds in float64."""
+        step = max(1, WORKSPACE // (8 * self.group.m * self.group.n))
+        return (pairs[first : first + step] for first in range(0, len(pairs), step))
+
+    def iterate(
+        self,
+        krylov: Krylov,
+        pairs: list[int],
+        apply_to: Callable[[list[int]], Any],
+        deltas: Callable[[list[int]], Tensor],
+        method: str,
+    ) -> tuple[list[int], list[int]]:
+        """Grows the spaces until every pair is certified or cannot be; returns those that rounding kept from it, and those
+        that more passes would not settle."""
+        rounded, unsettled = list[int](), list[int]()
+        active, previous, tried, waited = list(pairs), None, dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
         apply = apply_to(active)
         wait, since = first_check(self.rank, krylov.width), 0
         while active:
@@ -296,18 +359,31 @@ class _Driver:
             wait, since = wait - 1, since + 1
             if wait > 0 and not krylov.full:
                 continue
-            ritz = krylov.solve()
-            expected, promising = ritz.error.tolist(), ritz.accepted.tolist()
-            ready = [i for i in range(len(active)) if promising[i] or krylov.full]
-            done = set()
-            if ready:
-                found = self.finish(krylov, ritz, ready, active, apply_to([active[i] for i in ready]), method)
-                for i, (error, accepted) in zip(ready, found, strict=True):
-                    hopeless = krylov.full or error > 4 * max(expected[i], ERROR_BOUND / 4)
-                    if accepted or hopeless:
+            outlook = _Outlook(krylov.spectrum(), self.rank, krylov.energy)
+            done = set[int]()
+            ready = [i for i in range(len(active)) if krylov.full or outlook.alone(i)]
+            mixed = self.finish_alone(krylov, outlook, ready, active, apply_to, method, done) if ready else set[int]()
+            aside = [i for i in range(len(active)) if krylov.full or i in mixed or outlook.aside(i)]
+            aside = [i for i in aside if i not in done and (tried[active[i]] < 2 or krylov.full)]
+            if aside:
+                self.finish_apart(krylov, outlook, aside, active, deltas, method, done)
+            for i in range(len(active)):
+                if i not in done and outlook.hopeless(i):
+                    rounded.append(active[i])
+                    done.add(i)
+            left = [i for i in sorted({*ready, *aside}) if i not in done]
+            if left:
+                where = _index(left, krylov.energy.device)
+                settled = outlook.spectrum.take(where).settled(outlook.needed[where]).tolist()
+                for i, fine in zip(left, settled, strict=True):
+                    p = active[i]
+                    tried[p] += i in aside and fine
+                    waited[p] += not fine
+                    if krylov.full or tried[p] > 1 or waited[p] > 2:
+                        (rounded if fine and not krylov.full else unsettled).append(p)
                         done.add(i)
-                        if not accepted:
-                            failed.append(active[i])
+            for p in {*rounded, *unsettled} & {active[i] for i in done}:
+                self.passes[p] += krylov.size // krylov.width
             rest = [i for i in range(len(active)) if i not in done]
             if done and rest:
                 krylov.keep(_index(rest, krylov.energy.device))
@@ -315,36 +391,125 @@ class _Driver:
                 apply = apply_to(active)
             elif done:
                 break
-            errors = [expected[i] for i in rest]
-            wait = passes_to_go(errors, [previous[i] for i in rest] if previous else None, since)
-            previous, since = errors, 0
-        return sorted(failed)
+            exact = [min(outlook.exact[i], outlook.apart[i]) if outlook.rounded(i) else outlook.exact[i] for i in rest]
+            wait = passes_to_go(exact, [previous[i] for i in rest] if previous else None, since)
+            previous, since = exact, 0
+        return sorted(rounded), sorted(unsettled)
 
-    def finish(
-        self, krylov: Krylov, ritz: _Ritz, ready: list[int], active: list[int], apply: Any, method: str
-    ) -> list[tuple[float, bool]]:
-        """v from the basis, A v, the measured certificate; stores the factors. Returns (bound, accepted) of each."""
-        where = _index(ready, krylov.energy.device)
-        whole = len(ready) == len(active)
-        basis, vectors, theta = (
-            x if whole else x.index_select(0, where)
-            for x in (krylov.basis[:, :, : krylov.size], ritz.vectors, ritz.theta)
-        )
-        v = basis @ vectors.to(basis.dtype)
-        z, y = apply(v, product=True)
+    def finish_alone(
+        self,
+        krylov: Krylov,
+        outlook: _Outlook,
+        ready: list[int],
+        active: list[int],
+        apply_to: Callable[[list[int]], Any],
+        method: str,
+        done: set[int],
+    ) -> set[int]:
+        """The wanted pairs as the spaces have them, by one product; adds to `done` whom that certifies and returns those
+        whom more passes would not help, since rounding has enlarged their residuals."""
+        s = outlook.spectrum.take(_index(ready, krylov.energy.device))
+        count = outlook.needed[ready]
+        shown, upper = s.cut(count)
+        expected = error_bound(s.theta[:, : self.rank], s.residual[:, : self.rank], self.rank, count, upper)
+        chosen = [i for i, fine in enumerate((shown & (expected <= ERROR_BOUND)).tolist()) if fine]
+        if not chosen:
+            return set()
+        where, rows = _index(chosen, krylov.energy.device), [ready[i] for i in chosen]
+        s, count, upper = s.take(where), count[where], upper[where]
+        basis = self._pick(krylov.basis[:, :, : krylov.size], rows)
+        v = basis @ s.vectors[:, :, : self.rank].to(basis.dtype)
+        z, y = apply_to([active[i] for i in rows])(v, product=True)
         v, z, y = v.double(), z.double(), y.double()
-        measured = y.square().sum(1)  # [A, rank] = theta of v
-        rho = (z - measured.unsqueeze(1) * v).norm(dim=1)
-        energy = krylov.energy if whole else krylov.energy.index_select(0, where)
-        error, accepted = certify(theta, rho, self.rank, energy)
-        pairs = [active[i] for i in ready]
-        self.store(pairs, measured.sqrt(), v, y)
-        found = list(zip(error.tolist(), accepted.tolist(), strict=True))
-        for p, (bound, _) in zip(pairs, found, strict=True):
-            before = self.passes[p] if method == "krylov64" else 0
-            self.passes[p] = before + krylov.size // krylov.width + 1
-            self.residual[p], self.method[p] = bound, method
-        return found
+        theta = y.square().sum(1)
+        rho = (z - theta.unsqueeze(1) * v).norm(dim=1)
+        skew = (v.mT @ v - _eye(self.rank, v)).norm(dim=(1, 2))
+        error = error_bound(theta, rho, self.rank, count, upper) + skew + PRODUCT[method]
+        fine = error <= ERROR_BOUND
+        self.accept(rows, active, fine, error, theta, v, y, krylov, method, done)
+        exact = error_bound(s.theta[:, : self.rank], s.rho[:, : self.rank], self.rank, count, upper)
+        return {rows[i] for i, useless in enumerate((~fine & (exact <= 0.5 * error)).tolist()) if useless}
+
+    def finish_apart(
+        self,
+        krylov: Krylov,
+        outlook: _Outlook,
+        chosen: list[int],
+        active: list[int],
+        deltas: Callable[[list[int]], Tensor],
+        method: str,
+        done: set[int],
+    ) -> None:
+        """More pairs than wanted, after a Rayleigh-Ritz step in float64; adds to `done` whom that certifies."""
+        import torch
+
+        rank, m = self.rank, outlook.reach
+        for rows in self.parts(chosen):
+            where = _index(rows, krylov.energy.device)
+            s, a = outlook.spectrum.take(where), deltas([active[i] for i in rows])
+            v = self._pick(krylov.basis[:, :, : krylov.size], rows).double() @ s.vectors[:, :, :m]
+            for _ in range(2):
+                v = _cholesky_qr(v, shift=0.0)[0]
+            y = a @ v
+            theta, turned = torch.linalg.eigh(y.mT @ y)
+            theta, turned = theta.flip(1), turned.flip(2)
+            v, y = v @ turned, y @ turned
+            rho = (a.mT @ y - theta.unsqueeze(1) * v).norm(dim=1)
+            turn = ROUNDING["torch.float64"][0] * theta[:, 0]
+            error = torch.full_like(turn, math.inf)
+            for c in [outlook.needed[where], *(torch.full_like(where, c) for c in range(rank + 1, m))]:
+                shown, upper = s.cut(c)
+                error = torch.where(shown, torch.minimum(error, error_bound(theta, rho, rank, c, upper, turn)), error)
+            # L leaves so little of delta that it is delta
+            energy, kept = a.square().sum((1, 2)), theta[:, :rank].sum(1)
+            rest, cancellation = (energy - kept).clamp_min(0), 1.2e-16 * (a.shape[1] + a.shape[2])
+            left = (rest / energy.clamp_min(1e-300) + cancellation).sqrt()
+            error = torch.where(left <= CAPTURED, torch.minimum(error, 2 * left), error)
+            # values are equal across the cut: one choice is as good as another, if nothing above them is missing
+            last, following = theta[:, rank - 1], theta[:, rank]
+            slack = torch.minimum(0.5 * ENERGY_BOUND * rest / rank, EQUAL * last - (last - following)).clamp_min(0)
+            upper = last + slack
+            count, found = ((theta > x.unsqueeze(1)).sum(1) for x in (upper, last * (1 - EQUAL)))
+            clear = s.unseen(torch.maximum(s.theta[:, :rank], upper.unsqueeze(1)), found).amax(1) <= UNSEEN
+            lost = energy_bound(theta, rho, count, upper) + slack * rank
+            level = (last - following <= EQUAL * last) & clear & (lost <= ENERGY_BOUND * rest)
+            level &= (left > CAPTURED) & (rest > 100 * cancellation * energy)
+            lost = 1.02 * (lost + FACTORS**2 * kept)  # rounding of the factors, orthogonal to what is lost
+            error = torch.where(level, lost / rest.clamp_min(1e-300), error)
+            fine = level | (error <= ERROR_BOUND)
+            wanted = theta[:, :rank], v[:, :, :rank], y[:, :, :rank]
+            self.accept(rows, active, fine, error, *wanted, krylov, method, done, level=level)
+
+    def accept(
+        self,
+        rows: list[int],
+        active: list[int],
+        fine: Tensor,
+        error: Tensor,
+        theta: Tensor,
+        v: Tensor,
+        y: Tensor,
+        krylov: Krylov,
+        method: str,
+        done: set[int],
+        *,
+        level: Tensor | None = None,
+    ) -> None:
+        """Stores the factors of the pairs that are fine, and what is claimed of them."""
+        chosen = [i for i, good in enumerate(fine.tolist()) if good]
+        if not chosen:
+            return
+        where, pairs = _index(chosen, fine.device), [active[rows[i]] for i in chosen]
+        levels = [False] * len(chosen) if level is None else level[where].tolist()
+        theta, v, y = theta[where], v[where], y[where]
+        self.store(pairs, theta.clamp_min(0).sqrt(), v, y)
+        kept = theta.sum(1).clamp_min(0).sqrt().tolist()
+        for p, bound, norm, equal in zip(pairs, error[where].tolist(), kept, levels, strict=True):
+            self.passes[p] += krylov.size // krylov.width + 1
+            self.method[p], self.unique[p] = method, not equal
+            spacing = DENORMAL * math.sqrt(self.left[p].numel()) * self.scale.get(p, 1.0)
+            self.residual[p] = bound if equal or not norm else bound + FACTORS + spacing / norm
+        done.update(rows[i] for i in chosen)
 
     def store(self, pairs: list[int], sigma: Tensor, v: Tensor, y: Tensor) -> None:
         """Factors from right vectors v [A, N, r] of A and y = A v [A, M, r], sorted by what was measured."""
@@ -353,35 +518,46 @@ class _Driver:
         order = sigma.argsort(dim=1, descending=True, stable=True)
         sigma = sigma.gather(1, order)
         v, y = (x.gather(2, order.unsqueeze(1).expand_as(x)) for x in (v, y))
+        scale = torch.tensor([self.scale.get(p, 1.0) for p in pairs], dtype=torch.float64, device=v.device).view(
+            -1, 1, 1
+        )
         if self.wide:
             inverse = torch.where(sigma > 0, 1 / sigma.clamp_min(1e-300), 0.0)
-            left, right = v * sigma.unsqueeze(1), y * inverse.unsqueeze(1)
+            left, right = v * sigma.unsqueeze(1) / scale, y * inverse.unsqueeze(1)
         else:
-            left, right = y, v
+            left, right = y / scale, v
+        sigma = sigma / scale[:, 0]
         for target, found in ((self.left, left), (self.right, right), (self.sigma, sigma)):
             if len(pairs) == len(target):
                 target.copy_(found)
             else:
                 target.index_copy_(0, _index(pairs, target.device), found.float())
 
-    def dense(self, pairs: list[int], a: Tensor) -> None:
-        """Eigenvectors of A.T A in float64; a [A, M, N]."""
+    def dense(self, p: int, a: Tensor) -> None:
+        """Eigenvectors of A.T A in float64, or where that squares too much away the SVD; a [M, N]."""
         import torch
 
-        vectors = torch.linalg.eigh(a.mT @ a)[1][:, :, -self.rank :].flip(2)
+        theta, vectors = torch.linalg.eigh(a.mT @ a)
+        sigma = theta.flip(0).clamp_min(0).sqrt().tolist()
+        residual, unique = dense_claim(sigma, self.rank, self.left[p].numel(), self.scale[p], squared=True)
+        self.method[p] = "eigh64"
+        vectors = vectors[:, -self.rank :].flip(1)
+        if residual > ERROR_BOUND:
+            _, s, vh = torch.linalg.svd(a, full_matrices=False)
+            residual, unique = dense_claim(s.tolist(), self.rank, self.left[p].numel(), self.scale[p])
+            self.method[p], vectors = "svd64", vh[: self.rank].T
+        self.residual[p], self.unique[p] = residual, unique
         y = a @ vectors
-        self.store(pairs, y.norm(dim=1), vectors, y)
-        for p in pairs:
-            self.method[p], self.residual[p] = "eigh64", 1e-7
-
-    def _start(self, pairs: list[int]) -> Tensor | None:
-        """The right vectors float32 left behind, None if it did not run."""
-        if not all(self.passes[p] for p in pairs):
-            return None
-        return self._pick(self.left if self.wide else self.right, pairs).double()
+        self.store([p], y.norm(dim=0).unsqueeze(0), vectors.unsqueeze(0), y.unsqueeze(0))
 
     def _pick(self, x: Tensor, pairs: list[int]) -> Tensor:
         return x if len(pairs) == len(x) else x.index_select(0, _index(pairs, x.device))
+
+
+def _eye(n: int, like: Tensor) -> Tensor:
+    import torch
+
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 def _index(rows: list[int], device: torch.device) -> Tensor:

@@ -15,6 +15,15 @@ class NonFiniteError(ValueError):
         self.count = count
 
 
+class FactorOverflowError(ValueError):
+    """The singular vectors times singular values of delta exceed float32 in `count` entries; `pair` is the first such
+    delta of a group."""
+
+    def __init__(self, count: int, pair: int = 0) -> None:
+        super().__init__(f"its decomposition overflows float32: {count} entries of singular vectors times values")
+        self.count, self.pair = count, pair
+
+
 class Threshold(NamedTuple):
     """Which entries of the residual R = delta - L survive.
 
@@ -94,7 +103,40 @@ class TruncatedSVD(NamedTuple):
     right: Any  # [n, r] float32: right singular vectors
     sigma: Any  # [r] float32, largest first
     passes: int  # products with delta.T @ delta
-    residual: float  # measured bound on ||L - exact|| / ||exact||
-    method: str  # "krylov", "krylov64", "eigh64", "svd"
+    residual: float  # bound on ||L - exact|| / ||exact||; see docs/certificate.md
+    method: str  # "krylov", "krylov64", "eigh64", "svd64", "svd"
     energy: float  # sum of delta^2
     backend: str
+    unique: bool = True  # False: sigma_r = sigma_{r+1}; residual bounds the excess of ||delta - L||^2 over its minimum
+
+
+CONTRACT = 1e-5  # relative error of L
+FACTORS = 1.2e-7  # rounding of both factors to float32, relative
+DENORMAL = 2.0**-150  # the same where entries of `left` are denormal, absolute
+EQUAL = 1e-6  # relative difference below which two singular values count as equal
+DENSE_ROUNDING = 4e-15  # of a float64 decomposition, relative to the largest value
+
+
+def dense_claim(
+    sigma: Any, rank: int, entries: int, scale: float = 1.0, *, squared: bool = False
+) -> tuple[float, bool]:
+    """(residual, unique) of an L from a float64 SVD with these singular values, or from the eigenvectors of A.T A
+    (`squared`), whose left factor has so many entries. `sigma` are those of delta times `scale`.
+
+    A backward stable solver turns a vector by its rounding over the gap to what is left out.
+    """
+    power = 2 if squared else 1
+    values = [float(s) for s in sigma]
+    last, following = values[rank - 1], values[rank] if rank < len(values) else 0.0
+    kept = math.sqrt(math.fsum(s * s for s in values[:rank]))
+    if not kept:
+        return 0.0, True
+    rounding = DENSE_ROUNDING * values[0] ** power
+    if rank < len(values) and last - following <= EQUAL * last and rank * last**2 > (1e-6 * kept) ** 2:
+        rest = math.fsum(s * s for s in values[rank:])
+        return (2 * rank * rounding * last ** (2 - power) + (FACTORS * kept) ** 2) / rest, False
+    turned = 0.0
+    for s in values[:rank] if rank < len(values) else ():
+        gap = s**power - following**power
+        turned += (s * s + following**2) * (min(1.0, rounding / gap) if gap > 0 else 1.0) ** 2
+    return math.sqrt(turned) / kept + FACTORS + DENORMAL * math.sqrt(entries) * scale / kept, True

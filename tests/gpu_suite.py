@@ -29,10 +29,11 @@ from lors_kernels.grouped import (
     ties_update_group,
     truncated_svd_group,
 )
-from lors_kernels.testing.cases import CASES, Case, by_name
+from lors_kernels.testing.cases import CASES, Case, by_name, hard_spectra
 from lors_kernels.testing.numerics import (
     delta_of,
     exact_selection,
+    judge_claim,
     judge_low_rank,
     selected,
 )
@@ -398,14 +399,22 @@ def test_non_finite_entries_are_counted(backend: str) -> None:
         kernels.truncated_svd(None, tuned, 2, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["clustered", "fp16"] if INTERPRETED or EMULATED else [case.name for case in CASES])
+SPECTRA = (
+    ["clustered", "fp16", "hard near-copies", "hard graded"]
+    if INTERPRETED or EMULATED
+    else [case.name for case in (*CASES, *hard_spectra())]
+)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
 def test_svd_contract(name: str, backend: str) -> None:
     case = by_name(name)
     base, tuned = tensors(case)
     svd = kernels.truncated_svd(base, tuned, case.rank, backend=backend)
     low = (svd.left.double() @ svd.right.double().T).cpu().numpy()
-    verdict = judge_low_rank(delta_of(*case.matrices()), low, case.rank)
-    assert verdict.ok, f"{svd.method} after {svd.passes} passes: {verdict}"
+    delta, factors = delta_of(*case.matrices()), [x.cpu().numpy() for x in (svd.left, svd.right)]
+    for verdict in (judge_low_rank(delta, low, case.rank), judge_claim(delta, *factors, svd.residual, svd.unique)):
+        assert verdict.ok, f"{svd.method} after {svd.passes} passes: {verdict}"
     assert svd.backend == backend
 
 

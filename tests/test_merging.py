@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 import lors
@@ -40,6 +41,25 @@ def test_paper_settings_are_the_definition(tiny_whisper: Path, tmp_path: Path) -
     assert report.svd_worst <= 1e-5
     assert report.bytes_written == sum(x.nbytes for x in base.values())
     assert report.bytes_read == 4 * report.bytes_written
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_decompositions_that_are_not_unique_are_told(device: str | None, tmp_path: Path) -> None:
+    """An expert whose difference in two matrices is a multiple of the identity: any seven directions are as good as others."""
+    base = tiny.tensors(0, 0.5)
+    tuned = {
+        name: value + delta for (name, value), delta in zip(base.items(), tiny.tensors(1, 0.1).values(), strict=True)
+    }
+    equal = [f"model.encoder.layers.0.self_attn.{role}_proj.weight" for role in ("q", "k")]
+    for name in equal:
+        base[name], tuned[name] = np.zeros_like(base[name]), 0.25 * np.eye(*base[name].shape, dtype=np.float32)
+    origin, model = tiny.write(tmp_path / "base", base), tiny.write(tmp_path / "a", tuned)
+    report = lors.merge(origin, {"a": model}, tmp_path / "out", device=device)
+    assert report.svd_not_unique == report.to_dict()["svd_not_unique"] == 2 and 0 < report.svd_worst <= 1e-5
+    (notice,) = (line for line in report.notices if "unique" in line)
+    assert notice.startswith(
+        f"2 of {report.decomposed} decompositions are not unique: singular values are equal across"
+    )
 
 
 @pytest.mark.parametrize("method", ["lors", "svp", "magnitude_prune", "task_arithmetic"])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
 import lors
 from lors import LorsError
+from lors.interference import interference
 from lors.task_vector import decompose
 from lors_kernels.arrays import BFLOAT16
 
@@ -51,6 +55,29 @@ def test_what_fits_is_merged(dtype: str) -> None:
     base, tuned = pair(dtype)
     merged = lors.merge_state_dicts(base, {"a": tuned}, "task_arithmetic", lam=1.0)[NAME]
     assert np.isfinite(merged.astype(np.float32)).all()
+
+
+def test_a_decomposition_beyond_float32_is_refused(tmp_path: Path) -> None:
+    """delta is finite, and so is every singular vector; their product with a singular value is not."""
+    base = tiny.tensors(0, 0.5)
+    tuned = {name: value.copy() for name, value in base.items()}
+    tuned["model.encoder.layers.0.fc1.weight"][:] = 2e38
+    origin, model = tiny.write(tmp_path / "base", base), tiny.write(tmp_path / "a", tuned)
+    commands: list[Callable[[], object]] = [
+        lambda: lors.merge(origin, {"a": model}, tmp_path / "out"),
+        lambda: lors.merge(origin, {"a": model}, tmp_path / "out", device="cpu"),
+        lambda: decompose(origin, model, tmp_path / "a.lors.safetensors"),
+        lambda: interference(origin, {"a": model, "b": origin}),
+    ]
+    for command in commands:
+        with pytest.raises(LorsError) as error:
+            command()
+        assert re.fullmatch(
+            r"\S+: tensor 'model.encoder.layers.0.fc1.weight': its decomposition overflows float32: "
+            r"\d+ entries of singular vectors times values",
+            str(error.value),
+        ), str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
 
 
 def test_a_factor_beyond_float32_is_refused() -> None:

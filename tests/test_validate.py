@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lors_kernels as kernels
 from helpers import require_backend
 from lors_kernels import ALWAYS, Keep, NonFiniteError, Threshold, dispatch, svd
 from lors_kernels.backends import cpu, loop
-from lors_kernels.testing.cases import CASES, by_name
+from lors_kernels.certificate import Spectrum
+from lors_kernels.testing.cases import CASES, by_name, hard_spectra
 from lors_kernels.testing.checks import CHECKS
 from lors_kernels.testing.oracle import nth_largest, selected
 from lors_kernels.testing.validate import checks, validate_command
@@ -585,6 +587,11 @@ SVD: dict[str, Fault] = {
     "sigma rising": svd_with(sigma=lambda x: x[::-1].copy()),
     "scales in right": svd_with(left=lambda x: x * np.float32(0.5), right=lambda x: x * np.float32(2)),
     "energy wrong": svd_with(energy=lambda e: e * 1.0002),
+    "nothing claimed": svd_with(residual=lambda r: 0.0),
+    "a hundredth claimed": svd_with(residual=lambda r: 0.01 * r),
+    "more claimed than is promised": svd_with(residual=lambda r: 1.1e-5),
+    "equal values called different": svd_with(unique=lambda u: True),
+    "different values called equal": svd_with(unique=lambda u: False),
     "base ignored": of_argument(0, lambda base: None),
     "NaN hidden": of_argument(1, finite),
     "other bits on threads": lambda honest: (
@@ -625,6 +632,24 @@ def swapped(x: Any) -> Any:
     return x[order]
 
 
+def all_found(spectrum: Any, count: Any) -> tuple[Any, Any]:
+    """Nothing hides, and nothing lies beyond the cut."""
+    return torch.ones_like(count, dtype=torch.bool), torch.zeros_like(spectrum.theta[:, 0])
+
+
+CERTIFICATE: dict[str, tuple[Any, str, Fault]] = {
+    "copies not asked for": (Spectrum, "unseen", of_result(torch.zeros_like)),
+    "nothing beyond the cut": (Spectrum, "cut", lambda honest: all_found),
+    "bound a tenth": (svd, "error_bound", of_result(lambda error: 0.1 * error)),
+    "extra pairs count nothing": (
+        svd, "error_bound", lambda honest: (
+            lambda theta, rho, rank, *rest: honest(theta, rho * (torch.arange(rho.shape[1]) < rank), rank, *rest)
+        ),
+    ),
+    "equal without asking": (svd, "EQUAL", lambda honest: 1e-3),
+}  # fmt: skip
+
+
 GROUPED: dict[str, tuple[str, str, Fault]] = {
     "products swapped": ("reading groups", "gram_apply", of_result(lambda r: (swapped(r[0]), r[1]))),
     "thresholds swapped": ("reading groups", "residual_threshold", of_result(lambda t: type(t)(*map(swapped, t)))),
@@ -652,6 +677,7 @@ FAULTS: list[tuple[str, str, Any, str, Fault]] = [
     *(("topk_mask", name, kernels, "topk_mask", fault) for name, fault in TOPK.items()),
     *(("lors_delta", name, kernels, "lors_delta", fault) for name, fault in DELTA.items()),
     ("truncated_svd_group", "L of the wrong matrix", svd, "decompose", svd_with(left=lambda x: swapped(x))),
+    *(("truncated_svd_group", name, *place) for name, place in CERTIFICATE.items()),
     *((kind, name, loop.Loop, method, fault) for name, (kind, method, fault) in GROUPED.items()),
 ]
 
@@ -664,7 +690,7 @@ def test_every_fault_is_seen(
     operation: str, where: Any, name: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, fault(getattr(where, name)))
-    wrong = next(check for check in checks("cpu", SMALL, [operation]) if not check.ok)
+    wrong = next(check for check in checks("cpu", (*SMALL, *hard_spectra()), [operation]) if not check.ok)
     assert not re.match("(Index|Type|Attribute|Key|Name)Error", wrong.aspect), "the fault itself is broken"
 
 
@@ -707,6 +733,7 @@ def test_a_broken_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     good, junk = dispatch.Availability(True, ""), dispatch.Availability(False, "ImportError: junk", True)
     states(monkeypatch, cpu=good, cuda=junk)
     monkeypatch.setattr("lors_kernels.testing.validate.CASES", (by_name("2x3"),))
+    monkeypatch.setattr("lors_kernels.testing.validate.hard_spectra", lambda: ())
     assert not validate_command(None)
     assert capsys.readouterr().err == "cuda: broken: ImportError: junk\n"
     assert validate_command(["cpu"])  # nobody asked for the other

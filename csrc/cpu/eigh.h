@@ -2,20 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "buffer.h"
 
 namespace lors {
 
 struct Eigen {
-    Buffer<double> values;   // [values], largest first
-    Buffer<double> vectors;  // [wanted, n], row i belongs to values[i]
+    Buffer<double> values;   // [n], largest first
+    Buffer<double> vectors;  // [n, entries]: row i has the wanted entries of the eigenvector of values[i]
 };
 
-// The largest `values` eigenvalues of a [n, n] (symmetric, overwritten) and the eigenvectors of the first `wanted` of
-// them, wanted <= values <= n. Householder tridiagonalisation; then bisection and inverse iteration where few of many
-// are asked for (a third of the time at n = 88), else, or if that fails on a cluster, implicit QR with Wilkinson
-// shifts.
-Eigen eigh(double* a, int64_t n, int64_t wanted, int64_t values);
+// All eigenvalues of a [n, n] (symmetric, overwritten) and those entries of every eigenvector that `entries` names:
+// Householder tridiagonalisation, then implicit QR with Wilkinson shifts, which turns only the entries that are wanted.
+Eigen eigh(double* a, int64_t n, const std::vector<int64_t>& entries);
+
+// The same with all entries.
+Eigen eigh(double* a, int64_t n);
 
 }  // namespace lors

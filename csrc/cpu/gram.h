@@ -104,15 +104,32 @@ inline int64_t block_rows(int64_t n) {
     return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);
 }
 
-// z[g, c, :] = A.T @ (A @ x[g, c, :]) for `groups` groups of kWidth vectors, and A @ x where `product` is not null.
-//   x, z     [groups, kWidth, padded(n)]
-//   product  [rows, groups, kWidth]
+// y[i, c] = sum_j a[i, j] * x[c, j], row step `step`: in float64 over strips of columns, so that terms of one sign do
+// not add up their rounding along a whole row.
+template <int W, class T>
+void exact_dots(const T* a, int64_t n, int64_t rows, const T* x, T* y, int64_t step) {
+    constexpr int64_t kStrip = 16 * kPad, kRows = 12;
+    T part[kRows * W];
+    for (int64_t i = 0; i < rows; i += kRows) {
+        const int64_t count = std::min(kRows, rows - i);
+        double sums[kRows * W] = {};
+        for (int64_t j = 0; j < n; j += kStrip) {
+            dots<W>(a + i * n + j, n, count, x + j, n, std::min(kStrip, n - j), part);
+            for (int64_t k = 0; k < count * W; ++k) sums[k] += static_cast<double>(part[k]);
+        }
+        for (int64_t k = 0; k < count * W; ++k) y[(i + k / W) * step + k % W] = static_cast<T>(sums[k]);
+    }
+}
+
+// z[c, :] = A.T @ (A @ x[c, :]) for an even number of vectors, and A @ x where `product` is not null.
+//   x, z     [width, padded(n)]
+//   product  [rows, width]
 template <class T, class Source>
-void gram(const Source& a, const T* x, int64_t groups, T* z, T* product, int threads) {
-    const int64_t n = padded(a.cols()), rows = a.rows(), slab = groups * kWidth * n;
+void gram(const Source& a, const T* x, int64_t width, T* z, T* product, int threads) {
+    const int64_t n = padded(a.cols()), rows = a.rows(), slab = width * n;
     const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows, block = block_rows<T>(a.cols());
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
-    Buffer<T> rows_buffer(workers * block * n), y_buffer(workers * block * kWidth);
+    Buffer<T> rows_buffer(workers * block * n), y_buffer(workers * block * 4);
     // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same
     // bits.
     Buffer<T> partial((workers > 1 ? chunks : 1) * slab);
@@ -122,21 +139,18 @@ void gram(const Source& a, const T* x, int64_t groups, T* z, T* product, int thr
     };
     parallel_for(chunks, workers, [&](int64_t chunk, int worker) {
         T* sums = partial.data() + (workers > 1 ? chunk : 0) * slab;
-        T* y = y_buffer.data() + worker * block * kWidth;
+        T* y = y_buffer.data() + worker * block * 4;
         std::fill(sums, sums + slab, T{});
         const int64_t end = std::min(rows, (chunk + 1) * kChunkRows);
         for (int64_t i = chunk * kChunkRows; i < end; i += block) {
             const int64_t count = std::min(block, end - i);
             const T* panel = a.fetch(i, count, rows_buffer.data() + worker * block * n);
-            for (int64_t g = 0; g < groups; ++g) {
-                dots(panel, n, count, x + g * kWidth * n, n, y);
-                accumulate(panel, n, count, y, sums + g * kWidth * n, n);
-                if (product) {
-                    for (int64_t r = 0; r < count; ++r) {
-                        std::copy(y + r * kWidth, y + (r + 1) * kWidth, product + ((i + r) * groups + g) * kWidth);
-                    }
-                }
-            }
+            each_group(width, [&](auto group, int64_t first) {
+                constexpr int W = decltype(group)::value;
+                dots<W>(panel, n, count, x + first * n, n, n, y);
+                accumulate<W>(panel, n, count, y, sums + first * n, n);
+                if (product) exact_dots<W>(panel, n, count, x + first * n, product + i * width + first, width);
+            });
         }
         if (workers == 1) add(sums);
     });

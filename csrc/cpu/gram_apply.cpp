@@ -7,14 +7,13 @@ void gram_apply(const Matrix& base, const Matrix& tuned, bool transposed, const 
                 int threads) {
     const Delta delta(base, tuned);
     const int64_t n = transposed ? delta.rows() : delta.cols(), np = padded(n);
-    const int64_t groups = (width + kWidth - 1) / kWidth;
-    Buffer<float> vectors(groups * kWidth * np), products(groups * kWidth * np);
+    Buffer<float> vectors(even(width) * np), products(even(width) * np);
     vectors.zero();
     for (int64_t c = 0; c < width; ++c) {
         for (int64_t j = 0; j < n; ++j) vectors[c * np + j] = x[j * width + c];
     }
     const auto apply = [&](const auto& a) {
-        gram<float>(a, vectors.data(), groups, products.data(), static_cast<float*>(nullptr), threads);
+        gram<float>(a, vectors.data(), even(width), products.data(), static_cast<float*>(nullptr), threads);
     };
     if (transposed) {
         apply(DeltaColumns{delta});

@@ -82,9 +82,11 @@ enum class SvdMethod : int { kKrylov = 0, kKrylovDouble = 1, kNotConverged = 2 }
 struct SvdResult {
     SvdMethod method;
     int passes;       // products with delta.T @ delta
-    double residual;  // bound on ||L - exact L|| / ||L||
+    double residual;  // bound on ||L - exact L|| / ||L||; on the excess of ||delta - L||^2 where L is not unique
+    bool unique;      // false: singular values agree across the cut
     double energy;    // sum of delta^2
     int64_t non_finite;
+    int64_t overflows;  // entries of `left` that float32 cannot hold
 };
 SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, uint64_t seed,
                         float* left,   // [rows, rank]: left singular vectors times singular values

@@ -198,7 +198,7 @@ inline Vec<float> load_vector(const void* row, int64_t j) {
 // --- horizontal sums ------------------------------------------------------------------------------------------------
 
 // sums[c] = sum of the lanes of v[c], c = 0..3.
-inline void sum_lanes(const Vec<float> (&v)[4], float* sums) {
+inline void sum_lanes(const Vec<float>* v, float* sums) {
 #if defined(__AVX512F__) || defined(__AVX2__)
     __m256 half[4];
     for (int c = 0; c < 4; ++c) {
@@ -216,7 +216,7 @@ inline void sum_lanes(const Vec<float> (&v)[4], float* sums) {
 #endif
 }
 
-inline void sum_lanes(const Vec<double> (&v)[4], double* sums) {
+inline void sum_lanes(const Vec<double>* v, double* sums) {
     for (int c = 0; c < 4; ++c) {
         double total = 0;
         for (int lane = 0; lane < kLanes<double>; ++lane) total += v[c][lane];

@@ -1,432 +1,283 @@
-// Truncated SVD of delta by block Krylov iteration, with a measured certificate.
+// Truncated SVD of delta by block Krylov iteration, with a certificate (certificate.h, docs/certificate.md).
 //
-// Block Lanczos on G = A.T A with full reorthogonalisation, A being delta or its transpose, whichever has fewer columns
-// (N of them). After j passes the basis Q spans the block Krylov space, T = Q.T G Q is known from the orthogonalisation
-// coefficients, and its leading eigenpairs (theta, s) give right singular vectors v = Q s.
-//
-// The certificate uses one more pass, which is needed anyway to form the left factor A v: rho_i = ||G v_i - theta_i
-// v_i|| is measured, and with the gap to the first unwanted value
-//
-//     ||L - exact||^2 <~ sum_i (theta_i + theta_{r+1}) * min(1, rho_i / (theta_i - theta_{r+1}))^2 (Davis-Kahan)
-//
-// If float32 cannot reach the contract, because the gap is so small that rounding alone turns the vectors, the
-// iteration goes on in float64 from where it stands. A gap that is zero to working precision leaves L undefined; then
-// any choice whose energy is optimal is accepted.
+// A is delta or its transpose, whichever has fewer columns, and the space is grown in float32 from two random vectors.
+// When its own numbers promise the bound, the wanted pairs are measured: one more pass, which is needed anyway to form
+// the left factor. Where the cut lies in a bulk of close values, rounding mixes the pairs at the cut; then some beyond
+// it are measured too, and a Rayleigh-Ritz step in float64 sorts them out. Where values that matter differ by many
+// orders of magnitude the search starts again in float64, and what that does not settle is left to a dense solver.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
-#include "../lors/ordered_key.h"
-#include "eigh.h"
-#include "gram.h"
 #include "ops.h"
+#include "pack.h"
+#include "ritz_pairs.h"
 
 namespace lors {
 namespace {
 
-constexpr double kErrorBound = 8e-6;   // of L, relative; the contract is 1e-5 and the bound errs upwards
-constexpr double kEnergyBound = 5e-7;  // of ||delta - L||^2, relative; the contract is 1e-6
-constexpr double kEqual = 2e-6;        // relative difference below which two theta count as equal
-
-// Deterministic uniform numbers in [-1, 1) (splitmix64).
-class Random {
-  public:
-    explicit Random(uint64_t seed) : state_(seed) {}
-    double next() {
-        uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return static_cast<double>(static_cast<int64_t>(z ^ (z >> 31))) * 0x1p-63;
-    }
-
-  private:
-    uint64_t state_;
-};
-
-struct Ritz {
-    Buffer<double> theta;  // [rank + 1], largest first; [rank] when the space has no more
-    Buffer<double> s;      // [rank, size]
-    double error = 0;      // bound on the relative error of L
-    double energy = 0;     // bound on the energy lost, relative to what is left out
-    double spread = 0;     // (theta_r - theta_{r+1}) / theta_r
-};
-
-// Turns residual norms into the two bounds. `theta` has more than `rank` entries unless the basis is the whole space.
-void certify(Ritz& ritz, const double* rho, int64_t rank, double total_energy) {
-    const double next = ritz.theta.size() > rank ? std::max(0.0, ritz.theta[rank]) : 0.0;
-    double error = 0, kept = 0, lost = 0;
-    for (int64_t i = 0; i < rank; ++i) {
-        const double theta = std::max(0.0, ritz.theta[i]), gap = theta - next;
-        const double turn = rho[i] >= gap ? 1.0 : rho[i] / gap;
-        error += (theta + next) * turn * turn;
-        lost += rho[i] * turn;
-        kept += theta;
-    }
-    ritz.error = kept > 0 ? std::sqrt(error / kept) : 0;
-    ritz.energy = lost > 0 ? lost / std::max(total_energy - kept, 1e-12 * total_energy) : 0;
-    const double last = ritz.theta[rank - 1];
-    ritz.spread = last > 0 ? (last - next) / last : 0;
-}
-
-bool accepted(const Ritz& ritz) {
-    return ritz.error <= kErrorBound || (ritz.spread <= kEqual && ritz.energy <= kEnergyBound);
-}
-
-// A grown basis and the projection of G on it.
+constexpr int64_t kWidth = 2;               // of the first block
+constexpr int64_t kWidest = 32;             // beyond it a dense solver is asked
+constexpr double kAim = 0.5 * kErrorBound;  // of forecasts
+constexpr int64_t kNever = 1 << 20;         // passes
+constexpr double kCaptured = 4e-6;          // of delta's norm: what L may leave out for L = delta to hold
 template <class T>
-class Krylov {
+constexpr double kProduct = sizeof(T) == 4 ? 4e-7 : 1e-15;  // rounding of A v, relative
+constexpr double kFactors = 1.2e-7;                         // rounding of both factors to float32, relative
+
+struct Factors {
+    Pairs pairs;
+    double residual;
+    bool unique;
+};
+
+// One search in one precision.
+template <class T>
+class Search {
   public:
-    Krylov(const PackedRows& a, int64_t rank, int64_t width, int64_t limit, uint64_t seed, int threads)
+    enum class End { kCertified, kRounding, kUnsettled };
+
+    Search(const PackedRows& a, int64_t rank, double energy, uint64_t seed, int threads)
         : a_(a),
-          n_(a.cols()),
-          np_(padded(a.cols())),
           rank_(rank),
-          width_(width),
-          limit_((std::min(limit, n_) + width - 1) / width * width),
+          energy_(energy),
           threads_(threads),
-          random_(seed),
-          basis_((limit_ + width) * np_),
-          image_(width * np_),
-          coefficients_((limit_ + width) * kWidth),
-          t_(limit_ * limit_),
-          below_(width * width) {}
+          krylov_(a, kWidth, even(std::min(a.cols(), std::max(a.cols() / 2, 6 * rank + 128))), seed, threads) {}
 
-    int passes() const { return passes_; }
-    int64_t size() const { return size_; }
-    bool full() const { return size_ >= limit_; }
-    const T* row(int64_t i) const { return basis_.data() + i * np_; }
-
-    // The first block: rows of `start` [count, np], then random directions, orthonormalised.
-    template <class S>
-    void begin(const S* start, int64_t count) {
-        for (int64_t i = 0; i < width_; ++i) {
-            for (int64_t j = 0; j < n_; ++j) {
-                basis_[i * np_ + j] =
-                    static_cast<T>(i < count ? static_cast<double>(start[i * np_ + j]) : random_.next());
-            }
-            std::fill(&basis_[i * np_ + n_], &basis_[i * np_ + np_], T{});
+    End run() {
+        wait_ = (rank_ + 4) / kWidth + 2;
+        for (;;) {
+            krylov_.expand();
+            ++since_;
+            if (--wait_ > 0 && !krylov_.full()) continue;
+            if (look(krylov_.spectrum())) return End::kCertified;
+            if (rounding_ || krylov_.complete()) return End::kRounding;
+            if (krylov_.full()) return End::kUnsettled;
+            since_ = 0;
         }
-        orthonormalise(0, 1.0);
     }
 
-    // One pass: projects G times the newest block, and leaves the next block, orthonormal, behind the basis.
-    void expand() {
-        const T* newest = basis_.data() + size_ * np_;
-        gram<T>(a_, newest, width_ / kWidth, image_.data(), static_cast<T*>(nullptr), threads_);
-        ++passes_;
-        size_ += width_;
-        for (int64_t i = 0; i < size_; ++i) {
-            const int64_t from = i < size_ - width_ ? size_ - width_ : 0;
-            std::fill(&t_[i * limit_ + from], &t_[i * limit_ + size_], 0.0);
-        }
-        for (int round = 0; round < 2; ++round) {
-            for (int64_t g = 0; g < width_ / kWidth; ++g) {
-                T* image = image_.data() + g * kWidth * np_;
-                dots(basis_.data(), np_, size_, image, np_, coefficients_.data());
-                for (int64_t i = 0; i < size_ * kWidth; ++i) coefficients_[i] = -coefficients_[i];
-                accumulate(basis_.data(), np_, size_, coefficients_.data(), image, np_);
-                for (int64_t i = 0; i < size_; ++i) {
-                    for (int64_t c = 0; c < kWidth; ++c) {
-                        const int64_t column = size_ - width_ + g * kWidth + c;
-                        t_[i * limit_ + column] -= static_cast<double>(coefficients_[i * kWidth + c]);
-                    }
-                }
-            }
-        }
-        for (int64_t i = 0; i < size_; ++i) {
-            for (int64_t j = std::max<int64_t>(size_ - width_, i + 1); j < size_; ++j) {
-                const double mean =
-                    i < size_ - width_ ? t_[i * limit_ + j] : 0.5 * (t_[i * limit_ + j] + t_[j * limit_ + i]);
-                t_[i * limit_ + j] = t_[j * limit_ + i] = mean;
-            }
-        }
-        double scale = 0;
-        for (int64_t i = 0; i < size_; ++i) scale = std::max(scale, t_[i * limit_ + i]);
-        std::copy(image_.data(), image_.data() + width_ * np_, basis_.data() + size_ * np_);
-        orthonormalise(size_, scale);
-    }
-
-    // Leading eigenpairs of the projection and the residuals they would have in exact arithmetic.
-    Ritz solve(double total_energy) const {
-        Buffer<double> copy(size_ * size_);
-        for (int64_t i = 0; i < size_; ++i) {
-            std::copy(t_.data() + i * limit_, t_.data() + i * limit_ + size_, copy.data() + i * size_);
-        }
-        Eigen eigen = eigh(copy.data(), size_, rank_, std::min({rank_ + 1, size_, n_}));
-        Ritz ritz;
-        ritz.theta = std::move(eigen.values);
-        ritz.s = std::move(eigen.vectors);
-        std::vector<double> rho(static_cast<size_t>(rank_));
-        for (int64_t i = 0; i < rank_; ++i) {
-            const double* last = ritz.s.data() + (i + 1) * size_ - width_;
-            double sum = 0;
-            for (int64_t p = 0; p < width_; ++p) {
-                double entry = 0;
-                for (int64_t q = 0; q < width_; ++q) entry += below_[p * width_ + q] * last[q];
-                sum += entry * entry;
-            }
-            rho[static_cast<size_t>(i)] = std::sqrt(sum);
-        }
-        certify(ritz, rho.data(), rank_, total_energy);
-        return ritz;
-    }
-
-    // v [groups * kWidth, np] = s @ Q, zero rows past rank
-    void combine(const Ritz& ritz, T* v) {
-        const int64_t groups = (rank_ + kWidth - 1) / kWidth;
-        std::fill(v, v + groups * kWidth * np_, T{});
-        for (int64_t g = 0; g < groups; ++g) {
-            for (int64_t i = 0; i < size_; ++i) {
-                for (int64_t c = 0; c < kWidth; ++c) {
-                    const int64_t row = g * kWidth + c;
-                    coefficients_[i * kWidth + c] = row < rank_ ? static_cast<T>(ritz.s[row * size_ + i]) : T{};
-                }
-            }
-            accumulate(basis_.data(), np_, size_, coefficients_.data(), v + g * kWidth * np_, np_);
-        }
-    }
+    int passes() const { return krylov_.passes() + measured_; }
+    Factors& factors() { return *factors_; }
 
   private:
-    double dot(const T* x, const T* y) const {
-        Vec<T> sum = {};
-        for (int64_t j = 0; j < np_; j += kLanes<T>) sum += load(x + j) * load(y + j);
-        double total = 0;
-        for (int lane = 0; lane < kLanes<T>; ++lane) total += static_cast<double>(sum[lane]);
-        return total;
-    }
-    void subtract(T* x, double factor, const T* y) const {
-        const T f = static_cast<T>(factor);
-        for (int64_t j = 0; j < np_; j += kLanes<T>) store(x + j, load(x + j) - f * load(y + j));
-    }
-    void scale(T* x, double factor) const {
-        const T f = static_cast<T>(factor);
-        for (int64_t j = 0; j < np_; j += kLanes<T>) store(x + j, load(x + j) * f);
-    }
+    // The bound if nothing unseen stands in the way: as it may be measured, and without rounding.
+    struct Forecast {
+        double bound = 1, exact = 1;
+    };
 
-    // Makes rows first.. first + width orthonormal to each other and to all before; below_ receives the triangular
-    // factor. A direction that vanishes (the space is exhausted, or delta has low rank) is replaced by a random one
-    // whose coefficient is zero; once the basis spans everything the remaining rows are zero.
-    void orthonormalise(int64_t first, double magnitude) {
-        const double floor = magnitude * std::sqrt(static_cast<double>(n_)) * (sizeof(T) == 4 ? 6e-8 : 1e-16);
-        below_.zero();
-        for (int64_t c = 0; c < width_; ++c) {
-            T* w = basis_.data() + (first + c) * np_;
-            double before = std::sqrt(dot(w, w));
-            if (live_ >= n_) {
-                std::fill(w, w + np_, T{});
-                continue;
-            }
-            for (int64_t i = 0; i < c; ++i) {
-                const T* q = basis_.data() + (first + i) * np_;
-                const double overlap = dot(w, q);
-                below_[i * width_ + c] = overlap;
-                subtract(w, overlap, q);
-            }
-            double norm = std::sqrt(dot(w, w));
-            if (norm > floor && norm < 0.5 * before) {  // cancellation: what remains may lean on the whole basis again
-                clean(w, first, c);
-                norm = std::sqrt(dot(w, w));
-            }
-            bool vanished = norm <= floor;
-            below_[c * width_ + c] = vanished ? 0 : norm;
-            for (int attempt = 0; vanished; ++attempt) {
-                for (int64_t j = 0; j < n_; ++j) w[j] = static_cast<T>(random_.next());
-                before = std::sqrt(dot(w, w));
-                clean(w, first, c);
-                clean(w, first, c);
-                norm = std::sqrt(dot(w, w));
-                vanished = norm <= 1e-3 * before && attempt < 8;
-            }
-            scale(w, 1 / norm);
-            ++live_;
+    // Tries what the spectrum promises; else sets how many passes to wait.
+    bool look(const Spectrum& s) {
+        wait_ = 1;
+        if (s.size() < rank_) return false;
+        if (captures_all(s)) return true;
+        needed_ = needed(s);
+        const bool last = krylov_.full(), level = levels_at_cut(s);
+        if (level && certified_level(s)) return true;
+        const Forecast alone = forecast(s, needed_);
+        Forecast apart;
+        int64_t count = rank_;  // with so many pairs
+        for (int64_t c = rank_ + 1; c < reach(s) && apart.bound > kAim; ++c) {
+            const Forecast f = forecast(s, c);
+            if (f.bound < apart.bound) apart = f, count = c;
         }
+        const double rate = previous_ > 0 ? std::log(previous_ / alone.exact) / static_cast<double>(since_) : 0.5;
+        previous_ = alone.exact;
+        const int64_t alone_wait = passes_to_go(alone, rate), apart_wait = passes_to_go(apart, rate);
+        // products with a vector in float32; those in float64 count double
+        const bool patient = !mixed_ && kWidth * alone_wait + rank_ <= kWidth * apart_wait + 3 * count;
+        wait_ = std::max<int64_t>(1, patient ? alone_wait : apart_wait);
+        rounding_ = wait_ == kNever;
+        if (wait_ > 1 && !last && !level) return false;
+        if ((patient || last) && certified_alone(s)) return true;
+        if ((!patient || last) && certified_apart(s, count)) return true;
+        const bool ready = level || std::min(alone.bound, apart.bound) <= kErrorBound;
+        if (ready && !settled(s) && ++unsettled_ > 1 && krylov_.width() < kWidest && krylov_.widen()) {
+            unsettled_ = 0;
+            wait_ = std::max<int64_t>(2, krylov_.passes() / 2);
+        }
+        return false;
     }
 
-    void clean(T* w, int64_t first, int64_t c) const {
-        for (int64_t i = 0; i < first + c; ++i) subtract(w, dot(w, row(i)), row(i));
+    // How many of the wanted pairs matter: what the others hold is not worth telling apart.
+    int64_t needed(const Spectrum& s) const {
+        const double kept = sum_of(s.theta, rank_);
+        int64_t count = 0;
+        while (count < rank_ && 2 * static_cast<double>(rank_ - count) * s.theta[static_cast<size_t>(count)] >
+                                    0.1 * kErrorBound * kErrorBound * kept) {
+            ++count;
+        }
+        return count;
+    }
+
+    Forecast forecast(const Spectrum& s, int64_t count) const {
+        if (count >= s.size()) return krylov_.complete() ? Forecast{0, 0} : Forecast{};
+        const Cut cut{count, std::max(0.0, s.theta[static_cast<size_t>(count)] + s.rho[static_cast<size_t>(count)])};
+        return {std::min(1.0, bound(s.theta, s.residual, cut)), std::min(1.0, bound(s.theta, s.rho, cut))};
+    }
+
+    // Passes until the forecast should hold.
+    int64_t passes_to_go(const Forecast& f, double rate) const {
+        if (f.bound <= kAim) return 0;
+        if (f.exact <= 0.5 * f.bound) return f.bound <= 0.9 * kErrorBound ? 0 : kNever;  // rounding has the last word
+        const double wanted = 0.85 * std::log(f.exact / (0.5 * kAim)) / std::max(0.15, rate);
+        return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted)), 1,
+                                   std::max<int64_t>(4, krylov_.passes() / 3));
+    }
+
+    bool accept(Pairs&& pairs, double residual, bool unique) {
+        factors_.emplace(Factors{std::move(pairs), residual, unique});
+        return true;
+    }
+
+    // By the wanted pairs alone, as the space has them.
+    bool certified_alone(const Spectrum& s) {
+        const std::optional<Cut> cut = s.cut(needed_);
+        const double expected = cut ? bound(s.theta, s.residual, *cut) : 1;
+        if (expected > kErrorBound) return false;
+        Pairs pairs = measured(a_, krylov_, rank_, threads_);
+        ++measured_;
+        const double error = bound(pairs.theta, pairs.rho, *cut) + pairs.skew + kProduct<T>;
+        if (error <= kErrorBound) return accept(std::move(pairs), error, true);
+        mixed_ = bound(s.theta, s.rho, *cut) <= 0.5 * error;  // more passes would not help
+        return false;
+    }
+
+    // By at least `count` pairs, held apart in float64.
+    bool certified_apart(const Spectrum& s, int64_t count) {
+        for (count = std::max(count, rank_ + 1); count < reach(s); ++count) {
+            const std::optional<Cut> cut = s.cut(count);
+            const double expected = cut ? bound(s.theta, s.residual, *cut) : 1;
+            if (expected > 0.8 * kErrorBound) continue;
+            Pairs pairs = held_apart(a_, krylov_, count, threads_);
+            measured_ += 2;
+            const double error = bound(pairs.theta, pairs.rho, *cut, pairs.turn);
+            if (error <= kErrorBound) return accept(std::move(pairs), error, true);
+            rounding_ = bound(s.theta, s.rho, *cut) <= 0.5 * error;
+            return false;
+        }
+        return false;
+    }
+
+    // L leaves so little of delta that it is delta.
+    bool captures_all(const Spectrum& s) {
+        if (energy_ - sum_of(s.theta, rank_) > 2e-6 * energy_ || krylov_.passes() < try_all_) return false;
+        try_all_ = 2 * krylov_.passes();
+        Pairs pairs = held_apart(a_, krylov_, rank_, threads_);
+        measured_ += 2;
+        const double energy = energy64(a_);
+        const double left = std::sqrt(std::max(0.0, 1 - sum_of(pairs.theta, rank_) / energy) + cancellation());
+        return left <= kCaptured && accept(std::move(pairs), 2 * left, true);
+    }
+
+    bool levels_at_cut(const Spectrum& s) const {
+        if (s.size() <= rank_ || needed_ < rank_) return false;
+        const size_t r = static_cast<size_t>(rank_);
+        const double last = s.theta[r - 1];
+        return last - s.theta[r] <= kEqual * last + 4 * s.noise(last) &&
+               std::max(s.rho[r - 1], s.rho[r]) <= 1e-5 * last;
+    }
+
+    // Values are equal across the cut: one choice among them is as good as another, if nothing above them is missing.
+    bool certified_level(const Spectrum& s) {
+        if (krylov_.passes() < try_level_ && !krylov_.full()) return false;
+        try_level_ = krylov_.passes() + krylov_.passes() / 4 + 1;
+        Pairs pairs = held_apart(a_, krylov_, reach(s), threads_);
+        measured_ += 2;
+        const double last = pairs.theta[static_cast<size_t>(rank_ - 1)], rank = static_cast<double>(rank_);
+        if (last - pairs.theta[static_cast<size_t>(rank_)] > kEqual * last) return false;
+        const double energy = energy64(a_), rest = energy - sum_of(pairs.theta, rank_);
+        if (rest < 100 * cancellation() * energy) return false;
+        const double slack = std::min(0.5 * kEnergyBound * rest / rank,
+                                      kEqual * last - (last - pairs.theta[static_cast<size_t>(rank_)]));
+        const auto above = [&](double value) {
+            return std::count_if(pairs.theta.begin(), pairs.theta.end(), [&](double theta) { return theta > value; });
+        };
+        const Cut cut{above(last + slack), last + slack};
+        const int64_t found = above(last * (1 - kEqual));
+        for (size_t i = 0; i < static_cast<size_t>(rank_); ++i) {
+            if (s.unseen(std::max(s.theta[i], cut.upper), found) > kUnseen) return false;
+        }
+        const double lost = energy_bound(pairs.theta.data(), pairs.rho.data(), cut) + slack * rank;
+        if (lost > kEnergyBound * rest) return false;
+        const double factors =
+            kFactors * kFactors * sum_of(pairs.theta, rank_);  // their rounding is orthogonal to what is lost
+        return accept(std::move(pairs), 1.02 * (lost + factors) / rest, false);
+    }
+
+    // Whether every value that matters has shown all its copies.
+    bool settled(const Spectrum& s) const {
+        for (int64_t i = 0; i < needed_; ++i) {
+            if (s.unseen(s.theta[static_cast<size_t>(i)], reach(s)) > kUnseen) return false;
+        }
+        return true;
+    }
+
+    // What float64 sums over A may be off, relative to its energy.
+    double cancellation() const { return 1.2e-16 * static_cast<double>(a_.rows() + a_.cols()); }
+    int64_t reach(const Spectrum& s) const { return std::min(s.size(), rank_ + kExtra); }
+    double bound(const std::vector<double>& theta, const std::vector<double>& rho, const Cut& cut,
+                 double turn = 0) const {
+        return error_bound(theta.data(), rho.data(), rank_, cut, turn);
+    }
+    static double sum_of(const std::vector<double>& theta, int64_t count) {
+        double sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += theta[static_cast<size_t>(i)];
+        return sum;
     }
 
     const PackedRows& a_;
-    int64_t n_, np_, rank_, width_, limit_;
+    int64_t rank_;
+    double energy_;
     int threads_;
-    Random random_;
-    Buffer<T> basis_;         // [limit + width, np]
-    Buffer<T> image_;         // [width, np]
-    Buffer<T> coefficients_;  // [limit + width, kWidth]
-    Buffer<double> t_;        // [limit, limit], size_ x size_ of it in use
-    Buffer<double> below_;    // [width, width]: next block = image @ inverse(below)
-    int64_t size_ = 0;        // rows of the basis that have been multiplied
-    int64_t live_ = 0;        // rows that are not zero
-    int passes_ = 0;
+    Krylov<T> krylov_;
+    std::optional<Factors> factors_;
+    int64_t needed_ = 0;                   // wanted pairs that matter
+    int64_t wait_ = 0;                     // passes until the next look
+    int64_t since_ = 0;                    // passes since the last
+    double previous_ = 0;                  // forecast at the last
+    int64_t try_all_ = 0, try_level_ = 0;  // passes before which what failed is not tried again
+    int unsettled_ = 0;                    // looks at which a value may have had more copies
+    bool mixed_ = false;                   // rounding keeps the wanted pairs alone from the bound
+    bool rounding_ = false;                // and those held apart
+    int measured_ = 0;
 };
 
-struct Factors {
-    Buffer<double> sigma;    // [rank]
-    Buffer<double> product;  // [rows, groups, kWidth] = A @ v
-    Buffer<double> vectors;  // [groups * kWidth, np]
-    double error;
-    bool accepted;
-};
-
-// v from the basis, A @ v, and the measured certificate.
-template <class T>
-Factors finish(const PackedRows& a, Krylov<T>& krylov, Ritz& ritz, int64_t rank, double total_energy, int threads) {
-    const int64_t np = padded(a.cols()), groups = (rank + kWidth - 1) / kWidth, width = groups * kWidth;
-    Buffer<T> v(width * np), z(width * np), product(a.rows() * width);
-    krylov.combine(ritz, v.data());
-    gram<T>(a, v.data(), groups, z.data(), product.data(), threads);
-    Factors f;
-    f.sigma.allocate(rank);
-    std::vector<double> rho(static_cast<size_t>(rank));
-    std::vector<double> norm2(static_cast<size_t>(width));
-    for (int64_t i = 0; i < a.rows(); ++i) {
-        for (int64_t c = 0; c < width; ++c) {
-            const double y = static_cast<double>(product[i * width + c]);
-            norm2[static_cast<size_t>(c)] += y * y;
-        }
-    }
+// The factors in float32 as the caller wants them; adds what rounding them may cost to the residual. Returns how many
+// entries float32 cannot hold.
+int64_t write(Factors& factors, const PackedRows& a, int64_t rank, double scale, bool wide, float* left, float* right,
+              float* sigma) {
+    const int64_t m = a.rows(), n = a.cols(), np = padded(n);
+    const Pairs& pairs = factors.pairs;
+    std::vector<double> values(static_cast<size_t>(rank));
+    double kept = 0;
     for (int64_t c = 0; c < rank; ++c) {
-        const double theta = norm2[static_cast<size_t>(c)];
-        double sum = 0;
-        for (int64_t j = 0; j < a.cols(); ++j) {
-            const double entry = static_cast<double>(z[c * np + j]) - theta * static_cast<double>(v[c * np + j]);
-            sum += entry * entry;
-        }
-        rho[static_cast<size_t>(c)] = std::sqrt(sum);
-        f.sigma[c] = std::sqrt(theta);
+        const double value = std::sqrt(std::max(0.0, pairs.theta[static_cast<size_t>(c)])) / scale;
+        values[static_cast<size_t>(c)] = value;
+        sigma[c] = static_cast<float>(value);
+        kept += value * value;
     }
-    certify(ritz, rho.data(), rank, total_energy);
-    f.error = ritz.error;
-    f.accepted = accepted(ritz);
-    f.vectors.allocate(v.size());
-    for (int64_t i = 0; i < v.size(); ++i) f.vectors[i] = static_cast<double>(v[i]);
-    f.product.allocate(product.size());
-    for (int64_t i = 0; i < product.size(); ++i) f.product[i] = static_cast<double>(product[i]);
-    return f;
-}
-
-// Passes until the bound should be met, from how fast it has been falling. A look at the bound costs a small
-// eigen-decomposition, which grows with the basis: the longer it takes, the rarer they are.
-int64_t passes_to_go(double error, double previous, int64_t since, int64_t passes) {
-    const double rate =
-        previous > 0 && error < previous ? std::log(previous / error) / static_cast<double>(since) : 0.7;
-    const double wanted = std::log(std::max(1.0, error / (0.5 * kErrorBound))) / std::max(rate, 0.3);
-    return std::clamp<int64_t>(static_cast<int64_t>(std::ceil(wanted * 0.85)), 1, std::max<int64_t>(4, passes / 2));
-}
-
-// Grows the basis until the certificate holds, or until it cannot: the limit is reached, or the measured error stays
-// far above the one exact arithmetic would have (rounding has the last word).
-template <class T>
-Factors iterate(const PackedRows& a, Krylov<T>& krylov, int64_t rank, double total_energy, int64_t width, int threads,
-                int& passes) {
-    int64_t wait = std::max<int64_t>(2, (rank + 2 * width - 1) / width + 2), since = 0;
-    double previous = 0;
-    for (;;) {
-        krylov.expand();
-        ++since;
-        if (--wait > 0 && !krylov.full()) continue;
-        Ritz ritz = krylov.solve(total_energy);
-        const bool promising = accepted(ritz);
-        if (promising || krylov.full()) {
-            const double expected = ritz.error;
-            Factors f = finish(a, krylov, ritz, rank, total_energy, threads);
-            ++passes;
-            if (f.accepted || krylov.full() || f.error > 4 * std::max(expected, kErrorBound / 4)) {
-                passes += krylov.passes();
-                return f;
+    for (int64_t i = 0; i < m; ++i) {
+        for (int64_t c = 0; c < rank; ++c) {
+            const double y = pairs.product[i * pairs.width + c] / scale, value = values[static_cast<size_t>(c)];
+            if (wide) {
+                right[i * rank + c] = static_cast<float>(value > 0 ? y / value : 0.0);
+            } else {
+                left[i * rank + c] = static_cast<float>(y);
             }
         }
-        wait = passes_to_go(ritz.error, previous, since, krylov.passes());
-        previous = ritz.error;
-        since = 0;
     }
-}
-
-// delta, transposed when wide, in memory and in the range where squares neither overflow nor vanish. Packing once, as a
-// matrix product packs its operands, lets the passes read 4 bytes per entry from cache instead of base and tuned again;
-// a delta that already lies in memory so is used where it is.
-struct Packed {
-    Buffer<float> copy;
-    const float* rows;  // [m, padded(n)] = delta * scale
-    double scale;       // a power of two, so that scaling is exact
-    double energy;      // sum of squares of `rows`
-    int64_t non_finite;
-};
-
-// The largest magnitude key and the sum of squares of some entries.
-struct Survey {
-    uint32_t largest = 0;
-    double energy = 0;
-};
-
-Survey survey(const float* rows, int64_t count, int64_t np) {
-    Survey found;
-    VecU32 largest = {};
-    for (int64_t i = 0; i < count; ++i) {
-        Vec<float> squares = {};
-        for (int64_t j = 0; j < np; j += kLanes<float>) {
-            const Vec<float> v = load(rows + i * np + j);
-            const VecU32 key = reinterpret_cast<VecU32>(v) & kMagnitudeMask;
-            largest = key > largest ? key : largest;
-            squares += v * v;
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t c = 0; c < rank; ++c) {
+            const double v = pairs.vectors[c * np + j];
+            (wide ? left : right)[j * rank + c] = static_cast<float>(wide ? v * values[static_cast<size_t>(c)] : v);
         }
-        for (int lane = 0; lane < kLanes<float>; ++lane) found.energy += static_cast<double>(squares[lane]);
     }
-    for (int lane = 0; lane < kLanes<float>; ++lane) found.largest = std::max<uint32_t>(found.largest, largest[lane]);
-    return found;
-}
-
-Packed pack(const Delta& delta, bool wide, int threads) {
-    const int64_t m = wide ? delta.cols() : delta.rows(), n = wide ? delta.rows() : delta.cols(), np = padded(n);
-    const int64_t chunks = (m + kChunkRows - 1) / kChunkRows;
-    const bool stored = !wide && delta.stored() && delta.contiguous();
-    Packed packed{Buffer<float>(stored ? 0 : m * np), nullptr, 1, 0, 0};
-    packed.rows = stored ? delta.stored_row(0) : packed.copy.data();
-    // body(first row, rows) -> Survey; the sums are added in order
-    const auto each_chunk = [&](const auto& body) {
-        std::vector<Survey> parts(static_cast<size_t>(chunks));
-        parallel_for(chunks, threads, [&](int64_t chunk, int) {
-            const int64_t first = chunk * kChunkRows;
-            parts[static_cast<size_t>(chunk)] = body(first, std::min(m - first, kChunkRows));
-        });
-        Survey all;
-        for (const Survey& part : parts) {
-            all.largest = std::max(all.largest, part.largest);
-            all.energy += part.energy;
-        }
-        return all;
-    };
-    Survey all = each_chunk([&](int64_t first, int64_t count) {
-        float* rows = packed.copy.data() + first * np;
-        if (wide) {
-            DeltaColumns{delta}.fetch(first, count, rows);
-        } else if (!stored) {
-            DeltaRows{delta}.fetch(first, count, rows);
-        }
-        return survey(packed.rows + first * np, count, np);
-    });
-    if (all.largest >= kNonFiniteKey) {
-        for (int64_t j = 0; j < m * np; ++j) packed.non_finite += magnitude_key(packed.rows[j]) >= kNonFiniteKey;
-        return packed;
-    }
-    const int exponent = all.largest ? std::ilogb(key_to_magnitude(all.largest)) : 0;
-    if (exponent < -40 || exponent > 20) {
-        packed.scale = std::ldexp(1.0, -exponent);
-        if (stored) packed.copy.allocate(m * np);
-        all = each_chunk([&](int64_t first, int64_t count) {
-            for (int64_t j = first * np; j < (first + count) * np; ++j) {
-                packed.copy[j] = static_cast<float>(packed.rows[j] * packed.scale);
-            }
-            return survey(packed.copy.data() + first * np, count, np);
-        });
-        packed.rows = packed.copy.data();
-    }
-    packed.energy = all.energy;
-    return packed;
-}
-
-int64_t default_limit(int64_t n, int64_t rank) {
-    return std::min(n, std::max<int64_t>(n / 2, 6 * rank + 128));
+    const int64_t entries = (wide ? n : m) * rank;
+    const double spacing = 0x1p-150 * std::sqrt(static_cast<double>(entries));  // of denormal ones
+    if (factors.unique && kept > 0) factors.residual += kFactors + spacing / std::sqrt(kept);
+    return std::count_if(left, left + entries, [](float value) { return !std::isfinite(value); });
 }
 
 }  // namespace
@@ -435,46 +286,36 @@ SvdResult truncated_svd(const Matrix& base, const Matrix& tuned, int64_t rank, u
                         float* sigma, int threads) {
     const Delta delta(base, tuned);
     const bool wide = delta.rows() < delta.cols();
-    const int64_t m = wide ? delta.cols() : delta.rows(), n = wide ? delta.rows() : delta.cols(), np = padded(n);
+    const int64_t m = wide ? delta.cols() : delta.rows(), n = wide ? delta.rows() : delta.cols();
 
     Packed packed = pack(delta, wide, threads);
-    SvdResult result{SvdMethod::kKrylov, 0, 0, packed.energy / packed.scale / packed.scale, packed.non_finite};
+    SvdResult result{SvdMethod::kKrylov, 0, 0, true, packed.energy / packed.scale / packed.scale, packed.non_finite, 0};
     if (result.non_finite) return result;
+    if (packed.energy == 0) {
+        std::fill(left, left + delta.rows() * rank, 0.0f);
+        std::fill(right, right + delta.cols() * rank, 0.0f);
+        std::fill(sigma, sigma + rank, 0.0f);
+        return result;
+    }
 
     const PackedRows a{packed.rows, m, n};
-    const int64_t groups = (rank + kWidth - 1) / kWidth;
-    const int64_t limit = default_limit(n, rank);
-    Krylov<float> single(a, rank, kWidth, limit, seed, threads);
-    single.begin(static_cast<const float*>(nullptr), 0);
-    Factors f = iterate(a, single, rank, packed.energy, kWidth, threads, result.passes);
-    if (!f.accepted) {
+    const auto search = [&](auto precision) {
+        using Attempt = Search<decltype(precision)>;
+        Attempt attempt(a, rank, packed.energy, seed, threads);
+        const auto end = attempt.run();
+        result.passes += attempt.passes();
+        if (end == Attempt::End::kCertified) {
+            result.overflows = write(attempt.factors(), a, rank, packed.scale, wide, left, right, sigma);
+            result.residual = attempt.factors().residual;
+            result.unique = attempt.factors().unique;
+        }
+        return end;
+    };
+    const auto single = search(float{});
+    if (single == Search<float>::End::kCertified) return result;
+    result.method = SvdMethod::kNotConverged;
+    if (single == Search<float>::End::kRounding && search(double{}) == Search<double>::End::kCertified) {
         result.method = SvdMethod::kKrylovDouble;
-        const int64_t width = (rank / kWidth + 1) * kWidth;
-        Krylov<double> twice(a, rank, width, limit, seed, threads);
-        twice.begin(f.vectors.data(), rank);
-        f = iterate(a, twice, rank, packed.energy, width, threads, result.passes);
-        if (!f.accepted) result.method = SvdMethod::kNotConverged;
-    }
-    result.residual = f.error;
-    for (int64_t c = 0; c < rank; ++c) {
-        f.sigma[c] /= packed.scale;
-        sigma[c] = static_cast<float>(f.sigma[c]);
-    }
-    for (int64_t i = 0; i < m; ++i) {
-        for (int64_t c = 0; c < rank; ++c) {
-            const double y = f.product[i * groups * kWidth + c] / packed.scale;
-            if (wide) {
-                right[i * rank + c] = static_cast<float>(f.sigma[c] > 0 ? y / f.sigma[c] : 0.0);
-            } else {
-                left[i * rank + c] = static_cast<float>(y);
-            }
-        }
-    }
-    for (int64_t j = 0; j < n; ++j) {
-        for (int64_t c = 0; c < rank; ++c) {
-            const double v = f.vectors[c * np + j];
-            (wide ? left : right)[j * rank + c] = static_cast<float>(wide ? v * f.sigma[c] : v);
-        }
     }
     return result;
 }

@@ -24,7 +24,18 @@ from ..arrays import (
     to_torch,
 )
 from ..threads import thread_count
-from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from ..types import (
+    CONTRACT,
+    Consensus,
+    FactorOverflowError,
+    Keep,
+    KeepStats,
+    NonFiniteError,
+    Threshold,
+    TruncatedSVD,
+    UpdateStats,
+    dense_claim,
+)
 from . import built
 
 NAME = "cpu"
@@ -50,10 +61,15 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+def instruction_sets() -> list[str]:
+    """Those this processor runs, the best first."""
+    flags = cpu_flags() if platform.machine().lower() in {"x86_64", "amd64"} else set()
+    return [name for name, needs in _X86_NEEDS.items() if needs <= flags]
+
+
 def instruction_set() -> str:
     """The best build for this processor, or LORS_ISA."""
-    flags = cpu_flags() if platform.machine().lower() in {"x86_64", "amd64"} else set()
-    usable = [name for name, needs in _X86_NEEDS.items() if needs <= flags]
+    usable = instruction_sets()
     wanted = os.environ.get("LORS_ISA", usable[0])
     if wanted not in usable:
         raise ValueError(f"LORS_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
@@ -62,7 +78,11 @@ def instruction_set() -> str:
 
 @cache
 def library() -> ModuleType:
-    name = f"_cpu_{instruction_set()}"
+    return load(instruction_set())
+
+
+def load(isa: str) -> ModuleType:
+    name = f"_cpu_{isa}"
     try:
         return import_module(f"lors_kernels.{name}")
     except ModuleNotFoundError as error:
@@ -187,32 +207,41 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
     left, right, sigma = new(tuned, (m, rank)), new(tuned, (n, rank)), new(tuned, (rank,))
     b, t = _pair(base, tuned)
     addresses = [address_of(x) for x in (left, right, sigma)]
-    code, passes, residual, energy, bad = library().truncated_svd(b, t, rank, seed, *addresses, thread_count(threads))
+    code, passes, residual, unique, energy, bad, overflows = library().truncated_svd(
+        b, t, rank, seed, *addresses, thread_count(threads)
+    )
     if bad:
         raise NonFiniteError(bad)
     method = _METHODS[code]
     if method == "not converged":
-        _dense_svd(base, tuned, rank, left, right, sigma)
-        method, residual = "eigh64", 1e-7
-    return TruncatedSVD(left, right, sigma, passes, residual, method, energy, NAME)
+        method, residual, unique, overflows = _dense(base, tuned, left, right, sigma)
+    if overflows:
+        raise FactorOverflowError(overflows)
+    return TruncatedSVD(left, right, sigma, passes, residual, method, energy, NAME, unique)
 
 
-def _dense_svd(base: Any, tuned: Any, rank: int, left: Any, right: Any, sigma: Any) -> None:
-    """Eigenvectors of delta.T @ delta (or delta @ delta.T, the smaller) in float64 by LAPACK."""
+def _dense(base: Any, tuned: Any, left: Any, right: Any, sigma: Any) -> tuple[str, float, bool, int]:
+    """By LAPACK in float64: eigenvectors of A.T A, or where that squares too much away the SVD. Returns the method, the
+    residual, whether L is unique, and how many entries of `left` float32 cannot hold."""
     b, t, left, right, sigma = (_as_numpy(x) for x in (base, tuned, left, right, sigma))
     delta = (t.astype(np.float32) - (0 if b is None else b.astype(np.float32))).astype(np.float64)
-    wide = delta.shape[0] < delta.shape[1]
+    wide, rank = delta.shape[0] < delta.shape[1], sigma.size
     a = delta.T if wide else delta
-    _, vectors = np.linalg.eigh(a.T @ a)
+    theta, vectors = np.linalg.eigh(a.T @ a)
+    method, values = "eigh64", np.sqrt(np.maximum(theta[::-1], 0))
+    residual, unique = dense_claim(values, rank, left.size, squared=True)
+    if residual > CONTRACT:
+        _, values, vh = np.linalg.svd(a, full_matrices=False)
+        method, vectors = "svd64", vh[::-1].T
+        residual, unique = dense_claim(values, rank, left.size)
     v = vectors[:, : -rank - 1 : -1]
     product = a @ v
-    sigma[:] = norms = np.linalg.norm(product, axis=0)
-    if wide:
-        left[:] = v * norms
-        right[:] = product / np.where(norms > 0, norms, 1.0)
-    else:
-        left[:] = product
-        right[:] = v
+    norms = np.linalg.norm(product, axis=0)
+    with np.errstate(over="ignore"):
+        sigma[:] = norms
+        left[:] = v * norms if wide else product
+        right[:] = product / np.where(norms > 0, norms, 1.0) if wide else v
+    return method, residual, unique, int(np.count_nonzero(~np.isfinite(left)))
 
 
 def _as_numpy(x: Any) -> Any:

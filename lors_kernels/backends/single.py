@@ -66,8 +66,9 @@ class Single:
         from ..svd import decompose
 
         f = decompose(self.grouped, _group(base, [tuned]), rank, seed)
+        left, right, sigma = f.left[0], f.right[0], f.sigma[0]
         return TruncatedSVD(
-            f.left[0], f.right[0], f.sigma[0], f.passes[0], f.residual[0], f.method[0], f.energy[0], f.backend
+            left, right, sigma, f.passes[0], f.residual[0], f.method[0], f.energy[0], f.backend, f.unique[0]
         )
 
 

@@ -14,6 +14,8 @@ from typing import TypeAlias
 import ml_dtypes
 import numpy as np
 
+from .spectra import KINDS, hard_case
+
 Matrix: TypeAlias = "np.ndarray"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -40,6 +42,7 @@ class Case:
     dtypes: tuple[str, str] = ("float32", "float32")  # of base and tuned
     exact: bool = False  # base is zero, so that delta has the very bits that were built
     large: bool = False  # seconds rather than milliseconds on the reference
+    hard: bool = False  # a spectrum that asks something of decompositions alone
 
     def matrices(self, seed: int = 0) -> tuple[Matrix, Matrix]:
         return _matrices(self.name, seed)
@@ -79,6 +82,10 @@ def gaussian(m: int, n: int, scale: float = 1e-3) -> Callable[[np.random.Generat
 
 def constant(m: int, n: int, value: float) -> Callable[[np.random.Generator], np.ndarray]:
     return lambda rng: np.full((m, n), value)
+
+
+def constant_bits(x: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
+    return lambda rng: x
 
 
 def few_values(m: int, n: int, values: tuple[float, ...]) -> Callable[[np.random.Generator], np.ndarray]:
@@ -188,8 +195,15 @@ CASES = _table()
 
 
 @cache
+def hard_spectra() -> tuple[Case, ...]:
+    """One matrix of each class that has fooled a solver, large enough for the batched driver to iterate."""
+    cases = (hard_case(kind, seed=0, smallest=200, largest=260) for kind in KINDS)
+    return tuple(Case(f"hard {c.kind}", constant_bits(c.delta), c.rank, exact=True, hard=True) for c in cases)
+
+
+@cache
 def by_name(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in (*CASES, *(hard_spectra() if name.startswith("hard ") else ())) if case.name == name)
 
 
 def interesting_k(numel: int) -> list[int]:

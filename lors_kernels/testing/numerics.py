@@ -61,3 +61,41 @@ def exact_selection(residual: np.ndarray, k: int) -> np.ndarray:
     mask = np.zeros(residual.size, dtype=bool)
     mask[order[:k]] = True
     return mask.reshape(residual.shape)
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """What a decomposition claims of itself, against a float64 SVD of delta."""
+
+    kind: str  # "kept", or how it lied: "error", "energy", "called equal", "too large a claim"
+    error: float  # ||L - exact|| / ||exact||, or the excess of ||delta - L||^2 over its minimum where L is not unique
+    claim: float
+
+    @property
+    def ok(self) -> bool:
+        return self.kind == "kept"
+
+
+def judge_claim(delta: np.ndarray, left: np.ndarray, right: np.ndarray, residual: float, unique: bool) -> ClaimVerdict:
+    """Whether the residual that came with L = left @ right.T holds, and whether L is called not unique with reason."""
+    d, rank = delta.astype(np.float64), left.shape[1]
+    top = float(np.abs(d).max()) or 1.0
+    scale = 2.0 ** -np.frexp(top)[1]  # so that no square leaves float64
+    u, s, vh = np.linalg.svd(d * scale, full_matrices=False)
+    low = (left.astype(np.float64) * scale) @ right.astype(np.float64).T
+    exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    size = float(np.linalg.norm(exact))
+    if not size:
+        return ClaimVerdict("error" if low.any() else "kept", float(np.abs(low).max()), residual)
+    spacing = 2.0**-149 * scale * np.sqrt(left.size) / size  # of float32, where delta itself is denormal
+    if unique:
+        error = float(np.linalg.norm(low - exact)) / size
+        kind = "error" if error > residual else "too large a claim" if residual > LOW_RANK_ERROR + spacing else "kept"
+        return ClaimVerdict(kind, error, residual)
+    rest = s[rank:]
+    optimal = float(rest @ rest)
+    excess = float(((d * scale - low) ** 2).sum()) - optimal
+    excess -= 1e-14 * float(s @ s) + (spacing * size) ** 2  # what this sum itself may be off, and denormal factors
+    error = max(0.0, excess) / optimal if optimal else float("inf")
+    equal = rank < len(s) and s[rank - 1] - s[rank] <= 1.01 * UNIQUE_GAP * s[rank - 1]
+    return ClaimVerdict("called equal" if not equal else "energy" if error > residual else "kept", error, residual)

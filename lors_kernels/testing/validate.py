@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from .. import dispatch
-from .cases import CASES, Case
+from .cases import CASES, Case, hard_spectra
 from .checks import CHECKS, Finding, Place
 
 SLOW = 10_000  # entries above which the reference, whose plain torch takes seconds, is left to the tests
@@ -57,7 +57,7 @@ def validate_command(backends: list[str] | None, *, quick: bool = False, as_json
     """Prints a table and returns whether everything is right. A backend asked for by name must be available, one that is
     broken is wrong, and so is nothing to check."""
     known, names = dispatch.available_backends(), dispatch.named_or_available(backends)
-    cases = tuple(case for case in CASES if not (quick and case.large))
+    cases = tuple(case for case in (*CASES, *hard_spectra()) if not (quick and case.large))
     small = tuple(case for case in cases if case.matrices()[1].size <= SLOW)
     results = [check for name in names for check in checks(name, small if name == "reference" else cases)]
     broken = [] if backends else [name for name, status in known.items() if status.broken]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_ALL, KEEP_NONE, NonFiniteError, UpdateStats
+from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
 from .blas import one_thread_each
 from .errors import LorsError, SettingError
@@ -265,6 +265,8 @@ class Engine:
             stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
         except NonFiniteError:
             raise self._non_finite(expert, work) from None
+        except FactorOverflowError as error:
+            raise LorsError(f"{expert.name}: tensor {work.name!r}: {error}") from None
         if stats.non_finite:
             raise self._non_finite(expert, work)
         return Outcome(stats, Certificate.of(svd))
@@ -343,7 +345,13 @@ class Engine:
                 if svd:
                     report.svd_methods[svd.method] += 1
                     report.svd_passes += svd.passes
-                    report.svd_worst = max(report.svd_worst, svd.residual)
+                    report.svd_worst = max(report.svd_worst, svd.residual if svd.unique else 0.0)
+                    report.svd_not_unique += not svd.unique
+        if report.svd_not_unique:
+            report.notices.append(
+                f"{report.svd_not_unique} of {sum(report.svd_methods.values())} decompositions are not unique: singular "
+                "values are equal across the rank, and the seed decides which directions L keeps"
+            )
         report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
         report.tensors += sum(piece.start == 0 for piece in pieces)
         report.decomposed += sum(piece.work.matrix for piece in pieces)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import NonFiniteError, UpdateStats
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.grouped import (
     MatrixGroup,
@@ -413,6 +413,10 @@ class _DeviceRun:
         except NonFiniteError:
             bad = operations("gram_apply", group, self.engine.device_backend).measure(group)[1]
             raise self.non_finite(bad.tolist(), works, part) from None
+        except FactorOverflowError as error:
+            i, t = divmod(error.pair, len(part.experts))
+            expert = self.engine.experts[part.experts[t]]
+            raise LorsError(f"{expert.name}: tensor {works[i].name!r}: {error}") from None
         if part.density < 1:
             threshold = residual_threshold_group(group, left, right, int(part.density * group.m * group.n), **options)
         weights = [work.reductions[e].weight for work in works for e in part.experts]
@@ -464,7 +468,7 @@ def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Ou
     for p, found in enumerate(stats):
         certificate = None
         if svd:
-            certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p])
+            certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p], svd.unique[p])
         outcomes.append(Outcome(found, certificate))
     return [outcomes[p : p + experts] for p in range(0, len(outcomes), experts)]
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import lors_kernels
-from lors_kernels import NonFiniteError
+from lors_kernels import FactorOverflowError, NonFiniteError
 
 from . import layers
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
@@ -240,6 +240,8 @@ def _single(row: MatrixRow, delta: np.ndarray, rank: int, density: float, scale:
         raise LorsError(
             f"{expert}: tensor {row.name!r}: expected finite values, got {error.count} NaN or infinite"
         ) from None
+    except FactorOverflowError as error:
+        raise LorsError(f"{expert}: tensor {row.name!r}: {error}") from None
     left, right = (np.ascontiguousarray(x[:, :rank]) for x in (svd.left, svd.right))
     rest = delta - left @ right.T
     keep = lors_kernels.topk_mask(rest, int(density * delta.size), threads=1)

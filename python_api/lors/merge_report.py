@@ -50,7 +50,8 @@ class MergeReport:
     kinds: list[KindRow] = field(default_factory=list)
     svd_methods: Counter[str] = field(default_factory=Counter)
     svd_passes: int = 0
-    svd_worst: float = 0.0  # largest certified bound on the relative error of an L
+    svd_worst: float = 0.0  # largest certified bound on the relative error of an L that is unique
+    svd_not_unique: int = 0  # decompositions with equal singular values across the rank
     notices: list[str] = field(default_factory=list)
 
     @property

@@ -31,10 +31,11 @@ class Certificate(NamedTuple):
     method: str
     passes: int
     residual: float
+    unique: bool = True
 
     @classmethod
     def of(cls, svd: TruncatedSVD | None) -> Certificate | None:
-        return None if svd is None else cls(svd.method, svd.passes, svd.residual)
+        return None if svd is None else cls(svd.method, svd.passes, svd.residual, svd.unique)
 
 
 class Outcome(NamedTuple):

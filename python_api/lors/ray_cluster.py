@@ -267,7 +267,7 @@ def decompose_group(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(left, right) of every matrix of a group; runs on a worker."""
     import lors_kernels
-    from lors_kernels import NonFiniteError
+    from lors_kernels import FactorOverflowError, NonFiniteError
 
     from .sources import Slot
 
@@ -286,6 +286,8 @@ def decompose_group(
             raise LorsError(
                 f"{label}: tensor {item.name!r}: expected a finite difference to the base, got {error.count} NaN or infinite entries"
             ) from None
+        except FactorOverflowError as error:
+            raise LorsError(f"{label}: tensor {item.name!r}: {error}") from None
         found.append((svd.left, svd.right))
     return found
 

@@ -25,7 +25,7 @@ from typing import Any, cast
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_NONE, NonFiniteError
+from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
 from . import layers
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
@@ -254,6 +254,8 @@ class _Encoder:
             )
         except NonFiniteError as error:
             raise self._non_finite(part, error.count) from None
+        except FactorOverflowError as error:
+            raise LorsError(f"{self._tuned.name}: tensor {part.name!r}: {error}") from None
         out = np.zeros(part.shape, np.float32)
         stats = lors_kernels.merge_update(out, *pair, threshold, 1.0, threads=1, **options)
         if stats.non_finite:

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/krylov.h"
 #include "cpu/ops.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
@@ -185,6 +186,66 @@ void check_conversion(const char* what) {
     }
 }
 
+// Diagonal matrices whose values are copies, nearly copies, or of very different size: blocks that widen, pairs held
+// apart in float64, the search in float64. What is certified has to hold.
+void check_hard_spectra(int threads) {
+    const int64_t n = 96, rank = 5;
+    for (int kind = 0; kind < 6; ++kind) {
+        std::vector<float> a(n * n), left(n * rank), right(n * rank), sigma(rank);
+        for (int64_t i = 0; i < n; ++i) {
+            const double x = static_cast<double>(i), spread[] = {0, 1e-7 * x, 1e-4 * x};
+            const double value = kind < 3    ? (i < 9 ? 1 - spread[kind] : 0.9 / (x + 1))
+                                 : kind == 3 ? 1
+                                 : kind == 4 ? std::pow(10.0, -0.8 * x)
+                                             : 1 / (1 + std::floor(x / 3));
+            a[i * n + i] = static_cast<float>(value);
+        }
+        const Matrix tuned{a.data(), DType::kFloat32, n, n, n}, zeros{nullptr, DType::kFloat32, n, n, n};
+        const lors::SvdResult svd =
+            lors::truncated_svd(zeros, tuned, rank, 3, left.data(), right.data(), sigma.data(), threads);
+        if (svd.method == lors::SvdMethod::kNotConverged) continue;
+        double off = 0, wanted = 0, found = 0;
+        for (int64_t r = 0; r < rank; ++r) {
+            wanted += double{a[r * n + r]} * a[r * n + r];
+            found += double{sigma[r]} * sigma[r];
+            off = std::max(off, std::fabs(double{sigma[r]} - a[r * n + r]));
+        }
+        expect(off <= 2e-6 && std::fabs(found - wanted) <= 2e-6 * wanted, "hard spectrum", n, kind);
+        expect(svd.unique == (kind == 1 ? svd.unique : kind == 2 || kind == 4), "unique", n, kind);
+    }
+}
+
+// The next Ritz value lies below the next eigenvalue; what bounds that from above must not, however early it is asked
+// for. And two random vectors show no third copy.
+void check_spectrum() {
+    const int64_t n = 83, np = lors::padded(n);
+    std::vector<float> a(n * np);
+    int known = 0, low = 0;
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+        for (int64_t i = 0; i < n; ++i) {
+            const double x = static_cast<double>(i), eigenvalue = i < 3 ? 1 - 0.1 * x : 0.5 - 1e-3 * (x - 3);
+            a[i * np + i] = static_cast<float>(std::sqrt(eigenvalue));
+        }
+        const lors::PackedRows rows{a.data(), n, n};
+        lors::Krylov<double> krylov(rows, 2, 40, seed, 1);
+        while (krylov.passes() < 18) {
+            krylov.expand();
+            if (krylov.passes() < 6) continue;
+            const lors::Spectrum s = krylov.spectrum();
+            const auto cut = s.cut(3);
+            known += cut.has_value();
+            low += cut && s.theta[3] < 0.4999;
+            expect(!cut || cut->upper >= 0.5 - 1e-7, "beyond the cut", n, krylov.passes());
+        }
+        a[np + 1] = a[2 * np + 2] = a[0];
+        lors::Krylov<double> copies(rows, 2, 64, seed, 1);
+        while (copies.passes() < 24) copies.expand();
+        expect(copies.spectrum().rho[1] < 1e-6 && !copies.spectrum().cut(2), "a third copy", n, copies.passes());
+        expect(copies.widen(), "widen", n, copies.passes());
+    }
+    expect(known > 100 && low > 30, "not trivial", known, low);
+}
+
 // Three experts, entries dropped at random, signs elected, weights normalised: entry by entry.
 void check_ties_update(int64_t m, int64_t n, int threads, std::mt19937& random) {
     const Owned base(m, n, DType::kFloat16, random);
@@ -241,6 +302,8 @@ int main() {
         }
     }
     check_ties();
+    for (int threads : {1, 3}) check_hard_spectra(threads);
+    check_spectrum();
     std::vector<std::thread> callers;  // the pool serves one caller at a time; the others work alone
     std::vector<std::mt19937> generators(4, random);
     for (std::mt19937& generator : generators) {

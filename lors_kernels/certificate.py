@@ -1,0 +1,194 @@
+"""What block Krylov spaces prove about truncated SVDs: csrc/cpu/certificate.cpp, batched over pairs.
+
+docs/certificate.md has the argument. A pair's space has a basis Q with G Q = Q T + Q' B, Q' being the next block; T has the
+Ritz values `theta` and the eigenvectors s. An eigenvector of G with value lambda has of Ritz vector j
+
+    (B s_j) . (its part in Q') / (lambda - theta_j)
+
+and what it has of the start block follows from these parts. The start was drawn at random: that is not small, or else the
+eigenvector was missed by bad luck, whose probability `unseen` bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ERROR_BOUND = 9.5e-6  # of L, relative; the contract is 1e-5, rounding of the factors included
+ENERGY_BOUND = 5e-7  # of ||delta - L||^2, relative; the contract is 1e-6
+EQUAL = 1.9e-6  # relative difference below which two theta count as equal: 1e-6 of singular values
+UNSEEN = 1e-3  # probability with which an eigenvector may have been missed
+COPY = 1e-4  # the same for one more copy of a value that was found; rounding allows no less
+EXTRA = 12  # Ritz pairs beyond the wanted ones that are looked at
+CAPTURED = 4e-6  # of delta's norm: what L may leave out for L = delta to hold
+# Rounding of products with G and of the orthogonalisation: of what lies near an eigenvalue, relative to its geometric mean
+# with theta_1 (three tf32 terms on tensor cores included); and of anything, relative to theta_1 (`orthonormalise` adds that).
+ROUNDING = {"torch.float32": (2e-7, 1e-9), "torch.float64": (2e-16, 2e-13)}
+TINY = 1e-300
+
+
+@dataclass
+class Spectrum:
+    """The Ritz pairs of A spaces of s dimensions each, largest first, float64."""
+
+    theta: Tensor  # [A, s]
+    vectors: Tensor  # [A, s, s], column j belongs to theta[:, j]
+    ends: Tensor  # [A, w, s]: residuals in terms of the next block
+    starts: int  # the first so many basis vectors were drawn at random
+    n: int
+    rounding: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        self.rho = self.ends.norm(dim=1)
+        self.residual = (self.rho.square() + self.noise(self.theta).square()).sqrt()  # as it may be measured
+        self.first = self.vectors[:, : self.starts]
+        self.share = self.first.norm(dim=1) * math.sqrt(self.n)
+
+    def take(self, rows: Tensor) -> Spectrum:
+        theta, vectors, ends = (x.index_select(0, rows) for x in (self.theta, self.vectors, self.ends))
+        return Spectrum(theta, vectors, ends, self.starts, self.n, self.rounding)
+
+    def noise(self, value: Tensor) -> Tensor:
+        """What rounding does to an eigenvalue or a residual near `value` [A, L]."""
+        first = self.theta[:, :1].clamp_min(0)
+        return self.rounding[0] * (first * value.clamp_min(0)).sqrt() + self.rounding[1] * first
+
+    def unseen(self, value: Tensor, found: Tensor) -> Tensor:
+        """[A, L]: the probability that the start had too little of an eigenvector of this value [A, L], besides those of
+        the first found [A] Ritz values, for the space to show it."""
+        import torch
+
+        away = value.unsqueeze(2) - self.theta.unsqueeze(1)  # [A, L, s]
+        distance, rho = away.abs(), self.rho.unsqueeze(1)
+        push = torch.where(rho > 0, torch.sign(away) / torch.maximum(distance, rho).clamp_min(TINY), 0.0)
+        floor = self.noise(value).unsqueeze(2)
+        shake = torch.where(floor < distance, floor / distance.clamp_min(TINY), 1.0)
+        share = self.share.unsqueeze(1)
+        reach = share * torch.maximum(rho * push.abs(), shake)
+        index = torch.arange(self.theta.shape[1], device=value.device)
+        reach = torch.where(index < found.view(-1, 1, 1), reach, -1.0)
+        # the found ones that reach furthest, as many as leave a direction of the start free
+        most = min(self.starts - 1, int(index.numel()))
+        nearest = reach.topk(most, dim=2)
+        aside = nearest.values >= 0
+        rest = torch.ones_like(reach).scatter_(2, nearest.indices, (~aside).double())
+        shaken = (share * shake * rest).square().sum(2)
+        # part of the start = m @ (part of the next block) + shaken; m [A, L, starts, w]
+        columns = [(self.first * weight.unsqueeze(1)) @ self.ends.mT for weight in (push * rest).unbind(1)]
+        m = torch.stack(columns, 1)
+        least = torch.ones_like(value)
+        for c in range(most, -1, -1):  # with the c nearest explained by what was found, starts - c directions remain
+            exact, free = self.n * m.square().sum((2, 3)), self.starts - c
+            chance = (exact + shaken).sqrt() ** free
+            if c:
+                chance = torch.maximum(chance, UNSEEN / COPY * exact.sqrt() ** free)
+            least = torch.minimum(least, chance)
+            if c:
+                j = nearest.indices[:, :, c - 1]
+                first, ends = (_columns(x, j) for x in (self.first, self.ends))  # [A, L, starts], [A, L, w]
+                was = aside[:, :, c - 1].double()
+                m += first.unsqueeze(3) * (ends * (_pick(push, j) * was).unsqueeze(2)).unsqueeze(2)
+                shaken += (self.share.gather(1, j) * _pick(shake, j)).square() * was
+        return least
+
+    def cut(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """(ok, upper) [A]: whether the first count [A] Ritz values are all that there is above `upper`."""
+        import torch
+
+        most = int(count.max()) if count.numel() else 0
+        if most >= self.theta.shape[1]:
+            count = count.clamp_max(self.theta.shape[1] - 1)
+        wanted = torch.arange(most, device=count.device) < count.unsqueeze(1)
+        poles = self.unseen(self.theta[:, :most], count)
+        settled = (
+            torch.where(wanted, poles, 0.0).amax(1) <= UNSEEN if most else torch.ones_like(count, dtype=torch.bool)
+        )
+        following = self.theta.gather(1, count.unsqueeze(1)).clamp_min(0)
+        last = self.theta.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
+        uppers = following + (last - following) * following.new_tensor([1 / 16, 1 / 4, 1 / 2])
+        above = uppers + 2 * self.noise(uppers)
+        free = (above < last) & (self.unseen(uppers, count) <= UNSEEN)
+        return settled & free.any(1), above.gather(1, free.double().argmax(1, keepdim=True)).squeeze(1)
+
+    def settled(self, needed: Tensor) -> Tensor:
+        """[A]: whether each of the first `needed` values has shown all its copies."""
+        import torch
+
+        most = int(needed.max())
+        if not most:
+            return torch.ones_like(needed, dtype=torch.bool)
+        found = torch.full_like(needed, self.theta.shape[1])
+        wanted = torch.arange(most, device=needed.device) < needed.unsqueeze(1)
+        return torch.where(wanted, self.unseen(self.theta[:, :most], found), 0.0).amax(1) <= UNSEEN
+
+
+def _columns(x: Tensor, j: Tensor) -> Tensor:
+    """x [A, r, s] at columns j [A, L]: [A, L, r]."""
+    return x.gather(2, j.unsqueeze(1).expand(-1, x.shape[1], -1)).mT
+
+
+def _pick(x: Tensor, j: Tensor) -> Tensor:
+    """x [A, L, s] at j [A, L]."""
+    return x.gather(2, j.unsqueeze(2)).squeeze(2)
+
+
+def error_bound(
+    theta: Tensor, rho: Tensor, rank: int, count: Tensor, upper: Tensor, turn: Tensor | None = None
+) -> Tensor:
+    """[A]: bound on ||A V V.T - L|| / ||L||, V the first `rank` of the vectors with Rayleigh quotients theta [A, m] and
+    residuals rho [A, m], of which V.T G V is diagonal up to turn [A], where no eigenvalue but count [A] of them lies above
+    upper [A]."""
+    import torch
+
+    held = torch.arange(theta.shape[1], device=theta.device) < count.unsqueeze(1)
+    beside = _beside(theta, rho, held, upper)
+    value = theta[:, :rank].clamp_min(0)
+    wide = value - beside.unsqueeze(1)
+    gap = value.unsqueeze(2) - theta[:, rank:].unsqueeze(1)  # [A, rank, m - rank]
+    extra = held[:, rank:].unsqueeze(1)
+    apart = (wide > 0) & ~(extra & (gap <= 0)).any(2)
+    square, gap = torch.where(extra, rho[:, rank:].square().unsqueeze(1), 0.0), gap.clamp_min(TINY)
+    leak = (square / gap).sum(2) / wide.clamp_min(TINY)
+    spread = 1 + (square / gap.square().clamp_min(TINY)).sum(2)
+    sine = rho[:, :rank] / (wide * (1 - leak)).clamp_min(TINY)
+    mixed = 0.0 if turn is None else (extra * (turn.view(-1, 1, 1) / gap).square()).sum(2)
+    sine2 = torch.where(apart & (leak < 1), (sine.square() * spread + mixed).clamp_max(1), 1.0)
+    tail = torch.where(held[:, :rank], rho[:, :rank].square(), 0.0).flip(1).cumsum(1).flip(1).sqrt()
+    most = value + tail  # of the eigenvalue
+    following = torch.where(count > rank, (theta + rho)[:, min(rank, theta.shape[1] - 1)], upper).clamp_min(0)
+    error = (most + torch.minimum(most, following.unsqueeze(1))) * sine2
+    error = torch.where(held[:, :rank], error, 2 * upper.unsqueeze(1)).sum(1)
+    kept = value.sum(1)
+    return torch.where(kept > 0, (error / kept.clamp_min(TINY)).sqrt(), 0.0)
+
+
+def energy_bound(theta: Tensor, rho: Tensor, count: Tensor, upper: Tensor) -> Tensor:
+    """[A]: how much less energy than the optimum the first count [A] of these vectors capture, at most."""
+    import torch
+
+    held = torch.arange(theta.shape[1], device=theta.device) < count.unsqueeze(1)
+    last = theta.gather(1, (count - 1).clamp_min(0).unsqueeze(1)).squeeze(1)
+    gap = (last - _beside(theta, rho, held, upper)).unsqueeze(1)
+    lost = torch.where(gap > 0, torch.minimum(rho, 2 * rho.square() / gap.clamp_min(TINY)), rho)
+    return torch.where(held, lost, 0.0).sum(1)
+
+
+def _beside(theta: Tensor, rho: Tensor, held: Tensor, upper: Tensor) -> Tensor:
+    """`upper`, and what the captured part may lend to what lies beside it."""
+    import torch
+
+    lead = theta - upper.unsqueeze(1)
+    return upper + torch.where(held & (lead > 0), rho.square() / lead.clamp_min(TINY), 0.0).sum(1)
+
+
+def needed(theta: Tensor, rank: int) -> Tensor:
+    """[A]: how many of the wanted pairs matter; what the others hold is not worth telling apart."""
+    import torch
+
+    wanted = theta[:, :rank].clamp_min(0)
+    left = 2 * torch.arange(rank, 0, -1, device=theta.device) * wanted
+    return (left > 0.1 * ERROR_BOUND**2 * wanted.sum(1, keepdim=True)).sum(1)
