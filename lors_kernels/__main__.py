@@ -42,10 +42,11 @@ def diagnosis() -> dict[str, Any]:
 
 
 def _too_old() -> list[str]:
+    from .backends import built, cuda
     from .gpu_software import installed, too_old
 
     try:
-        return too_old(installed())
+        return too_old(installed(cuda.library().runtime if built("_cuda") else None))
     except ImportError:  # torch, or the CUDA module: named as broken
         return []
 

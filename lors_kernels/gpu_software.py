@@ -18,12 +18,10 @@ class Software(NamedTuple):
     module_cuda: Version | None  # of the CUDA module; None: not built
 
 
-def installed() -> Software:
+def installed(runtime: int | None) -> Software:
+    """`runtime`: CUDA of the CUDA module as a number, None where it is not built."""
     import torch
 
-    from .backends import built, cuda
-
-    runtime = cuda.library().runtime if built("_cuda") else None
     return Software(
         driver_version(),
         version(torch.__version__),

@@ -17,6 +17,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import pytest
 from hypothesis import HealthCheck, settings
 
+import cuda_emulation
 from helpers import BACKENDS, OPTIONAL, REQUIRED, require, require_backend
 
 settings.register_profile(
@@ -56,3 +57,11 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from benchmarks.generate import Spec, generate
 
     return generate(tmp_path_factory.mktemp("whisper"), Spec("micro", seed=3), 3).base.parent
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Path:
+    """The CUDA module built for the emulation; kept, because a build takes half a minute."""
+    require("cuda-emulation", cuda_emulation.compiler() is not None, "no C++ compiler")
+    require("cuda-emulation", Path(cuda_emulation.library("libasan.so")).is_absolute(), "no AddressSanitizer")
+    return cuda_emulation.build(cuda_emulation.ROOT / "build" / "cuda-emulation")

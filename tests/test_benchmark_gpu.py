@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_emulated import emulated  # noqa: F401
 
 import cuda_emulation
 from benchmarks import gpu, wheels

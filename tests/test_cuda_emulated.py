@@ -9,12 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import cuda_emulation
-from helpers import require
-
-KEPT = cuda_emulation.ROOT / "build" / "cuda-emulation"  # a build takes half a minute
 
 
 def run(module: Path, *command: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
@@ -34,13 +29,6 @@ def run(module: Path, *command: str, seed: int = 0) -> subprocess.CompletedProce
 def suite(module: Path, *options: str, seed: int = 0) -> subprocess.CompletedProcess[str]:
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpu_suite.py", *options)
     return run(module, *command, seed=seed)
-
-
-@pytest.fixture(scope="session")
-def emulated() -> Path:
-    require("cuda-emulation", cuda_emulation.compiler() is not None, "no C++ compiler")
-    require("cuda-emulation", Path(cuda_emulation.library("libasan.so")).is_absolute(), "no AddressSanitizer")
-    return cuda_emulation.build(KEPT)
 
 
 def test_shared_cases(emulated: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine_gpu import close, states
 
 import lors
 from lors import engine_gpu
+from states import close, states
 
 NAN = float("nan")
 

@@ -5,24 +5,20 @@
 #include <cmath>
 #include <vector>
 
+#include "../lors/counter_random.h"
 #include "certificate.h"
 #include "gram.h"
 
 namespace lors {
 
-// Deterministic uniform numbers in [-1, 1) (splitmix64).
+// The numbers of a stream one after another, uniform in [-1, 1).
 class Random {
   public:
-    explicit Random(uint64_t seed) : state_(seed) {}
-    double next() {
-        uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return static_cast<double>(static_cast<int64_t>(z ^ (z >> 31))) * 0x1p-63;
-    }
+    explicit Random(uint64_t key) : key_(key) {}
+    double next() { return static_cast<double>(static_cast<int64_t>(random_word(key_, index_++))) * 0x1p-63; }
 
   private:
-    uint64_t state_;
+    uint64_t key_, index_ = 0;
 };
 
 template <class T>

@@ -14,11 +14,15 @@ namespace lors {
 
 constexpr uint64_t kAlways = uint64_t{1} << 32;  // the limit of probability 1
 
-LORS_HOST_DEVICE uint32_t random_bits(uint64_t key, uint64_t index) {
+LORS_HOST_DEVICE uint64_t random_word(uint64_t key, uint64_t index) {
     uint64_t z = key + (index + 1) * 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
+    return z ^ (z >> 31);
+}
+
+LORS_HOST_DEVICE uint32_t random_bits(uint64_t key, uint64_t index) {
+    return static_cast<uint32_t>(random_word(key, index) >> 32);
 }
 
 }  // namespace lors

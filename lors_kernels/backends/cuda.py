@@ -49,7 +49,7 @@ def probe() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:
-        found = "; ".join(too_old(installed())) or why
+        found = "; ".join(too_old(installed(library().runtime))) or why
         raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({found})' if found else ''}")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
