@@ -225,7 +225,8 @@ def count_calls() -> dict[str, Any]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lors_kernels import grouped, reference, svd
+    from lors_kernels import grouped, reference
+    from lors_kernels.backends import truncated_svd
     from lors_kernels.backends.loop import Loop
     from lors_kernels.grouped import MatrixGroup
 
@@ -268,7 +269,7 @@ def count_calls() -> dict[str, Any]:
     backend = Counting(reference)
     calls = Calls()
     found: dict[str, Any] = {}
-    expand = svd.Krylov.expand
+    expand = truncated_svd.Krylov.expand
     expansions: list[Counter[str]] = []
 
     def counted(self: Any, *arguments: Any) -> Any:
@@ -283,7 +284,7 @@ def count_calls() -> dict[str, Any]:
         calls.calls["reads"] += 1
         return tolist(self)
 
-    svd.Krylov.expand = counted  # type: ignore[method-assign]
+    truncated_svd.Krylov.expand = counted  # type: ignore[method-assign]
     grouped.operations = lambda *_: backend
     torch.Tensor.tolist = read  # type: ignore[method-assign]
     try:
@@ -296,7 +297,7 @@ def count_calls() -> dict[str, Any]:
             grouped.merge_update_group(group, [deltas[0].clone()], factors.left, factors.right, threshold, [1.0, 1.0])
         found["merge"] = dict(calls.calls)
     finally:
-        svd.Krylov.expand = expand  # type: ignore[method-assign]
+        truncated_svd.Krylov.expand = expand  # type: ignore[method-assign]
         grouped.operations = operations
         torch.Tensor.tolist = tolist  # type: ignore[method-assign]
     found["passes"] = max(factors.passes)

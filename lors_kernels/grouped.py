@@ -275,7 +275,7 @@ def truncated_svd_group(group: MatrixGroup, rank: int, *, seed: int = 0, backend
         raise TypeError(f"rank: expected an integer, got {type(rank).__name__} {rank!r}")
     if not 1 <= rank <= min(group.m, group.n):
         raise ValueError(f"rank: expected 1 to {min(group.m, group.n)} for {[group.m, group.n]}, got {rank}")
-    from .svd import decompose
+    from .backends.truncated_svd import decompose
 
     return decompose(operations("gram_apply", group, backend), group, rank, seed)
 

@@ -16,8 +16,8 @@ import torch
 
 import lors_kernels as kernels
 from helpers import require_backend
-from lors_kernels import ALWAYS, Keep, NonFiniteError, Threshold, dispatch, svd
-from lors_kernels.backends import cpu, loop
+from lors_kernels import ALWAYS, Keep, NonFiniteError, Threshold, dispatch
+from lors_kernels.backends import cpu, loop, truncated_svd
 from lors_kernels.certificate import Spectrum
 from lors_kernels.testing.cases import CASES, by_name, hard_spectra
 from lors_kernels.testing.checks import CHECKS
@@ -640,13 +640,13 @@ def all_found(spectrum: Any, count: Any) -> tuple[Any, Any]:
 CERTIFICATE: dict[str, tuple[Any, str, Fault]] = {
     "copies not asked for": (Spectrum, "unseen", of_result(torch.zeros_like)),
     "nothing beyond the cut": (Spectrum, "cut", lambda honest: all_found),
-    "bound a tenth": (svd, "error_bound", of_result(lambda error: 0.1 * error)),
+    "bound a tenth": (truncated_svd, "error_bound", of_result(lambda error: 0.1 * error)),
     "extra pairs count nothing": (
-        svd, "error_bound", lambda honest: (
+        truncated_svd, "error_bound", lambda honest: (
             lambda theta, rho, rank, *rest: honest(theta, rho * (torch.arange(rho.shape[1]) < rank), rank, *rest)
         ),
     ),
-    "equal without asking": (svd, "EQUAL", lambda honest: 1e-3),
+    "equal without asking": (truncated_svd, "EQUAL", lambda honest: 1e-3),
 }  # fmt: skip
 
 
@@ -676,7 +676,7 @@ FAULTS: list[tuple[str, str, Any, str, Fault]] = [
     *(("sparse_update", name, cpu, "sparse_update", fault) for name, fault in UPDATE.items()),
     *(("topk_mask", name, kernels, "topk_mask", fault) for name, fault in TOPK.items()),
     *(("lors_delta", name, kernels, "lors_delta", fault) for name, fault in DELTA.items()),
-    ("truncated_svd_group", "L of the wrong matrix", svd, "decompose", svd_with(left=lambda x: swapped(x))),
+    ("truncated_svd_group", "L of the wrong matrix", truncated_svd, "decompose", svd_with(left=lambda x: swapped(x))),
     *(("truncated_svd_group", name, *place) for name, place in CERTIFICATE.items()),
     *((kind, name, loop.Loop, method, fault) for name, (kind, method, fault) in GROUPED.items()),
 ]

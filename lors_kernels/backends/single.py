@@ -63,7 +63,7 @@ class Single:
     def truncated_svd(
         self, base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: int | None = None
     ) -> TruncatedSVD:
-        from ..svd import decompose
+        from .truncated_svd import decompose
 
         f = decompose(self.grouped, _group(base, [tuned]), rank, seed)
         left, right, sigma = f.left[0], f.right[0], f.sigma[0]

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .certificate import (
+from ..certificate import (
     CAPTURED,
     ENERGY_BOUND,
     EQUAL,
@@ -31,9 +31,9 @@ from .certificate import (
     error_bound,
     needed,
 )
-from .grouped import GroupSVD, MatrixGroup
-from .precision import full_precision
-from .types import DENORMAL, FACTORS, FactorOverflowError, NonFiniteError, dense_claim
+from ..grouped import GroupSVD, MatrixGroup
+from ..precision import full_precision
+from ..types import DENORMAL, FACTORS, FactorOverflowError, NonFiniteError, dense_claim
 
 if TYPE_CHECKING:
     import torch
