@@ -145,7 +145,7 @@ def batched(cases: list[Any], width: int) -> Iterator[Found | None]:
     from lors_kernels.backends import cpu
     from lors_kernels.backends.loop import Loop
     from lors_kernels.backends.truncated_svd import decompose as decompose_group
-    from lors_kernels.grouped import MatrixGroup
+    from lors_kernels.group import MatrixGroup
     from lors_kernels.types import FactorOverflowError
 
     torch.set_num_threads(1)

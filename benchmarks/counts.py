@@ -228,7 +228,7 @@ def count_calls() -> dict[str, Any]:
     from lors_kernels import grouped, reference
     from lors_kernels.backends import truncated_svd
     from lors_kernels.backends.loop import Loop
-    from lors_kernels.grouped import MatrixGroup
+    from lors_kernels.group import MatrixGroup
 
     class Calls(TorchDispatchMode):
         def __init__(self) -> None:

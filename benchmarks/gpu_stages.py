@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from lors_kernels.dispatch import availability
+from lors_kernels.group import GroupThreshold, MatrixGroup
 from lors_kernels.grouped import (
-    GroupThreshold,
-    MatrixGroup,
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,

@@ -9,13 +9,14 @@ from __future__ import annotations
 from .apply_update import apply_update
 from .dispatch import Availability, BackendUnavailable, available_backends
 from .gram_apply import gram_apply
+from .lors_delta import lors_delta
 from .merge_update import merge_update
 from .residual_threshold import residual_threshold
 from .sparse_part import SparsePart, sparse_part
 from .sparse_update import sparse_update
 from .threads import thread_count
 from .ties_update import keep_limit, random_key, ties_update
-from .topk_mask import lors_delta, topk_mask
+from .topk_mask import topk_mask
 from .truncated_svd import truncated_svd
 from .types import (
     ALWAYS,

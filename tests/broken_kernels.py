@@ -38,7 +38,7 @@ def operations() -> dict[str, list[Callable[[], object]]]:
 
     def measure() -> tuple[torch.Tensor, ...]:
         from lors_kernels.backends.cuda import GROUPED
-        from lors_kernels.grouped import MatrixGroup
+        from lors_kernels.group import MatrixGroup
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 

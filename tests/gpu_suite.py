@@ -20,9 +20,8 @@ import lors_kernels as kernels
 from helpers import require_backend
 from lors_kernels import KEEP_NONE, Keep, NonFiniteError, Threshold, keep_limit, reference
 from lors_kernels.arrays import to_torch
+from lors_kernels.group import GroupThreshold, MatrixGroup
 from lors_kernels.grouped import (
-    GroupThreshold,
-    MatrixGroup,
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,

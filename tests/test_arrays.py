@@ -14,9 +14,8 @@ import torch
 import lors_kernels as kernels
 from lors_kernels import Keep, SparsePart, Threshold
 from lors_kernels.arrays import overlap
+from lors_kernels.group import GroupThreshold, MatrixGroup
 from lors_kernels.grouped import (
-    GroupThreshold,
-    MatrixGroup,
     gram_apply_group,
     merge_update_group,
     residual_threshold_group,

@@ -19,7 +19,7 @@ from helpers import require
 from lors_kernels import BackendUnavailable, available_backends, gram_apply
 from lors_kernels.backends import cuda
 from lors_kernels.dispatch import select
-from lors_kernels.grouped import MatrixGroup
+from lors_kernels.group import MatrixGroup
 
 ROOT = Path(__file__).parent.parent
 STAGE = 16  # bytes of a row that one stage of gram_apply takes

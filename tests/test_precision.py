@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from lors_kernels.grouped import MatrixGroup, truncated_svd_group
+from lors_kernels.group import MatrixGroup
+from lors_kernels.grouped import truncated_svd_group
 from lors_kernels.precision import full_precision
 
 MATMUL = torch.backends.cuda.matmul

@@ -15,13 +15,8 @@ from lors_kernels.backends import cpu
 from lors_kernels.backends.loop import Loop
 from lors_kernels.backends.truncated_svd import decompose, krylov_limit, krylov_pays, orthonormalise
 from lors_kernels.certificate import Spectrum, error_bound
-from lors_kernels.grouped import (
-    GroupSVD,
-    MatrixGroup,
-    merge_update_group,
-    residual_threshold_group,
-    truncated_svd_group,
-)
+from lors_kernels.group import GroupSVD, MatrixGroup
+from lors_kernels.grouped import merge_update_group, residual_threshold_group, truncated_svd_group
 from lors_kernels.testing.cases import CASES, Case, by_name, gaussian, with_spectrum
 from lors_kernels.testing.numerics import delta_of, judge_claim, judge_low_rank
 from lors_kernels.testing.spectra import from_spectrum, hard_cases

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..arrays import FLOATS, dtype_name
 from ..gpu_software import installed, too_old
-from ..grouped import (
+from ..group import (
     GroupKeepStats,
     GroupStats,
     GroupThreshold,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from ..grouped import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ..group import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
 from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold
 
 

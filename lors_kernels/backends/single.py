@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..grouped import GroupThreshold, MatrixGroup
+from ..group import GroupThreshold, MatrixGroup
 from ..types import Consensus, Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
 

@@ -31,7 +31,7 @@ from ..certificate import (
     error_bound,
     needed,
 )
-from ..grouped import GroupSVD, MatrixGroup
+from ..group import GroupSVD, MatrixGroup
 from ..precision import full_precision
 from ..types import DENORMAL, FACTORS, FactorOverflowError, NonFiniteError, dense_claim
 

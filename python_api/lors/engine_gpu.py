@@ -26,13 +26,8 @@ import numpy as np
 import lors_kernels
 from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
-from lors_kernels.grouped import (
-    MatrixGroup,
-    merge_update_group,
-    operations,
-    residual_threshold_group,
-    truncated_svd_group,
-)
+from lors_kernels.group import MatrixGroup
+from lors_kernels.grouped import merge_update_group, operations, residual_threshold_group, truncated_svd_group
 
 from .blas import one_thread_each
 from .engine import Engine, Piece, Work

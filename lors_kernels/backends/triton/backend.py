@@ -9,7 +9,7 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from ...grouped import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
+from ...group import GroupKeepStats, GroupStats, GroupThreshold, MatrixGroup
 from ...types import Consensus, Keep
 from ..single import Single
 

@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...grouped import MatrixGroup
+from ...group import MatrixGroup
 from .launch import TL_DTYPES, on_device
 from .residual import delta_tile, matrix
 

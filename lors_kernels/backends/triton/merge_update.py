@@ -8,14 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...grouped import (
-    GroupStats,
-    GroupThreshold,
-    MatrixGroup,
-    is_aligned,
-    row_stride,
-    upload,
-)
+from ...group import GroupStats, GroupThreshold, MatrixGroup, is_aligned, row_stride, upload
 from .launch import TL_DTYPES, on_device
 from .residual import NON_FINITE, delta_tile, low_rank_tile, magnitude_key, matrix
 

@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...grouped import GroupThreshold, MatrixGroup
+from ...group import GroupThreshold, MatrixGroup
 from .launch import TL_DTYPES, on_device
 from .residual import delta_tile, low_rank_tile, magnitude_key, matrix
 

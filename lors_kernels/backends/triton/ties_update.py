@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ...grouped import GroupKeepStats, MatrixGroup, is_aligned, row_stride, rule_tables, upload
+from ...group import GroupKeepStats, MatrixGroup, is_aligned, row_stride, rule_tables, upload
 from ...types import Consensus, Keep
 from .launch import TL_DTYPES, on_device
 from .residual import NON_FINITE, delta_tile, magnitude_key, matrix
