@@ -16,7 +16,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from helpers import module
-from lors import page
+from lors import webpage
 from lors.interference import interference
 from lors.interference_page import render
 from lors.messages import print_lines
@@ -122,7 +122,7 @@ def test_pages_have_the_same_elements_whatever_things_are_called(family: dict[st
 
 
 def test_escape() -> None:
-    assert page.escape("<a href='x'>&\x1b\ud800") == "&lt;a href=&#x27;x&#x27;&gt;&amp;\\x1b\\ud800"
+    assert webpage.escape("<a href='x'>&\x1b\ud800") == "&lt;a href=&#x27;x&#x27;&gt;&amp;\\x1b\\ud800"
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +149,7 @@ def test_experiments_show_labels_as_they_are(tmp_path: Path, capsys: pytest.Capt
 def test_a_progress_bar_takes_its_label_for_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lors.speech.progress import bar
+    from lors.progress import bar
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with bar(MARKUP + "\x1b]0;owned\x07", 2) as advance:

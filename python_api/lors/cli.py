@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_errors import as_options, one_line_errors
+from .command import as_options, one_line_errors
 from .errors import LorsError, SettingError
 from .messages import print_lines
 from .public import public
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run(command: typer.Typer) -> None:
-    """Runs a command: what is wrong is one line, and the exit code says the kind of it (`cli_errors`)."""
+    """Runs a command: what is wrong is one line, and the exit code says the kind of it."""
     from .console import standard_streams
     from .signals import terminate_cleanly
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import page
+from . import webpage
 from .errors import LorsError
 from .interference import Interference, MatrixRow
 from .output import OutputFile
@@ -93,20 +93,20 @@ def render(report: Interference) -> str:
     """The page."""
     names = ", ".join(report.experts)
     lead = f"{len(report.experts)} experts ({names}), {len(report.matrices)} matrices, rank {report.rank:g}, density {report.density:g}."
-    items = "".join(f"<li>{page.escape(text)}</li>" for text in findings(report))
-    sections = [page.section("findings", "What stands out", f"<ul>{items}</ul>")]
+    items = "".join(f"<li>{webpage.escape(text)}</li>" for text in findings(report))
+    sections = [webpage.section("findings", "What stands out", f"<ul>{items}</ul>")]
     links = {"findings": "What stands out"}
     if report.pairs:
-        sections.append(page.section("pairs", "Pairs of experts", *_pairs(report)))
+        sections.append(webpage.section("pairs", "Pairs of experts", *_pairs(report)))
         links["pairs"] = "Pairs of experts"
     sections += [
-        page.section("layers", "By layer", '<div class="charts">', *_layers(report), "</div>"),
-        page.section("kinds", "By kind of matrix", _kinds(report)),
-        page.section("spectra", "Spectra", '<div class="charts">', *_spectra(report), "</div>"),
-        page.section("matrices", "Every matrix", _details(report)),
+        webpage.section("layers", "By layer", '<div class="charts">', *_layers(report), "</div>"),
+        webpage.section("kinds", "By kind of matrix", _kinds(report)),
+        webpage.section("spectra", "Spectra", '<div class="charts">', *_spectra(report), "</div>"),
+        webpage.section("matrices", "Every matrix", _details(report)),
     ]
     links |= {"layers": "By layer", "kinds": "By kind", "spectra": "Spectra", "matrices": "Every matrix"}
-    return page.page("Interference report", lead, sections, links)
+    return webpage.page("Interference report", lead, sections, links)
 
 
 def _pairs(report: Interference) -> list[str]:
@@ -125,11 +125,11 @@ def _pairs(report: Interference) -> list[str]:
         f"{density / (2 - density):.2f}, sign conflict 0.50. Means over matrices; cosine over all of them together."
     )
     return [
-        page.heat_table("Cosine of the task vectors", report.experts, matrix, top=1.0),
-        page.heat_table(
+        webpage.heat_table("Cosine of the task vectors", report.experts, matrix, top=1.0),
+        webpage.heat_table(
             "Pairs", ("cosine", "left subspace", "right subspace", "support overlap", "sign conflict"), rows, top=1.0
         ),
-        f"<p>{page.escape(note)}</p>",
+        f"<p>{webpage.escape(note)}</p>",
     ]
 
 
@@ -147,7 +147,7 @@ def _layers(report: Interference) -> list[str]:
             expert: [(float(layer), sum(row.norm[i] ** 2 for row in rows) ** 0.5) for layer, rows in here.items()]
             for i, expert in enumerate(report.experts)
         }
-        drawn.append(page.lines(f"Norm of the task vectors, {stack}", norms, "layer", "norm"))
+        drawn.append(webpage.lines(f"Norm of the task vectors, {stack}", norms, "layer", "norm"))
         if report.pairs:
             curves = {
                 title: [
@@ -156,7 +156,7 @@ def _layers(report: Interference) -> list[str]:
                 ]
                 for title, name in (("cosine", "cosine"), ("left subspace", "left"), ("sign conflict", "conflict"))
             }
-            drawn.append(page.lines(f"Interference, mean of all pairs, {stack}", curves, "layer", "share"))
+            drawn.append(webpage.lines(f"Interference, mean of all pairs, {stack}", curves, "layer", "share"))
     return drawn
 
 
@@ -178,7 +178,7 @@ def _kinds(report: Interference) -> str:
         "effective rank / full",
         *(("cosine", "left subspace", "sign conflict") if report.pairs else ()),
     )
-    return page.heat_table("Kinds of matrices (how many of each)", head, rows, top=1.0)
+    return webpage.heat_table("Kinds of matrices (how many of each)", head, rows, top=1.0)
 
 
 def _spectra(report: Interference) -> list[str]:
@@ -191,7 +191,7 @@ def _spectra(report: Interference) -> list[str]:
             if spectra:
                 mean = np.mean([spectrum[: min(map(len, spectra))] for spectrum in spectra], axis=0)
                 curves[expert] = [(float(k), float(value)) for k, value in enumerate(mean, start=1)]
-        drawn.append(page.lines(f"Singular values, {kind}", curves, "i", "of the largest"))
+        drawn.append(webpage.lines(f"Singular values, {kind}", curves, "i", "of the largest"))
     return drawn
 
 
@@ -218,5 +218,5 @@ def _details(report: Interference) -> str:
     head = (
         "matrix", "shape", "norm / base", "in L", "in S", "effective rank", "cosine", "left", "right", "support", "conflict",
     )  # fmt: skip
-    shown = page.table("Means over experts and pairs; the JSON file has each", head, rows)
+    shown = webpage.table("Means over experts and pairs; the JSON file has each", head, rows)
     return f"<details><summary>{len(rows)} matrices</summary>{shown}</details>"

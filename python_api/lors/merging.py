@@ -517,7 +517,7 @@ def _on_cluster(
     address: str, recipe: Recipe, job: _Job, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
-    from .ray_cluster import Wanted, decompositions
+    from .cluster import Wanted, decompositions
 
     wanted: dict[str, list[Wanted]] = {}
     for index, source in enumerate(job.sources[1:]):

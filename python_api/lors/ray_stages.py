@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cluster import RETRIES, TICK_SECONDS, connected, environment, failure_of, require_fitting
 from .errors import LorsError
-from .ray_cluster import RETRIES, TICK_SECONDS, connected, environment, failure_of, require_fitting
 
 if TYPE_CHECKING:
     from .speech.config import Config

@@ -347,7 +347,7 @@ def _executor(
 ) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
     if ray is not None and plan is not None:
-        from .ray_cluster import connected, on_every_node, submit_trial
+        from .cluster import connected, on_every_node, submit_trial
 
         with connected(ray, max(runner.models.threads, jobs)) as cluster:
             memory = 2 * runner.models.model_bytes

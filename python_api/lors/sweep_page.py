@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import page
+from . import webpage
 
 if TYPE_CHECKING:
     from .sweep import Sweep, Trial
@@ -21,12 +21,12 @@ def render(state: Sweep) -> str:
         f"{best.values[0]:.4g} with {best.method}, {_setting(best)}."
     )
     sections = [
-        page.section("tradeoffs", "Trade-offs", '<div class="charts">', *_charts(state), "</div>"),
-        page.section("best", "Best of each method", _best(state)),
-        page.section("trials", "All trials", _trials(state)),
+        webpage.section("tradeoffs", "Trade-offs", '<div class="charts">', *_charts(state), "</div>"),
+        webpage.section("best", "Best of each method", _best(state)),
+        webpage.section("trials", "All trials", _trials(state)),
     ]
     links = {"tradeoffs": "Trade-offs", "best": "Best of each method", "trials": "All trials"}
-    return page.page("Sweep", lead, sections, links)
+    return webpage.page("Sweep", lead, sections, links)
 
 
 def _setting(trial: Trial) -> str:
@@ -53,14 +53,14 @@ def _charts(state: Sweep) -> list[str]:
                 for method in methods
             }
             if len({x for points in found.values() for x, _ in points}) > 1:
-                drawn.append(page.scatter(f"{objective.name} over {name}", found, name, objective.name))
+                drawn.append(webpage.scatter(f"{objective.name} over {name}", found, name, objective.name))
     if len(state.objectives) > 1:
         first, second = state.objectives[:2]
         pairs = {
             method: [(t.values[0], t.values[1]) for t in state.complete if t.method == method] for method in methods
         }
         pairs["best trade-offs"] = [(t.values[0], t.values[1]) for t in state.front()]
-        drawn.append(page.scatter(f"{second.name} over {first.name}", pairs, first.name, second.name))
+        drawn.append(webpage.scatter(f"{second.name} over {first.name}", pairs, first.name, second.name))
     return drawn
 
 
@@ -75,7 +75,7 @@ def _best(state: Sweep) -> str:
                 rows.append((method, objective.name, "none", "", tried))
             else:
                 rows.append((method, objective.name, f"{found.values[index]:.4g}", _setting(found), tried))
-    return page.table("Best trials", ("method", "objective", "value", "setting", "scored"), rows)
+    return webpage.table("Best trials", ("method", "objective", "value", "setting", "scored"), rows)
 
 
 def _trials(state: Sweep) -> str:
@@ -91,4 +91,4 @@ def _trials(state: Sweep) -> str:
         )
         for trial in state.trials
     ]
-    return page.table("Trials as they finished", ("trial", "setting", *goals, "merge s", "score s", "state"), rows)
+    return webpage.table("Trials as they finished", ("trial", "setting", *goals, "merge s", "score s", "state"), rows)

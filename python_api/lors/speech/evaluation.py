@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
 from ..output import write_file, writing
+from ..progress import bar
 from ..replaceable import ANSWERS, SCORES, require_file
 from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features
 from .languages import parse_languages
-from .progress import bar
 from .scoring import Interval, Score, Statistics, paired_bootstrap, score
 from .whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 

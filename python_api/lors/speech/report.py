@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import printable
 from ..messages import print_lines
 from ..output import write_file
-from ..page import escape
 from ..replaceable import HEAD, PAGE, RESULTS
+from ..webpage import escape
 from .config import Config
 from .results import METRIC, summarise
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LorsError
 from ..messages import nearest
 from ..output import OutputDirectory, writing
+from ..progress import bar
 from ..replaceable import CORPUS
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
-from .progress import bar
 
 if TYPE_CHECKING:
     import numpy as np

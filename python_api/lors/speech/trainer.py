@@ -27,11 +27,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import LorsError, printable
 from ..layers import decomposed
+from ..progress import bar
 from .audio import require
 from .corpus import Corpus, by_task
 from .evaluation import transcribe
 from .features import features, log_mel, require_windows
-from .progress import bar
 from .scoring import score
 from .tokens import labels
 from .training import Training, write_json

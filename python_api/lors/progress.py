@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..errors import printable
+from .errors import printable
 
 __all__ = ["bar"]
 
