@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import module
 from lors import webpage
+from lors.errors import print_lines
 from lors.interference import interference
 from lors.interference_page import render
-from lors.messages import print_lines
 from lors.task_vector import decompose
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]

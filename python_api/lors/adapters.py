@@ -18,9 +18,8 @@ from pydantic import ConfigDict, Field
 
 from .checkpoint import Checkpoint, dtype_kind
 from .documents import Document
-from .errors import LorsError
+from .errors import LorsError, shown
 from .factors import Factors
-from .messages import shown
 from .sources import FileSource, Slot, Source, Spec, matrix_shape
 
 T = TypeVar("T")

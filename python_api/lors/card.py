@@ -16,8 +16,7 @@ from pydantic import AfterValidator, Field
 from . import strict_yaml
 from .checkpoint import Checkpoint
 from .documents import Digest, Document
-from .errors import LorsError, printable
-from .messages import shown
+from .errors import LorsError, printable, shown
 from .output import RECIPE_FILE, writing
 
 __all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]

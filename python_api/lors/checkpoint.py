@@ -22,10 +22,9 @@ import numpy as np
 from . import strict_json
 from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
 from .digest import sha256_file, sha256_files
-from .errors import LorsError
+from .errors import LorsError, near_path
 from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
-from .messages import near_path
 from .remote import fetch, is_url
 
 __all__ = [

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .command import as_options, one_line_errors
-from .errors import LorsError, SettingError
-from .messages import print_lines
+from .errors import LorsError, SettingError, print_lines
 from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 

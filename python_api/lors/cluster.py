@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import keeper
-from .errors import LorsError
-from .messages import first_line
+from .errors import LorsError, first_line
 from .remote import is_url
 
 __all__ = ["connected", "decompositions", "submit_trial"]

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .console import tell
-from .errors import LorsError, SettingError
-from .messages import first_line
+from .errors import LorsError, SettingError, first_line
 from .signals import Terminated
 
 __all__ = ["as_options", "explained", "one_line_errors"]

@@ -14,8 +14,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import strict_json
-from .errors import LorsError
-from .messages import nearest, shown
+from .errors import LorsError, nearest, shown
 
 __all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "first_problem", "problem"]
 

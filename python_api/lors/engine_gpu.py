@@ -31,8 +31,7 @@ from lors_kernels.grouped import merge_update_group, operations, residual_thresh
 
 from .blas import one_thread_each
 from .engine import Engine, Piece, Work
-from .errors import LorsError, SettingError
-from .messages import first_line
+from .errors import LorsError, SettingError, first_line
 from .operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .parameters import rank_of
 from .sources import Slot, Spec, matrix_shape

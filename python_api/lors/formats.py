@@ -27,8 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from . import strict_json
-from .errors import LorsError
-from .messages import shown
+from .errors import LorsError, shown
 from .torch_pickle import Tensor, read_pickle
 
 __all__ = ["DTYPES", "TensorInfo", "dtype_code", "read_safetensors_header", "read_torch_archive"]

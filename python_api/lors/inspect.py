@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
-from .errors import LorsError
+from .errors import LorsError, print_lines
 from .layers import kind, select
-from .messages import print_lines
 from .spectrum import effective_rank
 
 

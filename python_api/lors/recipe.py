@@ -30,9 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from . import strict_yaml
 from .documents import first_problem
-from .errors import LorsError, SettingError
+from .errors import LorsError, SettingError, near_path, nearest, shown
 from .layers import compile_patterns
-from .messages import near_path, nearest, shown
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
 from .public import public
 from .remote import is_url

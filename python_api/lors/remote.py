@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from .errors import LorsError
-from .messages import first_line
+from .errors import LorsError, first_line
 from .output import require_space, writing
 from .public import public, public_text, secrets_of
 from .replaceable import MODEL, FileKind, objection_to

@@ -33,8 +33,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 import lors_kernels
 
-from .errors import LorsError
-from .messages import nearest
+from .errors import LorsError, nearest
 from .methods import SPECS
 from .output import writing
 from .public import public_text

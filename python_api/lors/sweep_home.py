@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from .documents import first_problem
-from .errors import LorsError
+from .errors import LorsError, first_line
 from .locks import flock
-from .messages import first_line
 from .output import writing
 from .public import public
 from .remote import Store, cache, local_path

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters import REFUSED
-from ..errors import LorsError
-from ..messages import nearest
+from ..errors import LorsError, nearest
 from .peers import Swap, largest_entries, peer
 
 OLDEST = "0.10.0"

@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import LorsError
-from ..messages import first_line, shown
+from ..errors import LorsError, first_line, shown
 from .peers import peer
 
 OLDEST = "4.45"

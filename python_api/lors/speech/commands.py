@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import LorsError, printable
-from ..messages import print_lines
+from ..errors import LorsError, print_lines, printable
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import strict_json
-from ..errors import LorsError
-from ..messages import first_line, nearest, shown
+from ..errors import LorsError, first_line, nearest, shown
 from .audio import AudioBytes, AudioFile, AudioSource, duration
 from .languages import common_voice_code, fleurs_code, parse_languages, whisper_code
 

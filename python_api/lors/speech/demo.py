@@ -11,8 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from ..errors import LorsError
-from ..messages import print_lines
+from ..errors import LorsError, print_lines
 from .config import Config, Data, load_config
 
 __all__ = ["RECORDINGS", "demo", "demo_config"]

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
-from ..messages import print_lines
+from ..errors import print_lines, printable
 from ..output import write_file
 from ..replaceable import HEAD, PAGE, RESULTS
 from ..webpage import escape

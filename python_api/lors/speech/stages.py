@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import keeper
-from ..errors import LorsError, SettingError
+from ..errors import LorsError, SettingError, nearest
 from ..locks import flock
-from ..messages import nearest
 from ..output import writing
 from ..public import public_text
 

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError
-from ..messages import nearest
+from ..errors import LorsError, nearest
 from ..output import OutputDirectory, writing
 from ..progress import bar
 from ..replaceable import CORPUS

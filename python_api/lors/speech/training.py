@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..digest import sha256_file
-from ..errors import LorsError
-from ..messages import nearest
+from ..errors import LorsError, nearest
 from ..output import OutputDirectory, writing
 from ..public import public
 from ..replaceable import CHECKPOINTS, RUN, foreign, require_file

@@ -11,8 +11,7 @@ from typing import Any
 
 from .. import strict_json
 from ..checkpoint import HUB_ID, open_checkpoint
-from ..errors import LorsError
-from ..messages import first_line, nearest, shown
+from ..errors import LorsError, first_line, nearest, shown
 from ..remote import is_url
 
 __all__ = [
