@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from lors.card import Source, carried_over, languages, versions, write_card
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError, printable
-from lors.output import OutputDirectory
+from lors.files.directory import OutputDirectory
 
 DIGEST = "0123456789abcdef" * 4
 RECIPE = "merge_method: lors\nbase_model: openai/whisper-small\nmodels:\n- model: me/ca  # Català\n"

@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from lors import digest
 from lors.checkpoint import compare, dtype_kind, open_checkpoint, sha256_checkpoints
 from lors.errors import LorsError
+from lors.files import digest
 from lors.formats import DTYPES, dtype_code
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -14,12 +14,12 @@ from fuzz.targets import Corpus, adapter_of, survives
 from safetensors.numpy import load_file, save_file
 
 import lors
-from lors import strict_json
 from lors.adapters import source_of
 from lors.checkpoint import open_checkpoint
-from lors.documents import MAX_VALUES, Document
 from lors.errors import LorsError
 from lors.expert_file import ENERGIES, EXPONENTS, KEY
+from lors.files import strict_json
+from lors.files.documents import MAX_VALUES, Document
 from lors.ledger import Ledger, edit
 from lors.task_vector import open_expert
 

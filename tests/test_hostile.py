@@ -25,8 +25,8 @@ import lors
 from helpers import require
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
+from lors.files.directory import WeightWriter
 from lors.ledger import Ledger, edit
-from lors.output import WeightWriter
 from lors.task_vector import decompose, open_expert
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))

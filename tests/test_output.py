@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import require
-from lors import output
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError, LorsWarning
+from lors.files import directory
+from lors.files.directory import OpenAIWriter, OutputDirectory, WeightWriter
+from lors.files.lock import Lock
+from lors.files.signals import Terminated
 from lors.formats import DTYPES
-from lors.locks import Lock
-from lors.output import OpenAIWriter, OutputDirectory, WeightWriter
-from lors.signals import Terminated
 
 F32 = np.dtype(np.float32)
 
@@ -66,8 +66,8 @@ def waiting_writer(target: Path, *, force: bool = False) -> Iterator[subprocess.
     """A process in the middle of writing to `target`, until it is killed or its standard input closes."""
     code = """
 import sys
-from lors.output import OutputDirectory
-from lors.signals import terminate_cleanly
+from lors.files.directory import OutputDirectory
+from lors.files.signals import terminate_cleanly
 with terminate_cleanly(), OutputDirectory(sys.argv[1], force=sys.argv[2] == "True") as out:
     out.write_text("config.json", "new")
     print("ready", flush=True)
@@ -103,7 +103,7 @@ def test_nothing_is_seen_before_the_commit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("atomic", [True, False])
 def test_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool, atomic: bool) -> None:
     if not atomic:  # a file system that cannot exchange two names
-        monkeypatch.setattr(output, "exchange", lambda first, second: False)
+        monkeypatch.setattr(directory, "exchange", lambda first, second: False)
     target = old_checkpoint(tmp_path / "out")
     (target / "vocab.json").write_text("of the old one")
     inode = target.stat().st_ino
@@ -119,9 +119,9 @@ def test_replacing_is_one_step_here(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Two renames are only for file systems that cannot exchange: this one can, so a reader never sees a gap."""
     a, b = old_checkpoint(tmp_path / "a"), tmp_path / "b"
     b.mkdir()
-    assert output.exchange(a, b) and names(b) == ["config.json"] and names(a) == []
+    assert directory.exchange(a, b) and names(b) == ["config.json"] and names(a) == []
     with pytest.raises(FileNotFoundError):
-        output.exchange(a, tmp_path / "c")
+        directory.exchange(a, tmp_path / "c")
     monkeypatch.delattr(Path, "rename")
     with OutputDirectory(b, force=True) as out:
         out.write_text("config.json", "new")
@@ -152,7 +152,7 @@ def test_leaving_without_commit_is_no_commit(tmp_path: Path) -> None:
 
 
 def test_a_failed_commit_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "exchange", lambda first, second: False)
+    monkeypatch.setattr(directory, "exchange", lambda first, second: False)
     target = old_checkpoint(tmp_path / "out")
     rename = Path.rename
 
@@ -260,7 +260,7 @@ def test_unprivileged_refusals(tmp_path: Path) -> None:
     code = """
 import os, sys
 from lors.errors import LorsError, LorsWarning
-from lors.output import OutputDirectory
+from lors.files.directory import OutputDirectory
 if os.getuid() == 0:
     os.seteuid(65534)
 try:
@@ -283,7 +283,7 @@ except LorsError as error:
 
 
 def test_the_second_run_into_one_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_PATIENCE", 0.1)
+    monkeypatch.setattr(directory, "_PATIENCE", 0.1)
     target = tmp_path / "out"
     with waiting_writer(target) as process:
         with pytest.raises(LorsError, match="out: another run is writing to it"), OutputDirectory(target):
@@ -299,7 +299,7 @@ def test_the_second_run_into_one_target_is_told(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_of_many_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_PATIENCE", 0.05)
+    monkeypatch.setattr(directory, "_PATIENCE", 0.05)
     target = tmp_path / "out"
 
     def attempt(number: int) -> int:
@@ -338,7 +338,7 @@ def test_kill_9_leaves_the_old_and_the_next_run_cleans(tmp_path: Path, force: bo
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     code = """
 import itertools, sys
-from lors.output import OutputDirectory
+from lors.files.directory import OutputDirectory
 for number in itertools.count():
     with OutputDirectory(sys.argv[1], force=True, durable=False) as out:
         out.write_text("config.json", str(number))
@@ -415,14 +415,14 @@ def test_a_disk_that_does_not_confirm_is_a_warning(
 ) -> None:
     """The new one is in place: an error would say that it is not."""
     target = old_checkpoint(tmp_path / "out") if force else tmp_path / "out"
-    sync = output._sync
+    confirm = directory._sync
 
     def broken(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        sync(path)
+        confirm(path)
 
-    monkeypatch.setattr(output, "_sync", broken)
+    monkeypatch.setattr(directory, "_sync", broken)
     with (
         pytest.warns(LorsWarning, match="out: is in place, but may not survive a power failure: .*Input/output error"),
         OutputDirectory(target, force=force) as out,
@@ -492,7 +492,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_PATIENCE", 0.1)
+    monkeypatch.setattr(directory, "_PATIENCE", 0.1)
     target = old_checkpoint(tmp_path / "out")
     with OutputDirectory(target, force=True) as out:
         out.write_text("config.json", "new")
@@ -544,8 +544,8 @@ def test_a_file_system_that_cannot_tell(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "statvfs", broken)
-    output.require_space(tmp_path, 10**18)
-    with pytest.raises(LorsError, match="x: the disk is full$"), output.writing(tmp_path / "x"):
+    directory.require_space(tmp_path, 10**18)
+    with pytest.raises(LorsError, match="x: the disk is full$"), directory.writing(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -683,7 +683,7 @@ def test_openai_pt_round_trip(tmp_path: Path) -> None:
 WRITE_8_MB = """
 import os, resource, sys
 import numpy as np
-from lors import output
+from lors.files import directory as output
 from lors.errors import LorsError, LorsWarning
 target, how = sys.argv[1:]
 if how == "limit":
@@ -758,7 +758,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     ],
 )
 def test_system_errors_are_one_line(tmp_path: Path, code: int, expected: str) -> None:
-    with pytest.raises(LorsError, match=expected), output.writing(tmp_path, 5):
+    with pytest.raises(LorsError, match=expected), directory.writing(tmp_path, 5):
         raise OSError(code, os.strerror(code))
 
 
@@ -782,9 +782,9 @@ def test_durable_commit_syncs_every_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_start_writeback_and_preallocate(tmp_path: Path) -> None:
     with (tmp_path / "x").open("wb") as stream:
-        output.preallocate(stream.fileno(), 1 << 20)
+        directory.preallocate(stream.fileno(), 1 << 20)
         stat = os.fstat(stream.fileno())
         assert stat.st_size == 1 << 20
         if sys.platform == "linux":
             assert stat.st_blocks * 512 >= 1 << 20, "the space is owned, not only promised"
-            assert output.start_writeback(stream.fileno(), 0, 1 << 20)
+            assert directory.start_writeback(stream.fileno(), 0, 1 << 20)

@@ -20,10 +20,10 @@ from processes import LORS, gone, marked, wait_for
 from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
+from lors.files.remote import cache
 from lors.merging import merge_recipe
 from lors.methods import SPECS
 from lors.recipe import Recipe
-from lors.remote import cache
 from lors.sweep import sweep
 
 psutil, ray = module("psutil", "ray"), module("ray", "ray")

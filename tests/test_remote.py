@@ -18,10 +18,10 @@ import lors
 from helpers import module
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError
+from lors.files.remote import Store, cache, is_url, local_path
 from lors.methods import SPECS
 from lors.public import public, public_text, secrets_of
 from lors.recipe import Recipe
-from lors.remote import Store, cache, is_url, local_path
 from lors.sweep import sweep
 from lors.sweep_score import Score
 from lors.task_vector import decompose

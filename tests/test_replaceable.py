@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 import lors
 from helpers import module, require
-from lors import output, replaceable
 from lors.checkpoint import SIDECARS, open_checkpoint
 from lors.cli import app
 from lors.errors import LorsError, LorsWarning
+from lors.files import directory, replaceable
+from lors.files.directory import OutputDirectory
 from lors.ledger import Ledger, edit
-from lors.output import OutputDirectory
 from lors.task_vector import decompose, export_lora
 
 
@@ -208,7 +208,7 @@ def test_what_changes_while_an_edit_runs_is_kept(
     lors.merge(family["base"], {"ca": family["ca.file"]}, out)
     (out / "eval").mkdir()
     (out / "eval" / "answers.txt").write_text("first")
-    exchange = output.exchange
+    exchange = directory.exchange
 
     def late(first: Path, second: Path) -> bool:
         if second == out:
@@ -218,7 +218,7 @@ def test_what_changes_while_an_edit_runs_is_kept(
         return exchange(first, second)
 
     (out / "eval" / "replaced.txt").write_text("old")
-    monkeypatch.setattr(output, "exchange", late)
+    monkeypatch.setattr(directory, "exchange", late)
     edit(out, family["de.file"])
     assert os.listdir(tmp_path) == ["out"]
     assert {path.name: path.read_text() for path in (out / "eval").iterdir()} == {
@@ -232,14 +232,14 @@ def test_what_comes_to_the_top_while_an_edit_runs_is_kept(
     out = tmp_path / "out"
     lors.merge(family["base"], {"ca": family["ca.file"]}, out)
     (out / "notes.txt").write_text("old")
-    exchange = output.exchange
+    exchange = directory.exchange
 
     def late(first: Path, second: Path) -> bool:
         (out / "new").write_text("new")
         (out / "new").replace(out / "notes.txt")  # as editors save
         return exchange(first, second)
 
-    monkeypatch.setattr(output, "exchange", late)
+    monkeypatch.setattr(directory, "exchange", late)
     with pytest.warns(LorsWarning, match="notes.txt"):
         edit(out, family["de.file"])
     (kept,) = [path for path in tmp_path.iterdir() if path != out]
@@ -256,7 +256,7 @@ def test_who_works_in_a_directory_of_the_model_stays_there(
     (out / "eval" / "answers.txt").write_text("first")
     inode = (out / "eval").stat().st_ino
     if not swaps:  # on such a file system a directory of the same content takes its place
-        monkeypatch.setattr(output, "exchange", lambda first, second: False)
+        monkeypatch.setattr(directory, "exchange", lambda first, second: False)
     edit(out, family["de.file"])
     assert ((out / "eval").stat().st_ino == inode) == swaps
     assert (out / "eval" / "answers.txt").read_text() == "first" and os.listdir(tmp_path) == ["out"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lors import signals
-from lors.signals import Terminated, terminate_cleanly
+from lors.files import signals
+from lors.files.signals import Terminated, terminate_cleanly
 
 
 def test_handlers_are_put_back() -> None:
@@ -43,7 +43,7 @@ BUSY = {
 }
 PROGRAM = """
 import contextlib, hashlib, sys, time
-from lors.signals import terminate_cleanly
+from lors.files.signals import terminate_cleanly
 
 class Lazy:
     def __del__(self):

@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from .checkpoint import Checkpoint, dtype_kind
-from .documents import Document
 from .errors import LorsError, shown
 from .factors import Factors
+from .files.documents import Document
 from .sources import FileSource, Slot, Source, Spec, matrix_shape
 
 T = TypeVar("T")

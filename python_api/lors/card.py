@@ -15,9 +15,9 @@ from pydantic import AfterValidator, Field
 
 from . import strict_yaml
 from .checkpoint import Checkpoint
-from .documents import Digest, Document
 from .errors import LorsError, printable, shown
-from .output import RECIPE_FILE, writing
+from .files.directory import RECIPE_FILE, writing
+from .files.documents import Digest, Document
 
 __all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 

@@ -37,7 +37,7 @@ def main() -> None:
 def run(command: typer.Typer) -> None:
     """Runs a command: what is wrong is one line, and the exit code says the kind of it."""
     from .console import standard_streams
-    from .signals import terminate_cleanly
+    from .files.signals import terminate_cleanly
 
     with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
         status = command(prog_name="lors", standalone_mode=False)
@@ -183,8 +183,8 @@ def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tup
 
 def _experts(items: Sequence[str], where: str) -> dict[str, str]:
     """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
+    from .files.remote import is_url
     from .recipe import label_of
-    from .remote import is_url
 
     experts: dict[str, str] = {}
     for item in items:

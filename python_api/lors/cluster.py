@@ -24,7 +24,7 @@ import numpy as np
 
 from . import keeper
 from .errors import LorsError, first_line
-from .remote import is_url
+from .files.remote import is_url
 
 __all__ = ["connected", "decompositions", "submit_trial"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from .console import tell
 from .errors import LorsError, SettingError, first_line
-from .signals import Terminated
+from .files.signals import Terminated
 
 __all__ = ["as_options", "explained", "one_line_errors"]
 

@@ -27,9 +27,9 @@ from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
 from lors_kernels.arrays import BFLOAT16
 
 from .checkpoint import Checkpoint
-from .documents import Digest, Document
 from .errors import LorsError
 from .factors import Factors
+from .files.documents import Digest, Document
 from .parameters import rank_of
 from .sources import Slot, Source, Spec
 

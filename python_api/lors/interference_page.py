@@ -9,10 +9,10 @@ import numpy as np
 
 from . import webpage
 from .errors import LorsError
+from .files.directory import OutputFile
+from .files.replaceable import PAGE, RESULTS
 from .interference import Interference, MatrixRow
-from .output import OutputFile
 from .parameters import rank_of
-from .replaceable import PAGE, RESULTS
 
 __all__ = ["findings", "output_files", "render"]
 

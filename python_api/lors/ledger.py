@@ -22,11 +22,11 @@ from pydantic import Field
 
 from .card import Source, carried_over, is_untouched, write_card
 from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
-from .documents import Document
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
+from .files.directory import RECIPE_FILE, OutputDirectory, writing
+from .files.documents import Document
 from .merge_report import MergeReport, peak_memory
-from .output import RECIPE_FILE, OutputDirectory, writing
 from .parameters import LARGEST
 from .recipe import written_beside
 
@@ -130,7 +130,8 @@ def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -
 
 
 def _recipe(target: Path) -> dict[str, Any]:
-    from . import strict_json, strict_yaml
+    from . import strict_yaml
+    from .files import strict_json
 
     try:
         text = strict_json.read_bytes(target / RECIPE_FILE, strict_yaml.MAX_BYTES).decode("utf-8")

@@ -31,15 +31,15 @@ from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
+from .files.directory import OpenAIWriter, OutputDirectory, WeightWriter
+from .files.remote import is_url, placed
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
-from .output import OpenAIWriter, OutputDirectory, WeightWriter
 from .parameters import rank_of
 from .public import public
 from .recipe import BASE, Recipe
-from .remote import is_url, placed
 from .sources import FileSource, MemorySource, Source
 from .suspicions import of_digests, of_values
 

@@ -29,12 +29,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from . import strict_yaml
-from .documents import first_problem
 from .errors import LorsError, SettingError, near_path, nearest, shown
+from .files.documents import first_problem
+from .files.remote import is_url
 from .layers import compile_patterns
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
 from .public import public
-from .remote import is_url
 
 __all__ = [
     "REQUIRED",

@@ -34,8 +34,8 @@ from pydantic import ConfigDict, TypeAdapter
 import lors_kernels
 
 from .errors import LorsError, nearest
+from .files.directory import writing
 from .methods import SPECS
-from .output import writing
 from .public import public_text
 from .recipe import Recipe
 from .sweep_home import STATE, Home, load_lines, scratch

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .documents import first_problem
 from .errors import LorsError, first_line
-from .locks import flock
-from .output import writing
+from .files.directory import writing
+from .files.documents import first_problem
+from .files.lock import flock
+from .files.remote import Store, cache, local_path
 from .public import public
-from .remote import Store, cache, local_path
 
 __all__ = ["STATE", "Home", "load_lines"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .digest import sha256_file, sha256_files
 from .errors import LorsError
+from .files.digest import sha256_file, sha256_files
 from .public import public
 from .recipe import Recipe
 

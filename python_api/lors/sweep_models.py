@@ -30,11 +30,11 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
-from .locks import flock
+from .files.directory import RECIPE_FILE, require_space, writing
+from .files.lock import flock
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
-from .output import RECIPE_FILE, require_space, writing
 from .parameters import ParameterSpec, Rest
 from .recipe import Recipe
 from .sources import FileSource

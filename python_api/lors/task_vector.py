@@ -46,12 +46,12 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .output import OutputDirectory, OutputFile, WeightWriter
+from .files.directory import OutputDirectory, OutputFile, WeightWriter
+from .files.remote import is_url, placed
+from .files.replaceable import EXPERT_FILE
 from .parameters import LARGEST, rank_of
 from .public import public
 from .recipe import Target
-from .remote import is_url, placed
-from .replaceable import EXPERT_FILE
 from .sources import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]

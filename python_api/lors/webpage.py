@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape as escape_markup
 
 from .errors import printable
-from .replaceable import HEAD
+from .files.replaceable import HEAD
 
 __all__ = ["Series", "escape", "heat_table", "lines", "page", "scatter", "section", "table"]
 

@@ -9,7 +9,7 @@ from cut import cut_config
 
 from helpers import module
 from lors.errors import LorsError
-from lors.replaceable import objection
+from lors.files.replaceable import objection
 from lors.speech.evaluation import make_room
 from lors.speech.experiment import run_experiment
 from lors.speech.synth import synthesise

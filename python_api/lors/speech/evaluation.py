@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
-from ..output import write_file, writing
+from ..files.directory import write_file, writing
+from ..files.replaceable import ANSWERS, SCORES, require_file
 from ..progress import bar
-from ..replaceable import ANSWERS, SCORES, require_file
 from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
 from .features import features

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import ray_stages
-from ..digest import sha256_file
 from ..errors import LorsError
-from ..replaceable import PAGE, RESULTS, require_file
+from ..files.digest import sha256_file
+from ..files.replaceable import PAGE, RESULTS, require_file
 from .config import Config, Setting, load_config
 from .corpus import Corpus, by_task, load_corpus
 from .domain import SPLITS

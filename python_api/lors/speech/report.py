@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import print_lines, printable
-from ..output import write_file
-from ..replaceable import HEAD, PAGE, RESULTS
+from ..files.directory import write_file
+from ..files.replaceable import HEAD, PAGE, RESULTS
 from ..webpage import escape
 from .config import Config
 from .results import METRIC, summarise

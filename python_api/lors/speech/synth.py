@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError, nearest
-from ..output import OutputDirectory, writing
+from ..files.directory import OutputDirectory, writing
+from ..files.replaceable import CORPUS
 from ..progress import bar
-from ..replaceable import CORPUS
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
 

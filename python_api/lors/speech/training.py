@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..digest import sha256_file
 from ..errors import LorsError, nearest
-from ..output import OutputDirectory, writing
+from ..files.digest import sha256_file
+from ..files.directory import OutputDirectory, writing
+from ..files.replaceable import CHECKPOINTS, RUN, foreign, require_file
 from ..public import public
-from ..replaceable import CHECKPOINTS, RUN, foreign, require_file
 from .corpus import Corpus, load_corpus, parse_tasks
 from .languages import parse_languages
 from .whisper import local_model, quiet, require_languages, torch_device

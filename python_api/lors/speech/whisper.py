@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import strict_json
 from ..checkpoint import HUB_ID, open_checkpoint
 from ..errors import LorsError, first_line, nearest, shown
-from ..remote import is_url
+from ..files import strict_json
+from ..files.remote import is_url
 
 __all__ = [
     "DTYPES", "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",

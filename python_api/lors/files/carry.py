@@ -10,7 +10,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .errors import LorsError
+from ..errors import LorsError
 
 __all__ = ["Seen", "carry", "dress", "unseen"]
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LorsError
+from ..errors import LorsError
 
 __all__ = [
     "ANSWERS",

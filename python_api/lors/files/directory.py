@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import LorsError, LorsWarning
+from ..formats import dtype_code
 from .carry import Seen, carry, dress, unseen
-from .errors import LorsError, LorsWarning
-from .formats import dtype_code
-from .locks import Lock
+from .lock import Lock
 from .replaceable import MODEL, FileKind, Kind, foreign, objection, require_file
-from .system import exchange, preallocate, start_writeback
+from .syscalls import exchange, preallocate, start_writeback
 
 __all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "write_file", "writing"]
 

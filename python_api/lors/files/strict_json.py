@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import LorsError, shown
+from ..errors import LorsError, shown
 
 __all__ = ["MAX_BYTES", "MAX_VALUES", "parse", "read", "read_bytes"]
 

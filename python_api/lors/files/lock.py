@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from .errors import LorsError
+from ..errors import LorsError
 
 __all__ = ["Lock", "flock"]
 

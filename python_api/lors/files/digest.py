@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import LorsError
+from ..errors import LorsError
 
 __all__ = ["sha256_file", "sha256_files"]
 

@@ -13,8 +13,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..errors import LorsError, nearest, shown
 from . import strict_json
-from .errors import LorsError, nearest, shown
 
 __all__ = ["Digest", "MAX_VALUES", "Document", "ModelConfig", "first_problem", "problem"]
 

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from .errors import LorsError, first_line
-from .output import require_space, writing
-from .public import public, public_text, secrets_of
+from ..errors import LorsError, first_line
+from ..public import public, public_text, secrets_of
+from .directory import require_space, writing
 from .replaceable import MODEL, FileKind, objection_to
 
 __all__ = ["Store", "cache", "fetch", "is_url", "last_part", "local_path", "placed"]

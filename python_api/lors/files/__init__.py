@@ -1,0 +1,1 @@
+"""Files: appearing complete or not at all, locked, hashed, fetched, read strictly. Knows no tensor."""
