@@ -26,9 +26,10 @@ from helpers import require
 from lors.checkpoint import open_checkpoint
 from lors.errors import LorsError, LorsWarning
 from lors.files import directory
-from lors.files.directory import OpenAIWriter, OutputDirectory, WeightWriter
+from lors.files.directory import OpenAIWriter, OutputDirectory, WeightWriter, sync
 from lors.files.lock import Lock
 from lors.files.signals import Terminated
+from lors.files.writing import require_space, writing
 from lors.formats import DTYPES
 
 F32 = np.dtype(np.float32)
@@ -415,14 +416,14 @@ def test_a_disk_that_does_not_confirm_is_a_warning(
 ) -> None:
     """The new one is in place: an error would say that it is not."""
     target = old_checkpoint(tmp_path / "out") if force else tmp_path / "out"
-    confirm = directory._sync
+    confirm = sync
 
     def broken(path: Path) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         confirm(path)
 
-    monkeypatch.setattr(directory, "_sync", broken)
+    monkeypatch.setattr(directory, "sync", broken)
     with (
         pytest.warns(LorsWarning, match="out: is in place, but may not survive a power failure: .*Input/output error"),
         OutputDirectory(target, force=force) as out,
@@ -544,8 +545,8 @@ def test_a_file_system_that_cannot_tell(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "statvfs", broken)
-    directory.require_space(tmp_path, 10**18)
-    with pytest.raises(LorsError, match="x: the disk is full$"), directory.writing(tmp_path / "x"):
+    require_space(tmp_path, 10**18)
+    with pytest.raises(LorsError, match="x: the disk is full$"), writing(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -758,7 +759,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     ],
 )
 def test_system_errors_are_one_line(tmp_path: Path, code: int, expected: str) -> None:
-    with pytest.raises(LorsError, match=expected), directory.writing(tmp_path, 5):
+    with pytest.raises(LorsError, match=expected), writing(tmp_path, 5):
         raise OSError(code, os.strerror(code))
 
 

@@ -16,8 +16,9 @@ from pydantic import AfterValidator, Field
 from . import strict_yaml
 from .checkpoint import Checkpoint
 from .errors import LorsError, printable, shown
-from .files.directory import RECIPE_FILE, writing
+from .files.directory import RECIPE_FILE
 from .files.documents import Digest, Document
+from .files.writing import writing
 
 __all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import webpage
 from .errors import LorsError
-from .files.directory import OutputFile
+from .files.file import OutputFile
 from .files.replaceable import PAGE, RESULTS
 from .interference import Interference, MatrixRow
 from .parameters import rank_of

@@ -24,8 +24,9 @@ from .card import Source, carried_over, is_untouched, write_card
 from .checkpoint import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
-from .files.directory import RECIPE_FILE, OutputDirectory, writing
+from .files.directory import RECIPE_FILE, OutputDirectory
 from .files.documents import Document
+from .files.writing import writing
 from .merge_report import MergeReport, peak_memory
 from .parameters import LARGEST
 from .recipe import written_beside

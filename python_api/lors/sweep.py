@@ -34,7 +34,7 @@ from pydantic import ConfigDict, TypeAdapter
 import lors_kernels
 
 from .errors import LorsError, nearest
-from .files.directory import writing
+from .files.writing import writing
 from .methods import SPECS
 from .public import public_text
 from .recipe import Recipe

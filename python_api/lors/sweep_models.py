@@ -30,8 +30,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
-from .files.directory import RECIPE_FILE, require_space, writing
+from .files.directory import RECIPE_FILE
 from .files.lock import flock
+from .files.writing import require_space, writing
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction

@@ -46,7 +46,8 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .files.directory import OutputDirectory, OutputFile, WeightWriter
+from .files.directory import OutputDirectory, WeightWriter
+from .files.file import OutputFile
 from .files.remote import is_url, placed
 from .files.replaceable import EXPERT_FILE
 from .parameters import LARGEST, rank_of

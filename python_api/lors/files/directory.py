@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import re
-import resource
 import secrets
 import shutil
 import stat
 import struct
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,10 +24,11 @@ from ..errors import LorsError, LorsWarning
 from ..formats import dtype_code
 from .carry import Seen, carry, dress, unseen
 from .lock import Lock
-from .replaceable import MODEL, FileKind, Kind, foreign, objection, require_file
+from .replaceable import MODEL, Kind, foreign, objection
 from .syscalls import exchange, preallocate, start_writeback
+from .writing import require_space, writing
 
-__all__ = ["OpenAIWriter", "OutputDirectory", "OutputFile", "WeightWriter", "require_space", "write_file", "writing"]
+__all__ = ["OpenAIWriter", "OutputDirectory", "WeightWriter"]
 
 RECIPE_FILE = "lors_recipe.yml"
 TensorSpec = tuple[str, "np.dtype[Any]", tuple[int, ...]]
@@ -42,64 +41,7 @@ _PATIENCE = 1.0  # seconds: a run that starts beside a target holds its lock whi
 # -------------------------------------------------------------------------------------------------------- errors
 
 
-@contextlib.contextmanager
-def writing(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns an OSError of the block into a LorsError that says which limit was met. `needed` is in bytes."""
-    try:
-        yield
-    except OSError as error:
-        raise LorsError(_explain(error, path, needed)) from error
-
-
-def _explain(error: OSError, path: Path, needed: int | None) -> str:
-    need = f"{_size(needed)} needed, " if needed is not None else ""
-    if error.errno == errno.ENOSPC:
-        found = _file_system(path)
-        if found is not None and found.f_files and not found.f_favail:
-            return f"cannot write {path}: the file system has no room for another file: all {found.f_files} inodes are used"
-        free = "" if found is None else f"{_size(found.f_bavail * found.f_frsize)} free"
-        return f"cannot write {path}: the disk is full{': ' if need or free else ''}{need}{free}".removesuffix(", ")
-    if error.errno == errno.EDQUOT:
-        return f"cannot write {path}: the disk quota is used up{need and f': {need[:-2]}'}"
-    if error.errno == errno.EFBIG:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        allowed = (
-            "more than the file system allows"
-            if limit == resource.RLIM_INFINITY
-            else f"{_size(limit)} allowed (ulimit -f)"
-        )
-        return f"cannot write {path}: the file is too large: {need}{allowed}"
-    if error.errno == errno.EROFS:
-        return f"cannot write {path}: the file system is read-only"
-    return f"cannot write {path}: {error.strerror or error}"
-
-
-def _file_system(path: Path) -> os.statvfs_result | None:
-    """That of `path` or of its nearest existing parent; None where it cannot tell."""
-    while not os.path.exists(path) and path != path.parent:
-        path = path.parent
-    try:
-        found = os.statvfs(path)
-    except OSError:
-        return None
-    return found if found.f_blocks else None
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} bytes"
-
-
-def require_space(path: Path, needed: int) -> None:
-    """LorsError unless `needed` bytes are free where `path` is, or will be; where nobody can tell, writing will."""
-    found = _file_system(path)
-    if found is not None and (free := found.f_bavail * found.f_frsize) < needed:
-        raise LorsError(f"cannot write {path}: the disk is too full: {_size(needed)} needed, {_size(free)} free")
-
-
-def _note(text: str) -> None:
+def note(text: str) -> None:
     """What the user should know of a result that is in place all the same; a LorsWarning."""
     warnings.warn(LorsWarning(text), stacklevel=3)
 
@@ -237,11 +179,11 @@ class OutputDirectory:
             try:
                 self._discard()
             except OSError as error:
-                _note(f"{self.path}: could not be removed and may be deleted: {error.strerror or error}")
+                note(f"{self.path}: could not be removed and may be deleted: {error.strerror or error}")
             try:
                 self._lock.release()
             except OSError as error:
-                _note(f"{_lock_path(self.target)}: could not be removed and may be deleted: {error.strerror or error}")
+                note(f"{_lock_path(self.target)}: could not be removed and may be deleted: {error.strerror or error}")
             self._lock = None
         if not self._committed:
             self._remove_parents()
@@ -260,7 +202,7 @@ class OutputDirectory:
                 continue
             kept = self.target.with_name(f"{self.target.name}.{secrets.token_hex(4)}.old")
             path.rename(kept)
-            _note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
+            note(f"{self.target}: {newcomer} came into it while it was replaced; the old directory is kept: {kept}")
 
     def _newcomer(self, old: Path) -> str | None:
         return unseen(old, self.target, self._carried, self._left) if self._keep else foreign(old, self._kind)
@@ -314,11 +256,11 @@ class OutputDirectory:
             self._carried = carry(self.target, self.path, self._left)
             if self._durable:
                 for name in [name for name, told in self._carried.items() if not told]:
-                    _sync(self.path / name)
+                    sync(self.path / name)
         dress(self.path, self.target)
         os.utime(self.path)
         if self._durable:
-            _sync(self.path)
+            sync(self.path)
 
     def _replace(self) -> None:
         # The old directory is then self.path or self._aside, and leaving the block removes it as it would the new one.
@@ -346,9 +288,9 @@ class OutputDirectory:
     def _confirm(self) -> None:
         try:
             for directory in {self.target.parent, *(made.parent for made in self._made)}:
-                _sync(directory)
+                sync(directory)
         except OSError as error:
-            _note(
+            note(
                 f"{self.target}: is in place, but may not survive a power failure: the disk did not confirm its name: "
                 f"{error.strerror or error}"
             )
@@ -404,89 +346,16 @@ def _remove_tree(path: Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for parent, _, names in os.walk(directory, topdown=False):
         for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# ---------------------------------------------------------------------------------------------------------- file
-
-
-class OutputFile:
-    """A file that appears complete or not at all: write to `path`, then :meth:`commit`.
-
-    Args:
-        target: the file. A symbolic link is followed.
-        kind: what `force` may replace (`replaceable`).
-        inputs: files that are read.
-    """
-
-    def __init__(
-        self, target: str | os.PathLike[str], kind: FileKind, *, force: bool = False, inputs: Iterable[Path] = ()
-    ) -> None:
-        self.target = Path(os.path.realpath(os.path.expanduser(target)))
-        self._kind, self._force = kind, force
-        require_file(self.target, kind, force)
-        for file in inputs:
-            if self.target.exists() and self.target.samefile(file):
-                raise LorsError(f"{self.target}: the output would replace the input")
-        # Never committed: only its file is kept. A killed run's goes as any other debris.
-        self._folder = OutputDirectory(self.target.with_name(f"{self.target.name}.writing"))
-        self.path = self._folder.path / "new.safetensors"
-
-    def __enter__(self) -> OutputFile:
-        self._folder.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folder.__exit__(kind, error, trace)
-
-    def write_text(self, text: str) -> None:
-        """Writes UTF-8 text; LorsError when that fails."""
-        with writing(self.target):
-            self.path.write_text(text, encoding="utf-8")
-
-    def commit(self) -> None:
-        """Makes the file visible as the target, atomically."""
-        with writing(self.target):
-            _sync(self.path)
-            require_file(self.target, self._kind, self._force)
-            if self._force:
-                os.replace(self.path, self.target)
-            else:
-                _rename_new(self.path, self.target)
-        try:
-            _sync(self.target.parent)
-        except OSError as error:
-            _note(f"{self.target}: is in place, but may not survive a power failure: {error.strerror or error}")
-
-
-def write_file(path: Path, text: str, kind: FileKind) -> None:
-    """Writes a text file in one step, over one of its kind if there is one; LorsError otherwise."""
-    with OutputFile(path, kind, force=True) as file:
-        file.write_text(text)
-        file.commit()
-
-
-def _rename_new(source: Path, target: Path) -> None:
-    """Renames, unless there is something by now."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise LorsError(f"{target}: exists already; --force replaces it") from None
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        os.replace(source, target)  # a file system without hard links
 
 
 # ------------------------------------------------------------------------------------------------------- weights

@@ -29,8 +29,8 @@ from urllib.parse import unquote
 
 from ..errors import LorsError, first_line
 from ..public import public, public_text, secrets_of
-from .directory import require_space, writing
 from .replaceable import MODEL, FileKind, objection_to
+from .writing import require_space, writing
 
 __all__ = ["Store", "cache", "fetch", "is_url", "last_part", "local_path", "placed"]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
-from ..files.directory import write_file, writing
+from ..files.file import write_file
 from ..files.replaceable import ANSWERS, SCORES, require_file
+from ..files.writing import writing
 from ..progress import bar
 from .audio import SAMPLE_RATE, duration
 from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks

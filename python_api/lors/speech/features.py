@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError
-from ..files.directory import writing
+from ..files.writing import writing
 from .audio import SAMPLE_RATE, duration, read_audio
 from .corpus import Utterance
 

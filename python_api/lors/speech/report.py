@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import print_lines, printable
-from ..files.directory import write_file
+from ..files.file import write_file
 from ..files.replaceable import HEAD, PAGE, RESULTS
 from ..webpage import escape
 from .config import Config

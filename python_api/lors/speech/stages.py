@@ -27,8 +27,8 @@ from typing import Any
 
 from .. import keeper
 from ..errors import LorsError, SettingError, nearest
-from ..files.directory import writing
 from ..files.lock import flock
+from ..files.writing import writing
 from ..public import public_text
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]

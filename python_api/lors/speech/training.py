@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LorsError, nearest
 from ..files.digest import sha256_file
-from ..files.directory import OutputDirectory, writing
+from ..files.directory import OutputDirectory
 from ..files.replaceable import CHECKPOINTS, RUN, foreign, require_file
+from ..files.writing import writing
 from ..public import public
 from .corpus import Corpus, load_corpus, parse_tasks
 from .languages import parse_languages
