@@ -22,8 +22,8 @@ PATIENCE = 10  # seconds of processor time
 
 def read(path: str) -> str:
     """Everything in a checkpoint, a tensor at a time, and all that is made of names."""
-    from lors import layers
-    from lors.checkpoint import compare, open_checkpoint
+    from lors.checkpoints import layers
+    from lors.checkpoints.reader import compare, open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         compare(checkpoint, checkpoint)
@@ -73,7 +73,7 @@ def _run(work: Callable[[str], str], path: str) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    import lors.checkpoint  # noqa: F401  (before the forks)
+    import lors.checkpoints.reader  # noqa: F401  (before the forks)
 
     for argument in sys.argv[1:]:
         print(json.dumps(_outcome(read, argument)), flush=True)

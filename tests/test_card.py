@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lors.card import Source, carried_over, languages, versions, write_card
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError, printable
 from lors.files.directory import OutputDirectory
 

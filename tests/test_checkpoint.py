@@ -25,10 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from lors.checkpoint import compare, dtype_kind, open_checkpoint, sha256_checkpoints
+from lors.checkpoints.reader import compare, dtype_kind, open_checkpoint, sha256_checkpoints
+from lors.checkpoints.safetensors import DTYPES, dtype_code
 from lors.errors import LorsError
 from lors.files import digest
-from lors.formats import DTYPES, dtype_code
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "proj_out.weight"
@@ -329,13 +329,13 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
     """Root may read anything: only an unprivileged process can be refused, in directories it may enter."""
     code = """
 import os, sys
-import lors.checkpoint
+import lors.checkpoints.reader
 from lors.errors import LorsError
 if os.getuid() == 0:
     os.seteuid(65534)
 for path in sys.argv[1:]:
     try:
-        lors.checkpoint.open_checkpoint(path)
+        lors.checkpoints.reader.open_checkpoint(path)
     except LorsError as error:
         print(error)
 """
@@ -517,7 +517,7 @@ def test_pt_is_read_without_torch(tmp_path: Path, torch: Any) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "x.pt")
     code = f"""
 import sys
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 assert open_checkpoint({str(tmp_path / "x.pt")!r}).read("a").tolist() == [1, 1, 1]
 assert "torch" not in sys.modules and "huggingface_hub" not in sys.modules
 """
@@ -722,7 +722,7 @@ def test_hub_ids_offline(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = f"""
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 for source in ("org/whisper", "org/whisper@{commit}"):
     with open_checkpoint(source) as checkpoint:

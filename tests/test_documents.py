@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import lors
 from lors.adapters import source_of
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.expert_file import ENERGIES, EXPONENTS, KEY
 from lors.files import strict_json

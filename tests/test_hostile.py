@@ -23,7 +23,7 @@ import tiny
 
 import lors
 from helpers import require
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.files.directory import WeightWriter
 from lors.ledger import Ledger, edit

@@ -18,7 +18,7 @@ import lors
 import whispers
 from helpers import module
 from lors import LorsError, suspicions
-from lors.checkpoint import Checkpoint
+from lors.checkpoints.reader import Checkpoint
 from lors.inspect import inspect_command
 from lors.interference import interference
 from lors.ledger import edit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lors import inspect
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.inspect import spectra
 from lors.interference import interference
 from lors.spectrum import effective_rank

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from lors import layers
+from lors.checkpoints import layers
 from lors.errors import LorsError
 from lors.recipe import Target
 

@@ -23,14 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import require
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
+from lors.checkpoints.safetensors import DTYPES
 from lors.errors import LorsError, LorsWarning
 from lors.files import directory
 from lors.files.directory import OpenAIWriter, OutputDirectory, WeightWriter, sync
 from lors.files.lock import Lock
 from lors.files.signals import Terminated
 from lors.files.writing import require_space, writing
-from lors.formats import DTYPES
 
 F32 = np.dtype(np.float32)
 

@@ -18,7 +18,7 @@ import yaml
 from processes import LORS, gone, marked, wait_for
 
 from helpers import module
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.files.remote import cache
 from lors.merging import merge_recipe

@@ -16,7 +16,7 @@ import tiny
 
 import lors
 from helpers import module
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.files.remote import Store, cache, is_url, local_path
 from lors.methods import SPECS
@@ -266,7 +266,9 @@ def test_a_file_that_changed_on_a_web_server_is_fetched_again(
     """By whatever the server tells of it; when it tells nothing, always."""
     server.root = shutil.copytree(family["base"].parent, tmp_path / "served")
     url = f"http://127.0.0.1:{server.server_port}/ca/model.safetensors"
-    code = "import sys; from lors.checkpoint import open_checkpoint; print(open_checkpoint(sys.argv[1]).sha256())"
+    code = (
+        "import sys; from lors.checkpoints.reader import open_checkpoint; print(open_checkpoint(sys.argv[1]).sha256())"
+    )
 
     def fetched() -> str:
         done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True)

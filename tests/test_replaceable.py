@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lors
 from helpers import module, require
-from lors.checkpoint import SIDECARS, open_checkpoint
+from lors.checkpoints.reader import SIDECARS, open_checkpoint
 from lors.cli import app
 from lors.errors import LorsError, LorsWarning
 from lors.files import directory, replaceable

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import lors
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.ledger import edit
 from lors.task_vector import decompose
 

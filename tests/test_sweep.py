@@ -22,7 +22,7 @@ import yaml
 
 import lors
 from helpers import module
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import METHODS, SPECS
 from lors.recipe import Recipe

@@ -16,7 +16,7 @@ import tiny
 import lors
 from benchmarks.generate import power_law
 from helpers import module
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.expert_file import ExpertSource, decode_gaps, encode_gaps
 from lors.ledger import Ledger, edit

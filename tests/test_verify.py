@@ -12,7 +12,8 @@ import tiny
 
 import lors
 import lors_kernels
-from lors import LorsError, engine, layers, merging, operands, verify
+from lors import LorsError, engine, merging, operands, verify
+from lors.checkpoints import layers
 from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, slerp, sparsified, tsv
 from lors.task_vector import decompose
 

@@ -347,7 +347,7 @@ def main() -> None:
     known = [name for name in COMMANDS if name != "synth" or shutil.which("espeak-ng")]
     names = [name for name in known if name in os.environ.get("UNLUCKY_COMMANDS", ",".join(known)).split(",")]
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
-    import lors.checkpoint
+    import lors.checkpoints.reader
     import lors.cli
     import lors.console
     import lors.interference_page

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import open_checkpoint
+    from .checkpoints.reader import open_checkpoint
     from .errors import LorsError
     from .merge_report import MergeReport
     from .merging import merge, merge_recipe, merge_state_dicts
@@ -26,7 +26,7 @@ _EXPORTS = {
     "merge": "merging",
     "merge_recipe": "merging",
     "merge_state_dicts": "merging",
-    "open_checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoints.reader",
 }
 
 __all__ = [

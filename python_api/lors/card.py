@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from . import strict_yaml
-from .checkpoint import Checkpoint
+from .checkpoints.reader import Checkpoint
 from .errors import LorsError, printable, shown
 from .files.directory import RECIPE_FILE
 from .files.documents import Digest, Document

@@ -385,8 +385,8 @@ def bench(
 
 def _decomposed_shapes(source: str) -> list[tuple[int, int]]:
     """Of the matrices of this checkpoint that a merge decomposes, the smallest first."""
-    from .checkpoint import open_checkpoint
-    from .layers import select
+    from .checkpoints.layers import select
+    from .checkpoints.reader import open_checkpoint
 
     with open_checkpoint(source) as model:
         chosen = select(model.tensors, model.naming, model.config).names

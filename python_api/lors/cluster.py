@@ -294,7 +294,7 @@ def decompose_group(
 @cache
 def _source(path: str, base: str, label: str) -> Any:
     """Opened once per worker."""
-    from .checkpoint import open_checkpoint
+    from .checkpoints.reader import open_checkpoint
     from .sources import FileSource
 
     if not is_url(path) and not os.path.exists(path):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import Checkpoint
+from .checkpoints.reader import Checkpoint
 from .errors import LorsError
 
 __all__ = ["companions", "dims"]

@@ -25,10 +25,10 @@ import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
 from .blas import one_thread_each
+from .checkpoints.layers import kind
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
 from .factors import Factors
-from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
 from .operands import Buffers, Certificate, Combination, Operands, Outcome

@@ -26,7 +26,7 @@ import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
 from lors_kernels.arrays import BFLOAT16
 
-from .checkpoint import Checkpoint
+from .checkpoints.reader import Checkpoint
 from .errors import LorsError
 from .factors import Factors
 from .files.documents import Digest, Document

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
+from .checkpoints.layers import kind, select
+from .checkpoints.reader import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError, print_lines
-from .layers import kind, select
 from .spectrum import effective_rank
 
 

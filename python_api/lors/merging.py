@@ -22,11 +22,11 @@ import numpy as np
 import lors_kernels
 from lors_kernels.arrays import BFLOAT16, is_torch
 
-from . import layers
 from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import carried_over, write_card
-from .checkpoint import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
+from .checkpoints import layers
+from .checkpoints.reader import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError, SettingError

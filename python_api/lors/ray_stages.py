@@ -83,7 +83,7 @@ def memory_of(stage: Stage, weights: int) -> int:
 
 
 def _weights(config: Config) -> int:
-    from .checkpoint import open_checkpoint
+    from .checkpoints.reader import open_checkpoint
     from .speech.whisper import resolve_model
 
     with open_checkpoint(resolve_model(config.base)) as base:

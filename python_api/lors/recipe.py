@@ -29,10 +29,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from . import strict_yaml
+from .checkpoints.layers import compile_patterns
 from .errors import LorsError, SettingError, near_path, nearest, shown
 from .files.documents import first_problem
 from .files.remote import is_url
-from .layers import compile_patterns
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
 from .public import public
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
-from .checkpoint import Checkpoint
+from .checkpoints.reader import Checkpoint
 from .errors import LorsError
 from .factors import Factors
 

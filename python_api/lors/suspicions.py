@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .checkpoint import Checkpoint
+from .checkpoints.reader import Checkpoint
 from .engine import Work
 from .sources import FileSource, Slot, Source
 

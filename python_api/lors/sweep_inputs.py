@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.reader import Checkpoint, open_checkpoint
 from .errors import LorsError
 from .files.digest import sha256_file, sha256_files
 from .public import public

@@ -25,8 +25,8 @@ from typing import Any, get_args
 
 import yaml
 
-from . import layers
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoints import layers
+from .checkpoints.reader import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file

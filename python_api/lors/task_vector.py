@@ -27,8 +27,8 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
-from . import layers
-from .checkpoint import Checkpoint, compare, open_checkpoint, require_unchanged
+from .checkpoints import layers
+from .checkpoints.reader import Checkpoint, compare, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
 from .expert_file import (
     BLOCK,

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from . import definitions, layers
-from .checkpoint import Checkpoint, open_checkpoint, require_unchanged
+from . import definitions
+from .checkpoints import layers
+from .checkpoints.layers import kind
+from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .definitions import Expert, Merged
 from .engine import OVERFLOWS
 from .errors import LorsError
 from .expert_file import ExpertSource, is_expert_file
-from .layers import kind
 from .merge_report import KindRow, MergeReport
 from .merging import DTYPES, _open, source_of
 from .methods import METHODS

@@ -15,10 +15,11 @@ from safetensors.numpy import save_file
 
 import lors
 from fuzz.mutate import mutate, repickled, resealed, swapped
-from lors import layers, merging
+from lors import merging
 from lors.adapters import source_of
 from lors.card import carried_over, write_card
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints import layers
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.ledger import Ledger, _addition, _recipe
 from lors.methods import SPECS

@@ -21,9 +21,9 @@ import pytest
 import soundfile
 
 from helpers import module
-from lors.checkpoint import open_checkpoint
+from lors.checkpoints.layers import decomposed
+from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.layers import decomposed
 from lors.speech import Trained, Training, compare, evaluate, finetune, trainer
 from lors.speech.audio import AudioFile
 from lors.speech.corpus import Corpus

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.safetensors import dtype_code
 from ..errors import LorsError, LorsWarning
-from ..formats import dtype_code
 from .carry import Seen, carry, dress, unseen
 from .lock import Lock
 from .replaceable import MODEL, Kind, foreign, objection

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import layers
+from ..checkpoints import layers
 from ..errors import LorsError
 from ..methods import SPECS
 from ..parameters import MethodSpec, ParameterSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..layers import decomposed
+from ..checkpoints.layers import decomposed
 from ..merging import merge_state_dicts
 from .variants import VARIANTS
 from .whisper import load_model, load_processor

@@ -210,8 +210,8 @@ def _spectra(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
     """Per expert of the first seed: share of |delta|^2 in r triplets, sigma_{r+1} / sigma_r, share in matrices."""
     import numpy as np
 
-    from ..checkpoint import open_checkpoint
-    from ..layers import decomposed
+    from ..checkpoints.layers import decomposed
+    from ..checkpoints.reader import open_checkpoint
     from .whisper import resolve_model
 
     spectra = {}

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from ..checkpoints.layers import decomposed
 from ..errors import LorsError, printable
-from ..layers import decomposed
 from ..progress import bar
 from .audio import require
 from .corpus import Corpus, by_task

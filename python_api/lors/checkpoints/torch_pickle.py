@@ -15,7 +15,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .errors import LorsError
+from ..errors import LorsError
 
 __all__ = ["Storage", "Tensor", "read_pickle"]
 

@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from .errors import LorsError, shown
-from .files import strict_json
+from ..errors import LorsError, shown
+from ..files import strict_json
 from .torch_pickle import Tensor, read_pickle
 
 __all__ = ["DTYPES", "TensorInfo", "dtype_code", "read_safetensors_header", "read_torch_archive"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .errors import SettingError
+from ..errors import SettingError
 
 HF_WHISPER = "hf-whisper"
 OPENAI_WHISPER = "openai-whisper"

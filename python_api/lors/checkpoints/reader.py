@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..errors import LorsError, near_path
+from ..files import strict_json
+from ..files.digest import sha256_file, sha256_files
+from ..files.remote import fetch, is_url
 from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
-from .errors import LorsError, near_path
-from .files import strict_json
-from .files.digest import sha256_file, sha256_files
-from .files.remote import fetch, is_url
-from .formats import TensorInfo, read_safetensors_header, read_torch_archive
 from .layers import naming
+from .safetensors import TensorInfo, read_safetensors_header, read_torch_archive
 
 __all__ = [
     "HUB_ID",
@@ -422,7 +422,7 @@ def _read_config(directory: Path) -> dict[str, Any] | None:
     path = directory / "config.json"
     if not path.exists():
         return None
-    from .files.documents import ModelConfig
+    from ..files.documents import ModelConfig
 
     config = strict_json.read(path, values=_CONFIG_VALUES, infinite=True)  # some models have limits that are infinite
     ModelConfig.check(config, str(path))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .errors import LorsError
-from .formats import TensorInfo
+from ..errors import LorsError
+from .safetensors import TensorInfo
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .reader import Checkpoint
 
 __all__ = ["HEAD", "EMBEDDING", "compare", "dtype_kind"]
 
