@@ -23,7 +23,8 @@ PATIENCE = 10  # seconds of processor time
 def read(path: str) -> str:
     """Everything in a checkpoint, a tensor at a time, and all that is made of names."""
     from lors.checkpoints import layers
-    from lors.checkpoints.reader import compare, open_checkpoint
+    from lors.checkpoints.compatibility import compare
+    from lors.checkpoints.reader import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         compare(checkpoint, checkpoint)

@@ -25,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from lors.checkpoints.reader import compare, dtype_kind, open_checkpoint, sha256_checkpoints
-from lors.checkpoints.safetensors import DTYPES, dtype_code
+from lors.checkpoints.compatibility import compare, dtype_kind
+from lors.checkpoints.reader import open_checkpoint, sha256_checkpoints
+from lors.checkpoints.tensor_info import DTYPES, dtype_code
 from lors.errors import LorsError
 from lors.files import digest
 

@@ -24,8 +24,8 @@ import tiny
 import lors
 from helpers import require
 from lors.checkpoints.reader import open_checkpoint
+from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError
-from lors.files.directory import WeightWriter
 from lors.ledger import Ledger, edit
 from lors.task_vector import decompose, open_expert
 

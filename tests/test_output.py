@@ -24,12 +24,14 @@ from hypothesis import strategies as st
 
 from helpers import require
 from lors.checkpoints.reader import open_checkpoint
-from lors.checkpoints.safetensors import DTYPES
+from lors.checkpoints.tensor_info import DTYPES
+from lors.checkpoints.writer import OpenAIWriter, WeightWriter
 from lors.errors import LorsError, LorsWarning
 from lors.files import directory
-from lors.files.directory import OpenAIWriter, OutputDirectory, WeightWriter, sync
+from lors.files.directory import OutputDirectory, sync
 from lors.files.lock import Lock
 from lors.files.signals import Terminated
+from lors.files.syscalls import preallocate, start_writeback
 from lors.files.writing import require_space, writing
 
 F32 = np.dtype(np.float32)
@@ -684,21 +686,22 @@ def test_openai_pt_round_trip(tmp_path: Path) -> None:
 WRITE_8_MB = """
 import os, resource, sys
 import numpy as np
-from lors.files import directory as output
+from lors.checkpoints import writer
 from lors.errors import LorsError, LorsWarning
+from lors.files.directory import OutputDirectory
 target, how = sys.argv[1:]
 if how == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 if how in ("grows", "sidecar"):  # the disk fills after the look at the free space: as if there had been enough
-    output.require_space = lambda path, needed: None
+    writer.require_space = lambda path, needed: None
 if how == "grows":
-    output.preallocate = os.ftruncate
+    writer.preallocate = os.ftruncate
 try:
-    with output.OutputDirectory(target) as out:
+    with OutputDirectory(target) as out:
         size = 1000 if how == "sidecar" else 1_000_000
-        with output.WeightWriter(out.path, [("a", np.dtype(np.float32), (2, size))]) as writer:
-            writer.write("a", np.zeros((2, size), np.float32))
-            writer.finish()
+        with writer.WeightWriter(out.path, [("a", np.dtype(np.float32), (2, size))]) as weights:
+            weights.write("a", np.zeros((2, size), np.float32))
+            weights.finish()
         if how == "sidecar":
             out.write_text("vocab.json", "x" * 8_000_000)
         out.commit()
@@ -783,9 +786,9 @@ def test_durable_commit_syncs_every_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_start_writeback_and_preallocate(tmp_path: Path) -> None:
     with (tmp_path / "x").open("wb") as stream:
-        directory.preallocate(stream.fileno(), 1 << 20)
+        preallocate(stream.fileno(), 1 << 20)
         stat = os.fstat(stream.fileno())
         assert stat.st_size == 1 << 20
         if sys.platform == "linux":
             assert stat.st_blocks * 512 >= 1 << 20, "the space is owned, not only promised"
-            assert directory.start_writeback(stream.fileno(), 0, 1 << 20)
+            assert start_writeback(stream.fileno(), 0, 1 << 20)

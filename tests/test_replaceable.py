@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import lors
 from helpers import module, require
-from lors.checkpoints.reader import SIDECARS, open_checkpoint
+from lors.checkpoints.hub import SIDECARS
+from lors.checkpoints.reader import open_checkpoint
 from lors.cli import app
 from lors.errors import LorsError, LorsWarning
 from lors.files import directory, replaceable

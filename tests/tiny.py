@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lors.files.directory import WeightWriter
+from lors.checkpoints.writer import WeightWriter
 
 WIDTH, FFN, LAYERS, TOKENS = 32, 72, 2, 61  # 72 x 32 and 61 x 32: not all multiples of 64 entries
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from .checkpoints.reader import Checkpoint, dtype_kind
+from .checkpoints.compatibility import dtype_kind
+from .checkpoints.reader import Checkpoint
 from .errors import LorsError, shown
 from .factors import Factors
 from .files.documents import Document

@@ -28,7 +28,8 @@ import lors_kernels
 from lors_kernels import FactorOverflowError, NonFiniteError
 
 from .checkpoints import layers
-from .checkpoints.reader import Checkpoint, compare, open_checkpoint, require_unchanged
+from .checkpoints.compatibility import compare
+from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
 from .parameters import rank_of

@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .card import Source, carried_over, is_untouched, write_card
-from .checkpoints.reader import Checkpoint, SourceNotFound, open_checkpoint, require_unchanged
+from .checkpoints.hub import SourceNotFound
+from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource
 from .files.directory import RECIPE_FILE, OutputDirectory

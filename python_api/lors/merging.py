@@ -26,12 +26,15 @@ from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import carried_over, write_card
 from .checkpoints import layers
-from .checkpoints.reader import Checkpoint, SourceNotFound, compare, open_checkpoint, require_unchanged
+from .checkpoints.compatibility import compare
+from .checkpoints.hub import SourceNotFound
+from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from .checkpoints.writer import OpenAIWriter, WeightWriter
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
-from .files.directory import OpenAIWriter, OutputDirectory, WeightWriter
+from .files.directory import OutputDirectory
 from .files.remote import is_url, placed
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory

@@ -28,7 +28,9 @@ import lors_kernels
 from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
 from .checkpoints import layers
-from .checkpoints.reader import Checkpoint, compare, open_checkpoint, require_unchanged
+from .checkpoints.compatibility import compare
+from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from .checkpoints.writer import WeightWriter
 from .errors import LorsError, SettingError
 from .expert_file import (
     BLOCK,
@@ -46,7 +48,7 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .files.directory import OutputDirectory, WeightWriter
+from .files.directory import OutputDirectory
 from .files.file import OutputFile
 from .files.remote import is_url, placed
 from .files.replaceable import EXPERT_FILE

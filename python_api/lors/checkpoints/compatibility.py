@@ -6,15 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import LorsError
-from .safetensors import TensorInfo
+from .layers import HEAD
+from .tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from .reader import Checkpoint
 
-__all__ = ["HEAD", "EMBEDDING", "compare", "dtype_kind"]
-
-# Whisper's output projection is its token embedding. transformers stores it once; other writers store both.
-HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"
+__all__ = ["compare", "dtype_kind"]
 
 _SIZES = {384: "tiny", 512: "base", 768: "small", 1024: "medium", 1280: "large"}
 _VOCABULARIES = {51864: "English-only", 51865: "multilingual, up to large-v2", 51866: "large-v3 and turbo"}

@@ -359,3 +359,7 @@ def kind(name: str) -> str:
 
 def _labelled(prefix: str, name: str, parts: Iterable[tuple[str, re.Pattern[str]]]) -> str:
     return next((f"{prefix} {label}" for label, pattern in parts if pattern.search(name)), prefix)
+
+
+# Whisper's output projection is its token embedding. transformers stores it once; other writers store both.
+HEAD, EMBEDDING = "proj_out.weight", "model.decoder.embed_tokens.weight"

@@ -19,39 +19,33 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ..errors import LorsError, near_path
+from ..errors import LorsError
 from ..files import strict_json
 from ..files.digest import sha256_file, sha256_files
 from ..files.remote import fetch, is_url
-from .compatibility import EMBEDDING, HEAD, compare, dtype_kind
-from .layers import naming
-from .safetensors import TensorInfo, read_safetensors_header, read_torch_archive
+from .hub import (
+    HUB_ID,
+    INDEX,
+    SAFETENSORS_PATTERNS,
+    SIDECARS,
+    SINGLE,
+    TORCH_INDEX,
+    TORCH_PATTERNS,
+    TORCH_SINGLE,
+    SourceNotFound,
+    download,
+)
+from .layers import EMBEDDING, HEAD, naming
+from .safetensors import read_safetensors_header
+from .tensor_info import TensorInfo
+from .torch_archive import read_torch_archive
 
-__all__ = [
-    "HUB_ID",
-    "Checkpoint",
-    "TensorInfo",
-    "compare",
-    "dtype_kind",
-    "open_checkpoint",
-    "require_unchanged",
-    "sha256_checkpoints",
-]
+__all__ = ["Checkpoint", "open_checkpoint", "require_unchanged", "sha256_checkpoints"]
 
-# What a merged model needs beside its weights, as transformers names the files.
-SIDECARS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "feature_extractor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "normalizer.json", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
-)  # fmt: skip
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _OPENAI = "model.pt"  # what a merge of openai-whisper's files writes
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CONFIG_VALUES = 100_000  # as documents.MAX_VALUES; that module is not imported for weights alone
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_PAGE = re.compile(
@@ -59,17 +53,6 @@ _HUB_PAGE = re.compile(
 )
 _STEP = re.compile(r"-\d{1,18}$")
 _COMPARE_ELEMENTS = 1 << 20
-
-
-class SourceNotFound(LorsError):
-    """There is no checkpoint of this name, here or on the hub."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"{source}: {reason}{near_path(source)}")
-        self.source, self.reason = source, reason
-
-    def __reduce__(self) -> tuple[type[SourceNotFound], tuple[str, str]]:
-        return SourceNotFound, (self.source, self.reason)
 
 
 class Checkpoint:
@@ -316,7 +299,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
         label = page["repo"] + (f"@{page['revision']}" if page["revision"] else "")
         raise LorsError(f"{text}: a page of the hub: expected its id, {label}")
     if is_url(text):
-        weights = (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS, [*_ADAPTERS, _ADAPTER_CONFIG])
+        weights = (SAFETENSORS_PATTERNS, TORCH_PATTERNS, [*_ADAPTERS, _ADAPTER_CONFIG])
         found = open_checkpoint(fetch(text, [[*patterns, *SIDECARS, "README.md"] for patterns in weights]), name=name)
         found.url = text
         return found
@@ -328,7 +311,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
             directory = path.parent if (path.parent / "config.json").is_file() else None
             return Checkpoint(name or _file_label(path), path, [path], directory=directory)
         if isinstance(source, str) and (hub := HUB_ID.fullmatch(text)):
-            snapshot = _download(hub["repo"], hub["revision"])
+            snapshot = download(hub["repo"], hub["revision"])
             return _open_directory(snapshot, name or text, hub["repo"])
     except OSError as error:  # a directory that may not be entered, a name that is too long ...
         raise LorsError(f"cannot read {error.filename or text}: {error.strerror or error}") from error
@@ -336,7 +319,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
 
 
 def _file_label(path: Path) -> str:
-    generic = path.name in (_SINGLE, _TORCH_SINGLE, _OPENAI)
+    generic = path.name in (SINGLE, TORCH_SINGLE, _OPENAI)
     return path.resolve().parent.name if generic else path.stem
 
 
@@ -344,7 +327,7 @@ def _file_label(path: Path) -> str:
 
 
 def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
-    for single, index in ((_SINGLE, _INDEX), (_TORCH_SINGLE, _TORCH_INDEX)):  # in transformers' order
+    for single, index in ((SINGLE, INDEX), (TORCH_SINGLE, TORCH_INDEX)):  # in transformers' order
         if (path / single).exists():
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
         if (path / index).exists():
@@ -354,12 +337,12 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
     if (path / _ADAPTER_CONFIG).exists():
         return _open_adapter(path, name, hub_id)
     hint = _where_weights_are(path)
-    raise LorsError(f"{path}: no weights in this directory: expected {_SINGLE}, {_INDEX} or {_TORCH_SINGLE}{hint}")
+    raise LorsError(f"{path}: no weights in this directory: expected {SINGLE}, {INDEX} or {TORCH_SINGLE}{hint}")
 
 
 def _where_weights_are(directory: Path, shown: int = 3) -> str:
     """End of a message: files and directories in this one that could be meant, the last checkpoint of a training first."""
-    names = (_SINGLE, _INDEX, _TORCH_SINGLE, _TORCH_INDEX, _OPENAI, _ADAPTER_CONFIG)
+    names = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX, _OPENAI, _ADAPTER_CONFIG)
     steps = {
         path: int(path.name.rpartition("-")[2]) for path in directory.glob("checkpoint-*") if _STEP.search(path.name)
     }
@@ -503,48 +486,3 @@ def _read_into(fd: int, raw: np.ndarray, offset: int, path: Path) -> int:
     except OSError as error:
         raise LorsError(f"cannot read {path}: {error.strerror or error}") from error
     return done
-
-
-# ----------------------------------------------------------------------------------------------------------- hub
-
-# Only the main weights: repositories often hold the same weights again for other frameworks or precisions.
-_SAFETENSORS_PATTERNS = ["model.safetensors", "model-*-of-*.safetensors", _INDEX]
-_TORCH_PATTERNS = [_TORCH_SINGLE, "pytorch_model-*-of-*.bin", _TORCH_INDEX]
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    """The local snapshot of a hub repository: safetensors if it has them, else PyTorch's files."""
-    for weights in (_SAFETENSORS_PATTERNS, _TORCH_PATTERNS):
-        path = _snapshot(repo, revision, [*weights, *SIDECARS, "README.md"])
-        if any((path / file).exists() for file in (weights[0], weights[2])):
-            return path
-    raise LorsError(f"{repo}: the hub repository has neither {_SINGLE} nor {_TORCH_SINGLE}")
-
-
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    label = f"{repo}@{revision}" if revision else repo
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise LorsError(
-            f"{label}: not a file or directory here, and huggingface_hub, which fetches hub ids, is missing"
-        ) from error
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise LorsError(
-            f"{label}: access to this hub repository must be granted first; then log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceNotFound(
-            label, "not a file or directory here, and not a repository on the hub (or a private one)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise LorsError(f"{label}: the hub repository has no revision {revision!r}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise SourceNotFound(
-            label, "not a file or directory here, not in the hub cache, and the hub cannot be reached"
-        ) from error
-    except Exception as error:  # network and HTTP errors come from several libraries
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LorsError(f"{label}: cannot be fetched from the hub: {reason}") from error

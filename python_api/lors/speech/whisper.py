@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.reader import HUB_ID, open_checkpoint
+from ..checkpoints.hub import HUB_ID
+from ..checkpoints.reader import open_checkpoint
 from ..errors import LorsError, first_line, nearest, shown
 from ..files import strict_json
 from ..files.remote import is_url
