@@ -72,7 +72,7 @@ def sweep(recipe: str, out: str) -> None:
     from pathlib import Path
 
     from lors.methods import SPECS
-    from lors.recipe import Recipe
+    from lors.recipes.recipe import Recipe
     from lors.sweep import sweep as run
     from lors.sweep_score import Score
 

@@ -154,7 +154,7 @@ def test_the_check_of_a_merge_reads_what_was_merged(
     from lors import verify
     from lors.merging import merge_recipe
     from lors.methods import SPECS
-    from lors.recipe import Recipe
+    from lors.recipes.recipe import Recipe
 
     recipe = Recipe.from_arguments(family["base"], experts(family), methods=SPECS, lam=1.0)
     merge_recipe(recipe, tmp_path / "out")

@@ -16,7 +16,7 @@ from helpers import module
 from lors import LorsError
 from lors.merging import merge_recipe
 from lors.methods import SPECS
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 
 module("mergekit", "peers")
 from mergekit import sparsify

@@ -13,7 +13,7 @@ import lors
 from lors.errors import LorsError
 from lors.merging import dry_run
 from lors.methods import SPECS
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", ["merges.txt", "config.json", "README.md"])

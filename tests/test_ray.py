@@ -23,7 +23,7 @@ from lors.errors import LorsError
 from lors.files.remote import cache
 from lors.merging import merge_recipe
 from lors.methods import SPECS
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 from lors.sweep import sweep
 
 psutil, ray = module("psutil", "ray"), module("ray", "ray")

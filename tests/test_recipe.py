@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import module
-from lors import strict_yaml
 from lors.checkpoints import layers
 from lors.errors import LorsError
 from lors.methods import SPECS
-from lors.recipe import MethodSpec, ParameterSpec, Recipe, parse_size, rank_of
+from lors.recipes import strict_yaml
+from lors.recipes.recipe import MethodSpec, ParameterSpec, Recipe, parse_size, rank_of
 
 METHODS = {
     "lors": MethodSpec(

@@ -21,7 +21,7 @@ from lors.errors import LorsError
 from lors.files.remote import Store, cache, is_url, local_path
 from lors.methods import SPECS
 from lors.public import public, public_text, secrets_of
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 from lors.sweep import sweep
 from lors.sweep_score import Score
 from lors.task_vector import decompose

@@ -25,7 +25,7 @@ from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.methods import METHODS, SPECS
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 from lors.sweep import Sweep, Trial, sweep
 from lors.sweep_models import axes, setting_recipe
 from lors.sweep_score import Objective, Score, Scorer

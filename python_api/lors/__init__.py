@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .errors import LorsError
     from .merge_report import MergeReport
     from .merging import merge, merge_recipe, merge_state_dicts
-    from .recipe import Recipe
+    from .recipes.recipe import Recipe
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LorsError": "errors",
     "MergeReport": "merge_report",
-    "Recipe": "recipe",
+    "Recipe": "recipes.recipe",
     "merge": "merging",
     "merge_recipe": "merging",
     "merge_state_dicts": "merging",

@@ -136,7 +136,7 @@ def merge(
     from .merging import dry_run as rehearse
     from .merging import merge_recipe
     from .methods import SPECS
-    from .recipe import Recipe
+    from .recipes.recipe import Recipe
 
     with as_options(lambda: {} if file else _keys(experts, parameters)):
         if file:
@@ -184,7 +184,7 @@ def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tup
 def _experts(items: Sequence[str], where: str) -> dict[str, str]:
     """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
     from .files.remote import is_url
-    from .recipe import label_of
+    from .recipes.recipe import label_of
 
     experts: dict[str, str] = {}
     for item in items:
@@ -235,7 +235,7 @@ def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) 
 
 
 def _scalar(text: str) -> Any:
-    from . import strict_yaml
+    from .recipes import strict_yaml
 
     value = strict_yaml.parse(text, repr(text))
     if not isinstance(value, (bool, int, float, str)):
@@ -539,7 +539,7 @@ def sweep(
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
     from .methods import SPECS
-    from .recipe import Recipe, parse_size
+    from .recipes.recipe import Recipe, parse_size
     from .sweep import Trial
     from .sweep import sweep as run
 

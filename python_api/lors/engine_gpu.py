@@ -33,7 +33,7 @@ from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError, SettingError, first_line
 from .operands import Buffers, Certificate, Chunk, Operands, Outcome
-from .parameters import rank_of
+from .recipes.parameters import rank_of
 from .sources import Slot, Spec, matrix_shape
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device

@@ -30,7 +30,7 @@ from .checkpoints.reader import Checkpoint
 from .errors import LorsError
 from .factors import Factors
 from .files.documents import Digest, Document
-from .parameters import rank_of
+from .recipes.parameters import rank_of
 from .sources import Slot, Source, Spec
 
 __all__ = ["CHUNK", "ExpertSource", "Layout", "Part", "is_expert_file"]

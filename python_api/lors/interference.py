@@ -32,7 +32,7 @@ from .checkpoints.compatibility import compare
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
 from .expert_file import ExpertSource, is_expert_file
-from .parameters import rank_of
+from .recipes.parameters import rank_of
 from .sources import FileSource, Slot
 from .spectrum import effective_rank
 

@@ -12,7 +12,7 @@ from .errors import LorsError
 from .files.file import OutputFile
 from .files.replaceable import PAGE, RESULTS
 from .interference import Interference, MatrixRow
-from .parameters import rank_of
+from .recipes.parameters import rank_of
 
 __all__ = ["findings", "output_files", "render"]
 

@@ -29,8 +29,8 @@ from .files.directory import RECIPE_FILE, OutputDirectory
 from .files.documents import Document
 from .files.writing import writing
 from .merge_report import MergeReport, peak_memory
-from .parameters import LARGEST
-from .recipe import written_beside
+from .recipes.parameters import LARGEST
+from .recipes.recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
 
@@ -132,8 +132,8 @@ def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -
 
 
 def _recipe(target: Path) -> dict[str, Any]:
-    from . import strict_yaml
     from .files import strict_json
+    from .recipes import strict_yaml
 
     try:
         text = strict_json.read_bytes(target / RECIPE_FILE, strict_yaml.MAX_BYTES).decode("utf-8")
@@ -149,7 +149,7 @@ def _bound(data: Mapping[str, Any]) -> Any:
     import yaml
 
     from .methods import METHODS, SPECS
-    from .recipe import Recipe
+    from .recipes.recipe import Recipe
 
     recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
     if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe):

@@ -40,9 +40,9 @@ from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
 from .operands import Combination
-from .parameters import rank_of
 from .public import public
-from .recipe import BASE, Recipe
+from .recipes.parameters import rank_of
+from .recipes.recipe import BASE, Recipe
 from .sources import FileSource, MemorySource, Source
 from .suspicions import of_digests, of_values
 

@@ -37,7 +37,7 @@ from .errors import LorsError, nearest
 from .files.writing import writing
 from .methods import SPECS
 from .public import public_text
-from .recipe import Recipe
+from .recipes.recipe import Recipe
 from .sweep_home import STATE, Home, load_lines, scratch
 from .sweep_inputs import Inputs
 from .sweep_models import Models, axes, setting_recipe

@@ -16,7 +16,7 @@ from .checkpoints.reader import Checkpoint, open_checkpoint
 from .errors import LorsError
 from .files.digest import sha256_file, sha256_files
 from .public import public
-from .recipe import Recipe
+from .recipes.recipe import Recipe
 
 __all__ = ["BASE", "Inputs"]
 

@@ -36,8 +36,8 @@ from .files.writing import require_space, writing
 from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
-from .parameters import ParameterSpec, Rest
-from .recipe import Recipe
+from .recipes.parameters import ParameterSpec, Rest
+from .recipes.recipe import Recipe
 from .sources import FileSource
 from .sweep_inputs import BASE, Inputs
 from .sweep_score import Interrupted

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import LorsError
-from .parameters import ParameterSpec
+from .recipes.parameters import ParameterSpec
 
 __all__ = ["Axis", "Space"]
 

@@ -21,7 +21,7 @@ from .expert_file import ExpertSource, is_expert_file
 from .merge_report import KindRow, MergeReport
 from .merging import DTYPES, _open, source_of
 from .methods import METHODS
-from .recipe import Recipe
+from .recipes.recipe import Recipe
 from .sources import Slot, Source
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's

@@ -23,7 +23,7 @@ from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.ledger import Ledger, _addition, _recipe
 from lors.methods import SPECS
-from lors.recipe import Recipe
+from lors.recipes.recipe import Recipe
 from lors.sources import Slot
 from lors.sweep import _load_trials
 from lors.task_vector import decompose, open_expert

@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoints import layers
 from ..errors import LorsError
 from ..methods import SPECS
-from ..parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import MethodSpec, ParameterSpec
 from .peers import Swap, largest_entries, peer
 
 OLDEST = "0.1.5"

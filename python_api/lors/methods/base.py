@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from ..operands import Combination
-from ..parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import MethodSpec, ParameterSpec
 
 
 class Reduction(NamedTuple):

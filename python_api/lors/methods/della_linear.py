@@ -21,7 +21,7 @@ from lors_kernels.reference import random_bits
 
 from ..errors import LorsError
 from ..operands import Combination, Operands
-from ..parameters import ParameterSpec
+from ..recipes.parameters import ParameterSpec
 from .base import Method
 from .sparsified import TOO_SMALL, spec, stream
 

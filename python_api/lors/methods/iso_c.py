@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..operands import Combination, Operands
-from ..parameters import MethodSpec
+from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method
 from .tsv import polar
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import SettingError
-from ..parameters import REQUIRED, MethodSpec, ParameterSpec
+from ..recipes.parameters import REQUIRED, MethodSpec, ParameterSpec
 from .base import WEIGHT, Method, Reduction
 
 NORMALIZE = ParameterSpec("normalize", "bool", True, scope="global", help="divide by the sum of the weights")

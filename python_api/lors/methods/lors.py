@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..parameters import MethodSpec
+from ..recipes.parameters import MethodSpec
 from .base import DENSITY, LAMBDA, RANK, WEIGHT, Method, Reduction
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..operands import Chunk, Combination, Operands
-from ..parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import Method
 
 FILTER_WISE = ParameterSpec("filter_wise", "bool", False, scope="global", help="an interpolation of its own per row")

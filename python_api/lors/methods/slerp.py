@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..operands import Combination, Operands
-from ..parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import Method
 
 T = ParameterSpec("t", "float", minimum=0.0, maximum=1.0, scope="global", help="0 is the base, 1 the expert")

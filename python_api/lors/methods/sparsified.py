@@ -18,7 +18,7 @@ from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
 
 from ..errors import LorsError
 from ..operands import Combination, Operands
-from ..parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method
 
 TOO_SMALL = 1e-7  # sums of magnitudes below this are not rescaled

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import LorsError
 from ..factors import nonzero, svd64
 from ..operands import Combination, Operands
-from ..parameters import MethodSpec
+from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method
 
 # The eigenvectors of X^T X are good to 2^-53 over the share of its least eigenvalue: from here on to 1e-7.

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .. import strict_yaml
 from ..errors import LorsError, nearest
 from ..methods import SPECS
+from ..recipes import strict_yaml
 from .languages import whisper_code
 from .training import Training
 from .variants import VARIANTS

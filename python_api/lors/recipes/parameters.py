@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
-from .errors import SettingError, nearest, shown
+from ..errors import SettingError, nearest, shown
 
 __all__ = ["REQUIRED", "Condition", "MethodSpec", "ParameterSpec", "Setting", "rank_of"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .errors import LorsError, shown
+from ..errors import LorsError, shown
 
 __all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "parse"]
 

@@ -28,13 +28,13 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from ..checkpoints.layers import compile_patterns
+from ..errors import LorsError, SettingError, near_path, nearest, shown
+from ..files.documents import first_problem
+from ..files.remote import is_url
+from ..public import public
 from . import strict_yaml
-from .checkpoints.layers import compile_patterns
-from .errors import LorsError, SettingError, near_path, nearest, shown
-from .files.documents import first_problem
-from .files.remote import is_url
 from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
-from .public import public
 
 __all__ = [
     "REQUIRED",
