@@ -15,7 +15,7 @@ import transformers
 
 from lors.checkpoints import layers
 from lors.errors import LorsError
-from lors.recipes.recipe import Target
+from lors.recipes.entries import Target
 
 
 def whisper(d_model: int, encoder_layers: int, decoder_layers: int, mels: int = 80) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,9 @@ from lors.checkpoints import layers
 from lors.errors import LorsError
 from lors.methods import SPECS
 from lors.recipes import strict_yaml
-from lors.recipes.recipe import MethodSpec, ParameterSpec, Recipe, parse_size, rank_of
+from lors.recipes.entries import parse_size
+from lors.recipes.parameters import MethodSpec, ParameterSpec, rank_of
+from lors.recipes.recipe import Recipe
 
 METHODS = {
     "lors": MethodSpec(

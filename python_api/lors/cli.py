@@ -539,7 +539,8 @@ def sweep(
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
     from .methods import SPECS
-    from .recipes.recipe import Recipe, parse_size
+    from .recipes.entries import parse_size
+    from .recipes.recipe import Recipe
     from .sweep import Trial
     from .sweep import sweep as run
 

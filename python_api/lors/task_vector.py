@@ -53,8 +53,8 @@ from .files.file import OutputFile
 from .files.remote import is_url, placed
 from .files.replaceable import EXPERT_FILE
 from .public import public
+from .recipes.entries import Target
 from .recipes.parameters import LARGEST, rank_of
-from .recipes.recipe import Target
 from .sources import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]

@@ -19,85 +19,29 @@ inside gradients and filters too, is checked against the method's declaration an
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
-from ..checkpoints.layers import compile_patterns
 from ..errors import LorsError, SettingError, near_path, nearest, shown
 from ..files.documents import first_problem
 from ..files.remote import is_url
 from ..public import public
 from . import strict_yaml
-from .parameters import REQUIRED, MethodSpec, ParameterSpec, Rest, Setting, rank_of
+from .entries import Document, DType, ModelEntry, Target, parse_size
+from .labels import check_labels, labels_of, path_parts
+from .parameters import REQUIRED, MethodSpec, Rest, Setting
+from .reading import exists, prepare
 
-__all__ = [
-    "REQUIRED",
-    "MethodSpec",
-    "ModelEntry",
-    "ParameterSpec",
-    "Recipe",
-    "Setting",
-    "Target",
-    "label_of",
-    "parse_size",
-    "rank_of",
-    "written_beside",
-]
+__all__ = ["Recipe", "label_of", "written_beside"]
 
 BASE = -1  # index of a base that is an input without being listed in `models`
 
-DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Target(_Document):
-    """Which matrices are decomposed; `layers.select` says how the three keys work together."""
-
-    select: Literal["projections", "attention", "mlp"] = "projections"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @field_validator("include", "exclude", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        if value is None or isinstance(value, str):
-            return () if value is None else (value,)
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Target:
-        if self.include and self.select != "projections":
-            raise ValueError("expected 'select' or 'include', got both")
-        compile_patterns(self.include, "target.include")
-        compile_patterns(self.exclude, "target.exclude")
-        return self
-
-
-class ModelEntry(_Document):
-    """One item of `models`: where it is, what to call it, its own parameters."""
-
-    model: str = Field(min_length=1)
-    name: str | None = None
-    parameters: dict[str, Setting] = {}
-
-    @field_validator("name")
-    @classmethod
-    def _short(cls, value: str | None) -> str | None:
-        if value is not None and not (0 < len(value) <= 80 and value.isprintable() and value == value.strip()):
-            raise ValueError(f"expected a short label of one line, got {shown(value)}")
-        return value
-
-
-class Recipe(_Document):
+class Recipe(Document):
     """One merge, built by `load`, `from_yaml` or `from_arguments`; `LorsError` on what these do not accept."""
 
     name: str | None = None
@@ -230,9 +174,9 @@ class Recipe(_Document):
         cls, document: object, methods: Mapping[str, MethodSpec] | None, file: str, directory: Path | None
     ) -> Recipe:
         try:
-            recipe = cls.model_validate(_prepare(document, directory))
+            recipe = cls.model_validate(prepare(document, directory))
             recipe._directory, recipe._file = directory, file if directory is not None else ""
-            _check_labels(recipe.models)
+            check_labels(recipe.models)
             return recipe if methods is None else recipe.bind(methods)
         except ValidationError as error:
             problem: LorsError = SettingError(*first_problem(error, _MAPPINGS, _EXPECTED))
@@ -295,7 +239,7 @@ class Recipe(_Document):
     @property
     def labels(self) -> tuple[str, ...]:
         """A short unique label for every entry of `models`: its `name`, or else the end of its path."""
-        return _labels(self.models)
+        return labels_of(self.models)
 
     @property
     def base_source(self) -> str | None:
@@ -380,7 +324,7 @@ class Recipe(_Document):
             if self.base_model is not None:
                 data["base_model"] = self._rewritten(self.base_model, beside)
             entries = [entry.model_copy(update={"model": self._rewritten(entry.model, beside)}) for entry in entries]
-            renamed = zip(entries, self.labels, _labels(entries), strict=True)
+            renamed = zip(entries, self.labels, labels_of(entries), strict=True)
             entries = [e if new == old else e.model_copy(update={"name": old}) for e, old, new in renamed]
         data["models"] = [
             {"model": entry.model}
@@ -420,13 +364,13 @@ class Recipe(_Document):
 
     def _located(self, model: str) -> str:
         """`model` as something to open: absolute when it is found beside the recipe, else as it is written."""
-        if self._directory is not None and _exists(model, self._directory):
+        if self._directory is not None and exists(model, self._directory):
             return _absolute(os.path.join(self._directory, os.path.expanduser(model)))
-        return os.path.expanduser(model) if model.startswith("~") and _exists(model, None) else model
+        return os.path.expanduser(model) if model.startswith("~") and exists(model, None) else model
 
     def _rewritten(self, model: str, beside: str | os.PathLike[str] | None) -> str:
         """A local path as an absolute one, or, unless it was absolute, as one relative to a directory."""
-        if not (_exists(model, self._directory) or _exists(model, None)):
+        if not (exists(model, self._directory) or exists(model, None)):
             return model
         if beside is not None and _is_absolute(model):
             return model
@@ -446,83 +390,7 @@ def _data(parameters: Mapping[str, Setting]) -> dict[str, Any]:
     return {name: setting.data() for name, setting in parameters.items()}
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
-
-_UNITS = {"": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
-
-
-def parse_size(text: object) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number; ValueError if it is none of these or less than one byte."""
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
-    if size < 1:
-        raise ValueError(f"expected a size such as '5GB' or '500MB', got {shown(text)}")
-    return size
-
-
 # --- what mergekit has and we do not ---------------------------------------------------------------------------------
-
-_NOT_SUPPORTED = {
-    "slices": "because whole models are merged layer by layer; list them under 'models'",
-    "modules": "because encoder and decoder are merged together; filters treat them differently",
-    "chat_template": "because the base's tokenizer files are kept as they are",
-}
-_TOKENIZER = "because the base's tokenizer is kept and all vocabularies must be equal; only 'base' is accepted"
-_LORA = "because an adapter is an expert of its own; give the adapter's directory as the model"
-
-
-def _prepare(document: object, directory: Path | None) -> dict[str, Any]:
-    """Refuse what is not supported by name, and parse the parameters (their errors need no pydantic)."""
-    if not isinstance(document, dict):
-        raise LorsError(f"expected a mapping with merge_method and models, got {shown(document)}")
-    data = dict(document)
-    for key, reason in _NOT_SUPPORTED.items():
-        if data.pop(key, None) is not None:
-            raise SettingError(key, f"not supported by lors, {reason}")
-    tokenizer = data.pop("tokenizer", None)
-    if tokenizer not in (None, {"source": "base"}):
-        raise SettingError("tokenizer", f"not supported by lors, {_TOKENIZER}")
-    if data.get("tokenizer_source") not in (None, "base"):
-        raise SettingError(
-            "tokenizer_source", f"{shown(data['tokenizer_source'])} is not supported by lors, {_TOKENIZER}"
-        )
-    _check_reference(data.get("base_model"), "base_model", directory)
-    data["parameters"] = _parse_parameters(data.get("parameters"), "parameters")
-    if isinstance(data.get("models"), list):
-        data["models"] = tuple(_prepare_entry(entry, i, directory) for i, entry in enumerate(data["models"]))
-    return data
-
-
-def _prepare_entry(entry: object, index: int, directory: Path | None) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        example = entry if isinstance(entry, str) and entry.isprintable() else "PATH"
-        raise SettingError(f"models[{index}]", f"expected a mapping such as {{model: {example}}}, got {shown(entry)}")
-    _check_reference(entry.get("model"), f"models[{index}].model", directory)
-    return entry | {"parameters": _parse_parameters(entry.get("parameters"), f"models[{index}].parameters")}
-
-
-def _check_reference(value: object, place: str, directory: Path | None) -> None:
-    """A model is one string; mergekit's PATH+LORA and its mappings are refused, unless such a path exists."""
-    if isinstance(value, dict):
-        reason = _LORA if value.get("lora") is not None else "because a model is a path, a hub id or ID@REVISION"
-        raise SettingError(place, f"a mapping is not supported by lors, {reason}")
-    if not isinstance(value, str) or _exists(value, directory) or _exists(value, None):
-        return
-    if "+" in value:
-        raise SettingError(place, f"LoRA syntax {shown(value)} is not supported by lors, {_LORA}")
-    if value.count("@") > 1:
-        raise SettingError(place, f"expected at most one '@REVISION', got {shown(value)}")
-
-
-def _parse_parameters(raw: object, place: str) -> dict[str, Setting]:
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise SettingError(place, f"expected a mapping from parameters to values, got {shown(raw)}")
-    return {str(name): Setting.parse(value, f"{place}.{name}") for name, value in raw.items()}
 
 
 def _checked(parameters: Mapping[str, Setting], method: MethodSpec, model: int | None) -> dict[str, Setting]:
@@ -539,14 +407,9 @@ def _checked(parameters: Mapping[str, Setting], method: MethodSpec, model: int |
     return checked
 
 
-def _exists(model: str, directory: Path | None) -> bool:
-    # os.path.exists, because a string that can be no path (too long, a null character) is False there and not an error
-    return os.path.exists(os.path.join(directory or "", os.path.expanduser(model)))
-
-
 def written_beside(directory: str | os.PathLike[str], model: str) -> str:
     """How a recipe in `directory` names a model that is given in the working directory; a hub id or URL stays."""
-    return model if _is_absolute(model) or not _exists(model, None) else _seen_from(directory, model)
+    return model if _is_absolute(model) or not exists(model, None) else _seen_from(directory, model)
 
 
 def _seen_from(directory: str | os.PathLike[str], path: str) -> str:
@@ -565,48 +428,10 @@ def _absolute(path: str) -> str:
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
-_WEIGHTS_FILE = re.compile(r"\.(safetensors|pt|pth|bin)$")
-_SAYS_NOTHING = ("model", "pytorch_model", "adapter_model")
-
-
-def _labels(entries: Sequence[ModelEntry]) -> tuple[str, ...]:
-    """Given names; else the last part of the path, lengthened to the left while two are equal."""
-    parts = [_path_parts(entry.model) for entry in entries]
-    labels = [entry.name or part[-1] for entry, part in zip(entries, parts, strict=True)]
-    derived = [i for i, entry in enumerate(entries) if entry.name is None]
-    for depth in range(2, max(map(len, parts)) + 1):
-        times = Counter(labels)
-        for i in [i for i in derived if times[labels[i]] > 1]:
-            labels[i] = "-".join(parts[i][-depth:])
-    taken = {entry.name for entry in entries}
-    for i in derived:
-        label, number = labels[i], 2
-        while labels[i] in taken:  # the very same path twice
-            labels[i], number = f"{label}-{number}", number + 1
-        taken.add(labels[i])
-    return tuple(labels)
-
 
 def label_of(model: str) -> str:
     """What to call a model that is given without a name: the last part of its path."""
-    return _path_parts(model)[-1].removesuffix(".lors")
-
-
-def _path_parts(model: str) -> list[str]:
-    model = public(model).partition("://")[2] if "://" in model else model.split("@")[0]
-    parts = [part for part in model.split("/") if part not in ("", ".", "..", "~")] or ["model"]
-    stem = _WEIGHTS_FILE.sub("", parts[-1])
-    if stem != parts[-1] and stem in _SAYS_NOTHING and len(parts) > 1:
-        return parts[:-1]  # .../ca/model.safetensors is ca
-    return [*parts[:-1], stem]
-
-
-def _check_labels(entries: Sequence[ModelEntry]) -> None:
-    first: dict[str, int] = {}
-    for index, entry in enumerate(entries):
-        if entry.name is not None and first.setdefault(entry.name, index) != index:
-            other = f"models[{first[entry.name]}]"
-            raise SettingError(f"models[{index}].name", f"{shown(entry.name)} is already the name of {other}")
+    return path_parts(model)[-1].removesuffix(".lors")
 
 
 # --- pydantic's errors in one line -----------------------------------------------------------------------------------
