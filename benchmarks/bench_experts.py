@@ -221,7 +221,7 @@ def _merged(bench: dict[str, Any], title: str, experts: dict[str, Path], lam: fl
 
 
 def _stored(bench: dict[str, Any], name: str, options: tuple[str, str, str]) -> Path:
-    from lors.task_vector import decompose
+    from lors.experts.decompose import decompose
 
     values, index, remainder = options
     out = Path(bench["home"], f"{name}-{'-'.join(options)}.lors.safetensors")

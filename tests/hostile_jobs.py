@@ -15,7 +15,7 @@ def context() -> ForkServerContext:
     """A server that has everything imported: a job begins within a millisecond, so that a kill can hit any moment."""
     found = get_context("forkserver")
     found.set_forkserver_preload(
-        ["hostile_jobs", "lors.merging", "lors.ledger", "lors.task_vector", "lors.sweep", "lors.cli"]
+        ["hostile_jobs", "lors.merging", "lors.ledger", "lors.experts.decompose", "lors.sweep", "lors.cli"]
     )
     return found
 
@@ -62,7 +62,7 @@ def edit(out: str, expert: str, remove: bool) -> None:
 
 
 def decompose(base: str, expert: str, out: str) -> None:
-    from lors.task_vector import decompose as run
+    from lors.experts.decompose import decompose as run
 
     run(base, expert, out, force=True, threads=2)
 

@@ -14,14 +14,14 @@ from fuzz.targets import Corpus, adapter_of, survives
 from safetensors.numpy import load_file, save_file
 
 import lors
-from lors.adapters import source_of
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.expert_file import ENERGIES, EXPONENTS, KEY
+from lors.experts.adapter import source_of
+from lors.experts.decompose import open_expert
+from lors.experts.expert_source import ENERGIES, EXPONENTS, KEY
 from lors.files import strict_json
 from lors.files.documents import MAX_VALUES, Document
 from lors.ledger import Ledger, edit
-from lors.task_vector import open_expert
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_pattern_is_a_path_and_never_a_regular_expression(
 
 
 def test_the_first_pattern_that_is_the_end_of_a_path_counts(corpus: Corpus, adapter: Path) -> None:
-    from lors.adapters import _by_module, _of_module
+    from lors.experts.adapter import _by_module, _of_module
 
     module = "model.encoder.layers.0.fc1"
     for patterns, expected in (

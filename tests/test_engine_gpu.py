@@ -120,7 +120,7 @@ def test_devices_share_by_bytes() -> None:
     engine: Any = engine_gpu.GpuEngine.__new__(engine_gpu.GpuEngine)
     engine.devices = ("cuda:0", "cuda:1")
     from lors.engine import Work
-    from lors.sources import Spec
+    from lors.experts.source import Spec
 
     works = [
         Work(name, Spec(np.dtype(np.float32), x.shape), np.dtype(np.float32), (), True) for name, x in base.items()

@@ -26,8 +26,8 @@ from helpers import require
 from lors.checkpoints.reader import open_checkpoint
 from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError
+from lors.experts.decompose import decompose, open_expert
 from lors.ledger import Ledger, edit
-from lors.task_vector import decompose, open_expert
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))
 BIG = int(os.environ.get("LORS_BIG_TENSOR_MB", "128"))
@@ -298,7 +298,7 @@ def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
 import lors
 from lors.merge_report import peak_memory
 lors.merge({str(base)!r}, {{"ca": {str(expert)!r}}}, {str(tmp_path / "out")!r}, rank=1, lam=1.0, durable=False)
-from lors.task_vector import decompose
+from lors.experts.decompose import decompose
 decompose({str(base)!r}, {str(expert)!r}, {str(tmp_path / "x.lors.safetensors")!r}, rank=1)
 lors.merge({str(base)!r}, {{"ca": {str(tmp_path / "x.lors.safetensors")!r}}}, {str(tmp_path / "out2")!r}, rank=1, lam=1.0, durable=False)
 print(peak_memory())

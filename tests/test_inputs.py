@@ -19,12 +19,12 @@ import whispers
 from helpers import module
 from lors import LorsError, suspicions
 from lors.checkpoints.reader import Checkpoint
+from lors.experts.decompose import decompose
 from lors.inspect import inspect_command
 from lors.interference import interference
 from lors.ledger import edit
 from lors.merging import merge_in_memory
 from lors.methods import SPECS
-from lors.task_vector import decompose
 
 Family = dict[str, Path]
 EXPERTS = ("ca", "de")

@@ -17,7 +17,7 @@ import lors.integrations.peft as bridge
 import whispers
 from helpers import module
 from lors import LorsError
-from lors.factors import Factors
+from lors.experts.factors import Factors
 
 peft = module("peft", "peers")
 from peft.utils import merge_utils

@@ -13,12 +13,12 @@ import tiny
 
 from helpers import module
 from lors.errors import LorsError
+from lors.experts.decompose import decompose
 from lors.interference import interference
 from lors.interference_page import findings, render
 from lors.sweep import Sweep, Trial
 from lors.sweep_page import render as render_sweep
 from lors.sweep_score import Objective
-from lors.task_vector import decompose
 
 NAME = "model.encoder.layers.0.fc1.weight"
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from lors.cli import main
-from lors.task_vector import decompose
+from lors.experts.decompose import decompose
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 967061824\n"
 RECIPE = "merge_method: {}\nbase_model: models/base\nmodels: [{{model: models/ca}}, {{model: models/de}}]\n"

@@ -18,13 +18,13 @@ import lors
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
+from lors.experts.decompose import decompose
 from lors.files.remote import Store, cache, is_url, local_path
 from lors.methods import SPECS
 from lors.public import public, public_text, secrets_of
 from lors.recipes.recipe import Recipe
 from lors.sweep import sweep
 from lors.sweep_score import Score
-from lors.task_vector import decompose
 
 fsspec = module("fsspec", "remote")
 

@@ -21,10 +21,10 @@ from lors.checkpoints.hub import SIDECARS
 from lors.checkpoints.reader import open_checkpoint
 from lors.cli import app
 from lors.errors import LorsError, LorsWarning
+from lors.experts.decompose import decompose, export_lora
 from lors.files import directory, replaceable
 from lors.files.directory import OutputDirectory
 from lors.ledger import Ledger, edit
-from lors.task_vector import decompose, export_lora
 
 
 @pytest.fixture(scope="module")
@@ -332,15 +332,15 @@ def test_decompose_replaces_only_expert_files(family: dict[str, Path], tmp_path:
 def test_decompose_does_not_replace_what_appears_meanwhile(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lors import task_vector
+    from lors.experts import decompose as making
 
-    write = task_vector._write
+    write = making._write
 
     def late(*arguments: object) -> float:
         (tmp_path / "x").write_text("somebody else's")
         return write(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(task_vector, "_write", late)
+    monkeypatch.setattr(making, "_write", late)
     with pytest.raises(LorsError, match="x: exists already"):
         decompose(family["base"], family["ca"], tmp_path / "x")
     assert (tmp_path / "x").read_text() == "somebody else's" and os.listdir(tmp_path) == ["x"]

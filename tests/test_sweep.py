@@ -24,13 +24,13 @@ import lors
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
+from lors.experts.decompose import decompose
 from lors.methods import METHODS, SPECS
 from lors.recipes.recipe import Recipe
 from lors.sweep import Sweep, Trial, sweep
 from lors.sweep_models import axes, setting_recipe
 from lors.sweep_score import Objective, Score, Scorer
 from lors.sweep_space import Axis, Space
-from lors.task_vector import decompose
 
 
 @pytest.fixture(scope="module")

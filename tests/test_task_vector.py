@@ -18,9 +18,9 @@ from benchmarks.generate import power_law
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.expert_file import ExpertSource, decode_gaps, encode_gaps
+from lors.experts.decompose import decompose, export_lora, open_expert
+from lors.experts.expert_source import ExpertSource, decode_gaps, encode_gaps
 from lors.ledger import Ledger, edit
-from lors.task_vector import decompose, export_lora, open_expert
 
 EXPERTS = ("ca", "de", "es")
 EXACT = {"values": "float32", "remainder": "float32"}
@@ -414,7 +414,7 @@ def test_the_commands(family: dict[str, Path], tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written(family: dict[str, Path], tmp_path: Path) -> None:
     code = f"""
 import resource
-from lors.task_vector import decompose
+from lors.experts.decompose import decompose
 from lors.errors import LorsError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -350,11 +350,11 @@ def main() -> None:
     import lors.checkpoints.reader
     import lors.cli
     import lors.console
+    import lors.experts.decompose  # noqa: F401
     import lors.interference_page
     import lors.ledger
     import lors.merging
     import lors.sweep
-    import lors.task_vector  # noqa: F401
 
     if "synth" in names:
         import soundfile  # noqa: F401

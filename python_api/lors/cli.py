@@ -437,7 +437,7 @@ def decompose(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store an expert as low rank plus sparse, in a fraction of its size; `merge`, `add` and `remove` take it."""
-    from .task_vector import decompose as run
+    from .experts.decompose import decompose as run
 
     target = {"include": include or [], "exclude": exclude or []} if include or exclude else None
     with as_options(lambda: {"target.include": "--include", "target.exclude": "--exclude"}):
@@ -498,7 +498,7 @@ def export_lora(
     force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
 ) -> None:
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
-    from .task_vector import export_lora as run
+    from .experts.decompose import export_lora as run
 
     print_lines(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 

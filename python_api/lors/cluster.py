@@ -268,7 +268,7 @@ def decompose_group(
     import lors_kernels
     from lors_kernels import FactorOverflowError, NonFiniteError
 
-    from .sources import Slot
+    from .experts.source import Slot
 
     origin, tuned = _source(base, base, "base"), _source(expert, base, label)
     found, slots = [], (Slot(), Slot())
@@ -295,7 +295,7 @@ def decompose_group(
 def _source(path: str, base: str, label: str) -> Any:
     """Opened once per worker."""
     from .checkpoints.reader import open_checkpoint
-    from .sources import FileSource
+    from .experts.source import FileSource
 
     if not is_url(path) and not os.path.exists(path):
         raise LorsError(f"--ray: {path}: not there on node {socket.gethostname()}; every node must see the inputs")

@@ -32,9 +32,9 @@ from lors_kernels.grouped import merge_update_group, operations, residual_thresh
 from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError, SettingError, first_line
+from .experts.source import Slot, Spec, matrix_shape
 from .operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .recipes.parameters import rank_of
-from .sources import Slot, Spec, matrix_shape
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4

@@ -31,9 +31,9 @@ from .checkpoints import layers
 from .checkpoints.compatibility import compare
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
-from .expert_file import ExpertSource, is_expert_file
+from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.source import FileSource, Slot
 from .recipes.parameters import rank_of
-from .sources import FileSource, Slot
 from .spectrum import effective_rank
 
 __all__ = ["Interference", "MatrixRow", "interference"]

@@ -24,7 +24,7 @@ from .card import Source, carried_over, is_untouched, write_card
 from .checkpoints.hub import SourceNotFound
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
-from .expert_file import ExpertSource
+from .experts.expert_source import ExpertSource
 from .files.directory import RECIPE_FILE, OutputDirectory
 from .files.documents import Document
 from .files.writing import writing
@@ -120,7 +120,7 @@ def edit(
 
 def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
     """The expert file; when there is none, what the model is made of helps to find it."""
-    from .task_vector import open_expert
+    from .experts.decompose import open_expert
 
     try:
         return open_expert(expert, name)

@@ -22,7 +22,6 @@ import numpy as np
 import lors_kernels
 from lors_kernels.arrays import BFLOAT16, is_torch
 
-from .adapters import source_of as checkpoint_source
 from .card import Source as CardSource
 from .card import carried_over, write_card
 from .checkpoints import layers
@@ -33,7 +32,9 @@ from .checkpoints.writer import OpenAIWriter, WeightWriter
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError, SettingError
-from .expert_file import ExpertSource, is_expert_file
+from .experts.adapter import source_of as checkpoint_source
+from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.source import FileSource, MemorySource, Source
 from .files.directory import OutputDirectory
 from .files.remote import is_url, placed
 from .ledger import write_ledger
@@ -43,7 +44,6 @@ from .operands import Combination
 from .public import public
 from .recipes.parameters import rank_of
 from .recipes.recipe import BASE, Recipe
-from .sources import FileSource, MemorySource, Source
 from .suspicions import of_digests, of_values
 
 DTYPES: dict[str, np.dtype[Any]] = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from .checkpoints.reader import Checkpoint
 from .engine import Work
-from .sources import FileSource, Slot, Source
+from .experts.source import FileSource, Slot, Source
 
 __all__ = ["of_digests", "of_values"]
 

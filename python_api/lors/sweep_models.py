@@ -29,7 +29,8 @@ from .checkpoints import layers
 from .checkpoints.reader import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
-from .expert_file import ExpertSource, is_expert_file
+from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.source import FileSource
 from .files.directory import RECIPE_FILE
 from .files.lock import flock
 from .files.writing import require_space, writing
@@ -38,7 +39,6 @@ from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
 from .recipes.parameters import ParameterSpec, Rest
 from .recipes.recipe import Recipe
-from .sources import FileSource
 from .sweep_inputs import BASE, Inputs
 from .sweep_score import Interrupted
 
@@ -72,7 +72,7 @@ class Models:
 
     def prepare(self, rank: float | None, inputs: Inputs) -> dict[str, Path]:
         """Decomposes every expert that is a checkpoint at a rank, unless that is done: label -> file of its factors."""
-        from .task_vector import decompose
+        from .experts.decompose import decompose
 
         require_space(self._home, (2 * self._units + 1) * self.model_bytes)
         found: dict[str, Path] = {}

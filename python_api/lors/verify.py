@@ -17,12 +17,12 @@ from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .definitions import Expert, Merged
 from .engine import OVERFLOWS
 from .errors import LorsError
-from .expert_file import ExpertSource, is_expert_file
+from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.source import Slot, Source
 from .merge_report import KindRow, MergeReport
 from .merging import DTYPES, _open, source_of
 from .methods import METHODS
 from .recipes.recipe import Recipe
-from .sources import Slot, Source
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.

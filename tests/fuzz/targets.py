@@ -16,17 +16,17 @@ from safetensors.numpy import save_file
 import lors
 from fuzz.mutate import mutate, repickled, resealed, swapped
 from lors import merging
-from lors.adapters import source_of
 from lors.card import carried_over, write_card
 from lors.checkpoints import layers
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
+from lors.experts.adapter import source_of
+from lors.experts.decompose import decompose, open_expert
+from lors.experts.source import Slot
 from lors.ledger import Ledger, _addition, _recipe
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
-from lors.sources import Slot
 from lors.sweep import _load_trials
-from lors.task_vector import decompose, open_expert
 
 __all__ = ["Corpus"]
 

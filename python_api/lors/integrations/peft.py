@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters import REFUSED
 from ..errors import LorsError, nearest
+from ..experts.adapter import REFUSED
 from .peers import Swap, largest_entries, peer
 
 OLDEST = "0.10.0"
@@ -189,7 +189,7 @@ def _fill(
 
     from lors_kernels import truncated_svd
 
-    from ..factors import Factors
+    from ..experts.factors import Factors
 
     parts, sparse = [], None
     for adapter, weight in zip(adapters, weights, strict=True):

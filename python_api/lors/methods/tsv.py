@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LorsError
-from ..factors import nonzero, svd64
+from ..experts.factors import nonzero, svd64
 from ..operands import Combination, Operands
 from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method

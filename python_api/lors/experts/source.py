@@ -10,8 +10,8 @@ import numpy as np
 
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
-from .checkpoints.reader import Checkpoint
-from .errors import LorsError
+from ..checkpoints.reader import Checkpoint
+from ..errors import LorsError
 from .factors import Factors
 
 COLUMNS = 4096

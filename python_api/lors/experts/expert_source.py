@@ -26,12 +26,12 @@ import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
 from lors_kernels.arrays import BFLOAT16
 
-from .checkpoints.reader import Checkpoint
-from .errors import LorsError
+from ..checkpoints.reader import Checkpoint
+from ..errors import LorsError
+from ..files.documents import Digest, Document
+from ..recipes.parameters import rank_of
 from .factors import Factors
-from .files.documents import Digest, Document
-from .recipes.parameters import rank_of
-from .sources import Slot, Source, Spec
+from .source import Slot, Source, Spec
 
 __all__ = ["CHUNK", "ExpertSource", "Layout", "Part", "is_expert_file"]
 

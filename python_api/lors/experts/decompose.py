@@ -27,12 +27,19 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
-from .checkpoints import layers
-from .checkpoints.compatibility import compare
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
-from .checkpoints.writer import WeightWriter
-from .errors import LorsError, SettingError
-from .expert_file import (
+from ..checkpoints import layers
+from ..checkpoints.compatibility import compare
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..checkpoints.writer import WeightWriter
+from ..errors import LorsError, SettingError
+from ..files.directory import OutputDirectory
+from ..files.file import OutputFile
+from ..files.remote import is_url, placed
+from ..files.replaceable import EXPERT_FILE
+from ..public import public
+from ..recipes.entries import Target
+from ..recipes.parameters import LARGEST, rank_of
+from .expert_source import (
     BLOCK,
     CHECKS,
     CHUNK,
@@ -48,14 +55,7 @@ from .expert_file import (
     is_expert_file,
     seal,
 )
-from .files.directory import OutputDirectory
-from .files.file import OutputFile
-from .files.remote import is_url, placed
-from .files.replaceable import EXPERT_FILE
-from .public import public
-from .recipes.entries import Target
-from .recipes.parameters import LARGEST, rank_of
-from .sources import FileSource, Slot, Source
+from .source import FileSource, Slot, Source
 
 __all__ = ["Decomposition", "decompose", "export_lora", "open_expert"]
 

@@ -16,12 +16,12 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from .checkpoints.compatibility import dtype_kind
-from .checkpoints.reader import Checkpoint
-from .errors import LorsError, shown
+from ..checkpoints.compatibility import dtype_kind
+from ..checkpoints.reader import Checkpoint
+from ..errors import LorsError, shown
+from ..files.documents import Document
 from .factors import Factors
-from .files.documents import Document
-from .sources import FileSource, Slot, Source, Spec, matrix_shape
+from .source import FileSource, Slot, Source, Spec, matrix_shape
 
 T = TypeVar("T")
 
