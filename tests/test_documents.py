@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 import lors
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.experts.adapter import source_of
-from lors.experts.decompose import open_expert
-from lors.experts.expert_source import ENERGIES, EXPONENTS, KEY
+from lors.experts.expert_file import ENERGIES, EXPONENTS, KEY
+from lors.experts.expert_source import open_expert
+from lors.experts.opening import source_of
 from lors.files import strict_json
 from lors.files.documents import MAX_VALUES, Document
 from lors.ledger import Ledger, edit

@@ -26,7 +26,8 @@ from helpers import require
 from lors.checkpoints.reader import open_checkpoint
 from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError
-from lors.experts.decompose import decompose, open_expert
+from lors.experts.decompose import decompose
+from lors.experts.expert_source import open_expert
 from lors.ledger import Ledger, edit
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))

@@ -21,7 +21,8 @@ from lors.checkpoints.hub import SIDECARS
 from lors.checkpoints.reader import open_checkpoint
 from lors.cli import app
 from lors.errors import LorsError, LorsWarning
-from lors.experts.decompose import decompose, export_lora
+from lors.experts.decompose import decompose
+from lors.experts.lora import export_lora
 from lors.files import directory, replaceable
 from lors.files.directory import OutputDirectory
 from lors.ledger import Ledger, edit

@@ -18,8 +18,10 @@ from benchmarks.generate import power_law
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.experts.decompose import decompose, export_lora, open_expert
-from lors.experts.expert_source import ExpertSource, decode_gaps, encode_gaps
+from lors.experts.decompose import decompose
+from lors.experts.expert_file import decode_gaps, encode_gaps
+from lors.experts.expert_source import ExpertSource, open_expert
+from lors.experts.lora import export_lora
 from lors.ledger import Ledger, edit
 
 EXPERTS = ("ca", "de", "es")

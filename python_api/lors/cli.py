@@ -498,7 +498,7 @@ def export_lora(
     force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
 ) -> None:
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
-    from .experts.decompose import export_lora as run
+    from .experts.lora import export_lora as run
 
     print_lines(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 

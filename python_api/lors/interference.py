@@ -31,7 +31,8 @@ from .checkpoints import layers
 from .checkpoints.compatibility import compare
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .errors import LorsError, SettingError
-from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.expert_file import is_expert_file
+from .experts.expert_source import ExpertSource
 from .experts.source import FileSource, Slot
 from .recipes.parameters import rank_of
 from .spectrum import effective_rank

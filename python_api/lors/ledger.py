@@ -120,7 +120,7 @@ def edit(
 
 def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
     """The expert file; when there is none, what the model is made of helps to find it."""
-    from .experts.decompose import open_expert
+    from .experts.expert_source import open_expert
 
     try:
         return open_expert(expert, name)
@@ -229,6 +229,7 @@ def _apply(
     """W +- the expert's term, into the output."""
     from . import merging
     from .engine import Engine
+    from .experts.opening import source_of
     from .methods import METHODS
 
     report = MergeReport(
@@ -239,7 +240,7 @@ def _apply(
         threads=merging._threads(threads),
     )
     source.require_names(merged)
-    model = merging.source_of(merged, merged)
+    model = source_of(merged, merged)
     works = merging._plan(recipe, METHODS[recipe.merge_method], model, merged.naming, merged.config, report)
     position = recipe.experts.index(index)
     sign = -1.0 if remove else 1.0

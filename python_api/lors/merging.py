@@ -32,9 +32,10 @@ from .checkpoints.writer import OpenAIWriter, WeightWriter
 from .companions import companions, dims
 from .engine import Engine, FactorCache, Sink, Work, plan
 from .errors import LorsError, SettingError
-from .experts.adapter import source_of as checkpoint_source
-from .experts.expert_source import ExpertSource, is_expert_file
-from .experts.source import FileSource, MemorySource, Source
+from .experts.expert_file import is_expert_file
+from .experts.expert_source import ExpertSource
+from .experts.opening import source_of
+from .experts.source import MemorySource, Source
 from .files.directory import OutputDirectory
 from .files.remote import is_url, placed
 from .ledger import write_ledger
@@ -396,15 +397,6 @@ def _open_source(recipe: Recipe, model: int) -> Checkpoint:
         return open_checkpoint(source, name="base" if model == BASE else recipe.labels[model])
     except SourceNotFound as error:
         raise recipe.missing(model, error.reason) from error
-
-
-def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
-    """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
-    if not is_expert_file(checkpoint):
-        return checkpoint_source(checkpoint, base)
-    source = ExpertSource(checkpoint, FileSource(base))
-    source.require_names(base)
-    return source
 
 
 def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:

@@ -29,7 +29,8 @@ from .checkpoints import layers
 from .checkpoints.reader import Checkpoint, open_checkpoint
 from .engine import Engine, plan
 from .errors import LorsError
-from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.expert_file import is_expert_file
+from .experts.expert_source import ExpertSource
 from .experts.source import FileSource
 from .files.directory import RECIPE_FILE
 from .files.lock import flock

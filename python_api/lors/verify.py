@@ -17,10 +17,12 @@ from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .definitions import Expert, Merged
 from .engine import OVERFLOWS
 from .errors import LorsError
-from .experts.expert_source import ExpertSource, is_expert_file
+from .experts.expert_file import is_expert_file
+from .experts.expert_source import ExpertSource
+from .experts.opening import source_of
 from .experts.source import Slot, Source
 from .merge_report import KindRow, MergeReport
-from .merging import DTYPES, _open, source_of
+from .merging import DTYPES, _open
 from .methods import METHODS
 from .recipes.recipe import Recipe
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lors.experts.expert_source import CHECKS, CHUNK, KEY, Layout, seal
+from lors.experts.expert_file import CHECKS, CHUNK, KEY, Layout, seal
 
 _NUMBERS = (0, 1, -1, 2, 7, 255, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30))
 _WORDS = (

@@ -20,8 +20,9 @@ from lors.card import carried_over, write_card
 from lors.checkpoints import layers
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.experts.adapter import source_of
-from lors.experts.decompose import decompose, open_expert
+from lors.experts.decompose import decompose
+from lors.experts.expert_source import open_expert
+from lors.experts.opening import source_of
 from lors.experts.source import Slot
 from lors.ledger import Ledger, _addition, _recipe
 from lors.methods import SPECS

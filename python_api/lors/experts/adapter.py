@@ -21,7 +21,7 @@ from ..checkpoints.reader import Checkpoint
 from ..errors import LorsError, shown
 from ..files.documents import Document
 from .factors import Factors
-from .source import FileSource, Slot, Source, Spec, matrix_shape
+from .source import Slot, Source, Spec, matrix_shape
 
 T = TypeVar("T")
 
@@ -54,14 +54,6 @@ class AdapterConfig(Document):
     fan_in_fan_out: bool | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
-
-
-def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
-    """Where the engine reads an expert's tensors from: its files, or the base's and an adapter's factors."""
-    names = list(base.tensors)
-    if checkpoint.adapter is None:
-        return FileSource(checkpoint, names)
-    return AdapterSource(checkpoint, FileSource(base, names))
 
 
 class AdapterSource:
