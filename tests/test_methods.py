@@ -15,8 +15,8 @@ import tiny
 
 import lors
 from helpers import module
-from lors import LorsError, operands
-from lors.methods import METHODS
+from lors import LorsError
+from lors.methods import METHODS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
 from lors.methods.tsv import polar

@@ -12,10 +12,10 @@ import tiny
 
 import lors
 import lors_kernels
-from lors import LorsError, engine, merging, operands, verify
+from lors import LorsError, engine, merging, verify
 from lors.checkpoints import layers
 from lors.experts.decompose import decompose
-from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, slerp, sparsified, tsv
+from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
 SETTINGS: dict[str, Any] = {

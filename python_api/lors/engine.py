@@ -32,7 +32,7 @@ from .experts.factors import Factors
 from .experts.source import Slot, Source, Spec, rows_of
 from .merge_report import KindRow, MergeReport
 from .methods import Reduction
-from .operands import Buffers, Certificate, Combination, Operands, Outcome
+from .methods.operands import Buffers, Certificate, Combination, Operands, Outcome
 from .recipes.parameters import LARGEST, rank_of
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache

@@ -33,7 +33,7 @@ from .blas import one_thread_each
 from .engine import Engine, Piece, Work
 from .errors import LorsError, SettingError, first_line
 from .experts.source import Slot, Spec, matrix_shape
-from .operands import Buffers, Certificate, Chunk, Operands, Outcome
+from .methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .recipes.parameters import rank_of
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device

@@ -41,7 +41,7 @@ from .files.remote import is_url, placed
 from .ledger import write_ledger
 from .merge_report import MergeReport, peak_memory
 from .methods import METHODS, SPECS, Method, Reduction
-from .operands import Combination
+from .methods.operands import Combination
 from .public import public
 from .recipes.parameters import rank_of
 from .recipes.recipe import BASE, Recipe

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from ..operands import Combination
 from ..recipes.parameters import MethodSpec, ParameterSpec
+from .operands import Combination
 
 
 class Reduction(NamedTuple):

@@ -20,9 +20,9 @@ from lors_kernels import Keep
 from lors_kernels.reference import random_bits
 
 from ..errors import LorsError
-from ..operands import Combination, Operands
 from ..recipes.parameters import ParameterSpec
 from .base import Method
+from .operands import Combination, Operands
 from .sparsified import TOO_SMALL, spec, stream
 
 EPSILON = ParameterSpec("epsilon", "float", 0.15, minimum=0.0, maximum=0.5, help="half the width of the probabilities")

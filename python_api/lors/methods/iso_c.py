@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..operands import Combination, Operands
 from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method
+from .operands import Combination, Operands
 from .tsv import polar
 
 

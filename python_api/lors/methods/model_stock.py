@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..operands import Chunk, Combination, Operands
 from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import Method
+from .operands import Chunk, Combination, Operands
 
 FILTER_WISE = ParameterSpec("filter_wise", "bool", False, scope="global", help="an interpolation of its own per row")
 BLOCK = 1 << 16  # entries of a float32 inner product; longer ones are summed in float64

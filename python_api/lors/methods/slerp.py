@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..operands import Combination, Operands
 from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import Method
+from .operands import Combination, Operands
 
 T = ParameterSpec("t", "float", minimum=0.0, maximum=1.0, scope="global", help="0 is the base, 1 the expert")
 PARALLEL, TINY = 0.9995, 1e-8

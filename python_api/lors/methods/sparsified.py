@@ -17,9 +17,9 @@ import numpy as np
 from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
 
 from ..errors import LorsError
-from ..operands import Combination, Operands
 from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method
+from .operands import Combination, Operands
 
 TOO_SMALL = 1e-7  # sums of magnitudes below this are not rescaled
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from ..errors import LorsError
 from ..experts.factors import nonzero, svd64
-from ..operands import Combination, Operands
 from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method
+from .operands import Combination, Operands
 
 # The eigenvectors of X^T X are good to 2^-53 over the share of its least eigenvalue: from here on to 1e-7.
 GRAM_LIMIT = 1e-9

@@ -17,9 +17,9 @@ import numpy as np
 import lors_kernels
 from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
 
-from .errors import LorsError
-from .experts.factors import nonzero, svd64
-from .experts.source import COLUMNS, Slot, Source, Spec, matrix_shape, rows_of
+from ..errors import LorsError
+from ..experts.factors import nonzero, svd64
+from ..experts.source import COLUMNS, Slot, Source, Spec, matrix_shape, rows_of
 
 BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
 STRIP = 1 << 21  # the same for tensors beyond it, where nothing is gained by more than a cache holds
