@@ -9,7 +9,7 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import lors
-from lors.blas import one_thread_each
+from lors.engine.blas import one_thread_each
 from lors.methods import iso_c
 
 

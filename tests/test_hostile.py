@@ -297,7 +297,7 @@ def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
     base, expert = checkpoint(tmp_path / "base", shapes, 0.0), checkpoint(tmp_path / "ca", shapes, 0.25)
     code = f"""
 import lors
-from lors.merge_report import peak_memory
+from lors.engine.report import peak_memory
 lors.merge({str(base)!r}, {{"ca": {str(expert)!r}}}, {str(tmp_path / "out")!r}, rank=1, lam=1.0, durable=False)
 from lors.experts.decompose import decompose
 decompose({str(base)!r}, {str(expert)!r}, {str(tmp_path / "x.lors.safetensors")!r}, rank=1)

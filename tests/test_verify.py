@@ -12,8 +12,9 @@ import tiny
 
 import lors
 import lors_kernels
-from lors import LorsError, engine, merging, verify
+from lors import LorsError, merging, verify
 from lors.checkpoints import layers
+from lors.engine import cpu
 from lors.experts.decompose import decompose
 from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
 
@@ -79,8 +80,8 @@ def wrong(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callabl
 
 
 def an_expert_is_left_out(patch: Patch) -> None:
-    terms = engine.Engine.terms
-    patch.setattr(engine.Engine, "terms", lambda *args: (t := terms(*args))._replace(experts=t.experts[:-1]))
+    terms = cpu.Engine.terms
+    patch.setattr(cpu.Engine, "terms", lambda *args: (t := terms(*args))._replace(experts=t.experts[:-1]))
 
 
 def lambda_counts_twice(patch: Patch) -> None:
@@ -99,17 +100,17 @@ def nothing_is_decomposed(patch: Patch) -> None:
 
 
 def a_slab_is_carried_over(patch: Patch) -> None:
-    patch.setattr(engine, "SLAB", 512)
-    merge = engine.Engine._merge
+    patch.setattr(cpu, "SLAB", 512)
+    merge = cpu.Engine._merge
 
-    def some(self: engine.Engine, piece: engine.Piece, worker: Any) -> Any:
+    def some(self: cpu.Engine, piece: cpu.Piece, worker: Any) -> Any:
         if piece.start != 512:
             return merge(self, piece, worker)
         base = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)
         self._write(piece, worker, base, None)
         return []
 
-    patch.setattr(engine.Engine, "_merge", some)
+    patch.setattr(cpu.Engine, "_merge", some)
 
 
 def a_triplet_is_missing(patch: Patch) -> None:

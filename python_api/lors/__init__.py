@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints.reader import open_checkpoint
+    from .engine.report import MergeReport
     from .errors import LorsError
-    from .merge_report import MergeReport
     from .merging import merge, merge_recipe, merge_state_dicts
     from .recipes.recipe import Recipe
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 # name -> module; loaded on first use, so that `import lors` costs nothing
 _EXPORTS = {
     "LorsError": "errors",
-    "MergeReport": "merge_report",
+    "MergeReport": "engine.report",
     "Recipe": "recipes.recipe",
     "merge": "merging",
     "merge_recipe": "merging",

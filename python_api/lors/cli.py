@@ -17,7 +17,7 @@ from .public import public
 from .speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
-    from .merge_report import MergeReport
+    from .engine.report import MergeReport
 
 app = typer.Typer(
     name="lors",

@@ -23,12 +23,12 @@ from pydantic import Field
 from .card import Source, carried_over, is_untouched, write_card
 from .checkpoints.hub import SourceNotFound
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from .engine.report import MergeReport, peak_memory
 from .errors import LorsError, SettingError
 from .experts.expert_source import ExpertSource
 from .files.directory import RECIPE_FILE, OutputDirectory
 from .files.documents import Document
 from .files.writing import writing
-from .merge_report import MergeReport, peak_memory
 from .recipes.parameters import LARGEST
 from .recipes.recipe import written_beside
 
@@ -228,7 +228,7 @@ def _apply(
 ) -> MergeReport:
     """W +- the expert's term, into the output."""
     from . import merging
-    from .engine import Engine
+    from .engine.cpu import Engine
     from .experts.opening import source_of
     from .methods import METHODS
 

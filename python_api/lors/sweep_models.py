@@ -27,7 +27,8 @@ import yaml
 
 from .checkpoints import layers
 from .checkpoints.reader import Checkpoint, open_checkpoint
-from .engine import Engine, plan
+from .engine.cpu import Engine, plan
+from .engine.report import MergeReport
 from .errors import LorsError
 from .experts.expert_file import is_expert_file
 from .experts.expert_source import ExpertSource
@@ -35,7 +36,6 @@ from .experts.source import FileSource
 from .files.directory import RECIPE_FILE
 from .files.lock import flock
 from .files.writing import require_space, writing
-from .merge_report import MergeReport
 from .merging import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
 from .recipes.parameters import ParameterSpec, Rest

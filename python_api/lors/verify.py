@@ -15,13 +15,13 @@ from .checkpoints import layers
 from .checkpoints.layers import kind
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .definitions import Expert, Merged
-from .engine import OVERFLOWS
+from .engine.cpu import OVERFLOWS
+from .engine.report import KindRow, MergeReport
 from .errors import LorsError
 from .experts.expert_file import is_expert_file
 from .experts.expert_source import ExpertSource
 from .experts.opening import source_of
 from .experts.source import Slot, Source
-from .merge_report import KindRow, MergeReport
 from .merging import DTYPES, _open
 from .methods import METHODS
 from .recipes.recipe import Recipe

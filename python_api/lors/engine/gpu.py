@@ -29,12 +29,12 @@ from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.group import MatrixGroup
 from lors_kernels.grouped import merge_update_group, operations, residual_threshold_group, truncated_svd_group
 
+from ..errors import LorsError, SettingError, first_line
+from ..experts.source import Slot, Spec, matrix_shape
+from ..methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
+from ..recipes.parameters import rank_of
 from .blas import one_thread_each
-from .engine import Engine, Piece, Work
-from .errors import LorsError, SettingError, first_line
-from .experts.source import Slot, Spec, matrix_shape
-from .methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
-from .recipes.parameters import rank_of
+from .cpu import Engine, Piece, Work
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4

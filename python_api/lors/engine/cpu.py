@@ -24,16 +24,16 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
+from ..checkpoints.layers import kind
+from ..errors import LorsError, SettingError
+from ..experts.expert_source import ExpertSource
+from ..experts.factors import Factors
+from ..experts.source import Slot, Source, Spec, rows_of
+from ..methods import Reduction
+from ..methods.operands import Buffers, Certificate, Combination, Operands, Outcome
+from ..recipes.parameters import LARGEST, rank_of
 from .blas import one_thread_each
-from .checkpoints.layers import kind
-from .errors import LorsError, SettingError
-from .experts.expert_source import ExpertSource
-from .experts.factors import Factors
-from .experts.source import Slot, Source, Spec, rows_of
-from .merge_report import KindRow, MergeReport
-from .methods import Reduction
-from .methods.operands import Buffers, Certificate, Combination, Operands, Outcome
-from .recipes.parameters import LARGEST, rank_of
+from .report import KindRow, MergeReport
 
 SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
 PART = 1 << 18  # entries of a matrix that are read at a time to be subtracted from: in cache, and few calls for Python
