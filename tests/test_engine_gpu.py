@@ -13,6 +13,8 @@ import torch
 
 import lors
 from lors.engine import gpu
+from lors.engine.device import parse_devices
+from lors.engine.gpu import DeviceRun
 from lors.errors import LorsError
 from states import PREFIX, close, states
 
@@ -33,13 +35,13 @@ def test_same_result_as_on_the_cpu(backend: str | None) -> None:
 def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = states(experts=5)
     seen = []
-    attempt = gpu._DeviceRun.attempt
+    attempt = DeviceRun.attempt
 
     def watch(self: Any, kind: Any, batch: Any, most: int, loaded: Any) -> Any:
         seen.append((len(batch), most))
         return attempt(self, kind, batch, most, loaded)
 
-    monkeypatch.setattr(gpu._DeviceRun, "attempt", watch)
+    monkeypatch.setattr(DeviceRun, "attempt", watch)
     whole = merge(base, experts, device="cpu")
     assert max(seen) == (4, 5)
     seen.clear()
@@ -52,7 +54,7 @@ def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_running_out_of_memory_halves_the_work_and_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = states()
     whole = merge(base, experts, device="cpu")
-    reduce, limit = gpu._DeviceRun.reduce, [2]
+    reduce, limit = DeviceRun.reduce, [2]
 
     def scarce(self: Any, batch: Any, part: Any, group: Any, totals: Any) -> Any:
         if group.pairs > limit[0]:
@@ -60,7 +62,7 @@ def test_running_out_of_memory_halves_the_work_and_then_says_so(monkeypatch: pyt
             raise torch.cuda.OutOfMemoryError("tried to allocate")
         return reduce(self, batch, part, group, totals)
 
-    monkeypatch.setattr(gpu._DeviceRun, "reduce", scarce)
+    monkeypatch.setattr(DeviceRun, "reduce", scarce)
     found = merge(base, experts, device="cpu")
     for name in base:
         np.testing.assert_array_equal(found[name], whole[name])
@@ -107,19 +109,19 @@ def test_half_precision_overflow_is_an_error() -> None:
 )
 def test_devices_that_make_no_sense(device: str, message: str) -> None:
     with pytest.raises(LorsError, match=message):
-        gpu.parse_devices(device)
+        parse_devices(device)
 
 
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(LorsError, match=r"^device: .*(GPU|PyTorch).*got 'cuda:99'"):
-        gpu.parse_devices("cuda:99")
+        parse_devices("cuda:99")
 
 
 def test_devices_share_by_bytes() -> None:
     base, _ = states(layers=4)
     engine: Any = gpu.GpuEngine.__new__(gpu.GpuEngine)
     engine.devices = ("cuda:0", "cuda:1")
-    from lors.engine.cpu import Work
+    from lors.engine.work import Work
     from lors.experts.source import Spec
 
     works = [

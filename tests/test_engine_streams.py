@@ -18,6 +18,8 @@ import torch
 
 import lors
 from lors.engine import gpu
+from lors.engine.device import Device
+from lors.engine.gpu import DeviceRun
 from states import close, states
 
 NAN = float("nan")
@@ -127,7 +129,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def test_a_download_is_waited_for_on_the_stream_of_its_device(cuda: FakeCuda) -> None:
-    device = gpu.Device("cuda:1")
+    device = Device("cuda:1")
     done = []
 
     def copy_(host: Any, tensor: Any, non_blocking: bool) -> None:
@@ -148,13 +150,13 @@ def test_a_merge_on_two_devices_reads_and_writes_nothing_too_early(
     settings: dict[str, Any] = {"rank": 3, "density": 0.25, "lam": 0.5}
     expected = lors.merge_state_dicts(base, experts, device="cpu", **settings)
     selected = []
-    reduce = gpu._DeviceRun.reduce
+    reduce = DeviceRun.reduce
 
     def watch(self: Any, batch: Any, *rest: Any) -> Any:
         selected.append((self.name, cuda.current, len(batch)))
         return reduce(self, batch, *rest)
 
-    monkeypatch.setattr(gpu._DeviceRun, "reduce", watch)
+    monkeypatch.setattr(DeviceRun, "reduce", watch)
     found = lors.merge_state_dicts(base, experts, device="cuda:0,cuda:1", device_memory=500_000, **settings)
     close(found, expected, base)
     for name in base:
@@ -168,7 +170,7 @@ def test_copies_of_the_next_batch_are_under_way_while_this_one_is_computed(
 ) -> None:
     base, experts = states(experts=2, layers=6)
     uploads, waits = threading.Semaphore(0), []
-    upload, reduce = gpu._DeviceRun.upload, gpu._DeviceRun.reduce
+    upload, reduce = DeviceRun.upload, DeviceRun.reduce
 
     def watched_upload(self: Any, *arguments: Any) -> Any:
         found = upload(self, *arguments)
@@ -181,8 +183,8 @@ def test_copies_of_the_next_batch_are_under_way_while_this_one_is_computed(
         uploads.release()
         return reduce(self, *arguments)
 
-    monkeypatch.setattr(gpu._DeviceRun, "upload", watched_upload)
-    monkeypatch.setattr(gpu._DeviceRun, "reduce", watched_reduce)
+    monkeypatch.setattr(DeviceRun, "upload", watched_upload)
+    monkeypatch.setattr(DeviceRun, "reduce", watched_reduce)
     monkeypatch.setattr(gpu, "BATCH_BYTES", 20_000)
     found = lors.merge_state_dicts(base, experts, device="cuda:1", rank=3, density=0.25, lam=0.5)
     assert len(waits) > 2 and all(waits[:-1]), waits
@@ -194,7 +196,7 @@ def test_no_room_to_copy_ahead_is_no_error(cuda: FakeCuda, monkeypatch: pytest.M
     settings: dict[str, Any] = {"rank": 3, "density": 0.25, "lam": 0.5}
     expected = lors.merge_state_dicts(base, experts, device="cpu", **settings)
     monkeypatch.setattr(gpu, "BATCH_BYTES", 20_000)
-    upload, refused = gpu.Device.upload, []
+    upload, refused = Device.upload, []
 
     def scarce(self: Any, values: Any) -> Any:
         if len(refused) < 4 and threading.current_thread() in getattr(self, "seen", ()):
@@ -202,14 +204,14 @@ def test_no_room_to_copy_ahead_is_no_error(cuda: FakeCuda, monkeypatch: pytest.M
             raise torch.cuda.OutOfMemoryError("tried to allocate")
         return upload(self, values)
 
-    load_ahead = gpu._DeviceRun.load_ahead
+    load_ahead = DeviceRun.load_ahead
 
     def watched(self: Any, *arguments: Any) -> Any:
         self.device.seen = {threading.current_thread()}
         return load_ahead(self, *arguments)
 
-    monkeypatch.setattr(gpu.Device, "upload", scarce)
-    monkeypatch.setattr(gpu._DeviceRun, "load_ahead", watched)
+    monkeypatch.setattr(Device, "upload", scarce)
+    monkeypatch.setattr(DeviceRun, "load_ahead", watched)
     found = lors.merge_state_dicts(base, experts, device="cuda:0", **settings)
     assert refused
     for name in base:

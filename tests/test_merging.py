@@ -153,12 +153,13 @@ def test_same_bits_for_any_number_of_threads_and_shards(tiny_whisper: Path, tmp_
 
 def test_slabs_do_not_show(tiny_whisper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that are merged in slabs come out as if merged whole, whatever the slab."""
-    from lors.engine import cpu
+    from lors.engine import cpu, work
     from lors.experts import source
 
     base, ca = whispers.load(tiny_whisper / "base"), whispers.load(tiny_whisper / "ca")
     whole = lors.merge_state_dicts(base, {"ca": ca}, "task_arithmetic")
-    monkeypatch.setattr(cpu, "SLAB", 777)
+    for reader in (cpu, work):
+        monkeypatch.setattr(reader, "SLAB", 777)
     monkeypatch.setattr(source, "COLUMNS", 50)
     slabs = lors.merge_state_dicts(base, {"ca": ca}, "task_arithmetic")
     assert all(whole[name].tobytes() == slabs[name].tobytes() for name in whole)

@@ -14,7 +14,8 @@ import lors
 import lors_kernels
 from lors import LorsError, merging, verify
 from lors.checkpoints import layers
-from lors.engine import cpu
+from lors.engine import cpu, work
+from lors.engine.work import Piece
 from lors.experts.decompose import decompose
 from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
 
@@ -100,10 +101,10 @@ def nothing_is_decomposed(patch: Patch) -> None:
 
 
 def a_slab_is_carried_over(patch: Patch) -> None:
-    patch.setattr(cpu, "SLAB", 512)
+    patch.setattr(work, "SLAB", 512)
     merge = cpu.Engine._merge
 
-    def some(self: cpu.Engine, piece: cpu.Piece, worker: Any) -> Any:
+    def some(self: cpu.Engine, piece: Piece, worker: Any) -> Any:
         if piece.start != 512:
             return merge(self, piece, worker)
         base = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)

@@ -30,8 +30,9 @@ from .checkpoints.hub import SourceNotFound
 from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .checkpoints.writer import OpenAIWriter, WeightWriter
 from .companions import companions, dims
-from .engine.cpu import Engine, FactorCache, Sink, Work, plan
+from .engine.cpu import Engine, FactorCache, Sink
 from .engine.report import MergeReport, peak_memory
+from .engine.work import Work, plan
 from .errors import LorsError, SettingError
 from .experts.expert_file import is_expert_file
 from .experts.expert_source import ExpertSource
@@ -204,7 +205,7 @@ def merge_state_dicts(
     recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
     chosen = METHODS[method]
     if any(is_torch(value) for _, state in states for value in state.values()):
-        from .engine.gpu import place_of
+        from .engine.resident import place_of
 
         place = place_of(states)
         if place not in (None, "cpu") or device == place:
@@ -234,7 +235,8 @@ def _merge_resident(
     backend: str | None,
 ) -> dict[str, Any]:
     """`merge_state_dicts` of tensors that stay on their device."""
-    from .engine.gpu import DeviceSource, ResidentEngine, parse_devices
+    from .engine.device import parse_devices
+    from .engine.resident import DeviceSource, ResidentEngine
 
     if device is not None and parse_devices(device) != [place]:
         raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
@@ -531,7 +533,7 @@ def _on_cluster(
 def _check_device(device: str | None) -> None:
     """LorsError, before anything is opened, unless the GPUs that are asked for are there."""
     if device:
-        from .engine.gpu import parse_devices
+        from .engine.device import parse_devices
 
         parse_devices(device)
 
@@ -543,7 +545,8 @@ def _on_devices(
     there."""
     from lors_kernels.dispatch import BackendUnavailable, select
 
-    from .engine.gpu import GpuEngine, parse_devices
+    from .engine.device import parse_devices
+    from .engine.gpu import GpuEngine
 
     if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
         raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")

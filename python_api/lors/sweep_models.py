@@ -27,8 +27,9 @@ import yaml
 
 from .checkpoints import layers
 from .checkpoints.reader import Checkpoint, open_checkpoint
-from .engine.cpu import Engine, plan
+from .engine.cpu import Engine
 from .engine.report import MergeReport
+from .engine.work import plan
 from .errors import LorsError
 from .experts.expert_file import is_expert_file
 from .experts.expert_source import ExpertSource

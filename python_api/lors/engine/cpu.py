@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,17 +25,17 @@ import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
 from ..checkpoints.layers import kind
-from ..errors import LorsError, SettingError
+from ..errors import LorsError
 from ..experts.expert_source import ExpertSource
 from ..experts.factors import Factors
-from ..experts.source import Slot, Source, Spec, rows_of
+from ..experts.source import Slot, Source
 from ..methods import Reduction
-from ..methods.operands import Buffers, Certificate, Combination, Operands, Outcome
-from ..recipes.parameters import LARGEST, rank_of
+from ..methods.operands import Buffers, Certificate, Operands, Outcome
+from ..recipes.parameters import rank_of
 from .blas import one_thread_each
 from .report import KindRow, MergeReport
+from .work import SLAB, Piece, Work
 
-SLAB = 1 << 19  # entries of a piece of a tensor that is not decomposed: base, expert and sum stay in the cache
 PART = 1 << 18  # entries of a matrix that are read at a time to be subtracted from: in cache, and few calls for Python
 # From here on a float32 value rounds to infinity; and the largest value of the type.
 OVERFLOWS = {
@@ -50,36 +50,6 @@ Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
 FactorCache = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
 
 
-@dataclass(frozen=True)
-class Work:
-    """All there is to do for one tensor."""
-
-    name: str
-    spec: Spec  # of the base
-    out_dtype: np.dtype[Any]
-    reductions: tuple[Reduction, ...]  # one per expert; none: the base's values are carried over
-    matrix: bool  # decomposed: treated as a whole
-    relative: bool = True
-    combination: Combination | None = None  # instead of reductions: all experts together
-
-    def pieces(self) -> Iterator[Piece]:
-        step = max(1, self.spec.numel) if self.matrix or self.combination else SLAB
-        for start in range(0, max(1, self.spec.numel), step):
-            yield Piece(self, start, min(self.spec.numel, start + step))
-
-
-class Piece(NamedTuple):
-    work: Work
-    start: int
-    stop: int
-
-    def views(self, flat: np.ndarray) -> list[np.ndarray]:
-        """The piece's values as matrices: the tensor itself, or rows of COLUMNS and one shorter row."""
-        if self.work.matrix:
-            return [flat.reshape(self.work.spec.shape)]
-        return rows_of(flat)
-
-
 class Terms(NamedTuple):
     """W = scale * W_anchor + sum over `experts` of weight_t * (L_t + S_t), their deltas being differences to the anchor."""
 
@@ -89,7 +59,7 @@ class Terms(NamedTuple):
 
 
 @dataclass
-class _Worker:
+class Worker:
     """Buffers of one thread."""
 
     base: Slot = field(default_factory=Slot)
@@ -143,7 +113,7 @@ class Engine:
         if self._stop.is_set():
             return
         if not hasattr(self._local, "worker"):
-            self._local.worker = _Worker()
+            self._local.worker = Worker()
         if index + AHEAD < len(pieces):
             ahead = pieces[index + AHEAD]
             if ahead.start == 0:
@@ -168,7 +138,7 @@ class Engine:
             return Terms(self.base, 1.0, used)
         return Terms(self.experts[used[0]], math.fsum(work.reductions[t].weight for t in used), used[1:])
 
-    def _merge(self, piece: Piece, worker: _Worker) -> list[Outcome]:
+    def _merge(self, piece: Piece, worker: Worker) -> list[Outcome]:
         work, terms = piece.work, self.terms(piece.work)
         base = terms.anchor.fetch(work.name, piece.start, piece.stop, worker.base)
         total = worker.total.array(piece.stop - piece.start, np.dtype(np.float32))
@@ -193,7 +163,7 @@ class Engine:
         return outcomes
 
     def _pair(
-        self, expert: Source, piece: Piece, base: np.ndarray, worker: _Worker
+        self, expert: Source, piece: Piece, base: np.ndarray, worker: Worker
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """What the kernels subtract, and from what: (base, tuned), or (None, delta).
 
@@ -232,7 +202,7 @@ class Engine:
             outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), Certificate("factors", 0, 0.0))]
         return outcomes
 
-    def _combine(self, work: Work, worker: _Worker) -> list[Outcome]:
+    def _combine(self, work: Work, worker: Worker) -> list[Outcome]:
         """All experts together, as the method's `Combination` says."""
         assert work.combination is not None
         options: dict[str, Any] = {"backend": self.backend, "threads": 1}
@@ -272,7 +242,7 @@ class Engine:
         return Outcome(stats, Certificate.of(svd))
 
     def _write(
-        self, piece: Piece, worker: _Worker, base: np.ndarray | None, update: np.ndarray | None, scale: float = 1.0
+        self, piece: Piece, worker: Worker, base: np.ndarray | None, update: np.ndarray | None, scale: float = 1.0
     ) -> None:
         """scale * base + update in the output's type to the sink; LorsError where that type cannot hold it."""
         work, values = piece.work, base if update is None else update
@@ -382,33 +352,3 @@ def _bytes_read(source: Source, work: Work, entries: int) -> int:
     if isinstance(source, ExpertSource):
         return source.stored_bytes(work.name) * entries // max(1, work.spec.numel)
     return entries * source.tensors[work.name].dtype.itemsize
-
-
-def plan(
-    specs: Mapping[str, Spec],
-    matrices: set[str],
-    treatments: Callable[[str, bool], list[Reduction] | Combination],
-    out_dtype: np.dtype[Any] | None,
-    relative: bool,
-) -> list[Work]:
-    """One `Work` per tensor, in the base's order; every rank is checked against its matrix before any work."""
-    works = []
-    for name, spec in specs.items():
-        matrix = name in matrices
-        treatment = treatments(name, matrix) if spec.floating and spec.numel else []
-        combination = treatment if callable(treatment) else None
-        chosen = [] if callable(treatment) else treatment
-        for reduction in chosen:
-            if not abs(reduction.weight) <= LARGEST:
-                raise LorsError(
-                    f"tensor {name!r}: expected lambda times weight to be a number of float32, got {reduction.weight:g}"
-                )
-            if reduction.rank:
-                try:
-                    rank_of(reduction.rank, *spec.shape)
-                except ValueError as error:
-                    problem = str(error).removeprefix("rank: ")
-                    raise SettingError("parameters.rank", f"{problem}: tensor {name!r}") from None
-        dtype = out_dtype if out_dtype is not None and spec.floating else spec.dtype
-        works.append(Work(name, spec, dtype, tuple(chosen), matrix, relative, combination))
-    return works

@@ -1,8 +1,7 @@
 """The merge engine on GPUs.
 
-From files or host memory (`GpuEngine`): decomposed matrices in groups on devices, every other tensor on the CPU beside
-them, because it is read, added to and written at the speed of the files, which a detour over the bus cannot better.
-State dicts that are on a device already (`ResidentEngine`): everything there, no value passes through the host.
+From files or host memory: decomposed matrices in groups on devices, every other tensor on the CPU beside them, because it
+is read, added to and written at the speed of the files, which a detour over the bus cannot better.
 
 A batch is a few same-shaped matrices. Its tensors are read into page-locked memory and copied on a stream of their own, by
 a thread of their own, while the batch before is computed; merged in float32 on the device, and written behind. Experts come
@@ -14,137 +13,30 @@ A device that runs out of memory gets smaller batches, then an error; nothing of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import lors_kernels
 from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
-from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 from lors_kernels.group import MatrixGroup
 from lors_kernels.grouped import merge_update_group, operations, residual_threshold_group, truncated_svd_group
 
-from ..errors import LorsError, SettingError, first_line
-from ..experts.source import Slot, Spec, matrix_shape
-from ..methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
+from ..errors import LorsError
+from ..experts.source import Slot
+from ..methods.operands import Certificate, Outcome
 from ..recipes.parameters import rank_of
 from .blas import one_thread_each
-from .cpu import Engine, Piece, Work
+from .cpu import Engine
+from .device import Device, to_numpy
+from .work import Piece, Work
 
 BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4
 BASIS = 128  # columns of a Krylov basis to reckon with; convergence usually needs 80
-
-
-def parse_devices(text: str) -> list[str]:
-    """ "cuda" or "cuda:0,cuda:1" -> devices that exist; LorsError otherwise. "cpu" runs the same code without a GPU."""
-    import torch
-
-    devices = []
-    for part in text.replace(" ", "").split(","):
-        kind, _, number = part.partition(":")
-        if kind not in ("cuda", "cpu") or (number and not number.isdigit()):
-            raise SettingError("device", f"expected cpu, cuda or cuda:N, got {part!r}")
-        if kind == "cuda":
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if count == 0:
-                raise SettingError("device", f"{_no_gpu()}, got {part!r}")
-            if int(number or 0) >= count:
-                raise SettingError("device", f"expected one of the {count} GPUs PyTorch sees here, got {part!r}")
-            part = f"cuda:{number or 0}"
-        if part in devices:
-            raise SettingError("device", f"expected each device once, got {part!r} twice")
-        devices.append(part)
-    return devices
-
-
-def _no_gpu() -> str:
-    """Why PyTorch sees none."""
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"expected a PyTorch that is built for GPUs, this one ({torch.__version__}) is for CPUs only"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"PyTorch sees no GPU: {first_line(error)}"
-    return "PyTorch sees no GPU: CUDA_VISIBLE_DEVICES hides all of them, or there is none"
-
-
-class PinnedSlot(Slot):
-    """A reusable buffer in page-locked memory, from which copies to a device run beside everything else."""
-
-    def array(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-        import torch
-
-        nbytes = count * dtype.itemsize
-        if self._bytes.size < nbytes:
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return self._bytes[:nbytes].view(dtype)
-
-
-class Device:
-    """Streams and page-locked memory of one device; on "cpu" all of it is nothing, and the rest of the code the same."""
-
-    def __init__(self, name: str) -> None:
-        import torch
-
-        self.torch, self.device = torch, torch.device(name)
-        self.real = self.device.type == "cuda"
-        self.copies = torch.cuda.Stream(self.device) if self.real else None
-        self.slots: list[Slot] = []
-
-    def slot(self) -> Slot:
-        try:
-            return self.slots.pop()  # a reader and the run itself may ask at the same time
-        except IndexError:
-            return PinnedSlot() if self.real else Slot()
-
-    def selected(self) -> AbstractContextManager[Any]:
-        """Makes it the thread's current device: kernels, events and page-locked memory go by that."""
-        return self.torch.cuda.device(self.device) if self.real else nullcontext()
-
-    def copying(self) -> AbstractContextManager[Any]:
-        return self.torch.cuda.stream(self.copies) if self.real else nullcontext()
-
-    def upload(self, values: np.ndarray) -> Any:
-        """A copy of `values` on the device; on the copy stream, the caller has to wait for it."""
-        from lors_kernels.arrays import to_torch
-
-        tensor = to_torch(values)
-        return tensor.to(self.device, non_blocking=True) if self.real else tensor.clone()
-
-    def copied(self) -> Any:
-        """An event behind the copies so far."""
-        return self.copies.record_event() if self.copies is not None else None
-
-    def ready(self, tensors: Sequence[Any], copied: Any) -> None:
-        """Lets the computing stream wait for the copies, though not for those of the next batch that may be under way
-        behind them, and keeps their memory from being reused before it is done."""
-        if copied is None:
-            return
-        stream = self.torch.cuda.current_stream(self.device)
-        stream.wait_event(copied)
-        for tensor in tensors:
-            tensor.record_stream(stream)
-
-    def download(self, tensor: Any) -> Any:
-        """A host copy under way; call the second of the returned pair before reading the first."""
-        if not self.real:
-            return tensor, lambda: None
-        host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        event = self.torch.cuda.Event()
-        event.record(self.torch.cuda.current_stream(self.device))  # not that of the current device
-        return host, event.synchronize
-
-    def out_of_memory(self, error: BaseException) -> bool:
-        return isinstance(error, self.torch.cuda.OutOfMemoryError)
 
 
 class Kind(NamedTuple):
@@ -220,7 +112,7 @@ class GpuEngine(Engine):
         workers = self.threads + len(self.devices)
         with one_thread_each(), ThreadPoolExecutor(workers, thread_name_prefix="lors") as pool:
             futures: list[Future[None]] = [
-                pool.submit(_DeviceRun(self, name, pieces, indices).run)
+                pool.submit(DeviceRun(self, name, pieces, indices).run)
                 for name, indices in self.shares(pieces, grouped)
             ]
             futures += [pool.submit(task) for task in also]
@@ -254,7 +146,7 @@ class GpuEngine(Engine):
         return Kind(tuple(work.spec.shape), str(terms.anchor.tensors[work.name].dtype), rules)
 
 
-class _DeviceRun:
+class DeviceRun:
     """One device's share of the matrices."""
 
     resident = False  # whether the inputs are on the device already
@@ -431,7 +323,7 @@ class _DeviceRun:
 
         def write() -> None:
             arrived()
-            values = _numpy(host, piece.work.out_dtype)
+            values = to_numpy(host, piece.work.out_dtype)
             engine.sink(piece.work.name, values.reshape(-1), 0)
             engine._outcomes[index] = outcomes
             with engine._lock:
@@ -465,153 +357,3 @@ def _by_matrix(stats: list[UpdateStats], svd: Any, experts: int) -> list[list[Ou
             certificate = Certificate(svd.method[p], svd.passes[p], svd.residual[p], svd.unique[p])
         outcomes.append(Outcome(found, certificate))
     return [outcomes[p : p + experts] for p in range(0, len(outcomes), experts)]
-
-
-def _numpy(host: Any, dtype: np.dtype[Any]) -> np.ndarray:
-    import torch
-
-    return host.view(torch.uint16).numpy().view(dtype) if host.dtype == torch.bfloat16 else host.numpy()  # type: ignore[no-any-return]
-
-
-# --- state dicts on a device -----------------------------------------------------------------------------------------
-
-
-def place_of(states: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
-    """The device all tensors are on; None where there are numpy arrays only. LorsError where they are on several."""
-    place: str | None = None
-    first = True
-    for source, state in states:
-        for name, value in state.items():
-            found = str(value.device) if is_torch(value) else None
-            if first:
-                place, first = found, False
-            elif found != place and not {found, place} <= {None, "cpu"}:
-                wanted, got = (x or "a numpy array" for x in (place, found))
-                raise LorsError(f"{source}: tensor {name!r}: expected all tensors on one device, {wanted}, got {got}")
-    return place
-
-
-class DeviceSource:
-    """A state dict of tensors on one device. What is not contiguous is copied, on the device."""
-
-    def __init__(self, name: str, state: Mapping[str, Any]) -> None:
-        self.name = name
-        self.values = {key: value.detach().contiguous() for key, value in state.items()}
-        self.tensors = {key: Spec(_numpy_dtype(value), tuple(value.shape)) for key, value in state.items()}
-
-    def matrix(self, name: str) -> Any:
-        return self.values[name].reshape(matrix_shape(self.tensors[name].shape))
-
-    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
-        """A copy on the host, which only an error's account asks for."""
-        return _numpy(self.values[name].reshape(-1)[start:stop].cpu(), self.tensors[name].dtype)
-
-    def prefetch(self, name: str) -> None:
-        pass
-
-    def factors(self, name: str) -> None:
-        return None
-
-
-@dataclass
-class ResidentEngine(GpuEngine):
-    """`Engine` for `DeviceSource`s: every tensor is merged where it is, same-shaped ones together; see `merged`.
-
-    A tensor that is no matrix is one all the same: its first axis against the others, a vector as one row.
-    """
-
-    def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
-        pieces = [Piece(work, 0, work.spec.numel) for work in works]
-        self.merged: dict[str, Any] = {}
-        self._prepare(pieces)
-        summed = [i for i, piece in enumerate(pieces) if any(r.weight for r in piece.work.reductions)]
-        run = _ResidentRun(self, self.devices[0], pieces, summed)
-        with run.device.selected():
-            for kind, most, batch in run.batches():
-                run.merge(kind, batch, most, None)
-            for i in sorted(set(range(len(pieces))) - set(summed)):
-                self.alone(pieces[i].work, i, run.device)
-        self._account(pieces)
-
-    def alone(self, work: Work, index: int, device: Device) -> None:
-        """A tensor that is carried over, or that the method treats by a combination of all experts."""
-        assert isinstance(self.base, DeviceSource)
-        if work.combination is None:
-            value = self.base.values[work.name]
-            carried = work.spec.dtype == work.out_dtype
-            self.merged[work.name] = value.clone() if carried else rounded(self, work, value)
-            return
-        options = {"backend": self.device_backend}
-        operands = DeviceOperands(
-            work.name, work.spec, self.base, self.experts, self.seed, options, Buffers(),
-            lambda expert: self._non_finite(expert, work),
-        )  # fmt: skip
-        parts = [values for _, values in work.combination(operands)]
-        assert len(parts) == 1, "DeviceOperands hands out one chunk"
-        self._outcomes[index] = operands.outcomes
-        self.merged[work.name] = rounded(self, work, parts[0]).reshape(work.spec.shape)  # type: ignore[attr-defined]
-
-    def kind_of(self, work: Work) -> Kind:
-        return super().kind_of(work)._replace(shape=matrix_shape(work.spec.shape))
-
-
-class _ResidentRun(_DeviceRun):
-    resident = True
-
-    def attempt(
-        self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None
-    ) -> list[Future[None]]:
-        engine, torch = self.engine, self.device.torch
-        assert isinstance(engine, ResidentEngine)
-        works = [self.pieces[i].work for i in batch]
-
-        terms = [engine.terms(work) for work in works]
-        bases = [t.anchor.matrix(work.name) for t, work in zip(terms, works, strict=True)]  # type: ignore[attr-defined]
-        totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
-        outcomes: list[list[Outcome]] = [[] for _ in batch]
-        for part in slices(kind, most):
-            tuned = [[engine.experts[e].matrix(work.name) for e in part.experts] for work in works]  # type: ignore[attr-defined]
-            found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)
-            for row, new in zip(outcomes, found, strict=True):
-                row += new
-        for index, work, (_, scale, _), base, total, row in zip(
-            batch, works, terms, bases, totals, outcomes, strict=True
-        ):
-            merged = rounded(engine, work, add_base(total, base, scale))
-            engine.merged[work.name] = merged.reshape(work.spec.shape)
-            engine._outcomes[index] = row
-        return []
-
-
-class DeviceOperands(Operands):
-    """`Operands` whose arrays are tensors on a device, whole: nothing has to be read in parts."""
-
-    def base(self) -> Any:
-        return self._values(self.base_source)
-
-    def tuned(self, t: int) -> Any:
-        return self._values(self.experts[t])
-
-    def chunks(self, width: int = 1) -> Iterator[Chunk]:
-        yield Chunk(0, self.base(), [self.tuned(t) for t in range(len(self.experts))])
-
-    def out(self, values: Any) -> Any:
-        import torch
-
-        return values.to(torch.float32, copy=True)
-
-    def _values(self, source: Any) -> Any:
-        return source.values[self.name].reshape(-1)
-
-    def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], **rule: Any) -> None:
-        shape = matrix_shape(self.spec.shape)
-        base, tuned = chunk.base.reshape(shape), [x.reshape(shape) for x in chunk.tuned]
-        stats = lors_kernels.ties_update(out.reshape(shape), base, tuned, keep, weights, **rule, **self.kernels)
-        for t, s in enumerate(stats):
-            if s.non_finite:
-                raise self.blame(self.experts[t])
-            self.outcomes.append(Outcome(UpdateStats(s.delta_energy, s.delta_energy, s.kept_energy, s.kept, 0)))
-
-
-def _numpy_dtype(value: Any) -> np.dtype[Any]:
-    return BFLOAT16 if dtype_name(value) == "bfloat16" else np.dtype(dtype_name(value))
