@@ -15,7 +15,14 @@ def context() -> ForkServerContext:
     """A server that has everything imported: a job begins within a millisecond, so that a kill can hit any moment."""
     found = get_context("forkserver")
     found.set_forkserver_preload(
-        ["hostile_jobs", "lors.merging", "lors.ledger", "lors.experts.decompose", "lors.sweep", "lors.cli"]
+        [
+            "hostile_jobs",
+            "lors.merging.on_disk",
+            "lors.merging.ledger",
+            "lors.experts.decompose",
+            "lors.sweep",
+            "lors.cli",
+        ]
     )
     return found
 
@@ -56,7 +63,7 @@ def merge(base: str, experts: dict[str, str], out: str, force: bool) -> None:
 
 
 def edit(out: str, expert: str, remove: bool) -> None:
-    from lors.ledger import edit as run
+    from lors.merging.ledger import edit as run
 
     run(out, expert, remove=remove, threads=2)
 

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from lors.card import Source, carried_over, languages, versions, write_card
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError, printable
 from lors.files.directory import OutputDirectory
+from lors.merging.card import Source, carried_over, languages, versions, write_card
 
 DIGEST = "0123456789abcdef" * 4
 RECIPE = "merge_method: lors\nbase_model: openai/whisper-small\nmodels:\n- model: me/ca  # Català\n"

@@ -17,13 +17,14 @@ from safetensors.numpy import save_file
 import lors
 import whispers
 from helpers import module
-from lors import LorsError, suspicions
+from lors import LorsError
 from lors.checkpoints.reader import Checkpoint
 from lors.experts.decompose import decompose
 from lors.inspect import inspect_command
 from lors.interference import interference
-from lors.ledger import edit
-from lors.merging import merge_in_memory
+from lors.merging import suspicions
+from lors.merging.ledger import edit
+from lors.merging.on_disk import merge_in_memory
 from lors.methods import SPECS
 
 Family = dict[str, Path]
@@ -151,8 +152,8 @@ def test_the_check_of_a_merge_reads_what_was_merged(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between writing and checking an expert is replaced: that is said, and not that the result is wrong."""
-    from lors import verify
-    from lors.merging import merge_recipe
+    from lors.merging import verify
+    from lors.merging.on_disk import merge_recipe
     from lors.methods import SPECS
     from lors.recipes.recipe import Recipe
 

@@ -14,7 +14,7 @@ import lors.integrations.mergekit as bridge
 import whispers
 from helpers import module
 from lors import LorsError
-from lors.merging import merge_recipe
+from lors.merging.on_disk import merge_recipe
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
 

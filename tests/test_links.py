@@ -11,7 +11,7 @@ import tiny
 
 import lors
 from lors.errors import LorsError
-from lors.merging import dry_run
+from lors.merging.on_disk import dry_run
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
 

@@ -15,7 +15,7 @@ import lors
 import whispers
 from helpers import module
 from lors import LorsError
-from lors.verify import allowed_disagreements, disagreements
+from lors.merging.verify import allowed_disagreements, disagreements
 
 EXPERTS = ("ca", "de", "es")
 

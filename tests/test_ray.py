@@ -21,7 +21,7 @@ from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.files.remote import cache
-from lors.merging import merge_recipe
+from lors.merging.on_disk import merge_recipe
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
 from lors.sweep import sweep

@@ -154,15 +154,15 @@ def test_a_file_at_a_url_is_replaced_only_by_its_kind(bucket: str, family: dict[
 def test_what_comes_to_a_url_meanwhile_stays(
     bucket: str, family: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lors import merging
+    from lors.merging import on_disk
 
-    accompany, memory = merging._accompany, fsspec.filesystem("memory")
+    accompany, memory = on_disk._accompany, fsspec.filesystem("memory")
 
     def late(*arguments: object) -> None:
         accompany(*arguments)  # type: ignore[arg-type]
         memory.pipe("/bucket/out/config.json", b"another's")
 
-    monkeypatch.setattr(merging, "_accompany", late)
+    monkeypatch.setattr(on_disk, "_accompany", late)
     assert "exists already" in refusal(family["base"], {"ca": family["ca"]}, f"{bucket}/out")
     assert memory.find("/bucket/out") == ["/bucket/out/config.json"]
 

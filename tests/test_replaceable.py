@@ -25,7 +25,7 @@ from lors.experts.decompose import decompose
 from lors.experts.lora import export_lora
 from lors.files import directory, replaceable
 from lors.files.directory import OutputDirectory
-from lors.ledger import Ledger, edit
+from lors.merging.ledger import Ledger, edit
 
 
 @pytest.fixture(scope="module")

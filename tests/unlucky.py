@@ -352,8 +352,8 @@ def main() -> None:
     import lors.console
     import lors.experts.decompose  # noqa: F401
     import lors.interference_page
-    import lors.ledger
-    import lors.merging
+    import lors.merging.ledger
+    import lors.merging.on_disk
     import lors.sweep
 
     if "synth" in names:

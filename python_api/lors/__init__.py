@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.reader import open_checkpoint
     from .engine.report import MergeReport
     from .errors import LorsError
-    from .merging import merge, merge_recipe, merge_state_dicts
+    from .merging.on_disk import merge, merge_recipe, merge_state_dicts
     from .recipes.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -23,9 +23,9 @@ _EXPORTS = {
     "LorsError": "errors",
     "MergeReport": "engine.report",
     "Recipe": "recipes.recipe",
-    "merge": "merging",
-    "merge_recipe": "merging",
-    "merge_state_dicts": "merging",
+    "merge": "merging.on_disk",
+    "merge_recipe": "merging.on_disk",
+    "merge_state_dicts": "merging.on_disk",
     "open_checkpoint": "checkpoints.reader",
 }
 

@@ -133,8 +133,8 @@ def merge(
     described = bool(base or experts or method or parameters or settings)
     file, out = _recipe_and_out(paths, described, bool(experts))
 
-    from .merging import dry_run as rehearse
-    from .merging import merge_recipe
+    from .merging.on_disk import dry_run as rehearse
+    from .merging.on_disk import merge_recipe
     from .methods import SPECS
     from .recipes.recipe import Recipe
 
@@ -467,7 +467,7 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Add one expert to a merged model, in place and in one step."""
-    from .ledger import edit
+    from .merging.ledger import edit
 
     _tell(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
 
@@ -484,7 +484,7 @@ def remove(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Take one expert out of a merged model, in place and in one step."""
-    from .ledger import edit
+    from .merging.ledger import edit
 
     _tell(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
 

@@ -37,7 +37,7 @@ from .experts.source import FileSource
 from .files.directory import RECIPE_FILE
 from .files.lock import flock
 from .files.writing import require_space, writing
-from .merging import DTYPES, _writer, merge_recipe
+from .merging.on_disk import DTYPES, _writer, merge_recipe
 from .methods import METHODS, SPECS, Reduction
 from .recipes.parameters import ParameterSpec, Rest
 from .recipes.recipe import Recipe

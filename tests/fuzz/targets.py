@@ -15,8 +15,6 @@ from safetensors.numpy import save_file
 
 import lors
 from fuzz.mutate import mutate, repickled, resealed, swapped
-from lors import merging
-from lors.card import carried_over, write_card
 from lors.checkpoints import layers
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
@@ -24,7 +22,9 @@ from lors.experts.decompose import decompose
 from lors.experts.expert_source import open_expert
 from lors.experts.opening import source_of
 from lors.experts.source import Slot
-from lors.ledger import Ledger, _addition, _recipe
+from lors.merging import on_disk
+from lors.merging.card import carried_over, write_card
+from lors.merging.ledger import Ledger, _addition, _recipe
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
 from lors.sweep import _load_trials
@@ -126,8 +126,8 @@ class Corpus:
         path = self.file("sealed.lors.safetensors", data)
         with open_expert(path).checkpoint:
             pass
-        merging.merge_in_memory(self.base, {"x": path}, rank=1, density=0.01, threads=1)
-        merging.merge_in_memory(self.base, {"x": path}, "task_arithmetic", threads=1)
+        on_disk.merge_in_memory(self.base, {"x": path}, rank=1, density=0.01, threads=1)
+        on_disk.merge_in_memory(self.base, {"x": path}, "task_arithmetic", threads=1)
 
     def _torch(self, data: bytes) -> None:
         with open_checkpoint(self.file("mutant.pt", data)) as checkpoint:

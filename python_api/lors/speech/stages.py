@@ -37,7 +37,7 @@ _PRELOAD = [
     "torch",
     "transformers.models.whisper.modeling_whisper",
     "transformers.trainer_seq2seq",
-    "lors.merging",
+    "lors.merging.on_disk",
     "lors.speech.trainer",
     "lors.speech.evaluation",
 ]

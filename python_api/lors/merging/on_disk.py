@@ -22,30 +22,30 @@ import numpy as np
 import lors_kernels
 from lors_kernels.arrays import BFLOAT16, is_torch
 
+from ..checkpoints import layers
+from ..checkpoints.compatibility import compare
+from ..checkpoints.hub import SourceNotFound
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..checkpoints.writer import OpenAIWriter, WeightWriter
+from ..engine.cpu import Engine, FactorCache, Sink
+from ..engine.report import MergeReport, peak_memory
+from ..engine.work import Work, plan
+from ..errors import LorsError, SettingError
+from ..experts.expert_file import is_expert_file
+from ..experts.expert_source import ExpertSource
+from ..experts.opening import source_of
+from ..experts.source import MemorySource, Source
+from ..files.directory import OutputDirectory
+from ..files.remote import is_url, placed
+from ..methods import METHODS, SPECS, Method, Reduction
+from ..methods.operands import Combination
+from ..public import public
+from ..recipes.parameters import rank_of
+from ..recipes.recipe import BASE, Recipe
 from .card import Source as CardSource
 from .card import carried_over, write_card
-from .checkpoints import layers
-from .checkpoints.compatibility import compare
-from .checkpoints.hub import SourceNotFound
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
-from .checkpoints.writer import OpenAIWriter, WeightWriter
 from .companions import companions, dims
-from .engine.cpu import Engine, FactorCache, Sink
-from .engine.report import MergeReport, peak_memory
-from .engine.work import Work, plan
-from .errors import LorsError, SettingError
-from .experts.expert_file import is_expert_file
-from .experts.expert_source import ExpertSource
-from .experts.opening import source_of
-from .experts.source import MemorySource, Source
-from .files.directory import OutputDirectory
-from .files.remote import is_url, placed
 from .ledger import write_ledger
-from .methods import METHODS, SPECS, Method, Reduction
-from .methods.operands import Combination
-from .public import public
-from .recipes.parameters import rank_of
-from .recipes.recipe import BASE, Recipe
 from .suspicions import of_digests, of_values
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -205,7 +205,7 @@ def merge_state_dicts(
     recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
     chosen = METHODS[method]
     if any(is_torch(value) for _, state in states for value in state.values()):
-        from .engine.resident import place_of
+        from ..engine.resident import place_of
 
         place = place_of(states)
         if place not in (None, "cpu") or device == place:
@@ -235,8 +235,8 @@ def _merge_resident(
     backend: str | None,
 ) -> dict[str, Any]:
     """`merge_state_dicts` of tensors that stay on their device."""
-    from .engine.device import parse_devices
-    from .engine.resident import DeviceSource, ResidentEngine
+    from ..engine.device import parse_devices
+    from ..engine.resident import DeviceSource, ResidentEngine
 
     if device is not None and parse_devices(device) != [place]:
         raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
@@ -514,7 +514,7 @@ def _on_cluster(
     address: str, recipe: Recipe, job: _Job, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
-    from .cluster import Wanted, decompositions
+    from ..cluster import Wanted, decompositions
 
     wanted: dict[str, list[Wanted]] = {}
     for index, source in enumerate(job.sources[1:]):
@@ -533,7 +533,7 @@ def _on_cluster(
 def _check_device(device: str | None) -> None:
     """LorsError, before anything is opened, unless the GPUs that are asked for are there."""
     if device:
-        from .engine.device import parse_devices
+        from ..engine.device import parse_devices
 
         parse_devices(device)
 
@@ -545,8 +545,8 @@ def _on_devices(
     there."""
     from lors_kernels.dispatch import BackendUnavailable, select
 
-    from .engine.device import parse_devices
-    from .engine.gpu import GpuEngine
+    from ..engine.device import parse_devices
+    from ..engine.gpu import GpuEngine
 
     if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
         raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from .checkpoints.reader import Checkpoint
-from .errors import LorsError, printable, shown
-from .files.directory import RECIPE_FILE
-from .files.documents import Digest, Document
-from .files.writing import writing
-from .recipes import strict_yaml
+from ..checkpoints.reader import Checkpoint
+from ..errors import LorsError, printable, shown
+from ..files.directory import RECIPE_FILE
+from ..files.documents import Digest, Document
+from ..files.writing import writing
+from ..recipes import strict_yaml
 
 __all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 

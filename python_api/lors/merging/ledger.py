@@ -20,17 +20,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..checkpoints.hub import SourceNotFound
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..engine.report import MergeReport, peak_memory
+from ..errors import LorsError, SettingError
+from ..experts.expert_source import ExpertSource
+from ..files.directory import RECIPE_FILE, OutputDirectory
+from ..files.documents import Document
+from ..files.writing import writing
+from ..recipes.parameters import LARGEST
+from ..recipes.recipe import written_beside
 from .card import Source, carried_over, is_untouched, write_card
-from .checkpoints.hub import SourceNotFound
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
-from .engine.report import MergeReport, peak_memory
-from .errors import LorsError, SettingError
-from .experts.expert_source import ExpertSource
-from .files.directory import RECIPE_FILE, OutputDirectory
-from .files.documents import Document
-from .files.writing import writing
-from .recipes.parameters import LARGEST
-from .recipes.recipe import written_beside
 
 __all__ = ["LEDGER_FILE", "Ledger", "edit", "write_ledger"]
 
@@ -120,7 +120,7 @@ def edit(
 
 def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -> ExpertSource:
     """The expert file; when there is none, what the model is made of helps to find it."""
-    from .experts.expert_source import open_expert
+    from ..experts.expert_source import open_expert
 
     try:
         return open_expert(expert, name)
@@ -132,8 +132,8 @@ def _expert_of(target: Path, expert: str | os.PathLike[str], name: str | None) -
 
 
 def _recipe(target: Path) -> dict[str, Any]:
-    from .files import strict_json
-    from .recipes import strict_yaml
+    from ..files import strict_json
+    from ..recipes import strict_yaml
 
     try:
         text = strict_json.read_bytes(target / RECIPE_FILE, strict_yaml.MAX_BYTES).decode("utf-8")
@@ -148,8 +148,8 @@ def _recipe(target: Path) -> dict[str, Any]:
 def _bound(data: Mapping[str, Any]) -> Any:
     import yaml
 
-    from .methods import METHODS, SPECS
-    from .recipes.recipe import Recipe
+    from ..methods import METHODS, SPECS
+    from ..recipes.recipe import Recipe
 
     recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
     if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe):
@@ -204,7 +204,7 @@ def _require_exact(
     merged: Checkpoint, source: ExpertSource, recipe: Any, ledger: Ledger, experts: Sequence[Source]
 ) -> None:
     """LorsError when the expert was merged from its checkpoint and the file holds only a part of what went in."""
-    from .methods import METHODS
+    from ..methods import METHODS
 
     gone = next(expert for expert in ledger.experts if expert not in experts)
     if sorted(gone.sha256.values()) == sorted(source.checkpoint.sha256().values()):
@@ -227,21 +227,21 @@ def _apply(
     threads: int | None,
 ) -> MergeReport:
     """W +- the expert's term, into the output."""
-    from . import merging
-    from .engine.cpu import Engine
-    from .experts.opening import source_of
-    from .methods import METHODS
+    from ..engine.cpu import Engine
+    from ..experts.opening import source_of
+    from ..methods import METHODS
+    from . import on_disk
 
     report = MergeReport(
         recipe.merge_method,
-        merging._backend(backend),
+        on_disk._backend(backend),
         str(output.target),
         [source.name],
-        threads=merging._threads(threads),
+        threads=on_disk._threads(threads),
     )
     source.require_names(merged)
     model = source_of(merged, merged)
-    works = merging._plan(recipe, METHODS[recipe.merge_method], model, merged.naming, merged.config, report)
+    works = on_disk._plan(recipe, METHODS[recipe.merge_method], model, merged.naming, merged.config, report)
     position = recipe.experts.index(index)
     sign = -1.0 if remove else 1.0
     single = []
@@ -249,8 +249,8 @@ def _apply(
         chosen = work.reductions[position : position + 1]
         mine = tuple(reduction._replace(weight=sign * reduction.weight) for reduction in chosen)
         single.append(work if not mine else type(work)(work.name, work.spec, work.spec.dtype, mine, work.matrix))
-    merging.require_parts([source], single, report)
-    with merging._writer(recipe, merged, output.path, single) as writer:
+    on_disk.require_parts([source], single, report)
+    with on_disk._writer(recipe, merged, output.path, single) as writer:
         Engine(model, [source], writer.write, report, report.backend, report.threads, recipe.seed).run(single)
         writer.finish()
     return report
@@ -270,8 +270,8 @@ def _describe(
         output.copy(card, kept)
         report.notices.append(f"README.md was changed by hand and is written anew; what it was is kept in {kept}")
     write_ledger(output, ledger.base, ledger.experts, ledger.edits)
-    from .merging import _plain
-    from .methods import SPECS
+    from ..methods import SPECS
+    from .on_disk import _plain
 
     shared = {spec.name: _plain(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
     with writing(output.path):

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .checkpoints.reader import Checkpoint
-from .engine.work import Work
-from .experts.source import FileSource, Slot, Source
+from ..checkpoints.reader import Checkpoint
+from ..engine.work import Work
+from ..experts.source import FileSource, Slot, Source
 
 __all__ = ["of_digests", "of_values"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints.reader import Checkpoint
-from .errors import LorsError
+from ..checkpoints.reader import Checkpoint
+from ..errors import LorsError
 
 __all__ = ["companions", "dims"]
 

@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints import layers
+from ..checkpoints.layers import kind
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..engine.cpu import OVERFLOWS
+from ..engine.report import KindRow, MergeReport
+from ..errors import LorsError
+from ..experts.expert_file import is_expert_file
+from ..experts.expert_source import ExpertSource
+from ..experts.opening import source_of
+from ..experts.source import Slot, Source
+from ..methods import METHODS
+from ..recipes.recipe import Recipe
 from . import definitions
-from .checkpoints import layers
-from .checkpoints.layers import kind
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from .definitions import Expert, Merged
-from .engine.cpu import OVERFLOWS
-from .engine.report import KindRow, MergeReport
-from .errors import LorsError
-from .experts.expert_file import is_expert_file
-from .experts.expert_source import ExpertSource
-from .experts.opening import source_of
-from .experts.source import Slot, Source
-from .merging import DTYPES, _open
-from .methods import METHODS
-from .recipes.recipe import Recipe
+from .on_disk import DTYPES, _open
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
