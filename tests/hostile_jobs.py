@@ -63,7 +63,7 @@ def merge(base: str, experts: dict[str, str], out: str, force: bool) -> None:
 
 
 def edit(out: str, expert: str, remove: bool) -> None:
-    from lors.merging.ledger import edit as run
+    from lors.merging.edit import edit as run
 
     run(out, expert, remove=remove, threads=2)
 

@@ -17,14 +17,14 @@ from safetensors.numpy import save_file
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError, printable
 from lors.files.directory import OutputDirectory
-from lors.merging.card import Source, carried_over, languages, versions, write_card
+from lors.merging.card import Input, carried_over, languages, versions, write_card
 
 DIGEST = "0123456789abcdef" * 4
 RECIPE = "merge_method: lors\nbase_model: openai/whisper-small\nmodels:\n- model: me/ca  # Català\n"
-BASE = Source("base", "openai/whisper-small", {"model.safetensors": DIGEST}, hub_id="openai/whisper-small")
+BASE = Input("base", "openai/whisper-small", {"model.safetensors": DIGEST}, hub_id="openai/whisper-small")
 EXPERTS = [
-    Source("ca", "me/whisper-ca", {"model.safetensors": DIGEST[::-1]}, hub_id="me/whisper-ca", weight=1.0),
-    Source("sv-SE", "sv|dir", {"a.safetensors": "a" * 64, "b.safetensors": "b" * 64}, weight=0.5),
+    Input("ca", "me/whisper-ca", {"model.safetensors": DIGEST[::-1]}, hub_id="me/whisper-ca", weight=1.0),
+    Input("sv-SE", "sv|dir", {"a.safetensors": "a" * 64, "b.safetensors": "b" * 64}, weight=0.5),
 ]
 
 
@@ -62,7 +62,7 @@ def test_header(tmp_path: Path) -> None:
 
 
 def test_header_says_only_what_is_known(tmp_path: Path) -> None:
-    local = Source("mix", "dir", {"x": DIGEST})
+    local = Input("mix", "dir", {"x": DIGEST})
     assert card(tmp_path, base=local, experts=[local], naming="other")[0] == {"tags": ["lors-merging", "merge"]}
     assert "library_name" not in card(tmp_path, naming="openai-whisper")[0]
     (tmp_path / "base.md").write_text("---\nlanguage: [en, zh]\nlicense: other\nlicense_name: mine\n---")
@@ -164,7 +164,7 @@ def check_names(directory: Path, name: str) -> None:
     """A card of that name has the Markdown of a card of a plain one; its header is one YAML document."""
     found = []
     for text in ("plain", name):
-        base = Source(text, text, {text: DIGEST})
+        base = Input(text, text, {text: DIGEST})
         header, body = card(directory, base=base, experts=[base], parameters={"rank": text}, recipe="a: b")
         assert header.keys() <= {"library_name", "pipeline_tag", "tags", "language"}
         assert printable(body.replace("\n", "")) == body.replace("\n", ""), "no control character"
@@ -186,7 +186,7 @@ def test_local_directories_are_not_published(tmp_path: Path) -> None:
     private.mkdir(parents=True)
     save_file({"a": np.zeros(2, np.float32)}, private / "model.safetensors")
     with open_checkpoint(private, name="ca") as checkpoint:
-        source = Source.of(checkpoint, checkpoint.sha256(), 1.0)
+        source = Input.of(checkpoint, checkpoint.sha256(), 1.0)
     assert (source.name, source.origin, source.hub_id, source.weight) == ("ca", "ca-model", None, 1.0)
     assert list(source.sha256) == ["model.safetensors"]
     assert "private" not in card(tmp_path, experts=[source])[1]

@@ -21,7 +21,8 @@ from lors.experts.expert_source import open_expert
 from lors.experts.opening import source_of
 from lors.files import strict_json
 from lors.files.documents import MAX_VALUES, Document
-from lors.merging.ledger import Ledger, edit
+from lors.merging.edit import edit
+from lors.merging.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.experts.expert_source import open_expert
-from lors.merging.ledger import Ledger, edit
+from lors.merging.edit import edit
+from lors.merging.ledger import Ledger
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))
 BIG = int(os.environ.get("LORS_BIG_TENSOR_MB", "128"))

@@ -23,8 +23,8 @@ from lors.experts.decompose import decompose
 from lors.inspect import inspect_command
 from lors.interference import interference
 from lors.merging import suspicions
-from lors.merging.ledger import edit
-from lors.merging.on_disk import merge_in_memory
+from lors.merging.edit import edit
+from lors.merging.in_memory import merge_in_memory
 from lors.methods import SPECS
 
 Family = dict[str, Path]

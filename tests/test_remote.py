@@ -156,13 +156,13 @@ def test_what_comes_to_a_url_meanwhile_stays(
 ) -> None:
     from lors.merging import on_disk
 
-    accompany, memory = on_disk._accompany, fsspec.filesystem("memory")
+    accompany, memory = on_disk.accompany, fsspec.filesystem("memory")
 
     def late(*arguments: object) -> None:
         accompany(*arguments)  # type: ignore[arg-type]
         memory.pipe("/bucket/out/config.json", b"another's")
 
-    monkeypatch.setattr(on_disk, "_accompany", late)
+    monkeypatch.setattr(on_disk, "accompany", late)
     assert "exists already" in refusal(family["base"], {"ca": family["ca"]}, f"{bucket}/out")
     assert memory.find("/bucket/out") == ["/bucket/out/config.json"]
 

@@ -25,7 +25,8 @@ from lors.experts.decompose import decompose
 from lors.experts.lora import export_lora
 from lors.files import directory, replaceable
 from lors.files.directory import OutputDirectory
-from lors.merging.ledger import Ledger, edit
+from lors.merging.edit import edit
+from lors.merging.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

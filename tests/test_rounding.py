@@ -14,7 +14,7 @@ import tiny
 import lors
 from lors.checkpoints.reader import open_checkpoint
 from lors.experts.decompose import decompose
-from lors.merging.ledger import edit
+from lors.merging.edit import edit
 
 State = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -22,7 +22,8 @@ from lors.experts.decompose import decompose
 from lors.experts.expert_file import decode_gaps, encode_gaps
 from lors.experts.expert_source import ExpertSource, open_expert
 from lors.experts.lora import export_lora
-from lors.merging.ledger import Ledger, edit
+from lors.merging.edit import edit
+from lors.merging.ledger import Ledger
 
 EXPERTS = ("ca", "de", "es")
 EXACT = {"values": "float32", "remainder": "float32"}

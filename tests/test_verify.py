@@ -17,7 +17,7 @@ from lors.checkpoints import layers
 from lors.engine import cpu, work
 from lors.engine.work import Piece
 from lors.experts.decompose import decompose
-from lors.merging import on_disk, verify
+from lors.merging import job, verify
 from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
@@ -93,12 +93,12 @@ def lambda_counts_twice(patch: Patch) -> None:
 
 
 def the_rest_has_no_lambda(patch: Patch) -> None:
-    patch.setattr(on_disk, "_rest", lambda rule, models, shared: [Reduction(model["weight"]) for model in models])
+    patch.setattr(job, "_rest", lambda rule, models, shared: [Reduction(model["weight"]) for model in models])
 
 
 def nothing_is_decomposed(patch: Patch) -> None:
-    plan = on_disk.plan
-    patch.setattr(on_disk, "plan", lambda specs, matrices, *more: plan(specs, set(), *more))
+    plan = job.plan
+    patch.setattr(job, "plan", lambda specs, matrices, *more: plan(specs, set(), *more))
 
 
 def a_slab_is_carried_over(patch: Patch) -> None:

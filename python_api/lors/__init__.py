@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .checkpoints.reader import open_checkpoint
     from .engine.report import MergeReport
     from .errors import LorsError
-    from .merging.on_disk import merge, merge_recipe, merge_state_dicts
+    from .merging.in_memory import merge_state_dicts
+    from .merging.on_disk import merge, merge_recipe
     from .recipes.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _EXPORTS = {
     "Recipe": "recipes.recipe",
     "merge": "merging.on_disk",
     "merge_recipe": "merging.on_disk",
-    "merge_state_dicts": "merging.on_disk",
+    "merge_state_dicts": "merging.in_memory",
     "open_checkpoint": "checkpoints.reader",
 }
 

@@ -467,7 +467,7 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Add one expert to a merged model, in place and in one step."""
-    from .merging.ledger import edit
+    from .merging.edit import edit
 
     _tell(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
 
@@ -484,7 +484,7 @@ def remove(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Take one expert out of a merged model, in place and in one step."""
-    from .merging.ledger import edit
+    from .merging.edit import edit
 
     _tell(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
 

@@ -1,9 +1,6 @@
-"""Work on more machines than one, by Ray: decompositions of (tensor group, expert) pairs, and the trials of a sweep.
+"""Work on more machines than one, by Ray: a connection, tasks, and their errors in one line.
 
-A task reads its tensors itself, from paths that every node must see, and its factors come back through the object store;
-selection and summation run where the command runs. Decompositions are deterministic, and every worker is told to use the
-vector unit of the driver, so a merge has the same bits as a local one. A worker that dies is replaced and its task runs
-again, up to RETRIES times.
+A worker that dies is replaced and its task runs again, up to RETRIES times.
 """
 
 from __future__ import annotations
@@ -17,32 +14,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from . import keeper
 from .errors import LorsError, first_line
-from .files.remote import is_url
 
-__all__ = ["connected", "decompositions", "submit_trial"]
+__all__ = ["connected", "submit_trial"]
 
 RETRIES = 3
-GROUP_BYTES = 64 << 20  # weights of one task: a few hundred tasks for a large model, each far longer than its overhead
 CONNECT_SECONDS = 5.0
 TICK_SECONDS = 0.2
 START_SECONDS = 120.0  # of a cluster on this machine, which takes 3 on an idle one
-
-Factors = Callable[[str, str, int], "tuple[np.ndarray, np.ndarray] | None"]
-
-
-class Wanted(NamedTuple):
-    """One matrix to decompose: its name, the rank, and how many bytes are read for it."""
-
-    name: str
-    rank: int
-    nbytes: int
 
 
 @contextlib.contextmanager
@@ -161,66 +143,6 @@ def environment() -> dict[str, Any]:
 # --- decompositions
 
 
-def groups(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
-    """Consecutive matrices of about GROUP_BYTES together."""
-    found: list[list[Wanted]] = [[]]
-    for item in wanted:
-        if found[-1] and sum(other.nbytes for other in found[-1]) + item.nbytes > GROUP_BYTES:
-            found.append([])
-        found[-1].append(item)
-    return [group for group in found if group]
-
-
-@contextlib.contextmanager
-def decompositions(
-    address: str,
-    base: str,
-    experts: Mapping[str, str],
-    wanted: Mapping[str, Sequence[Wanted]],
-    *,
-    seed: int,
-    backend: str | None,
-    cpus: int,
-    stop: threading.Event,
-) -> Iterator[Factors]:
-    """Starts the decomposition of all wanted matrices; the function that is yielded waits for the one it is asked for.
-
-    experts: label -> path or URL. wanted: label -> matrices. All paths must be there on every node. stop: nothing is waited
-    for any more when it is set.
-    """
-    with connected(address, cpus) as ray:
-        task = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env=environment())(decompose_group)
-        references: dict[tuple[str, str], tuple[Any, int]] = {}
-        # Tensor by tensor over all experts, as the merge will ask for them.
-        parts = {label: groups(items) for label, items in wanted.items()}
-        largest = max((item.nbytes for items in wanted.values() for item in items), default=0)
-        require_fitting(ray, 1, 0, 4 * max(largest, GROUP_BYTES))
-        for number in range(max(map(len, parts.values()), default=0)):
-            for label in (label for label in parts if number < len(parts[label])):
-                group = parts[label][number]
-                weights = 4 * sum(item.nbytes for item in group)
-                reference = task.options(memory=weights).remote(base, label, experts[label], group, seed, backend)
-                references |= {(label, item.name): (reference, place) for place, item in enumerate(group)}
-
-        def factors(expert: str, name: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
-            if (expert, name) not in references:
-                return None
-            reference, place = references[expert, name]
-            while not ray.wait([reference], timeout=TICK_SECONDS)[0]:
-                if stop.is_set():
-                    raise LorsError(f"{expert}: tensor {name!r}: the merge was given up")
-            left, right = _result(ray, reference)[place]
-            if left.shape[1] < rank:
-                return None
-            return np.ascontiguousarray(left[:, :rank]), np.ascontiguousarray(right[:, :rank])
-
-        try:
-            yield factors
-        finally:
-            for reference in {id(r): r for r, _ in references.values()}.values():
-                ray.cancel(reference, force=False)
-
-
 def require_fitting(ray: Any, cpus: int, gpus: int, memory: int) -> None:
     """LorsError unless one node could run such a task: Ray itself would wait for one forever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -242,13 +164,13 @@ def _too_small(nodes: Sequence[Mapping[str, float]], name: str, wanted: float, u
 def failure_of(ray: Any, reference: Any) -> str | None:
     """Why a finished task failed, in one line; None if it did not."""
     try:
-        _result(ray, reference)
+        result_of(ray, reference)
     except LorsError as error:
         return str(error)
     return None
 
 
-def _result(ray: Any, reference: Any) -> Any:
+def result_of(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -259,48 +181,6 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise LorsError(f"--ray: a task was lost {RETRIES + 1} times, or its result: {reason}") from error
-
-
-def decompose_group(
-    base: str, label: str, expert: str, group: Sequence[Wanted], seed: int, backend: str | None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(left, right) of every matrix of a group; runs on a worker."""
-    import lors_kernels
-    from lors_kernels import FactorOverflowError, NonFiniteError
-
-    from .experts.source import Slot
-
-    origin, tuned = _source(base, base, "base"), _source(expert, base, label)
-    found, slots = [], (Slot(), Slot())
-    for item in group:
-        shape = origin.tensors[item.name].shape
-        size = origin.tensors[item.name].numel
-        before, after = (
-            source.fetch(item.name, 0, size, slot).reshape(shape)
-            for source, slot in zip((origin, tuned), slots, strict=True)
-        )
-        try:
-            svd = lors_kernels.truncated_svd(before, after, item.rank, seed=seed, backend=backend, threads=1)
-        except NonFiniteError as error:
-            raise LorsError(
-                f"{label}: tensor {item.name!r}: expected a finite difference to the base, got {error.count} NaN or infinite entries"
-            ) from None
-        except FactorOverflowError as error:
-            raise LorsError(f"{label}: tensor {item.name!r}: {error}") from None
-        found.append((svd.left, svd.right))
-    return found
-
-
-@cache
-def _source(path: str, base: str, label: str) -> Any:
-    """Opened once per worker."""
-    from .checkpoints.reader import open_checkpoint
-    from .experts.source import FileSource
-
-    if not is_url(path) and not os.path.exists(path):
-        raise LorsError(f"--ray: {path}: not there on node {socket.gethostname()}; every node must see the inputs")
-    names = None if path == base else list(open_checkpoint(base, name="base").tensors)
-    return FileSource(open_checkpoint(path, name=label), names)
 
 
 # --- trials
@@ -318,7 +198,7 @@ def submit_trial(
     require_fitting(ray, cpus, 0, memory)
     task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
     reference = task.remote(dict(plan), *arguments)
-    reference.future().add_done_callback(lambda _: then(lambda: _result(ray, reference)))
+    reference.future().add_done_callback(lambda _: then(lambda: result_of(ray, reference)))
 
 
 def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:

@@ -37,7 +37,9 @@ from .experts.source import FileSource
 from .files.directory import RECIPE_FILE
 from .files.lock import flock
 from .files.writing import require_space, writing
-from .merging.on_disk import DTYPES, _writer, merge_recipe
+from .merging.job import DTYPES
+from .merging.on_disk import merge_recipe
+from .merging.publish import weight_writer
 from .methods import METHODS, SPECS, Reduction
 from .recipes.parameters import ParameterSpec, Rest
 from .recipes.recipe import Recipe
@@ -179,7 +181,7 @@ class Models:
                 with writing(out):
                     shutil.copyfile(path, out / path.name)
             report = MergeReport(method, str(self._backend), None, [])
-            with _writer(recipe, whole, out, works, over=True) as writer:
+            with weight_writer(recipe, whole, out, works, over=True) as writer:
                 engine = Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads)
                 engine.progress = lambda _: self._go_on()
                 engine.run(works)

@@ -22,9 +22,10 @@ from lors.experts.decompose import decompose
 from lors.experts.expert_source import open_expert
 from lors.experts.opening import source_of
 from lors.experts.source import Slot
-from lors.merging import on_disk
 from lors.merging.card import carried_over, write_card
-from lors.merging.ledger import Ledger, _addition, _recipe
+from lors.merging.edit import _addition, _recipe
+from lors.merging.in_memory import merge_in_memory
+from lors.merging.ledger import Ledger
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
 from lors.sweep import _load_trials
@@ -126,8 +127,8 @@ class Corpus:
         path = self.file("sealed.lors.safetensors", data)
         with open_expert(path).checkpoint:
             pass
-        on_disk.merge_in_memory(self.base, {"x": path}, rank=1, density=0.01, threads=1)
-        on_disk.merge_in_memory(self.base, {"x": path}, "task_arithmetic", threads=1)
+        merge_in_memory(self.base, {"x": path}, rank=1, density=0.01, threads=1)
+        merge_in_memory(self.base, {"x": path}, "task_arithmetic", threads=1)
 
     def _torch(self, data: bytes) -> None:
         with open_checkpoint(self.file("mutant.pt", data)) as checkpoint:

@@ -44,7 +44,7 @@ class LoRSMerging(BaseAlgorithm):  # type: ignore[misc]
 
     def run(self, modelpool: Any) -> Any:
         """Merges the pool; LorsError for parameters or models that do not fit."""
-        from ..merging.on_disk import merge_state_dicts
+        from ..merging.in_memory import merge_state_dicts
 
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         if not pool.has_pretrained:

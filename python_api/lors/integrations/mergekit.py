@@ -134,7 +134,7 @@ def _parameter(parameter: ParameterSpec) -> Any:
 
 def _merge(spec: MethodSpec, group: Any, parameters: Mapping[str, Any]) -> Any:
     """One output tensor of mergekit: the projection matrices by the method, all others as the method's `rest` says."""
-    from ..merging.on_disk import merge_state_dicts
+    from ..merging.in_memory import merge_state_dicts
 
     base, entries = group.base.tensor, group.non_base
     if not entries:

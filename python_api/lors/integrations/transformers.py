@@ -34,7 +34,7 @@ def load_merged(
     transformers = peer("transformers", "transformers", OLDEST, "speech")
     if model_class is not None and not hasattr(model_class, "from_pretrained"):
         raise LorsError(f"model_class: expected a class of transformers, got {model_class!r}")
-    from ..merging.on_disk import merge_in_memory
+    from ..merging.in_memory import merge_in_memory
 
     merged, checkpoint = merge_in_memory(base, experts, method, backend=backend, threads=threads, **settings)
     directory = checkpoint.directory

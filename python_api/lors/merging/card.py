@@ -20,7 +20,7 @@ from ..files.documents import Digest, Document
 from ..files.writing import writing
 from ..recipes import strict_yaml
 
-__all__ = ["Source", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
+__all__ = ["Input", "carried_over", "code", "is_untouched", "languages", "versions", "write_card"]
 
 # The languages Whisper was trained on, as its tokenizer writes them.
 _WHISPER_LANGUAGES = (
@@ -34,7 +34,7 @@ _PAPER = "*Low-Rank and Sparse Model Merging for Multi-Lingual Speech Recognitio
 
 
 @dataclass(frozen=True)
-class Source:
+class Input:
     """One input of a merge, as its card names it.
 
     A local path is named by its last part only: a card is published, and directories of somebody's machine say nothing.
@@ -47,7 +47,7 @@ class Source:
     weight: float | None = None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, sha256: Mapping[str, str], weight: float | None = None) -> Source:
+    def of(cls, checkpoint: Checkpoint, sha256: Mapping[str, str], weight: float | None = None) -> Input:
         """The source that an opened checkpoint is."""
         origin = checkpoint.hub_id or checkpoint.path.resolve().name
         return cls(checkpoint.name, origin, sha256, checkpoint.hub_id, weight)
@@ -56,8 +56,8 @@ class Source:
 def write_card(
     directory: Path,
     *,
-    base: Source,
-    experts: Sequence[Source],
+    base: Input,
+    experts: Sequence[Input],
     method: str,
     parameters: Mapping[str, object],
     recipe: str,
@@ -178,7 +178,7 @@ class _Carried(Document):
 _CARRIED = tuple(_Carried.model_fields)
 
 
-def _header(base: Source, experts: Sequence[Source], naming: str, carried: Mapping[str, Any]) -> dict[str, Any]:
+def _header(base: Input, experts: Sequence[Input], naming: str, carried: Mapping[str, Any]) -> dict[str, Any]:
     header: dict[str, Any] = {}
     if naming == "hf-whisper":
         header["library_name"] = "transformers"
@@ -203,8 +203,8 @@ def code(text: object) -> str:
 
 def _render(
     header: Mapping[str, Any],
-    base: Source,
-    experts: Sequence[Source],
+    base: Input,
+    experts: Sequence[Input],
     method: str,
     parameters: Mapping[str, object],
     recipe: str,
@@ -234,7 +234,7 @@ def _render(
     return "\n\n".join(parts) + "\n"
 
 
-def _inputs_table(base: Source, experts: Sequence[Source]) -> str:
+def _inputs_table(base: Input, experts: Sequence[Input]) -> str:
     rows = []
     for role, source in (("base", base), *(("expert", expert) for expert in experts)):
         weight = "" if source.weight is None else f"{source.weight:g}"

@@ -24,7 +24,7 @@ from ..methods import METHODS
 from ..recipes.recipe import Recipe
 from . import definitions
 from .definitions import Expert, Merged
-from .on_disk import DTYPES, _open
+from .job import DTYPES, open_models
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
@@ -89,7 +89,7 @@ class _Inputs:
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self.recipe, self.method = recipe, METHODS[recipe.merge_method]
-        base, experts = _open(recipe, self.method, stack)
+        base, experts = open_models(recipe, self.method, stack)
         self.checkpoints = (base, *experts)
         self.base, *self.experts = (source_of(checkpoint, base) for checkpoint in self.checkpoints)
         everywhere = self.method.everywhere and recipe.target is None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layers import decomposed
-from ..merging.on_disk import merge_state_dicts
+from ..merging.in_memory import merge_state_dicts
 from .variants import VARIANTS
 from .whisper import load_model, load_processor
 

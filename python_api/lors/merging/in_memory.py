@@ -1,0 +1,152 @@
+"""Merging state dicts, and files into arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lors_kernels.arrays import is_torch
+
+from ..checkpoints import layers
+from ..checkpoints.reader import Checkpoint, require_unchanged
+from ..engine.cpu import Engine, Sink
+from ..engine.report import MergeReport
+from ..engine.work import Work
+from ..errors import LorsError, SettingError
+from ..experts.opening import source_of
+from ..experts.source import MemorySource
+from ..methods import METHODS, SPECS, Method
+from ..recipes.recipe import Recipe
+from .job import backend_name, compare_specs, make_engine, on_devices, open_models, plan_merge, thread_count
+
+
+def merge_state_dicts(
+    base: Mapping[str, Any],
+    experts: Mapping[str, Mapping[str, Any]],
+    method: str = "lors",
+    *,
+    config: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    device_memory: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`merge` on tensors in memory (numpy arrays or torch tensors); returns new tensors of the base's kind.
+
+    base, experts: name -> tensor. config: the model's configuration, which tells architectures apart that names do not.
+    settings: as for `merge`. Tensors on a GPU are merged there, and so is the result; `device` may name that GPU.
+    """
+    states = _states(base, experts)
+    # without a base for a method that sums the models: this one gives names and types alone
+    named = "base" if method not in METHODS or METHODS[method].relative else None
+    recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
+    chosen = METHODS[method]
+    if any(is_torch(value) for _, state in states for value in state.values()):
+        from ..engine.resident import place_of
+
+        place = place_of(states)
+        if place not in (None, "cpu") or device == place:
+            return _merge_resident(recipe, chosen, states, str(place), config, device, device_memory, backend)
+    sources = [MemorySource(label, state) for label, state in states]
+    for source in sources[1:]:
+        compare_specs(sources[0], source)
+    kernels = backend_name(None if device else backend)
+    report = MergeReport(method, kernels, None, list(experts), threads=thread_count(threads))
+    works = plan_merge(recipe, chosen, sources[0], layers.naming(base), config, report)
+
+    def engine(sink: Sink) -> Engine:
+        made = make_engine(recipe, sources, sink, report, works, None)
+        return on_devices(made, device, device_memory, backend) if device else made
+
+    return {name: _like(base[name], array) for name, array in _collect(works, engine).items()}
+
+
+def _merge_resident(
+    recipe: Recipe,
+    method: Method,
+    states: Sequence[tuple[str, Mapping[str, Any]]],
+    place: str,
+    config: Mapping[str, Any] | None,
+    device: str | None,
+    device_memory: int | None,
+    backend: str | None,
+) -> dict[str, Any]:
+    """`merge_state_dicts` of tensors that stay on their device."""
+    from ..engine.device import parse_devices
+    from ..engine.resident import DeviceSource, ResidentEngine
+
+    if device is not None and parse_devices(device) != [place]:
+        raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
+    if not method.on_device:
+        raise LorsError(f"method {recipe.merge_method}: expected tensors in main memory, got tensors on {place}")
+    sources = [DeviceSource(label, state) for label, state in states]
+    for source in sources[1:]:
+        compare_specs(sources[0], source)
+    report = MergeReport(recipe.merge_method, "", None, [label for label, _ in states[1:]], threads=1)
+    works = plan_merge(recipe, method, sources[0], layers.naming(states[0][1]), config, report)
+    engine = Engine(sources[0], sources[1:], lambda *_: None, report, None, 1, recipe.seed)
+    resident = on_devices(engine, place, device_memory, backend, ResidentEngine)
+    resident.run(works)
+    return {work.name: resident.merged[work.name] for work in works}
+
+
+def merge_in_memory(
+    base: str | os.PathLike[str],
+    experts: Mapping[str, str | os.PathLike[str]],
+    method: str = "lors",
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> tuple[dict[str, np.ndarray], Checkpoint]:
+    """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
+    recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)
+    report = MergeReport(method, backend_name(backend), None, list(experts), threads=thread_count(threads))
+    with contextlib.ExitStack() as stack:
+        opened, others = open_models(recipe, METHODS[method], stack)
+        sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
+        works = plan_merge(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
+        merged = _collect(works, lambda sink: make_engine(recipe, sources, sink, report, works, None))
+        require_unchanged((opened, *others))
+        return merged, opened
+
+
+def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
+    """Runs an engine that writes into arrays."""
+    merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
+
+    def keep(name: str, values: np.ndarray, start: int) -> None:
+        merged[name][start : start + values.size] = values
+
+    engine(keep).run(works)
+    return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
+
+
+def _states(base: Any, experts: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(experts, Mapping):
+        raise LorsError(f"experts: expected a mapping of labels to state dicts, got {type(experts).__name__}")
+    states = [("base", base), *experts.items()]
+    for label, state in states:
+        if not isinstance(state, Mapping):
+            hint = "; pass its state_dict()" if hasattr(state, "state_dict") else ""
+            raise LorsError(f"{label}: expected a mapping of names to tensors, got {type(state).__name__}{hint}")
+        for name, value in state.items():
+            if not isinstance(name, str):
+                raise LorsError(f"{label}: expected names that are strings, got {name!r}")
+            if not (is_torch(value) or isinstance(value, np.ndarray)):
+                kind = type(value).__name__
+                raise LorsError(f"{label}: tensor {name!r}: expected a torch tensor or a numpy array, got {kind}")
+    return states
+
+
+def _like(original: Any, array: np.ndarray) -> Any:
+    if not is_torch(original):
+        return array
+    from lors_kernels.arrays import to_torch
+
+    return to_torch(array)

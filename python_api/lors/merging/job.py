@@ -1,0 +1,279 @@
+"""The door to every merge: models opened and compared, the backend named, the work planned, an engine made for it.
+
+Everything that can be known beforehand (names, shapes, dtypes, parameters, ranks, room on the disk) is checked before
+the first weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import lors_kernels
+from lors_kernels.arrays import BFLOAT16
+
+from ..checkpoints import layers
+from ..checkpoints.compatibility import compare
+from ..checkpoints.hub import SourceNotFound
+from ..checkpoints.reader import Checkpoint, open_checkpoint
+from ..engine.cpu import Engine, Sink
+from ..engine.report import MergeReport
+from ..engine.work import Work, plan
+from ..errors import LorsError, SettingError
+from ..experts.expert_file import is_expert_file
+from ..experts.expert_source import ExpertSource
+from ..experts.opening import source_of
+from ..experts.source import Source
+from ..files.directory import OutputDirectory
+from ..methods import METHODS, Method, Reduction
+from ..methods.operands import Combination
+from ..public import public
+from ..recipes.recipe import BASE, Recipe
+from .card import carried_over
+from .companions import companions, dims
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
+Progress = Callable[[int, int], None]  # entries done, entries in all
+
+
+class Job(NamedTuple):
+    """A merge that has passed every check."""
+
+    base: Checkpoint
+    experts: list[Checkpoint]
+    sources: list[Source]
+    works: list[Work]
+    companions: list[Path]
+    output: OutputDirectory
+    report: MergeReport
+    carried: dict[str, Any]  # of the base's model card
+
+
+def prepare(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    stack: contextlib.ExitStack,
+    *,
+    backend: str | None,
+    threads: int | None,
+    force: bool,
+    durable: bool,
+) -> Job:
+    method = METHODS[recipe.merge_method]
+    report = MergeReport(
+        recipe.merge_method, backend_name(backend), public(str(out)), [], threads=thread_count(threads)
+    )
+    base, experts = open_models(recipe, method, stack)
+    report.experts = [expert.name for expert in experts]
+    base.sidecars(), base.card()  # a link that is refused is refused before the work
+    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
+    works = plan_merge(recipe, method, sources[0], base.naming, base.config, report)
+    require_parts(sources[1:], works, report)
+    beside = companions(base, experts, report.notices)
+    base.dims = dims(base, experts, report.notices)
+    carried, notices = carried_over(base.card())
+    report.notices += notices
+    inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
+    output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
+    return Job(base, experts, sources, works, beside, output, report, carried)
+
+
+def thread_count(threads: int | None) -> int:
+    try:
+        return lors_kernels.thread_count(threads)
+    except ValueError as error:
+        raise LorsError(str(error)) from None
+
+
+def backend_name(name: str | None) -> str:
+    """The backend that will run, by name; LorsError when the one that was asked for cannot."""
+    from lors_kernels.dispatch import BackendUnavailable, select
+
+    try:
+        return str(select(name, np.empty((1, 1), np.float32)).NAME)
+    except (ValueError, BackendUnavailable) as error:
+        raise _no_backend(name, error) from None
+
+
+def _no_backend(name: str | None, error: Exception) -> LorsError:
+    """The error for kernels that cannot run: about the setting only where there is one."""
+    problem = str(error).removeprefix("backend: ")
+    return LorsError(f"backend {problem}") if name is None else SettingError("backend", problem)
+
+
+def open_models(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
+    """Opens the checkpoints. Names, types, files and configuration are the base's, where there is none the first model's."""
+    recipe.require_parameters()
+    indices = recipe.experts if method.relative else recipe.inputs
+    opened = {index: stack.enter_context(_open_source(recipe, index)) for index in indices}
+    experts = list(opened.values())
+    listed = BASE if recipe.base_index is None else recipe.base_index
+    base = opened.get(listed, experts[0])
+    if listed not in opened and recipe.base_source is not None:
+        base = stack.enter_context(_open_source(recipe, BASE))
+    if base.adapter is not None:
+        raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
+    if base not in experts and is_expert_file(base):
+        raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
+    for expert in experts:
+        if is_expert_file(expert):
+            if not method.relative:
+                raise LorsError(
+                    f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file"
+                )
+        elif expert is not base and expert.adapter is None:
+            compare(base, expert)
+    return base, experts
+
+
+def _open_source(recipe: Recipe, model: int) -> Checkpoint:
+    source = str(recipe.base_source) if model == BASE else recipe.sources[model]
+    try:
+        return open_checkpoint(source, name="base" if model == BASE else recipe.labels[model])
+    except SourceNotFound as error:
+        raise recipe.missing(model, error.reason) from error
+
+
+def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+    """LorsError unless every expert file holds what is asked of it."""
+    for index, source in enumerate(experts):
+        if not isinstance(source, ExpertSource):
+            continue
+        partly = approximated = False
+        for work in works:
+            if work.reductions and (reduction := work.reductions[index]).weight:
+                source.require(work.name, work.matrix, reduction.rank, reduction.density)
+                smaller = work.matrix and source.approximates(work.name, reduction.rank, reduction.density)
+                approximated = approximated or smaller
+            asked = work.reductions[index].weight if work.reductions else 0
+            whole = work.combination is not None or (bool(asked) and not work.matrix)
+            partly = partly or (whole and source.stands_in(work.name))
+        if partly:
+            report.notices.append(
+                f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
+                f"{source.layout.density:g} where the whole difference is asked for"
+            )
+        if approximated:
+            report.notices.append(
+                f"{source.name}: a smaller rank is asked for than the expert file's {source.layout.rank:g}: S is chosen from "
+                f"what the file holds (density {source.layout.density:g}), not from the whole difference; "
+                "docs/expert-files.md says how far off that is"
+            )
+        if source.layout.remainder == "none":
+            report.notices.append(
+                f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
+            )
+
+
+def plan_merge(
+    recipe: Recipe,
+    method: Method,
+    base: Source,
+    naming: str,
+    config: Mapping[str, Any] | None,
+    report: MergeReport,
+) -> list[Work]:
+    for name, spec in base.tensors.items():
+        if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
+            raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
+    matrices: set[str] = set()
+    everywhere = method.everywhere and recipe.target is None
+    if recipe.target is not None and not method.targets:
+        raise SettingError("target", f"method {recipe.merge_method} treats all tensors alike, expected no target")
+    if not everywhere:
+        selection = layers.select(base.tensors, naming, config, recipe.target)
+        matrices = set(selection.names)
+        if selection.notice:
+            report.notices.append(selection.notice)
+    report.notices += recipe.unmatched_filters(base.tensors)
+    depth = layers.positions(base.tensors)
+    indices = recipe.experts if method.relative else recipe.inputs
+    rest = recipe.rest or method.spec.rest
+
+    def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
+        at: dict[str, Any] = {"tensor": name, "position": depth[name]}
+        models = [recipe.params_for(model=index, **at) for index in indices]
+        shared = recipe.params_for(**at)
+        return method.treatment(models, shared) if matrix or everywhere else _rest(rest, models, shared)
+
+    dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
+    return plan(base.tensors, matrices, treatments, dtype, method.relative)
+
+
+def _rest(rule: str, models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[Reduction]:
+    """What happens to a tensor that the method does not treat."""
+    if rule == "base":
+        return []
+    if rule == "average":
+        return [Reduction(1 / len(models)) for _ in models]
+    return [Reduction(shared.get("lambda", 1.0) * model.get("weight", 1.0)) for model in models]
+
+
+def compare_specs(base: Source, expert: Source) -> None:
+    if odd := sorted(base.tensors.keys() ^ expert.tensors.keys()):
+        raise LorsError(f"{expert.name}: expected the tensors of the base, {len(odd)} differ, first {odd[0]!r}")
+    for name, spec in base.tensors.items():
+        got = expert.tensors[name]
+        if got.shape != spec.shape or got.floating != spec.floating:
+            raise LorsError(
+                f"{expert.name}: tensor {name!r}: expected {list(spec.shape)} {spec.dtype} as in the base, "
+                f"got {list(got.shape)} {got.dtype}"
+            )
+
+
+def make_engine(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    sink: Sink,
+    report: MergeReport,
+    works: Sequence[Work],
+    progress: Progress | None,
+) -> Engine:
+    base, experts = sources[0], sources[1:]
+    engine = Engine(base, experts, sink, report, report.backend, report.threads, recipe.seed)
+    if progress is not None:
+        done, total = 0, sum(work.spec.numel for work in works)
+
+        def advance(entries: int) -> None:
+            nonlocal done
+            done += entries
+            progress(done, total)
+
+        engine.progress = advance
+    return engine
+
+
+def on_devices(
+    engine: Engine, device: str, device_memory: int | None, backend: str | None, kind: type[Any] | None = None
+) -> Any:
+    """The same engine with its matrices on GPUs (a `GpuEngine`, or `kind`); LorsError if a device or the backend is not
+    there."""
+    from lors_kernels.dispatch import BackendUnavailable, select
+
+    from ..engine.device import parse_devices
+    from ..engine.gpu import GpuEngine
+
+    if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
+        raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
+
+    devices = parse_devices(device)
+    import torch
+
+    try:
+        kernels = select(backend, torch.empty((1, 1), device=devices[0])).NAME
+    except (ValueError, BackendUnavailable) as error:
+        raise _no_backend(backend, error) from None
+    engine.report.backend = f"{kernels} on {', '.join(devices)}, {engine.backend} for the rest"
+    return (kind or GpuEngine)(
+        engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,
+        progress=engine.progress, devices=devices, device_memory=device_memory, device_backend=kernels,
+    )  # fmt: skip
