@@ -134,7 +134,8 @@ def test_wrong_arguments_leave_nothing(tiny_whisper: Path, tmp_path: Path) -> No
 def test_what_nobody_foresaw_is_one_line(
     error: Exception, line: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lors import cli, inspect
+    from lors import cli
+    from lors.analysis import inspect
 
     def fail(*args: object, **options: object) -> None:
         raise error

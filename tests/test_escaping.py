@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from helpers import module
 from lors import webpage
+from lors.analysis.interference import interference
+from lors.analysis.interference_page import render
 from lors.errors import print_lines
 from lors.experts.decompose import decompose
-from lors.interference import interference
-from lors.interference_page import render
 
 COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 ESCAPES = "\x1b]0;owned\x07\x9b2J\u202eb\nerror: none"  # a title, a cleared screen, text backwards, a line of its own

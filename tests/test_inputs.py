@@ -18,10 +18,10 @@ import lors
 import whispers
 from helpers import module
 from lors import LorsError
+from lors.analysis.inspect import inspect_command
+from lors.analysis.interference import interference
 from lors.checkpoints.reader import Checkpoint
 from lors.experts.decompose import decompose
-from lors.inspect import inspect_command
-from lors.interference import interference
 from lors.merging import suspicions
 from lors.merging.edit import edit
 from lors.merging.in_memory import merge_in_memory

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lors import inspect
+from lors.analysis import inspect
+from lors.analysis.inspect import spectra
+from lors.analysis.interference import interference
+from lors.analysis.spectrum import effective_rank
 from lors.checkpoints.reader import open_checkpoint
-from lors.inspect import spectra
-from lors.interference import interference
-from lors.spectrum import effective_rank
 
 
 def test_effective_rank_is_one_number_wherever_it_is_shown(tiny_whisper: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from helpers import module
+from lors.analysis.interference import interference
+from lors.analysis.interference_page import findings, render
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
-from lors.interference import interference
-from lors.interference_page import findings, render
 from lors.sweep import Sweep, Trial
 from lors.sweep_page import render as render_sweep
 from lors.sweep_score import Objective

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import lors
 from lors import LorsError
+from lors.analysis.interference import interference
 from lors.experts.decompose import decompose
-from lors.interference import interference
 from lors_kernels.arrays import BFLOAT16
 
 NAME = "model.decoder.layers.0.fc1.weight"

@@ -347,11 +347,11 @@ def main() -> None:
     known = [name for name in COMMANDS if name != "synth" or shutil.which("espeak-ng")]
     names = [name for name in known if name in os.environ.get("UNLUCKY_COMMANDS", ",".join(known)).split(",")]
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+    import lors.analysis.interference_page
     import lors.checkpoints.reader
     import lors.cli
     import lors.console
     import lors.experts.decompose  # noqa: F401
-    import lors.interference_page
     import lors.merging.ledger
     import lors.merging.on_disk
     import lors.sweep

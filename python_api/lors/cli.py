@@ -317,7 +317,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is in a checkpoint; with --base, the spectrum of every task vector."""
-    from .inspect import inspect_command
+    from .analysis.inspect import inspect_command
 
     inspect_command(checkpoint, base, rank=rank, top=top, match=match, plot=plot, as_json=as_json)
 
@@ -592,8 +592,8 @@ def report(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
-    from .interference import interference
-    from .interference_page import findings, output_files, render
+    from .analysis.interference import interference
+    from .analysis.interference_page import findings, output_files, render
 
     named = _experts(experts, "report")
     page, data = output_files(out, force)

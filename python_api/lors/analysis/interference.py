@@ -27,14 +27,14 @@ import numpy as np
 import lors_kernels
 from lors_kernels import FactorOverflowError, NonFiniteError
 
-from .checkpoints import layers
-from .checkpoints.compatibility import compare
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
-from .errors import LorsError, SettingError
-from .experts.expert_file import is_expert_file
-from .experts.expert_source import ExpertSource
-from .experts.source import FileSource, Slot
-from .recipes.parameters import rank_of
+from ..checkpoints import layers
+from ..checkpoints.compatibility import compare
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..errors import LorsError, SettingError
+from ..experts.expert_file import is_expert_file
+from ..experts.expert_source import ExpertSource
+from ..experts.source import FileSource, Slot
+from ..recipes.parameters import rank_of
 from .spectrum import effective_rank
 
 __all__ = ["Interference", "MatrixRow", "interference"]

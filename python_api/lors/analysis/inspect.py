@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints.compatibility import compare
-from .checkpoints.layers import kind, select
-from .checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
-from .errors import LorsError, print_lines
+from ..checkpoints.compatibility import compare
+from ..checkpoints.layers import kind, select
+from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..errors import LorsError, print_lines
 from .spectrum import effective_rank
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import webpage
-from .errors import LorsError
-from .files.file import OutputFile
-from .files.replaceable import PAGE, RESULTS
+from .. import webpage
+from ..errors import LorsError
+from ..files.file import OutputFile
+from ..files.replaceable import PAGE, RESULTS
+from ..recipes.parameters import rank_of
 from .interference import Interference, MatrixRow
-from .recipes.parameters import rank_of
 
 __all__ = ["findings", "output_files", "render"]
 

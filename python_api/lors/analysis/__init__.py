@@ -1,0 +1,1 @@
+"""Analysis: what is in a checkpoint, how experts differ from their base and from each other. Merges nothing."""
