@@ -20,7 +20,7 @@ def context() -> ForkServerContext:
             "lors.merging.on_disk",
             "lors.merging.ledger",
             "lors.experts.decompose",
-            "lors.sweep",
+            "lors.sweep.run",
             "lors.cli",
         ]
     )
@@ -80,8 +80,8 @@ def sweep(recipe: str, out: str) -> None:
 
     from lors.methods import SPECS
     from lors.recipes.recipe import Recipe
-    from lors.sweep import sweep as run
-    from lors.sweep_score import Score
+    from lors.sweep.run import sweep as run
+    from lors.sweep.score import Score
 
     def bits(model: Path) -> Score:
         return Score("complete", (float(zlib.crc32((model / "model.safetensors").read_bytes())),))

@@ -16,9 +16,9 @@ from lors.analysis.interference import interference
 from lors.analysis.interference_page import findings, render
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
-from lors.sweep import Sweep, Trial
-from lors.sweep_page import render as render_sweep
-from lors.sweep_score import Objective
+from lors.sweep.page import render as render_sweep
+from lors.sweep.run import Sweep, Trial
+from lors.sweep.score import Objective
 
 NAME = "model.encoder.layers.0.fc1.weight"
 

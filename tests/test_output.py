@@ -516,7 +516,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_sweep_needs_locks(tmp_path: Path) -> None:
-    from lors.sweep_home import Home
+    from lors.sweep.home import Home
 
     with pytest.raises(LorsError, match="the file system there has no file locks .*use a directory on another one"):
         Home(tmp_path / "sweep").open().__enter__()

@@ -26,7 +26,7 @@ from processes import LORS, gone, heed_ctrl_c, marked, unlucky, wait_for, wait_u
 
 from helpers import require
 from lors import keeper
-from lors.sweep_score import Interrupted, Objective, Scorer
+from lors.sweep.score import Interrupted, Objective, Scorer
 
 KILLS = int(os.environ.get("LORS_KILLS", "8"))
 require("linux", sys.platform == "linux", "promised on Linux")

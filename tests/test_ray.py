@@ -24,7 +24,7 @@ from lors.files.remote import cache
 from lors.merging.on_disk import merge_recipe
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
-from lors.sweep import sweep
+from lors.sweep.run import sweep
 
 psutil, ray = module("psutil", "ray"), module("ray", "ray")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

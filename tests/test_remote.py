@@ -23,8 +23,8 @@ from lors.files.remote import Store, cache, is_url, local_path
 from lors.methods import SPECS
 from lors.public import public, public_text, secrets_of
 from lors.recipes.recipe import Recipe
-from lors.sweep import sweep
-from lors.sweep_score import Score
+from lors.sweep.run import sweep
+from lors.sweep.score import Score
 
 fsspec = module("fsspec", "remote")
 

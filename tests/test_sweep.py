@@ -27,10 +27,10 @@ from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.methods import METHODS, SPECS
 from lors.recipes.recipe import Recipe
-from lors.sweep import Sweep, Trial, sweep
-from lors.sweep_models import axes, setting_recipe
-from lors.sweep_score import Objective, Score, Scorer
-from lors.sweep_space import Axis, Space
+from lors.sweep.models import axes, setting_recipe
+from lors.sweep.run import Sweep, Trial, sweep
+from lors.sweep.score import Objective, Score, Scorer
+from lors.sweep.space import Axis, Space
 
 
 @pytest.fixture(scope="module")

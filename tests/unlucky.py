@@ -354,7 +354,7 @@ def main() -> None:
     import lors.experts.decompose  # noqa: F401
     import lors.merging.ledger
     import lors.merging.on_disk
-    import lors.sweep
+    import lors.sweep.run
 
     if "synth" in names:
         import soundfile  # noqa: F401

@@ -202,7 +202,7 @@ def submit_trial(
 
 
 def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:
-    from .sweep import remote_trial
+    from .sweep.run import remote_trial
 
     return remote_trial(plan, *arguments)
 

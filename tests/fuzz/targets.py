@@ -28,7 +28,7 @@ from lors.merging.in_memory import merge_in_memory
 from lors.merging.ledger import Ledger
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
-from lors.sweep import _load_trials
+from lors.sweep.run import _load_trials
 
 __all__ = ["Corpus"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.reader import Checkpoint, open_checkpoint
-from .errors import LorsError
-from .files.digest import sha256_file, sha256_files
-from .public import public
-from .recipes.recipe import Recipe
+from ..checkpoints.reader import Checkpoint, open_checkpoint
+from ..errors import LorsError
+from ..files.digest import sha256_file, sha256_files
+from ..public import public
+from ..recipes.recipe import Recipe
 
 __all__ = ["BASE", "Inputs"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import webpage
+from .. import webpage
 
 if TYPE_CHECKING:
-    from .sweep import Sweep, Trial
+    from .run import Sweep, Trial
 
 
 def render(state: Sweep) -> str:

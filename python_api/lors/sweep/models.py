@@ -25,26 +25,26 @@ from typing import Any, get_args
 
 import yaml
 
-from .checkpoints import layers
-from .checkpoints.reader import Checkpoint, open_checkpoint
-from .engine.cpu import Engine
-from .engine.report import MergeReport
-from .engine.work import plan
-from .errors import LorsError
-from .experts.expert_file import is_expert_file
-from .experts.expert_source import ExpertSource
-from .experts.source import FileSource
-from .files.directory import RECIPE_FILE
-from .files.lock import flock
-from .files.writing import require_space, writing
-from .merging.job import DTYPES
-from .merging.on_disk import merge_recipe
-from .merging.publish import weight_writer
-from .methods import METHODS, SPECS, Reduction
-from .recipes.parameters import ParameterSpec, Rest
-from .recipes.recipe import Recipe
-from .sweep_inputs import BASE, Inputs
-from .sweep_score import Interrupted
+from ..checkpoints import layers
+from ..checkpoints.reader import Checkpoint, open_checkpoint
+from ..engine.cpu import Engine
+from ..engine.report import MergeReport
+from ..engine.work import plan
+from ..errors import LorsError
+from ..experts.expert_file import is_expert_file
+from ..experts.expert_source import ExpertSource
+from ..experts.source import FileSource
+from ..files.directory import RECIPE_FILE
+from ..files.lock import flock
+from ..files.writing import require_space, writing
+from ..merging.job import DTYPES
+from ..merging.on_disk import merge_recipe
+from ..merging.publish import weight_writer
+from ..methods import METHODS, SPECS, Reduction
+from ..recipes.parameters import ParameterSpec, Rest
+from ..recipes.recipe import Recipe
+from .inputs import BASE, Inputs
+from .score import Interrupted
 
 __all__ = ["Models", "setting_recipe"]
 
@@ -76,7 +76,7 @@ class Models:
 
     def prepare(self, rank: float | None, inputs: Inputs) -> dict[str, Path]:
         """Decomposes every expert that is a checkpoint at a rank, unless that is done: label -> file of its factors."""
-        from .experts.decompose import decompose
+        from ..experts.decompose import decompose
 
         require_space(self._home, (2 * self._units + 1) * self.model_bytes)
         found: dict[str, Path] = {}

@@ -33,16 +33,16 @@ from pydantic import ConfigDict, TypeAdapter
 
 import lors_kernels
 
-from .errors import LorsError, nearest
-from .files.writing import writing
-from .methods import SPECS
-from .public import public_text
-from .recipes.recipe import Recipe
-from .sweep_home import STATE, Home, load_lines, scratch
-from .sweep_inputs import Inputs
-from .sweep_models import Models, axes, setting_recipe
-from .sweep_score import Interrupted, Objective, Score, Scorer
-from .sweep_space import Space
+from ..errors import LorsError, nearest
+from ..files.writing import writing
+from ..methods import SPECS
+from ..public import public_text
+from ..recipes.recipe import Recipe
+from .home import STATE, Home, load_lines, scratch
+from .inputs import Inputs
+from .models import Models, axes, setting_recipe
+from .score import Interrupted, Objective, Score, Scorer
+from .space import Space
 
 __all__ = ["Sweep", "Trial", "sweep"]
 
@@ -346,7 +346,7 @@ def _executor(
 ) -> Iterator[Submit]:
     """Where trials run: threads of this process, which wait for scorers most of the time, or tasks of a Ray cluster."""
     if ray is not None and plan is not None:
-        from .cluster import connected, on_every_node, submit_trial
+        from ..cluster import connected, on_every_node, submit_trial
 
         with connected(ray, max(runner.models.threads, jobs)) as cluster:
             memory = 2 * runner.models.model_bytes
@@ -475,7 +475,7 @@ def remote_clear(url: str) -> None:
 
 def _conclude(home: Home, recipe: Recipe, state: Sweep) -> None:
     """CSV, JSON, the best recipes, the page."""
-    from .sweep_page import render
+    from .page import render
 
     names = list(dict.fromkeys(name for trial in state.trials for name in trial.settings))
     goals = [objective.name for objective in state.objectives]

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import LorsError
-from .recipes.parameters import ParameterSpec
+from ..errors import LorsError
+from ..recipes.parameters import ParameterSpec
 
 __all__ = ["Axis", "Space"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from . import keeper
-from .errors import LorsError, printable
+from .. import keeper
+from ..errors import LorsError, printable
 
 __all__ = ["Interrupted", "Objective", "Score", "Scorer"]
 

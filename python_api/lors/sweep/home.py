@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .errors import LorsError, first_line
-from .files.documents import first_problem
-from .files.lock import flock
-from .files.remote import Store, cache, local_path
-from .files.writing import writing
-from .public import public
+from ..errors import LorsError, first_line
+from ..files.documents import first_problem
+from ..files.lock import flock
+from ..files.remote import Store, cache, local_path
+from ..files.writing import writing
+from ..public import public
 
 __all__ = ["STATE", "Home", "load_lines"]
 

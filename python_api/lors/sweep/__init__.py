@@ -1,0 +1,1 @@
+"""Sweeps: many settings of one merge, each merged and scored."""
