@@ -17,8 +17,8 @@ from lors.analysis.interference_page import findings, render
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.sweep.page import render as render_sweep
-from lors.sweep.run import Sweep, Trial
 from lors.sweep.score import Objective
+from lors.sweep.trials import Sweep, Trial
 
 NAME = "model.encoder.layers.0.fc1.weight"
 

@@ -28,9 +28,10 @@ from lors.experts.decompose import decompose
 from lors.methods import METHODS, SPECS
 from lors.recipes.recipe import Recipe
 from lors.sweep.models import axes, setting_recipe
-from lors.sweep.run import Sweep, Trial, sweep
+from lors.sweep.run import sweep
 from lors.sweep.score import Objective, Score, Scorer
 from lors.sweep.space import Axis, Space
+from lors.sweep.trials import Sweep, Trial
 
 
 @pytest.fixture(scope="module")

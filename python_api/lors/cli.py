@@ -541,8 +541,8 @@ def sweep(
     from .methods import SPECS
     from .recipes.entries import parse_size
     from .recipes.recipe import Recipe
-    from .sweep.run import Trial
     from .sweep.run import sweep as run
+    from .sweep.trials import Trial
 
     given = {"rank": rank, "density": density, "lambda": lam, **_pairs(param, "--param", str)}
     options = {name: text for name, text in given.items() if text is not None}

@@ -19,7 +19,7 @@ from typing import Any
 from . import keeper
 from .errors import LorsError, first_line
 
-__all__ = ["connected", "submit_trial"]
+__all__ = ["connected", "submit"]
 
 RETRIES = 3
 CONNECT_SECONDS = 5.0
@@ -183,28 +183,19 @@ def result_of(ray: Any, reference: Any) -> Any:
         raise LorsError(f"--ray: a task was lost {RETRIES + 1} times, or its result: {reason}") from error
 
 
-# --- trials
-
-
-def submit_trial(
+def submit(
     ray: Any,
     cpus: int,
     memory: int,
-    plan: Mapping[str, Any],
     then: Callable[[Callable[[], Any]], None],
+    work: Callable[..., Any],
     *arguments: Any,
 ) -> None:
-    """A trial of a sweep as a task; `then` is called with what returns its `Trial`, or raises, when it has ended."""
+    """A function as a task; `then` is called with what returns its result, or raises, when it has ended."""
     require_fitting(ray, cpus, 0, memory)
-    task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(_trial)
-    reference = task.remote(dict(plan), *arguments)
+    task = ray.remote(num_cpus=cpus, memory=memory, max_retries=RETRIES, runtime_env=environment())(work)
+    reference = task.remote(*arguments)
     reference.future().add_done_callback(lambda _: then(lambda: result_of(ray, reference)))
-
-
-def _trial(plan: Mapping[str, Any], *arguments: Any) -> Any:
-    from .sweep.run import remote_trial
-
-    return remote_trial(plan, *arguments)
 
 
 def on_every_node(ray: Any, work: Callable[..., None], *arguments: Any) -> None:

@@ -28,7 +28,7 @@ from lors.merging.in_memory import merge_in_memory
 from lors.merging.ledger import Ledger
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
-from lors.sweep.run import _load_trials
+from lors.sweep.trials import load_trials
 
 __all__ = ["Corpus"]
 
@@ -187,7 +187,7 @@ class Corpus:
 
     def _trials(self, data: bytes) -> None:
         self.file("trials.jsonl", data)
-        _load_trials(self.root)
+        load_trials(self.root)
 
     def _index(self, data: bytes) -> None:
         home = self.root / "sharded"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .. import webpage
 
 if TYPE_CHECKING:
-    from .run import Sweep, Trial
+    from .trials import Sweep, Trial
 
 
 def render(state: Sweep) -> str:
