@@ -143,7 +143,7 @@ def measure_words(data: Path, quick: bool) -> dict[str, Any]:
     The experts are those of its experiment `quick`; lambda is the best on dev for a merge of their checkpoints; WER is the
     mean over the experts' languages on test. quick: three settings of a shorter training instead.
     """
-    from lors.speech.evaluation import evaluate
+    from lors.speech.scoring.evaluation import evaluate
 
     bench = _experts_of_speech(data, quick)
     found: dict[str, Any] = {}
@@ -175,12 +175,12 @@ def _experts_of_speech(data: Path, quick: bool) -> dict[str, Any]:
     """Trains what is not there yet, and chooses lambda on dev."""
     import yaml
 
-    from lors.speech.config import Data
     from lors.speech.demo import RECORDINGS, demo_config
-    from lors.speech.evaluation import evaluate
-    from lors.speech.experiment import build_stages
-    from lors.speech.stages import exclusive, run_stages
-    from lors.speech.whisper import resolve_model
+    from lors.speech.experiment.config import Data
+    from lors.speech.experiment.plan import build_stages
+    from lors.speech.experiment.stages import exclusive, run_stages
+    from lors.speech.model.whisper import resolve_model
+    from lors.speech.scoring.evaluation import evaluate
 
     config = demo_config()
     if quick:

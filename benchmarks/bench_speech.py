@@ -34,9 +34,9 @@ def run(results: Results, repeats: int) -> None:
 
 def evaluation() -> dict[str, Any]:
     """Seconds of `evaluate` on 1,000 two-second utterances with cached features, and of its decoding alone."""
-    from lors.speech.corpus import load_corpus
+    from lors.speech.data.corpus import load_corpus
     from lors.speech.demo import RECORDINGS
-    from lors.speech.evaluation import evaluate
+    from lors.speech.scoring.evaluation import evaluate
 
     spoken = load_corpus(RECORDINGS, languages="ca", split="train")
     corpus = [replace(u, id=f"{u.id}-{copy}") for copy in range(_UTTERANCES // len(spoken)) for u in spoken]
@@ -81,7 +81,7 @@ def _timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 def _finetune(scratch: Path, steps: int) -> None:
     from lors.speech.demo import RECORDINGS
-    from lors.speech.training import Training, finetune
+    from lors.speech.training.finetune import Training, finetune
 
     settings = Training(max_steps=steps, per_device_train_batch_size=_BATCH, learning_rate=1e-4)
     finetune("tiny", scratch / "out", data=RECORDINGS, languages="ca", training=settings, cache=scratch, force=True)
@@ -91,11 +91,11 @@ def _bare(scratch: Path, steps: int) -> None:
     """The least that trains the same way: batches, loss, gradients, clipping, AdamW, schedule."""
     import torch
 
-    from lors.speech.corpus import load_corpus
+    from lors.speech.data.corpus import load_corpus
+    from lors.speech.data.features import features
     from lors.speech.demo import RECORDINGS
-    from lors.speech.features import features
-    from lors.speech.tokens import labels
-    from lors.speech.whisper import load_model, load_processor
+    from lors.speech.model.tokens import labels
+    from lors.speech.model.whisper import load_model, load_processor
 
     model, processor = load_model("tiny").train(), load_processor("tiny")
     corpus = load_corpus(RECORDINGS, languages="ca", split="train")

@@ -131,7 +131,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_experiments_show_labels_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = module("lors.speech.report", "speech")
+    report = module("lors.speech.experiment.report", "speech")
     cell = {"wer": 1.0, "bleu": 2.0}
     model = {"cells": {"transcribe/ca": cell}, "means": {"transcribe/experts": None}, "normalised": None}
     comparison = {"difference": 1.0, "metric": "wer", "low": 0.5, "high": 2.0, "seeds_low": None, "seeds_high": None}

@@ -61,7 +61,7 @@ def test_code_that_comes_with_a_model_is_never_run(tiny_whisper: Path, tmp_path:
     import json
 
     import whispers
-    from lors.speech.whisper import load_model, load_processor
+    from lors.speech.model.whisper import load_model, load_processor
 
     names = ("AutoConfig", "AutoModelForSpeechSeq2Seq", "AutoTokenizer", "AutoProcessor", "AutoFeatureExtractor")
     code = {

@@ -360,7 +360,7 @@ def main() -> None:
         import soundfile  # noqa: F401
         import soxr  # noqa: F401
 
-        import lors.speech.synth  # noqa: F401
+        import lors.speech.data.synth  # noqa: F401
 
     root.mkdir(parents=True)
     preloaded = "faults" in os.environ.get("LD_PRELOAD", "")

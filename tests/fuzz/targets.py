@@ -198,7 +198,7 @@ class Corpus:
         open_checkpoint(home).close()
 
     def _manifest(self, data: bytes) -> None:
-        from lors.speech.corpus import load_corpus
+        from lors.speech.data.corpus import load_corpus
 
         load_corpus(self.file("manifest.tsv", data), languages=["ca"], split="dev")
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from lors.speech.config import Config, Data, Grid
 from lors.speech.demo import RECORDINGS
+from lors.speech.experiment.config import Config, Data, Grid
 
 
 def cut_config() -> Config:

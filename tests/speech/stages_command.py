@@ -22,8 +22,8 @@ def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer
     say("begun")
     from cut import counts, cut_config, hangs
 
-    from lors import ray_stages
-    from lors.speech.stages import Stage, exclusive, run_stages
+    from lors.speech.experiment import ray_stages
+    from lors.speech.experiment.stages import Stage, exclusive, run_stages
 
     chosen: list[Stage] = []
     if kind == "hangs":

@@ -16,8 +16,8 @@ from processes import gone, marked, wait_for
 
 from helpers import module
 from lors.errors import LorsError
-from lors.ray_stages import memory_of, run_stages
-from lors.speech.experiment import build_stages
+from lors.speech.experiment.plan import build_stages
+from lors.speech.experiment.ray_stages import memory_of, run_stages
 
 module("ray", "ray")
 psutil = module("psutil", "ray")

@@ -13,9 +13,9 @@ import soundfile
 
 from helpers import module
 from lors.speech import run_experiment
-from lors.speech.audio import read_audio
-from lors.speech.config import Config, load_config
-from lors.speech.corpus import Corpus, Utterance, load_corpus
+from lors.speech.data.audio import read_audio
+from lors.speech.data.corpus import Corpus, Utterance, load_corpus
+from lors.speech.experiment.config import Config, load_config
 
 SIZES = {"train": 4, "dev": 2, "test": 3}
 CODES = {"ca": ("ca", "ca_es"), "sv": ("sv-SE", "sv_se")}  # Common Voice's and FLEURS's

@@ -15,11 +15,11 @@ import soundfile
 
 from helpers import module
 from lors.errors import LorsError
-from lors.speech.audio import AudioFile, duration, read_audio
-from lors.speech.corpus import Corpus, by_task, load_corpus
-from lors.speech.features import features, log_mel
-from lors.speech.languages import fleurs_code, parse_languages, whisper_code
-from lors.speech.whisper import load_processor
+from lors.speech.data.audio import AudioFile, duration, read_audio
+from lors.speech.data.corpus import Corpus, by_task, load_corpus
+from lors.speech.data.features import features, log_mel
+from lors.speech.data.languages import fleurs_code, parse_languages, whisper_code
+from lors.speech.model.whisper import load_processor
 
 
 def _tsv(path: Path, *rows: str) -> Path:

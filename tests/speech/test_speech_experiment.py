@@ -22,11 +22,11 @@ from helpers import module
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
-from lors.speech.config import Grid, load_config, shipped_configs
-from lors.speech.experiment import build_stages
-from lors.speech.report import _page, print_tables
-from lors.speech.stages import Stage, exclusive, run_stages
-from lors.speech.whisper import SHIPPED
+from lors.speech.experiment.config import Grid, load_config, shipped_configs
+from lors.speech.experiment.plan import build_stages
+from lors.speech.experiment.report import _page, print_tables
+from lors.speech.experiment.stages import Stage, exclusive, run_stages
+from lors.speech.model.whisper import SHIPPED
 
 KILLS = int(os.environ.get("LORS_KILLS", "2"))
 

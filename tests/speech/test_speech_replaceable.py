@@ -10,10 +10,10 @@ from cut import cut_config
 from helpers import module
 from lors.errors import LorsError
 from lors.files.replaceable import objection
-from lors.speech.evaluation import make_room
-from lors.speech.experiment import run_experiment
-from lors.speech.synth import synthesise
-from lors.speech.training import Training, finetune
+from lors.speech.data.synth import synthesise
+from lors.speech.experiment.plan import run_experiment
+from lors.speech.scoring.evaluation import make_room
+from lors.speech.training.finetune import Training, finetune
 
 
 @pytest.mark.usefixtures("espeak")

@@ -8,7 +8,7 @@ import pytest
 import sacrebleu
 
 from lors.errors import LorsError
-from lors.speech.scoring import Statistics, metric, normaliser, paired_bootstrap, score
+from lors.speech.scoring.metrics import Statistics, metric, normaliser, paired_bootstrap, score
 
 
 def test_wer_by_hand() -> None:

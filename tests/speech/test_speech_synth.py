@@ -9,11 +9,11 @@ import pytest
 from processes import LORS, gone, marked, wait_until
 
 from lors.errors import LorsError
-from lors.speech.audio import AudioFile, read_audio
-from lors.speech.corpus import load_corpus
-from lors.speech.domain import SPLITS, concepts, sample, sentence
-from lors.speech.languages import LANGUAGES
-from lors.speech.synth import synthesise
+from lors.speech.data.audio import AudioFile, read_audio
+from lors.speech.data.corpus import load_corpus
+from lors.speech.data.domain import SPLITS, concepts, sample, sentence
+from lors.speech.data.languages import LANGUAGES
+from lors.speech.data.synth import synthesise
 
 needs_espeak = pytest.mark.usefixtures("espeak")
 

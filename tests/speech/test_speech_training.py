@@ -24,10 +24,11 @@ from helpers import module
 from lors.checkpoints.layers import decomposed
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
-from lors.speech import Trained, Training, compare, evaluate, finetune, trainer
-from lors.speech.audio import AudioFile
-from lors.speech.corpus import Corpus
-from lors.speech.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
+from lors.speech import Trained, Training, compare, evaluate, finetune
+from lors.speech.data.audio import AudioFile
+from lors.speech.data.corpus import Corpus
+from lors.speech.model.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
+from lors.speech.training import trainer
 
 SHORT = Training(max_steps=4, learning_rate=4e-4)
 

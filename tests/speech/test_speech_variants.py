@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lors.speech.merged import Merger
-from lors.speech.whisper import load_model, load_processor
+from lors.speech.experiment.merged import Merger
+from lors.speech.model.whisper import load_model, load_processor
 
 SETTING = {"rank": 4, "density": 0.2, "rest": "task_arithmetic"}
 

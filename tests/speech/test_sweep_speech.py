@@ -10,8 +10,8 @@ from pathlib import Path
 from cut import cut_config
 
 from lors.speech import evaluate
-from lors.speech.experiment import build_stages
-from lors.speech.whisper import resolve_model
+from lors.speech.experiment.plan import build_stages
+from lors.speech.model.whisper import resolve_model
 
 
 def test_a_sweep_scores_words(finished: Path, tmp_path: Path, recordings: Path) -> None:

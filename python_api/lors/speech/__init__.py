@@ -9,24 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .corpus import Utterance, load_corpus
-    from .evaluation import Evaluation, compare, evaluate
-    from .experiment import run_experiment
-    from .synth import synthesise
-    from .training import Trained, Training, finetune
+    from .data.corpus import Utterance, load_corpus
+    from .data.synth import synthesise
+    from .experiment.plan import run_experiment
+    from .scoring.evaluation import Evaluation, compare, evaluate
+    from .training.finetune import Trained, Training, finetune
 
 # name -> module; loaded on first use: transformers takes seconds
 _EXPORTS = {
-    "Evaluation": "evaluation",
-    "Trained": "training",
-    "Training": "training",
-    "Utterance": "corpus",
-    "compare": "evaluation",
-    "evaluate": "evaluation",
-    "finetune": "training",
-    "load_corpus": "corpus",
-    "run_experiment": "experiment",
-    "synthesise": "synth",
+    "Evaluation": "scoring.evaluation",
+    "Trained": "training.finetune",
+    "Training": "training.finetune",
+    "Utterance": "data.corpus",
+    "compare": "scoring.evaluation",
+    "evaluate": "scoring.evaluation",
+    "finetune": "training.finetune",
+    "load_corpus": "data.corpus",
+    "run_experiment": "experiment.plan",
+    "synthesise": "data.synth",
 }
 
 __all__ = [

@@ -16,7 +16,7 @@ import typer
 from ..errors import LorsError, print_lines, printable
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation
+    from .scoring.evaluation import Evaluation
 
 __all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "require_extra", "synth"]
 
@@ -48,8 +48,8 @@ def synth(
     force: Annotated[bool, typer.Option("--force", help="Write over a corpus in OUT.")] = False,
 ) -> None:
     """Make a speech corpus with translations by espeak-ng: audio files and manifest.tsv."""
-    from .languages import parse_languages
-    from .synth import synthesise
+    from .data.languages import parse_languages
+    from .data.synth import synthesise
 
     require_extra()
     codes = parse_languages(languages)
@@ -125,8 +125,8 @@ def finetune(
 
     lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
     """
-    from .training import Training, first_process
-    from .training import finetune as run
+    from .training.finetune import Training, first_process
+    from .training.finetune import finetune as run
 
     require_extra()
     training = Training(
@@ -179,10 +179,10 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
-    from .corpus import parse_tasks
-    from .evaluation import evaluate as run
-    from .evaluation import make_room, model_names
-    from .languages import parse_languages
+    from .data.corpus import parse_tasks
+    from .data.languages import parse_languages
+    from .scoring.evaluation import evaluate as run
+    from .scoring.evaluation import make_room, model_names
 
     require_extra()
     # All that can be wrong is looked at before hours of decoding.
@@ -213,7 +213,7 @@ def _pair(text: str, known: Sequence[str]) -> tuple[str, str]:
 
 
 def _show_comparison(evaluation: Evaluation, first: str, second: str, tasks: tuple[str, ...]) -> None:
-    from .evaluation import compare
+    from .scoring.evaluation import compare
 
     for task in tasks:
         metric = "wer" if task == "transcribe" else "bleu"
@@ -233,7 +233,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
     """One table per task: models down; languages, and the means of all metrics over them, across."""
     from rich.table import Table
 
-    from .report import wide_console
+    from .experiment.report import wide_console
 
     console = wide_console()
     for task in dict.fromkeys(r.task for r in evaluation.results):
@@ -280,8 +280,8 @@ def experiment(
 
     lors experiment quick -o quick
     """
-    from .config import load_config
-    from .experiment import build_stages, run_experiment
+    from .experiment.config import load_config
+    from .experiment.plan import build_stages, run_experiment
 
     require_extra()
     changes: dict[str, Any] = {}
@@ -301,7 +301,7 @@ def experiment(
         return
     path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=print_lines)
     if stage is None:
-        from .report import print_tables
+        from .experiment.report import print_tables
 
         print_tables(out)
         print_lines(f"report: {path}")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ..errors import LorsError, print_lines
-from .config import Config, Data, load_config
+from .experiment.config import Config, Data, load_config
 
 __all__ = ["RECORDINGS", "demo", "demo_config"]
 
@@ -31,8 +31,8 @@ def demo_config() -> Config:
 def demo(out: Path) -> Path:
     """Runs the experiment in `out` and prints what came out; returns the report."""
     from .commands import require_extra
-    from .experiment import run_experiment
-    from .report import print_tables
+    from .experiment.plan import run_experiment
+    from .experiment.report import print_tables
 
     require_extra()
     began = time.monotonic()

@@ -17,7 +17,7 @@ __all__ = ["score"]
 
 def score(data: str, languages: str, model: str, tasks: str = "transcribe") -> dict[str, float]:
     """Percentages: `wer` (transcribe) and `bleu` (translate), means over the languages, and each language's own."""
-    from .evaluation import evaluate
+    from .scoring.evaluation import evaluate
 
     evaluation = evaluate(model, data=data, languages=languages, tasks=tasks, split="dev")
     found: dict[str, float] = {}

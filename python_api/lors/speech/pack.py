@@ -11,10 +11,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from .audio import SAMPLE_RATE, read_audio, require
-from .corpus import Corpus, load_corpus
-from .domain import SPLITS
-from .synth import MANIFEST_COLUMNS
+from .data.audio import SAMPLE_RATE, read_audio, require
+from .data.corpus import Corpus, load_corpus
+from .data.domain import SPLITS
+from .data.synth import MANIFEST_COLUMNS
 
 __all__ = ["main", "pack"]
 

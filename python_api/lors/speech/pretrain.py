@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .corpus import Corpus, load_corpus
-from .domain import concepts, sentence
-from .features import features
-from .languages import LANGUAGES
-from .tiny import Size, build_model, build_processor
-from .tokens import labels
+from .data.corpus import Corpus, load_corpus
+from .data.domain import concepts, sentence
+from .data.features import features
+from .data.languages import LANGUAGES
+from .model.tiny import Size, build_model, build_processor
+from .model.tokens import labels
 
 __all__ = ["main", "pretrain"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import print_lines, printable
-from ..files.file import write_file
-from ..files.replaceable import HEAD, PAGE, RESULTS
-from ..webpage import escape
+from ...errors import print_lines, printable
+from ...files.file import write_file
+from ...files.replaceable import HEAD, PAGE, RESULTS
+from ...webpage import escape
 from .config import Config
 from .results import METRIC, summarise
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError, nearest
-from ..files.directory import OutputDirectory
-from ..files.replaceable import CORPUS
-from ..files.writing import writing
-from ..progress import bar
+from ...errors import LorsError, nearest
+from ...files.directory import OutputDirectory
+from ...files.replaceable import CORPUS
+from ...files.writing import writing
+from ...progress import bar
 from .audio import SAMPLE_RATE, require
 from .domain import sample, sentence
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..errors import LorsError, nearest
+from ...errors import LorsError, nearest
 
 __all__ = ["CHARACTER_LANGUAGES", "LANGUAGES", "common_voice_code", "fleurs_code", "parse_languages", "whisper_code"]
 

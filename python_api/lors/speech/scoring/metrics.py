@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError
-from .audio import require
-from .languages import CHARACTER_LANGUAGES
+from ...errors import LorsError
+from ..data.audio import require
+from ..data.languages import CHARACTER_LANGUAGES
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layers import decomposed
-from ..merging.in_memory import merge_state_dicts
+from ...checkpoints.layers import decomposed
+from ...merging.in_memory import merge_state_dicts
+from ..model.whisper import load_model, load_processor
 from .variants import VARIANTS
-from .whisper import load_model, load_processor
 
 __all__ = ["Merger"]
 

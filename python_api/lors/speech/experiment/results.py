@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..public import public
+from ...public import public
+from ..scoring.metrics import Statistics, paired_bootstrap
 from .config import Config
-from .scoring import Statistics, paired_bootstrap
 
 __all__ = ["METRIC", "summarise"]
 
@@ -199,7 +199,16 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str | None:
     """Of the code that sums up, where it runs from its repository; the stages may be older."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent.parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -210,9 +219,9 @@ def _spectra(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
     """Per expert of the first seed: share of |delta|^2 in r triplets, sigma_{r+1} / sigma_r, share in matrices."""
     import numpy as np
 
-    from ..checkpoints.layers import decomposed
-    from ..checkpoints.reader import open_checkpoint
-    from .whisper import resolve_model
+    from ...checkpoints.layers import decomposed
+    from ...checkpoints.reader import open_checkpoint
+    from ..model.whisper import resolve_model
 
     spectra = {}
     with open_checkpoint(resolve_model(config.base)) as base:

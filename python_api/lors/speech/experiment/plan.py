@@ -14,15 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import ray_stages
-from ..errors import LorsError
-from ..files.digest import sha256_file
-from ..files.replaceable import PAGE, RESULTS, require_file
+from ...errors import LorsError
+from ...files.digest import sha256_file
+from ...files.replaceable import PAGE, RESULTS, require_file
+from ..data.corpus import Corpus, by_task, load_corpus
+from ..data.domain import SPLITS
+from ..model.whisper import quiet, require_languages, resolve_model, torch_device
+from . import ray_stages
 from .config import Config, Setting, load_config
-from .corpus import Corpus, by_task, load_corpus
-from .domain import SPLITS
 from .stages import Stage, exclusive, run_stage, run_stages
-from .whisper import quiet, require_languages, resolve_model, torch_device
 
 __all__ = ["build_stages", "run_experiment"]
 
@@ -185,7 +185,7 @@ def _synthesise(
     out: Path, _: Mapping[str, Path], *, experts: Sequence[str], languages: Sequence[str], sizes: Mapping[str, int],
     condition: str, seed: int,
 ) -> None:  # fmt: skip
-    from .synth import speak
+    from ..data.synth import speak
 
     # Only the experts' languages need training speech.
     others = [language for language in languages if language not in experts]
@@ -196,7 +196,7 @@ def _finetune(
     out: Path, inputs: Mapping[str, Path], *, base: str, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     training: Setting, sequential: bool,
 ) -> None:  # fmt: skip
-    from .training import Training, finetune
+    from ..training.finetune import Training, finetune
 
     finetune(
         base,
@@ -222,7 +222,7 @@ def _test_model(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     batch_size: int, device: str, model: str | None,
 ) -> None:  # fmt: skip
-    from .whisper import load_model, load_processor
+    from ..model.whisper import load_model, load_processor
 
     trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
     source = str(trained) if model is None else model
@@ -258,7 +258,7 @@ def _search(
 def _dev_cells(
     network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int, cache: Path
 ) -> dict[str, float]:
-    from .evaluation import result
+    from ..scoring.evaluation import result
 
     cells = {}
     for task in tasks:
@@ -291,7 +291,7 @@ def _write_answers(
     out: Path, network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int
 ) -> list[str]:
     """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``. Returns the answers."""
-    from .evaluation import result
+    from ..scoring.evaluation import result
 
     out.mkdir(exist_ok=True)
     cache = next(parent for parent in out.parents if parent.name == "stages").parent / "features"

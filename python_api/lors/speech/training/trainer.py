@@ -25,17 +25,17 @@ from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ..checkpoints.layers import decomposed
-from ..errors import LorsError, printable
-from ..progress import bar
-from .audio import require
-from .corpus import Corpus, by_task
-from .evaluation import transcribe
-from .features import features, log_mel, require_windows
-from .scoring import score
-from .tokens import labels
-from .training import Training, write_json
-from .whisper import load_model, load_processor
+from ...checkpoints.layers import decomposed
+from ...errors import LorsError, printable
+from ...progress import bar
+from ..data.audio import require
+from ..data.corpus import Corpus, by_task
+from ..data.features import features, log_mel, require_windows
+from ..model.tokens import labels
+from ..model.whisper import load_model, load_processor
+from ..scoring.evaluation import transcribe
+from ..scoring.metrics import score
+from .finetune import Training, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .corpus import Utterance
+from ..data.corpus import Utterance
 
 __all__ = ["labels"]
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.hub import HUB_ID
-from ..checkpoints.reader import open_checkpoint
-from ..errors import LorsError, first_line, nearest, shown
-from ..files import strict_json
-from ..files.remote import is_url
+from ...checkpoints.hub import HUB_ID
+from ...checkpoints.reader import open_checkpoint
+from ...errors import LorsError, first_line, nearest, shown
+from ...files import strict_json
+from ...files.remote import is_url
 
 __all__ = [
     "DTYPES", "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",
@@ -21,7 +21,10 @@ __all__ = [
 ]  # fmt: skip
 
 # Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
-SHIPPED = {"tiny": Path(__file__).parent / "bases" / "final", "tiny-early": Path(__file__).parent / "bases" / "early"}
+SHIPPED = {
+    "tiny": Path(__file__).parent.parent / "bases" / "final",
+    "tiny-early": Path(__file__).parent.parent / "bases" / "early",
+}
 
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError, nearest
-from ..files.digest import sha256_file
-from ..files.directory import OutputDirectory
-from ..files.replaceable import CHECKPOINTS, RUN, foreign, require_file
-from ..files.writing import writing
-from ..public import public
-from .corpus import Corpus, load_corpus, parse_tasks
-from .languages import parse_languages
-from .whisper import local_model, quiet, require_languages, torch_device
+from ...errors import LorsError, nearest
+from ...files.digest import sha256_file
+from ...files.directory import OutputDirectory
+from ...files.replaceable import CHECKPOINTS, RUN, foreign, require_file
+from ...files.writing import writing
+from ...public import public
+from ..data.corpus import Corpus, load_corpus, parse_tasks
+from ..data.languages import parse_languages
+from ..model.whisper import local_model, quiet, require_languages, torch_device
 
 if TYPE_CHECKING:
     from .trainer import Job, Record

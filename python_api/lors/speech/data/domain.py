@@ -13,7 +13,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from ..errors import LorsError, nearest
+from ...errors import LorsError, nearest
 from .languages import LANGUAGES
 
 __all__ = ["SPLITS", "Concept", "concepts", "sample", "sentence"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import LorsError
+from ...errors import LorsError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import LorsError, first_line, nearest, shown
-from ..files import strict_json
+from ...errors import LorsError, first_line, nearest, shown
+from ...files import strict_json
 from .audio import AudioBytes, AudioFile, AudioSource, duration
 from .languages import common_voice_code, fleurs_code, parse_languages, whisper_code
 

@@ -25,11 +25,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from .. import keeper
-from ..errors import LorsError, SettingError, nearest
-from ..files.lock import flock
-from ..files.writing import writing
-from ..public import public_text
+from ... import keeper
+from ...errors import LorsError, SettingError, nearest
+from ...files.lock import flock
+from ...files.writing import writing
+from ...public import public_text
 
 __all__ = ["Stage", "exclusive", "run_stage", "run_stages"]
 
@@ -38,8 +38,8 @@ _PRELOAD = [
     "transformers.models.whisper.modeling_whisper",
     "transformers.trainer_seq2seq",
     "lors.merging.on_disk",
-    "lors.speech.trainer",
-    "lors.speech.evaluation",
+    "lors.speech.training.trainer",
+    "lors.speech.scoring.evaluation",
 ]
 
 
@@ -207,7 +207,7 @@ def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
 def _child(stage: Stage, root: Path, sender: Any) -> None:
     import torch
 
-    from .whisper import quiet
+    from ..model.whisper import quiet
 
     torch.set_num_threads(1)
     quiet()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError
-from ..files.writing import writing
+from ...errors import LorsError
+from ...files.writing import writing
 from .audio import SAMPLE_RATE, duration, read_audio
 from .corpus import Utterance
 

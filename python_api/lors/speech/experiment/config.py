@@ -8,16 +8,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import LorsError, nearest
-from ..methods import SPECS
-from ..recipes import strict_yaml
-from .languages import whisper_code
-from .training import Training
+from ...errors import LorsError, nearest
+from ...methods import SPECS
+from ...recipes import strict_yaml
+from ..data.languages import whisper_code
+from ..training.finetune import Training
 from .variants import VARIANTS
 
 __all__ = ["Config", "Grid", "Setting", "load_config", "shipped_configs"]
 
-_SHIPPED = Path(__file__).parent / "configs"
+_SHIPPED = Path(__file__).parent.parent / "configs"
 
 Setting = dict[str, Any]
 

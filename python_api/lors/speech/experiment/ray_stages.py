@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cluster import RETRIES, TICK_SECONDS, connected, environment, failure_of, require_fitting
-from .errors import LorsError
+from ...cluster import RETRIES, TICK_SECONDS, connected, environment, failure_of, require_fitting
+from ...errors import LorsError
 
 if TYPE_CHECKING:
-    from .speech.config import Config
-    from .speech.stages import Stage
+    from .config import Config
+    from .stages import Stage
 
 __all__ = ["memory_of", "run_stages"]
 
@@ -83,8 +83,8 @@ def memory_of(stage: Stage, weights: int) -> int:
 
 
 def _weights(config: Config) -> int:
-    from .checkpoints.reader import open_checkpoint
-    from .speech.whisper import resolve_model
+    from ...checkpoints.reader import open_checkpoint
+    from ..model.whisper import resolve_model
 
     with open_checkpoint(resolve_model(config.base)) as base:
         return 4 * sum(info.numel for info in base.tensors.values())

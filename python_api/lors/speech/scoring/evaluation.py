@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LorsError
-from ..files.file import write_file
-from ..files.replaceable import ANSWERS, SCORES, require_file
-from ..files.writing import writing
-from ..progress import bar
-from .audio import SAMPLE_RATE, duration
-from .corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
-from .features import features
-from .languages import parse_languages
-from .scoring import Interval, Score, Statistics, paired_bootstrap, score
-from .whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
+from ...errors import LorsError
+from ...files.file import write_file
+from ...files.replaceable import ANSWERS, SCORES, require_file
+from ...files.writing import writing
+from ...progress import bar
+from ..data.audio import SAMPLE_RATE, duration
+from ..data.corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
+from ..data.features import features
+from ..data.languages import parse_languages
+from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
+from .metrics import Interval, Score, Statistics, paired_bootstrap, score
 
 if TYPE_CHECKING:
     import numpy as np

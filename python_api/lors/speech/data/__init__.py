@@ -1,0 +1,1 @@
+"""Speech: corpora, recordings, features; what is said, in which language."""

@@ -1,0 +1,1 @@
+"""The merging experiment: its stages, what they found, the report."""

@@ -1,0 +1,1 @@
+"""Scores: word errors, BLEU, intervals, and the decoding that they judge."""
