@@ -81,7 +81,8 @@ def _timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 def _finetune(scratch: Path, steps: int) -> None:
     from lors.speech.demo import RECORDINGS
-    from lors.speech.training.finetune import Training, finetune
+    from lors.speech.training.finetune import finetune
+    from lors.speech.training.settings import Training
 
     settings = Training(max_steps=steps, per_device_train_batch_size=_BATCH, learning_rate=1e-4)
     finetune("tiny", scratch / "out", data=RECORDINGS, languages="ca", training=settings, cache=scratch, force=True)

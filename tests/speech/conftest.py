@@ -11,7 +11,8 @@ import torch
 from cut import cut_config
 
 from helpers import module, require
-from lors.speech.data.corpus import Corpus, load_corpus
+from lors.speech.data.corpus import load_corpus
+from lors.speech.data.utterance import Corpus
 from lors.speech.demo import RECORDINGS
 
 for name in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):

@@ -14,7 +14,8 @@ import soundfile
 from helpers import module
 from lors.speech import run_experiment
 from lors.speech.data.audio import read_audio
-from lors.speech.data.corpus import Corpus, Utterance, load_corpus
+from lors.speech.data.corpus import load_corpus
+from lors.speech.data.utterance import Corpus, Utterance
 from lors.speech.experiment.config import Config, load_config
 
 SIZES = {"train": 4, "dev": 2, "test": 3}

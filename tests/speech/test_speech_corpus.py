@@ -16,9 +16,10 @@ import soundfile
 from helpers import module
 from lors.errors import LorsError
 from lors.speech.data.audio import AudioFile, duration, read_audio
-from lors.speech.data.corpus import Corpus, by_task, load_corpus
+from lors.speech.data.corpus import load_corpus
 from lors.speech.data.features import features, log_mel
 from lors.speech.data.languages import fleurs_code, parse_languages, whisper_code
+from lors.speech.data.utterance import Corpus, by_task
 from lors.speech.model.whisper import load_processor
 
 

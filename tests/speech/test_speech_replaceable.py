@@ -13,7 +13,8 @@ from lors.files.replaceable import objection
 from lors.speech.data.synth import synthesise
 from lors.speech.experiment.plan import run_experiment
 from lors.speech.scoring.evaluation import make_room
-from lors.speech.training.finetune import Training, finetune
+from lors.speech.training.finetune import finetune
+from lors.speech.training.settings import Training
 
 
 @pytest.mark.usefixtures("espeak")

@@ -26,7 +26,7 @@ from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.speech import Trained, Training, compare, evaluate, finetune
 from lors.speech.data.audio import AudioFile
-from lors.speech.data.corpus import Corpus
+from lors.speech.data.utterance import Corpus
 from lors.speech.model.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
 from lors.speech.training import trainer
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lors.speech.experiment.merged import Merger
+from lors.speech.experiment.variants import weights
 from lors.speech.model.whisper import load_model, load_processor
 
 SETTING = {"rank": 4, "density": 0.2, "rest": "task_arithmetic"}
@@ -32,7 +33,13 @@ def merger() -> Merger:
 
 
 def _merged(merger: Merger, method: str, **setting: Any) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in merger.merge(method, {**SETTING, **setting}).state_dict().items()}
+    return _held(merger, method, {**SETTING, **setting})
+
+
+def _held(merger: Merger, method: str, setting: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The network's own weights after a merge."""
+    state = merger.holding(weights(merger, method, setting)).state_dict()
+    return {name: value.clone() for name, value in state.items()}
 
 
 def _apart(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -73,7 +80,7 @@ def test_rank_by_energy(merger: Merger) -> None:
     setting = {"density": 0.0, "lam": 1.0, "rest": "base"}
     one = {"expert-0": merger.experts["expert-0"]}
     alone = Merger(merger.base, one, merger.network, merger.processor)
-    merged = alone.merge("lors_energy", {"energy": 0.9, **setting}).state_dict()
+    merged = _held(alone, "lors_energy", {"energy": 0.9, **setting})
     for name in alone.matrices():
         delta = one["expert-0"][name] - merger.base[name]
         change = merged[name] - merger.base[name]
@@ -86,14 +93,14 @@ def test_orthogonal_low_rank_parts(merger: Merger) -> None:
     # One expert has nothing to be orthogonal to, and all of its rank: TSV is its delta, and no residual is left.
     alone = Merger(merger.base, {"expert-0": merger.experts["expert-0"]}, merger.network, merger.processor)
     setting = {"density": 0.2, "low": 0.4, "sparse": 0.3, "rest": "task_arithmetic"}
-    merged = {k: v.clone() for k, v in alone.merge("lors_orthogonal", setting).state_dict().items()}
+    merged = _held(alone, "lors_orthogonal", setting)
     whole = alone.weights("task_arithmetic", {"lam": 0.4})
     assert max(float((merged[name] - whole[name]).abs().max()) for name in whole) < 1e-4
     # Without the sparse part it is TSV; with it the difference has the entries of S, of what a rank of 128 / 3 leaves.
     name = "model.encoder.layers.0.fc1.weight"
     tsv = merger.weights("tsv", {"lam": 0.4})[name]
-    torch.testing.assert_close(merger.merge("lors_orthogonal", {**setting, "sparse": 0.0}).state_dict()[name], tsv)
-    added = merger.merge("lors_orthogonal", setting).state_dict()[name] - tsv
+    torch.testing.assert_close(_held(merger, "lors_orthogonal", {**setting, "sparse": 0.0})[name], tsv)
+    added = _held(merger, "lors_orthogonal", setting)[name] - tsv
     low = merger.weights("svp", {"rank": 42, "lam": 1.0})[name]
     expected = merger.weights("lors", {"rank": 42, "density": 0.2, "lam": 1.0})[name] - low
     torch.testing.assert_close(added, 0.3 * expected, atol=1e-6, rtol=1e-3)

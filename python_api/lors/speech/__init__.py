@@ -9,18 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.corpus import Utterance, load_corpus
+    from .data.corpus import load_corpus
     from .data.synth import synthesise
+    from .data.utterance import Utterance
     from .experiment.plan import run_experiment
     from .scoring.evaluation import Evaluation, compare, evaluate
-    from .training.finetune import Trained, Training, finetune
+    from .training.finetune import Trained, finetune
+    from .training.settings import Training
 
 # name -> module; loaded on first use: transformers takes seconds
 _EXPORTS = {
     "Evaluation": "scoring.evaluation",
     "Trained": "training.finetune",
-    "Training": "training.finetune",
-    "Utterance": "data.corpus",
+    "Training": "training.settings",
+    "Utterance": "data.utterance",
     "compare": "scoring.evaluation",
     "evaluate": "scoring.evaluation",
     "finetune": "training.finetune",

@@ -125,8 +125,9 @@ def finetune(
 
     lors finetune --model openai/whisper-small --data covost2:/data/cv --language ca --task both -o ca
     """
-    from .training.finetune import Training, first_process
     from .training.finetune import finetune as run
+    from .training.finetune import first_process
+    from .training.settings import Training
 
     require_extra()
     training = Training(
@@ -179,8 +180,8 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
-    from .data.corpus import parse_tasks
     from .data.languages import parse_languages
+    from .data.utterance import parse_tasks
     from .scoring.evaluation import evaluate as run
     from .scoring.evaluation import make_room, model_names
 

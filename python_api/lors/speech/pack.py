@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from .data.audio import SAMPLE_RATE, read_audio, require
-from .data.corpus import Corpus, load_corpus
+from .data.corpus import load_corpus
 from .data.domain import SPLITS
 from .data.synth import MANIFEST_COLUMNS
+from .data.utterance import Corpus
 
 __all__ = ["main", "pack"]
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .data.corpus import Corpus, load_corpus
+from .data.corpus import load_corpus
 from .data.domain import concepts, sentence
 from .data.features import features
 from .data.languages import LANGUAGES
+from .data.utterance import Corpus
 from .model.tiny import Size, build_model, build_processor
 from .model.tokens import labels
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import LorsError
 from ...files.writing import writing
 from .audio import SAMPLE_RATE, duration, read_audio
-from .corpus import Utterance
+from .utterance import Utterance
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from ...errors import LorsError, nearest
 from ...methods import SPECS
 from ...recipes import strict_yaml
 from ..data.languages import whisper_code
-from ..training.finetune import Training
+from ..training.settings import Training
 from .variants import VARIANTS
 
 __all__ = ["Config", "Grid", "Setting", "load_config", "shipped_configs"]

@@ -10,7 +10,6 @@ from typing import Any
 from ...checkpoints.layers import decomposed
 from ...merging.in_memory import merge_state_dicts
 from ..model.whisper import load_model, load_processor
-from .variants import VARIANTS
 
 __all__ = ["Merger"]
 
@@ -30,10 +29,8 @@ class Merger:
         experts = {name: _weights(path / "model") for name, path in inputs.items() if name.startswith("expert-")}
         return cls(_weights(base), experts, load_model(base, device=device), load_processor(base))
 
-    def merge(self, method: str, setting: Mapping[str, Any], backend: str | None = None) -> Any:
-        """The network with the merged weights; the same object every time."""
-        variant = VARIANTS.get(method)
-        weights = variant(self, **setting) if variant else self.weights(method, setting, backend)
+    def holding(self, weights: Mapping[str, Any]) -> Any:
+        """The network with these weights; the same object every time."""
         tied = self.network.load_state_dict(weights, strict=False)
         if tied.unexpected_keys or tied.missing_keys != ["proj_out.weight"]:
             raise RuntimeError(f"the merge does not fit the network: {tied}")

@@ -17,8 +17,9 @@ from typing import Any
 from ...errors import LorsError
 from ...files.digest import sha256_file
 from ...files.replaceable import PAGE, RESULTS, require_file
-from ..data.corpus import Corpus, by_task, load_corpus
+from ..data.corpus import load_corpus
 from ..data.domain import SPLITS
+from ..data.utterance import Corpus, by_task
 from ..model.whisper import quiet, require_languages, resolve_model, torch_device
 from . import ray_stages
 from .config import Config, Setting, load_config
@@ -196,7 +197,8 @@ def _finetune(
     out: Path, inputs: Mapping[str, Path], *, base: str, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     training: Setting, sequential: bool,
 ) -> None:  # fmt: skip
-    from ..training.finetune import Training, finetune
+    from ..training.finetune import finetune
+    from ..training.settings import Training
 
     finetune(
         base,
@@ -236,6 +238,7 @@ def _search(
 ) -> None:  # fmt: skip
     """``grid.json``: mean dev WER of every setting; the best is first in the list of ties."""
     from .merged import Merger
+    from .variants import weights
 
     merger = Merger.load(base, inputs, device)
     corpus = _load(data, inputs, languages, "dev")
@@ -243,7 +246,7 @@ def _search(
     def tried(setting: Setting) -> Setting:
         path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
         if not path.exists():
-            network = merger.merge(method, setting)
+            network = merger.holding(weights(merger, method, setting))
             cells = _dev_cells(network, merger.processor, corpus, tasks, batch_size, out.parent.parent / "features")
             record = {"setting": setting, "wer": sum(cells.values()) / len(cells), "cells": cells}
             path.write_text(json.dumps(record), "utf-8")
@@ -273,14 +276,16 @@ def _test_merge(
     batch_size: int, device: str, base: str, method: str, rest: str, check_reference: bool,
 ) -> None:  # fmt: skip
     from .merged import Merger
+    from .variants import weights
 
     merger = Merger.load(base, {name: path for name, path in inputs.items() if name.startswith("expert-")}, device)
     search = next(path for name, path in inputs.items() if name.startswith("dev-"))
     setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
     corpus = _load(data, inputs, languages, "test")
-    answers = _write_answers(out, merger.merge(method, setting), merger.processor, corpus, tasks, batch_size)
+    network = merger.holding(weights(merger, method, setting))
+    answers = _write_answers(out, network, merger.processor, corpus, tasks, batch_size)
     if check_reference:
-        network = merger.merge(method, setting, backend="reference")
+        network = merger.holding(weights(merger, method, setting, backend="reference"))
         again = _write_answers(out / "reference", network, merger.processor, corpus, tasks, batch_size)
         differing = sum(a != b for a, b in zip(answers, again, strict=True))
         record = {"utterances": len(answers), "differing": differing}

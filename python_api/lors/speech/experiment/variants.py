@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .merged import Merger
 
-__all__ = ["VARIANTS"]
+__all__ = ["VARIANTS", "weights"]
 
 State = dict[str, Any]
 
@@ -69,6 +69,12 @@ def _sparse(merger: Merger, rank: Any, density: float, experts: Mapping[str, Sta
 
 def _plus(state: State, change: State, factor: float) -> State:
     return {name: value + factor * change[name] for name, value in state.items()}
+
+
+def weights(merger: Merger, method: str, setting: Mapping[str, Any], backend: str | None = None) -> State:
+    """The merged weights by a variation, or by a method of the package."""
+    variant = VARIANTS.get(method)
+    return variant(merger, **setting) if variant else merger.weights(method, setting, backend)
 
 
 VARIANTS: dict[str, Callable[..., State]] = {

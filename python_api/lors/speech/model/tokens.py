@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data.corpus import Utterance
+from ..data.utterance import Utterance
 
 __all__ = ["labels"]
 

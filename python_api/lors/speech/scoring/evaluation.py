@@ -16,9 +16,10 @@ from ...files.replaceable import ANSWERS, SCORES, require_file
 from ...files.writing import writing
 from ...progress import bar
 from ..data.audio import SAMPLE_RATE, duration
-from ..data.corpus import Corpus, Utterance, by_task, load_corpus, parse_tasks
+from ..data.corpus import load_corpus
 from ..data.features import features
 from ..data.languages import parse_languages
+from ..data.utterance import Corpus, Utterance, by_task, parse_tasks
 from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 from .metrics import Interval, Score, Statistics, paired_bootstrap, score
 

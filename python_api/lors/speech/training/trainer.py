@@ -29,13 +29,13 @@ from ...checkpoints.layers import decomposed
 from ...errors import LorsError, printable
 from ...progress import bar
 from ..data.audio import require
-from ..data.corpus import Corpus, by_task
 from ..data.features import features, log_mel, require_windows
+from ..data.utterance import Corpus, by_task
 from ..model.tokens import labels
 from ..model.whisper import load_model, load_processor
 from ..scoring.evaluation import transcribe
 from ..scoring.metrics import score
-from .finetune import Training, write_json
+from .settings import Training, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,0 +1,77 @@
+"""How to train, and the record of it on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import LorsError, nearest
+
+__all__ = ["TRAIN", "Training", "write_json"]
+
+TRAIN = ("all", "matrices", "lora")
+SCHEDULERS = (  # those that need no further settings
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
+_POSITIVE = (
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps"),
+    *("early_stopping_patience", "lora_rank", "lora_alpha"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How to train; names and defaults are those of transformers' TrainingArguments where it has them.
+
+    `train`: every weight, only the matrices that a decomposing merge works on, or LoRA adapters on these (the result is
+    then the merged model, with the adapter beside it in ``adapter/``).
+    """
+
+    train: str = "all"
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    lr_scheduler_type: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_steps: int = 500
+    eval_steps: int | None = None  # dev WER every so many steps; None: never
+    early_stopping_patience: int | None = None  # evaluations without a better dev WER; the best weights are kept
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAIN:
+            raise LorsError(f"train: expected {', '.join(TRAIN)}, got {self.train!r}{nearest(self.train, TRAIN)}")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise LorsError("early stopping: expected eval_steps, got none")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise LorsError(f"{name}: expected an integer of at least 1, got {value!r}")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+                raise LorsError(f"{name}: expected a positive number, got {value!r}")
+        if self.lr_scheduler_type not in SCHEDULERS:
+            known = nearest(self.lr_scheduler_type, SCHEDULERS)
+            raise LorsError(f"lr_scheduler_type: no {self.lr_scheduler_type!r}{known}")
+        if self.device not in ("cpu", "cuda"):
+            raise LorsError(f"device: training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes the file, which is there whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes of a distributed run may write it too
+    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    temporary.replace(path)
