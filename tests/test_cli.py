@@ -17,7 +17,7 @@ import pytest
 import whispers
 from helpers import module, require
 
-COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from lors.cli.app import main; main()"]
 
 
 def run(
@@ -134,8 +134,8 @@ def test_wrong_arguments_leave_nothing(tiny_whisper: Path, tmp_path: Path) -> No
 def test_what_nobody_foresaw_is_one_line(
     error: Exception, line: str, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lors import cli
     from lors.analysis import inspect
+    from lors.cli import app
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -144,7 +144,7 @@ def test_what_nobody_foresaw_is_one_line(
     monkeypatch.setattr("sys.argv", ["lors", "inspect", "x"])
     monkeypatch.setenv("LORS_TRACEBACK", "1" if whole else "0")
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err.endswith(f"error: {line}\n") and ("Traceback" in err) == whole and (whole or err.count("\n") == 1), err
@@ -153,7 +153,7 @@ def test_what_nobody_foresaw_is_one_line(
 def test_more_threads_than_the_system_allows(tiny_whisper: Path, tmp_path: Path) -> None:
     """Each wants 8 MB of address space for its stack; the merge ends at once, not when the rest of them are done."""
     code = (
-        "import resource, sys; from lors.merging import on_disk as merging; from lors.cli import main; "
+        "import resource, sys; from lors.merging import on_disk as merging; from lors.cli.app import main; "
         "free = 400 << 20; used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free)); main()"
     )

@@ -264,7 +264,7 @@ def test_import_is_inert() -> None:
     import subprocess
     import sys
 
-    code = "import sys, lors, lors_kernels, lors.cli; print([m for m in ('torch', 'transformers', 'matplotlib', 'lors_kernels._cpu_avx512', 'lors_kernels._cpu_portable') if m in sys.modules])"
+    code = "import sys, lors, lors_kernels, lors.cli.app; print([m for m in ('torch', 'transformers', 'matplotlib', 'lors_kernels._cpu_avx512', 'lors_kernels._cpu_portable') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

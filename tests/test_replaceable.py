@@ -19,7 +19,7 @@ import lors
 from helpers import module, require
 from lors.checkpoints.hub import SIDECARS
 from lors.checkpoints.reader import open_checkpoint
-from lors.cli import app
+from lors.cli.app import app
 from lors.errors import LorsError, LorsWarning
 from lors.experts.decompose import decompose
 from lors.experts.lora import export_lora

@@ -110,7 +110,7 @@ def child(arguments: Sequence[str], said: Path, begin: Callable[[], None], end: 
         os.dup2(stream, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = ["lors", *arguments]
-        from lors.cli import main
+        from lors.cli.app import main
 
         begin()
         try:
@@ -349,7 +349,7 @@ def main() -> None:
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     import lors.analysis.interference_page
     import lors.checkpoints.reader
-    import lors.cli
+    import lors.cli.app
     import lors.console
     import lors.experts.decompose  # noqa: F401
     import lors.merging.ledger

@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-from lors import cli
+from lors.cli import app
 
 
 def say(line: str) -> None:
     print(line, flush=True)
 
 
-@cli.app.command()
+@app.app.command()
 def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer.Option()] = None) -> None:
     say("begun")
     from cut import counts, cut_config, hangs
@@ -39,4 +39,4 @@ def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer
 
 
 if __name__ == "__main__":
-    cli.main()
+    app.main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from ..cli import run
+from ..cli.app import run
 from .commands import COMMANDS
 
 

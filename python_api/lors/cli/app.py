@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command import as_options, one_line_errors
-from .errors import LorsError, SettingError, print_lines
-from .public import public
-from .speech.commands import COMMANDS as SPEECH_COMMANDS
+from ..command import as_options, one_line_errors
+from ..errors import LorsError, SettingError, print_lines
+from ..public import public
+from ..speech.commands import COMMANDS as SPEECH_COMMANDS
 
 if TYPE_CHECKING:
-    from .engine.report import MergeReport
+    from ..engine.report import MergeReport
 
 app = typer.Typer(
     name="lors",
@@ -36,8 +36,8 @@ def main() -> None:
 
 def run(command: typer.Typer) -> None:
     """Runs a command: what is wrong is one line, and the exit code says the kind of it."""
-    from .console import standard_streams
-    from .files.signals import terminate_cleanly
+    from ..console import standard_streams
+    from ..files.signals import terminate_cleanly
 
     with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
         status = command(prog_name="lors", standalone_mode=False)
@@ -60,7 +60,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from . import __version__
+        from .. import __version__
 
         print(f"lors {__version__}")
         raise typer.Exit
@@ -133,10 +133,10 @@ def merge(
     described = bool(base or experts or method or parameters or settings)
     file, out = _recipe_and_out(paths, described, bool(experts))
 
-    from .merging.on_disk import dry_run as rehearse
-    from .merging.on_disk import merge_recipe
-    from .methods import SPECS
-    from .recipes.recipe import Recipe
+    from ..merging.on_disk import dry_run as rehearse
+    from ..merging.on_disk import merge_recipe
+    from ..methods import SPECS
+    from ..recipes.recipe import Recipe
 
     with as_options(lambda: {} if file else _keys(experts, parameters)):
         if file:
@@ -183,8 +183,8 @@ def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tup
 
 def _experts(items: Sequence[str], where: str) -> dict[str, str]:
     """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
-    from .files.remote import is_url
-    from .recipes.recipe import label_of
+    from ..files.remote import is_url
+    from ..recipes.recipe import label_of
 
     experts: dict[str, str] = {}
     for item in items:
@@ -235,7 +235,7 @@ def _pairs(items: list[str] | None, option: str, convert: Callable[[str], Any]) 
 
 
 def _scalar(text: str) -> Any:
-    from .recipes import strict_yaml
+    from ..recipes import strict_yaml
 
     value = strict_yaml.parse(text, repr(text))
     if not isinstance(value, (bool, int, float, str)):
@@ -317,7 +317,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is in a checkpoint; with --base, the spectrum of every task vector."""
-    from .analysis.inspect import inspect_command
+    from ..analysis.inspect import inspect_command
 
     inspect_command(checkpoint, base, rank=rank, top=top, match=match, plot=plot, as_json=as_json)
 
@@ -385,8 +385,8 @@ def bench(
 
 def _decomposed_shapes(source: str) -> list[tuple[int, int]]:
     """Of the matrices of this checkpoint that a merge decomposes, the smallest first."""
-    from .checkpoints.layers import select
-    from .checkpoints.reader import open_checkpoint
+    from ..checkpoints.layers import select
+    from ..checkpoints.reader import open_checkpoint
 
     with open_checkpoint(source) as model:
         chosen = select(model.tensors, model.naming, model.config).names
@@ -401,7 +401,7 @@ def _decomposed_shapes(source: str) -> list[tuple[int, int]]:
 )
 def mergekit_yaml(ctx: typer.Context) -> None:
     """mergekit's own command, CONFIG OUT and its flags, with our methods and kernels under it."""
-    from .integrations.mergekit import mergekit_yaml as run
+    from ..integrations.mergekit import mergekit_yaml as run
 
     run(ctx.args)
 
@@ -437,7 +437,7 @@ def decompose(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store an expert as low rank plus sparse, in a fraction of its size; `merge`, `add` and `remove` take it."""
-    from .experts.decompose import decompose as run
+    from ..experts.decompose import decompose as run
 
     target = {"include": include or [], "exclude": exclude or []} if include or exclude else None
     with as_options(lambda: {"target.include": "--include", "target.exclude": "--exclude"}):
@@ -467,7 +467,7 @@ def add(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Add one expert to a merged model, in place and in one step."""
-    from .merging.edit import edit
+    from ..merging.edit import edit
 
     _tell(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
 
@@ -484,7 +484,7 @@ def remove(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Take one expert out of a merged model, in place and in one step."""
-    from .merging.edit import edit
+    from ..merging.edit import edit
 
     _tell(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
 
@@ -498,7 +498,7 @@ def export_lora(
     force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
 ) -> None:
     """Write the low-rank part of an expert as a PEFT LoRA adapter."""
-    from .experts.lora import export_lora as run
+    from ..experts.lora import export_lora as run
 
     print_lines(f"{out}: {run(expert, out, base=base, scale=scale, force=force)} matrices")
 
@@ -538,11 +538,11 @@ def sweep(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
-    from .methods import SPECS
-    from .recipes.entries import parse_size
-    from .recipes.recipe import Recipe
-    from .sweep.run import sweep as run
-    from .sweep.trials import Trial
+    from ..methods import SPECS
+    from ..recipes.entries import parse_size
+    from ..recipes.recipe import Recipe
+    from ..sweep.run import sweep as run
+    from ..sweep.trials import Trial
 
     given = {"rank": rank, "density": density, "lambda": lam, **_pairs(param, "--param", str)}
     options = {name: text for name, text in given.items() if text is not None}
@@ -592,8 +592,8 @@ def report(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
-    from .analysis.interference import interference
-    from .analysis.interference_page import findings, output_files, render
+    from ..analysis.interference import interference
+    from ..analysis.interference_page import findings, output_files, render
 
     named = _experts(experts, "report")
     page, data = output_files(out, force)
