@@ -1,1 +1,7 @@
-"""The `lors` command."""
+"""The `lors` command. Knows everything below and computes nothing."""
+
+from __future__ import annotations
+
+from .app import main
+
+__all__ = ["main"]

@@ -66,7 +66,6 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
 def merge(
     paths: Annotated[
         list[str],
@@ -306,7 +305,6 @@ def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = Fal
     )
 
 
-@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Directory, file or hub id.")],
     base: Annotated[str | None, typer.Option(help="Describe the difference to this checkpoint.")] = None,
@@ -322,7 +320,6 @@ def inspect(
     inspect_command(checkpoint, base, rank=rank, top=top, match=match, plot=plot, as_json=as_json)
 
 
-@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Backends, each available or why not; threads, versions. Exit code 1 if something is broken or misconfigured."""
     from lors_kernels.__main__ import print_diagnosis
@@ -331,7 +328,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         raise typer.Exit(1)
 
 
-@app.command()
 def validate(
     backend: Annotated[
         list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
@@ -351,7 +347,6 @@ def validate(
         raise typer.Exit(1)
 
 
-@app.command()
 def bench(
     backend: Annotated[
         list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
@@ -396,9 +391,6 @@ def _decomposed_shapes(source: str) -> list[tuple[int, int]]:
     return sorted(shapes, key=lambda shape: shape[0] * shape[1])
 
 
-@app.command(
-    "mergekit-yaml", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
 def mergekit_yaml(ctx: typer.Context) -> None:
     """mergekit's own command, CONFIG OUT and its flags, with our methods and kernels under it."""
     from ..integrations.mergekit import mergekit_yaml as run
@@ -409,7 +401,6 @@ def mergekit_yaml(ctx: typer.Context) -> None:
 # --- expert files ----------------------------------------------------------------------------------------------------
 
 
-@app.command()
 def decompose(
     base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
     expert: Annotated[str, typer.Argument(help="Fine-tuned checkpoint.")],
@@ -454,7 +445,6 @@ def decompose(
         )
 
 
-@app.command()
 def add(
     merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
     expert: Annotated[str, typer.Argument(help="Expert file of the same base.")],
@@ -472,7 +462,6 @@ def add(
     _tell(edit(merged, expert, name=name, weight=weight, backend=backend, threads=threads), as_json)
 
 
-@app.command()
 def remove(
     merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
     expert: Annotated[str, typer.Argument(help="Expert file that was merged, or made from the checkpoint that was.")],
@@ -489,7 +478,6 @@ def remove(
     _tell(edit(merged, expert, remove=True, name=name, backend=backend, threads=threads), as_json)
 
 
-@app.command("export-lora")
 def export_lora(
     expert: Annotated[str, typer.Argument(help="Expert file.")],
     out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Adapter directory to write.")],
@@ -506,7 +494,6 @@ def export_lora(
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
-@app.command()
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
     score: Annotated[
@@ -577,7 +564,6 @@ def sweep(
 # --- interference ----------------------------------------------------------------------------------------------------
 
 
-@app.command()
 def report(
     base: Annotated[str, typer.Argument(help="Base checkpoint: directory, file or hub id.")],
     experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints or expert files.")],
@@ -608,5 +594,23 @@ def report(
         print_lines(*findings(found), f"-> {out}, {out.with_suffix('.json')}")
 
 
-for _name, _command in SPEECH_COMMANDS.items():
-    app.command(_name)(_command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "merge": merge,
+    "inspect": inspect,
+    "doctor": doctor,
+    "validate": validate,
+    "bench": bench,
+    "mergekit-yaml": mergekit_yaml,
+    "decompose": decompose,
+    "add": add,
+    "remove": remove,
+    "export-lora": export_lora,
+    "sweep": sweep,
+    "report": report,
+    **SPEECH_COMMANDS,
+}
+_OPTIONS: dict[str, dict[str, Any]] = {  # mergekit reads its own
+    "mergekit-yaml": {"add_help_option": False, "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}},
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, **_OPTIONS.get(_name, {}))(_command)
