@@ -28,7 +28,7 @@ RIVALS = ("mergekit task arithmetic", "mergekit TIES", "as released")
 # entry in a million is about 2e-3. A half precision one differs by roundings of the weight's last place.
 SAME = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.5}
 
-LORS = [sys.executable, "-c", "from lors.cli.app import main; main()"]  # what the console script `lors` runs
+LORS = [sys.executable, "-c", "from lors.cli import main; main()"]  # what the console script `lors` runs
 
 
 @dataclass(frozen=True)

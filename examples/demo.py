@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import lors
-from lors.cli.app import show_report
+from lors.cli.show import show_report
 
 OUT = Path("demo-out/merged")
 

@@ -49,7 +49,7 @@ def _run(job: str, *arguments: Any) -> None:
 
 def command(*arguments: str) -> None:
     """The command line, as a shell in the foreground starts it."""
-    from lors.cli.app import main
+    from lors.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[:] = ["lors", *arguments]

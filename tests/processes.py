@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LORS = [sys.executable, "-c", "from lors.cli.app import main; main()"]
+LORS = [sys.executable, "-c", "from lors.cli import main; main()"]
 VARIABLE = "LORS_TEST_TOKEN"
 
 

@@ -16,7 +16,7 @@ import lors_kernels
 from lors_kernels.testing import bench
 from lors_kernels.testing.peaks import Peaks
 
-COMMAND = [sys.executable, "-c", "from lors.cli.app import main; main()", "bench"]
+COMMAND = [sys.executable, "-c", "from lors.cli import main; main()", "bench"]
 PEAKS = {"cpu": Peaks(1e11, 0.0, {1 << 62: 1e10})}
 SMALL = (96, 64)
 

@@ -17,7 +17,7 @@ import pytest
 import whispers
 from helpers import module, require
 
-COMMAND = [sys.executable, "-c", "from lors.cli.app import main; main()"]
+COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 
 
 def run(
@@ -153,7 +153,7 @@ def test_what_nobody_foresaw_is_one_line(
 def test_more_threads_than_the_system_allows(tiny_whisper: Path, tmp_path: Path) -> None:
     """Each wants 8 MB of address space for its stack; the merge ends at once, not when the rest of them are done."""
     code = (
-        "import resource, sys; from lors.merging import on_disk as merging; from lors.cli.app import main; "
+        "import resource, sys; from lors.merging import on_disk as merging; from lors.cli import main; "
         "free = 400 << 20; used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + free, used + free)); main()"
     )

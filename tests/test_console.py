@@ -14,7 +14,7 @@ import tiny
 
 import lors
 
-COMMAND = f"{sys.executable} -c 'from lors.cli.app import main; main()'"
+COMMAND = f"{sys.executable} -c 'from lors.cli import main; main()'"
 
 
 @pytest.fixture(scope="module")

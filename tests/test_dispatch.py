@@ -48,7 +48,7 @@ def doctor(home: Path, **variables: str) -> tuple[int, dict]:
 
 def merge(home: Path, models: Path, out: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     arguments = ("--base", str(models / "base"), "--expert", f"ca={models / 'ca'}", str(out), *options)
-    return python(home, "-c", "from lors.cli.app import main; main()", "merge", *arguments, **variables)
+    return python(home, "-c", "from lors.cli import main; main()", "merge", *arguments, **variables)
 
 
 def compiled(home: Path, stem: str = "_cpu_") -> list[Path]:

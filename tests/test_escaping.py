@@ -22,7 +22,7 @@ from lors.analysis.interference_page import render
 from lors.errors import print_lines
 from lors.experts.decompose import decompose
 
-COMMAND = [sys.executable, "-c", "from lors.cli.app import main; main()"]
+COMMAND = [sys.executable, "-c", "from lors.cli import main; main()"]
 ESCAPES = "\x1b]0;owned\x07\x9b2J\u202eb\nerror: none"  # a title, a cleared screen, text backwards, a line of its own
 MARKUP = "<script>alert(1)</script>'\"&[/red][link=https://example.org]{0}{task.x}`|"
 

@@ -173,7 +173,7 @@ def test_two_merges_into_one_directory(family: dict[str, str], tmp_path: Path, m
     wanted = {name: open_checkpoint(tmp_path / name).sha256()["model.safetensors"] for name in ("ca", "de")}
     for round_ in range(3):
         out = tmp_path / f"out{round_}"
-        code = "import sys; from lors.cli.app import main; main()"
+        code = "import sys; from lors.cli import main; main()"
         runs = [
             subprocess.Popen(
                 [sys.executable, "-c", code, "merge", str(out), "--base", family["base"], "--expert", f"{name}={family[name]}", "-q"],

@@ -186,7 +186,7 @@ def test_the_command_hands_everything_to_mergekit_and_says_in_one_line_what_it_r
     text: str, arguments: str, said: str, tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from lors.cli.app import main
+    from lors.cli import main
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yml").write_text(text.replace("BASE", str(tiny_whisper / "base")))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lors.cli.app import main
+from lors.cli import main
 from lors.experts.decompose import decompose
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 967061824\n"

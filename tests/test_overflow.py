@@ -168,7 +168,7 @@ def test_float64_is_refused_in_one_line(tmp_path: Path, wide: str) -> None:
 
 def run_to_error(*arguments: object) -> str:
     """The one line of a command that fails."""
-    command = [sys.executable, "-c", "from lors.cli.app import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from lors.cli import main; main()", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr

@@ -304,7 +304,7 @@ def test_secrets_of_urls_are_seen_nowhere(server: Server, family: dict[str, Path
     printed = []
 
     def run(*arguments: object, code: int = 0) -> str:
-        command = [sys.executable, "-c", "from lors.cli.app import main; main()", *map(str, arguments)]
+        command = [sys.executable, "-c", "from lors.cli import main; main()", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         printed.append(done.stdout + done.stderr)
         assert done.returncode == code, printed[-1]

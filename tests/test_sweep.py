@@ -246,7 +246,7 @@ def test_bad_trials_are_marked_and_the_sweep_goes_on(recipe: Recipe, tmp_path: P
 def test_a_killed_sweep_goes_on_where_it_was(recipe: Recipe, tmp_path: Path) -> None:
     source = str(recipe._directory / "recipe.yml") if recipe._directory else ""
     command = [
-        sys.executable, "-c", "from lors.cli.app import main; main()", "sweep", source, "-o", str(tmp_path / "s"),
+        sys.executable, "-c", "from lors.cli import main; main()", "sweep", source, "-o", str(tmp_path / "s"),
         "--rank", "1,2", "--lambda", "0.1:0.5:0.1", "--score", "sh -c 'sleep 0.05; echo 1'",
     ]  # fmt: skip
     for _ in range(2):

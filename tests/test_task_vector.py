@@ -398,7 +398,7 @@ def test_peft_loads_the_exported_adapter(family: dict[str, Path], tmp_path: Path
 
 def test_the_commands(family: dict[str, Path], tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from lors.cli.app import main; main()", *map(str, arguments)]
+        command = [sys.executable, "-c", "from lors.cli import main; main()", *map(str, arguments)]
         return subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
 
     for name in ("ca", "de"):

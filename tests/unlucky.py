@@ -110,7 +110,7 @@ def child(arguments: Sequence[str], said: Path, begin: Callable[[], None], end: 
         os.dup2(stream, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = ["lors", *arguments]
-        from lors.cli.app import main
+        from lors.cli import main
 
         begin()
         try:

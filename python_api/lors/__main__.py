@@ -11,7 +11,7 @@ def main() -> None:
     """Entry point."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, and stays so
         signal.signal(signal.SIGINT, _leave)
-    from .cli.app import main as command
+    from .cli import main as command
 
     command()
 

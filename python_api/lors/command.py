@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: one line on stderr and an exit code, whatever it was.
+"""Runs a command, and ends it when something is wrong: one line on stderr and an exit code, whatever it was.
 
 2 for all that a user can put right and for what nobody foresaw (``LORS_TRACEBACK=1`` shows that whole), 130 for Ctrl-C, 1
 for a reader of the output that went away. A wrong option is told like a wrong input: where, expected, got.
@@ -14,11 +14,33 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import typer
+
 from .console import tell
 from .errors import LorsError, SettingError, first_line
 from .files.signals import Terminated
 
-__all__ = ["as_options", "explained", "one_line_errors"]
+__all__ = ["as_options", "explained", "one_line_errors", "run"]
+
+
+def run(command: typer.Typer) -> None:
+    """Runs a command: what is wrong is one line, and the exit code says the kind of it."""
+    from .console import standard_streams
+    from .files.signals import terminate_cleanly
+
+    with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
+        status = command(prog_name="lors", standalone_mode=False)
+        if status == 130:  # how the library hands Ctrl-C on
+            raise KeyboardInterrupt
+        if status:
+            raise SystemExit(status)
+
+
+def _own_options(app: typer.Typer) -> dict[str, str]:
+    """Argument -> option of the command that is run."""
+    command = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
+    names = [name for option in command.params for name in option.opts] if command else []
+    return {name[2:].replace("-", "_"): name for name in names}
 
 
 @contextlib.contextmanager

@@ -23,13 +23,13 @@ def test_a_sweep_scores_words(finished: Path, tmp_path: Path, recordings: Path) 
         f"merge_method: lors\nbase_model: {resolve_model('tiny')}\nmodels:\n{models}parameters: {{rank: 4}}\n"
     )
     command = [
-        sys.executable, "-c", "from lors.cli.app import main; main()", "sweep", str(recipe), "-o", str(tmp_path / "s"),
+        sys.executable, "-c", "from lors.cli import main; main()", "sweep", str(recipe), "-o", str(tmp_path / "s"),
         "--lambda", "0.9", "--score", f"speech {recordings} ca", "--objective", "wer:min",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (trial,) = json.loads((tmp_path / "s" / "trials.json").read_text())["trials"]
-    again = [sys.executable, "-c", "from lors.cli.app import main; main()", "merge", str(tmp_path / "s" / "best.yml")]
+    again = [sys.executable, "-c", "from lors.cli import main; main()", "merge", str(tmp_path / "s" / "best.yml")]
     subprocess.run([*again, str(tmp_path / "best"), "--quiet"], check=True)
     (result,) = evaluate(tmp_path / "best", data=str(recordings), languages="ca", split="dev").results
     assert trial["values"] == [result.score.wer] and 0 < result.score.wer < 100

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from ..cli.app import run
+from ..command import run
 from .commands import COMMANDS
 
 

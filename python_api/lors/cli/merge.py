@@ -1,0 +1,151 @@
+"""`lors merge`, and mergekit's own command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..command import as_options
+from ..errors import LorsError
+from ..progress import merging_bar
+from .options import experts_of, pairs_of, scalar
+from .show import tell_report
+
+
+def merge(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter."),
+    ],
+    base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... (default: lors)")
+    ] = None,
+    rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
+    lam: Annotated[float | None, typer.Option("--lambda", help="Factor of the sum over the experts.")] = None,
+    weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
+    rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU (default: 80 % of what is free).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the written weights (default: the base's).")] = None,
+    out_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest weight file (default: 5GB).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Reload the result and compare a sample with the method's definition.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
+) -> None:
+    """Merge experts into one checkpoint, by a recipe or by options.
+
+    lors merge recipe.yml OUT
+    lors merge --base BASE --expert ca=DIR --expert de=DIR OUT
+    """
+    given = {
+        "rank": rank, "density": density, "lambda": lam, "weight": pairs_of(weight, "--weight", float), **pairs_of(param, "--param", scalar)
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "target": {"include": include or [], "exclude": exclude or []} if include or exclude else None,
+        "rest": rest, "out_dtype": dtype, "out_shard_size": out_shard_size, "seed": seed,
+    }  # fmt: skip
+    parameters = {key: value for key, value in given.items() if value not in (None, {})}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    experts = experts_of(expert or [], "--expert")
+    described = bool(base or experts or method or parameters or settings)
+    file, out = _recipe_and_out(paths, described, bool(experts))
+
+    from ..merging.on_disk import dry_run as rehearse
+    from ..merging.on_disk import merge_recipe
+    from ..methods import SPECS
+    from ..recipes.recipe import Recipe
+
+    with as_options(lambda: {} if file else _keys(experts, parameters)):
+        if file:
+            recipe = Recipe.load(file, SPECS)
+        else:
+            recipe = Recipe.from_arguments(base, experts, method or "lors", methods=SPECS, **settings, **parameters)
+        if dry_run:
+            report = rehearse(
+                recipe, out, backend=None if device else backend, threads=threads, device=device, force=force
+            )
+        else:
+            with merging_bar(quiet or as_json) as progress:
+                report = merge_recipe(
+                    recipe, out, backend=backend, threads=threads, device=device,
+                    device_memory=None if device_memory is None else int(device_memory * 1e9),
+                    force=force, durable=fsync, check=check, progress=progress, ray=ray,
+                )  # fmt: skip
+    if as_json or not quiet:
+        tell_report(report, as_json, verbose, rehearsal=dry_run)
+
+
+def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tuple[Path | None, str]:
+    """The two arguments of `merge`, told apart; `described`: options print_lines what is merged."""
+    usage = "lors merge --base DIR --expert NAME=DIR OUT"
+    if len(paths) > 2 or "=" in paths[0] and not Path(paths[0]).exists():
+        raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {' '.join(paths)}; models are options: {usage}")
+    first, out = Path(paths[0]).expanduser(), paths[-1]
+    if len(paths) == 1 and described:
+        if not experts:
+            raise LorsError("merge: expected at least one --expert NAME=DIR")
+        return None, out
+    if len(paths) == 1:
+        if first.is_file() or first.suffix in (".yml", ".yaml"):
+            raise LorsError(f"merge: expected OUT, the directory to write, after the recipe: lors merge {first} OUT")
+        raise LorsError(f"merge: expected a recipe before OUT, or options that describe the merge: {usage}")
+    if described:
+        raise LorsError("merge: expected a recipe or options that describe the merge, got both; put them in the recipe")
+    if first.is_dir():
+        raise LorsError(f"{first}: expected a recipe, a YAML file, got a directory; models are options: {usage}")
+    if not first.exists() and Path(out).is_file():
+        raise LorsError(f"{first}: there is no such recipe; the output comes last: lors merge {out} {first}")
+    return first, out
+
+
+def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
+    """Key of the recipe that the options make -> option."""
+    keys = {
+        "merge_method": "--method", "base_model": "--base", "models": "--expert", "out_dtype": "--dtype",
+        "out_shard_size": "--out-shard-size", "target": "--include", "target.include": "--include",
+        "target.exclude": "--exclude",
+    }  # fmt: skip
+    keys |= {f"parameters.{name}": f"--param {name}" for name in parameters}
+    keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
+    for index, name in enumerate(experts):
+        keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}
+        keys |= {f"models[{index}].parameters.weight": f"--weight {name}", f"models[{index}].name": f"--expert {name}"}
+    return keys
+
+
+def mergekit_yaml(ctx: typer.Context) -> None:
+    """mergekit's own command, CONFIG OUT and its flags, with our methods and kernels under it."""
+    from ..integrations.mergekit import mergekit_yaml as run
+
+    run(ctx.args)

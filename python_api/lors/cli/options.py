@@ -1,0 +1,56 @@
+"""What options are read with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import LorsError
+
+
+def experts_of(items: Sequence[str], where: str) -> dict[str, str]:
+    """Name -> path of `NAME=PATH`, or of a path, whose last part is the name; `where` they were given."""
+    from ..files.remote import is_url
+    from ..recipes.recipe import label_of
+
+    experts: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or is_url(item) or Path(item).exists():
+            name, path = label_of(item), item
+        if not (name and path):
+            raise LorsError(f"{where}: expected NAME=PATH, or a path, got {item!r}")
+        if name in experts:
+            raise LorsError(
+                f"{where}: {name!r} is given twice: {experts[name]} and {path}; NAME=PATH gives another name"
+            )
+        experts[name] = path
+    return experts
+
+
+def pairs_of(items: list[str] | None, option: str, convert: Callable[[str], Any]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            example = "; for all experts alike: --param weight=0.5" if option == "--weight" else ""
+            raise LorsError(f"{option}: expected NAME=VALUE, got {item!r}{example}")
+        if name in pairs:
+            raise LorsError(f"{option}: {name!r} is given twice")
+        try:
+            pairs[name] = convert(value)
+        except ValueError:
+            raise LorsError(f"{option}: expected a number for {name!r}, got {value!r}") from None
+        except LorsError as error:
+            raise LorsError(f"{option} {name}: {error}") from None
+    return pairs
+
+
+def scalar(text: str) -> Any:
+    from ..recipes import strict_yaml
+
+    value = strict_yaml.parse(text, repr(text))
+    if not isinstance(value, (bool, int, float, str)):
+        raise LorsError(f"expected a number, true, false or a word, got {text!r}")
+    return value

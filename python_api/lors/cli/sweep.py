@@ -1,0 +1,79 @@
+"""`lors sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import LorsError, print_lines
+from ..public import public
+from .options import pairs_of
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
+    score: Annotated[
+        str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="DIR", help="Directory or URL of the sweep; the same again goes on.")
+    ],
+    rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
+    density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
+    lam: Annotated[str | None, typer.Option("--lambda", metavar="VALUES", help="As --rank.")] = None,
+    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Compare methods with as many trials each; repeat.")] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method (default: the whole grid).")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials (default: all cores).")] = None,
+    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try trials again that failed in an earlier run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
+    from ..methods import SPECS
+    from ..recipes.entries import parse_size
+    from ..recipes.recipe import Recipe
+    from ..sweep.run import sweep as run
+    from ..sweep.trials import Trial
+
+    given = {"rank": rank, "density": density, "lambda": lam, **pairs_of(param, "--param", str)}
+    options = {name: text for name, text in given.items() if text is not None}
+    if not options:
+        raise LorsError("sweep: expected something to vary: --rank, --density, --lambda or --param")
+    try:
+        budget = None if memory is None else parse_size(memory)
+    except ValueError as error:
+        raise LorsError(f"--memory: {error}") from None
+
+    def show(trial: Trial) -> None:
+        if not quiet:
+            setting = ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items()
+            )
+            result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
+            print_lines(f"{trial.method} {trial.number}: {setting}: {result}")
+
+    done = run(
+        Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
+        sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
+        threads=threads, ray=ray, retry=retry, progress=show,
+    )  # fmt: skip
+    best = done.best()
+    if best is not None and not quiet:
+        print_lines(
+            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
+            f"-> {public(out)}/best.yml, {public(out)}/index.html"
+        )
