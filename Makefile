@@ -55,8 +55,8 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(CPP)
 
 # The kernels without Python: plain, and under the sanitizers.
-NATIVE := $(wildcard csrc/cpu/*.cpp csrc/lors/*.cpp) tests/native/native_test.cpp
-build/native-%: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+NATIVE := $(wildcard csrc/cpu/*.cpp csrc/common/*.cpp) tests/native/native_test.cpp
+build/native-%: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/common/*.h)
 	mkdir -p build
 	$(CXX) -std=c++17 -g -O1 -fno-omit-frame-pointer -Wall -Wextra $(if $(filter plain,$*),-O3,-march=native -fsanitize=$*) -Icsrc $(NATIVE) -o $@ -pthread
 
@@ -68,12 +68,12 @@ sanitize: build/native-address,undefined build/native-thread
 	build/native-thread
 
 # Decompositions of matrices from its input: what `python -m benchmarks certificate` asks of 64-bit ARM.
-build/svd-aarch64: $(filter-out tests/native/native_test.cpp,$(NATIVE)) tests/native/svd_cases.cpp $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+build/svd-aarch64: $(filter-out tests/native/native_test.cpp,$(NATIVE)) tests/native/svd_cases.cpp $(wildcard csrc/cpu/*.h csrc/common/*.h)
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -fno-math-errno -Wall -Wextra -static -Icsrc $(filter %.cpp,$^) -o $@ -pthread
 
 # The same for 64-bit ARM, compiled as the extension module is, on an emulated processor.
-build/native-aarch64: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/lors/*.h)
+build/native-aarch64: $(NATIVE) $(wildcard csrc/cpu/*.h csrc/common/*.h)
 	$(call program,aarch64-linux-gnu-g++,g++-aarch64-linux-gnu)
 	mkdir -p build
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -fno-math-errno -Wall -Wextra -static -Icsrc $(NATIVE) -o $@ -pthread

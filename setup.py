@@ -136,7 +136,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             f"lors_kernels._cpu_{isa}",
-            sorted(["csrc/bindings.cpp", *glob("csrc/lors/*.cpp"), *glob("csrc/cpu/*.cpp")]),
+            sorted(["csrc/bindings.cpp", *glob("csrc/common/*.cpp"), *glob("csrc/cpu/*.cpp")]),
             depends=sorted(glob("csrc/**/*.h", recursive=True)),
             define_macros=[("LORS_MODULE", f"_cpu_{isa}")],
             extra_compile_args=[*COMMON, *flags],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = ("float32", "float16", "bfloat16")  # the order is the DType enum of csrc/lors/views.h
+FLOATS = ("float32", "float16", "bfloat16")  # the order is the DType enum of csrc/common/views.h
 
 
 def is_torch(x: object) -> bool:

@@ -61,7 +61,7 @@ def test_flags_follow_the_platform_that_is_built_for(tmp_path: Path, target: str
     built = {path.name.split(".")[0] for path in (tmp_path / "lib" / "lors_kernels").iterdir()}
     assert built == {f"_cpu_{isa}" for isa in modules}
     compiled = [call for call in calls if "-c" in call]
-    sources = {path.name for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/lors/*.cpp")]} | {"bindings.cpp"}
+    sources = {path.name for path in [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/common/*.cpp")]} | {"bindings.cpp"}
     for isa in modules:
         mine = [call for call in compiled if f"-DLORS_MODULE=_cpu_{isa}" in call]
         assert {Path(call[call.index("-c") + 1]).name for call in mine} == sources

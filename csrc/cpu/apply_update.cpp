@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../lors/ordered_key.h"
-#include "../lors/parallel.h"
+#include "../common/ordered_key.h"
+#include "../common/parallel.h"
 #include "buffer.h"
 #include "ops.h"
 #include "rows.h"

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "../lors/parallel.h"
+#include "../common/parallel.h"
 #include "buffer.h"
 #include "delta.h"
 #include "panel.h"

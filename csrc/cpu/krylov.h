@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../lors/counter_random.h"
+#include "../common/counter_random.h"
 #include "certificate.h"
 #include "gram.h"
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../lors/ordered_key.h"
-#include "../lors/parallel.h"
+#include "../common/ordered_key.h"
+#include "../common/parallel.h"
 #include "ops.h"
 #include "residual.h"
 #include "rows.h"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../lors/views.h"
+#include "../common/views.h"
 
 namespace lors {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../lors/ordered_key.h"
+#include "../common/ordered_key.h"
 #include "gram.h"
 
 namespace lors {

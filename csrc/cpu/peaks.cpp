@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "../lors/parallel.h"
+#include "../common/parallel.h"
 #include "buffer.h"
 #include "simd.h"
 

@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "../lors/ordered_key.h"
-#include "../lors/parallel.h"
+#include "../common/ordered_key.h"
+#include "../common/parallel.h"
 #include "ops.h"
 #include "residual.h"
 

@@ -22,7 +22,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "../lors/views.h"
+#include "../common/views.h"
 
 namespace lors {
 

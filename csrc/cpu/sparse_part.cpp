@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../lors/ordered_key.h"
+#include "../common/ordered_key.h"
 #include "ops.h"
 #include "residual.h"
 

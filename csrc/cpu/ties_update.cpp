@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../lors/counter_random.h"
-#include "../lors/ordered_key.h"
-#include "../lors/parallel.h"
+#include "../common/counter_random.h"
+#include "../common/ordered_key.h"
+#include "../common/parallel.h"
 #include "buffer.h"
 #include "delta.h"
 #include "ops.h"

@@ -5,7 +5,7 @@
 
 #include <cstdio>
 
-#include "../lors/views.h"
+#include "../common/views.h"
 #include "ops.h"
 
 namespace lors {

@@ -19,7 +19,7 @@ struct CudaError : std::runtime_error {
 // P = matrices * experts pairs; pair p = i * experts + t is delta_p = tuned[i][t] - base[i], [m, n].
 struct Group {
     const int64_t* table;  // device [4, P]: base address (0: zeros), base row stride, tuned address, tuned row stride
-    int base_dtype;        // DType of csrc/lors/views.h
+    int base_dtype;        // DType of csrc/common/views.h
     int tuned_dtype;
     bool aligned;  // every row starts on 16 bytes
     int64_t matrices, experts, m, n;

@@ -8,7 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../lors/ordered_key.h"
+#include "../common/ordered_key.h"
 #include "launch.h"
 
 // Shared memory is declared by name, so that a build without a GPU can put an allocation of its own in its place.

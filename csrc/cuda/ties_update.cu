@@ -1,7 +1,7 @@
 // Trim, elect and sum over all experts: a thread keeps, for each of its entries, the sums of the positive and of the
 // negative values beside the sum of all, so that the election needs no second look at the experts. The sum over those
 // that agree is one of the two, bit for bit: leaving a value out is adding 0.
-#include "../lors/counter_random.h"
+#include "../common/counter_random.h"
 #include "tiles.cuh"
 
 namespace lors {

@@ -12,12 +12,12 @@
 #include <thread>
 #include <vector>
 
+#include "common/counter_random.h"
+#include "common/ordered_key.h"
 #include "cpu/krylov.h"
 #include "cpu/ops.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "lors/counter_random.h"
-#include "lors/ordered_key.h"
 
 namespace {
 

@@ -21,7 +21,7 @@ ALWAYS = tl.constexpr(1 << 32)
 
 @triton.jit
 def random_bits(key, index):
-    """SplitMix64 entered at any place, its upper 32 bits; csrc/lors/counter_random.h."""
+    """SplitMix64 entered at any place, its upper 32 bits; csrc/common/counter_random.h."""
     z = key + (index.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
