@@ -20,7 +20,12 @@ from types import ModuleType
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests" / "native" / "cuda_emulation"
 SOURCES = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), SHIM / "emulation.cpp", ROOT / "csrc/bindings_cuda.cpp"]
-HEADERS = [*SHIM.glob("*.h"), *(ROOT / "csrc/common").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h")]
+HEADERS = [
+    *SHIM.glob("*.h"),
+    *(ROOT / "csrc/common").glob("*.h"),
+    *(ROOT / "csrc/cuda").glob("*.*h"),
+    ROOT / "csrc/bindings_cuda.h",
+]
 ARCHES = "no device: emulated"
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
