@@ -12,9 +12,9 @@ from . import table
 from .errors import BenchmarkError
 from .generate import DTYPES, Spec, generate
 from .machine import ROOT
-from .operations import OPERATIONS
-from .operations import run as run_operation
 from .results import Results
+from .run_operation import OPERATIONS
+from .run_operation import run as run_operation
 from .shapes import SIZES
 
 PARTS = (*OPERATIONS, "certificate", "compute", "merge", "integrations", "scaling", "experts", "speech")

@@ -15,7 +15,7 @@ import lors_kernels
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DTYPES, Inputs, close, copies, make_inputs, time_call
+from .inputs import DTYPES, Inputs, close, copies, make_inputs, time_call
 
 BLOCK = 16
 

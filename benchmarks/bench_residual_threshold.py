@@ -16,7 +16,7 @@ import lors_kernels
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DENSITY, DTYPES, Inputs, copies, factors, make_inputs, time_call
+from .inputs import DENSITY, DTYPES, Inputs, copies, factors, make_inputs, time_call
 
 
 @pytest.mark.parametrize("impl", ["cpu", "torch", "torch topk"])

@@ -17,7 +17,7 @@ from lors_kernels.sparse_part import sparse_part
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DENSITY, Inputs, copies, factors, make_inputs, time_call
+from .inputs import DENSITY, Inputs, copies, factors, make_inputs, time_call
 
 
 @lru_cache(maxsize=1)

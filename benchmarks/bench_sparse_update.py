@@ -17,7 +17,7 @@ from lors_kernels.sparse_update import sparse_update
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DENSITY, DTYPES, LAMBDA, Inputs, close, copies, factors, make_inputs, time_call
+from .inputs import DENSITY, DTYPES, LAMBDA, Inputs, close, copies, factors, make_inputs, time_call
 
 
 def make_part(m: int, n: int, dtype: str) -> tuple[SparsePart, Tensor]:

@@ -18,7 +18,7 @@ from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 from lors_kernels.types import Keep
 
-from .ops import DENSITY, DTYPES, EXPERTS, LAMBDA, Inputs, close, copies, make_inputs, time_call
+from .inputs import DENSITY, DTYPES, EXPERTS, LAMBDA, Inputs, close, copies, make_inputs, time_call
 
 
 @lru_cache(maxsize=1)

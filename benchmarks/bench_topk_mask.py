@@ -14,7 +14,7 @@ import lors_kernels
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DENSITY, DTYPES, Inputs, copies, make_inputs, time_call
+from .inputs import DENSITY, DTYPES, Inputs, copies, make_inputs, time_call
 
 
 def kthvalue(x: Tensor, k: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import lors_kernels
 from lors_kernels.testing.cases import SHAPES
 
-from .ops import DTYPES, RANK, Inputs, copies, make_inputs, time_call
+from .inputs import DTYPES, RANK, Inputs, copies, make_inputs, time_call
 from .released import full_svd, lowrank_svd, thin_svd
 
 RIVALS = {

@@ -10,8 +10,8 @@ from typing import Any
 
 from .errors import BenchmarkError
 from .machine import ROOT
-from .operations import OPERATIONS
 from .results import RESULTS, newest
+from .run_operation import OPERATIONS
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 README, DETAILS = ROOT / "README.md", ROOT / "docs" / "measurements.md"
