@@ -163,13 +163,15 @@ def smoke(bench: Bench, record: Recorder) -> None:
     """A minute of tests: whether numbers of these kernels mean anything."""
     for backend in ("cuda", "triton"):
         chosen = f"{backend} and (strided or group_of or every_length or long_rows or several_experts)"
-        record.measure(backend, lambda chosen=chosen: _pytest(bench, ["tests/test_gpu_backends.py", "-k", chosen]))  # type: ignore[misc]
+        record.measure(
+            backend, lambda chosen=chosen: _pytest(bench, ["tests/kernels/test_gpu_backends.py", "-k", chosen])
+        )  # type: ignore[misc]
 
 
 def tests(bench: Bench, record: Recorder) -> None:
     """What knows of a GPU; `tests` on the CPU is no matter of this machine."""
     for backend in ("cuda", "triton"):
-        record.measure(backend, lambda b=backend: _pytest(bench, ["tests/test_gpu_backends.py", "-k", b]))  # type: ignore[misc]
+        record.measure(backend, lambda b=backend: _pytest(bench, ["tests/kernels/test_gpu_backends.py", "-k", b]))  # type: ignore[misc]
     for name in ("cuda_build", "truncated_svd_group", "precision", "engine_streams", "engine_gpu"):
         path = f"tests/test_{name}.py"
         record.measure(name, lambda path=path: _pytest(bench, [path]))  # type: ignore[misc]

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from lors.cli import main
 from lors.experts.decompose import decompose
 

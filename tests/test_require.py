@@ -14,9 +14,10 @@ TESTS = Path(__file__).parent
 HIDDEN = ("mergekit", "peft", "fusion_bench")
 # every file that needs a peer, and a test that needs one in the middle of others
 FILES = [
-    *("test_integration_mergekit.py", "test_integration_peft.py", "test_integration_fusion_bench.py"),
-    *("test_methods.py::test_linear_is_mergekits", "test_recipe.py::test_any_setting_means_what_it_means_to_mergekit"),
-    "test_task_vector.py::test_peft_loads_the_exported_adapter",
+    *("integrations/test_mergekit.py", "integrations/test_peft.py", "integrations/test_fusion_bench.py"),
+    "methods/test_methods.py::test_linear_is_mergekits",
+    "recipes/test_parameters.py::test_any_setting_means_what_it_means_to_mergekit",
+    "experts/test_lora.py::test_peft_loads_the_exported_adapter",
 ]
 
 
@@ -34,7 +35,7 @@ def outcomes(required: str, tmp_path: Path, arguments: list[str]) -> tuple[int, 
 
 @pytest.mark.parametrize("required", ["", "cpu,peers,chromium"])
 def test_missing_peers_and_browser(required: str, tmp_path: Path) -> None:
-    arguments = [f"tests/{name}" for name in [*FILES, "test_interference.py::test_the_probe_sees_faults"]]
+    arguments = [f"tests/{name}" for name in [*FILES, "analysis/test_interference.py::test_the_probe_sees_faults"]]
     status, counted, output = outcomes(required, tmp_path, ["--continue-on-collection-errors", *arguments])
     if required:
         assert status == 1 and counted == {"failed": 5, "error": 3}, output

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut import cut_config
 
+from cut import cut_config
 from helpers import module, require
 from lors.speech.data.corpus import load_corpus
 from lors.speech.data.utterance import Corpus

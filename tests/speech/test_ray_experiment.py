@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from cut import cut_config
-from processes import gone, marked, wait_for
 
+from cut import cut_config
 from helpers import module
 from lors.errors import LorsError
 from lors.speech.experiment.plan import build_stages
 from lors.speech.experiment.ray_stages import memory_of, run_stages
+from processes import gone, marked, wait_for
 
 module("ray", "ray")
 psutil = module("psutil", "ray")
@@ -59,7 +59,7 @@ def test_a_stage_on_a_cluster_with_a_killed_worker(finished: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
 def test_a_signal_ends_a_run_and_its_cluster(tmp_path: Path, signum: signal.Signals) -> None:
-    script = Path(__file__).with_name("stages_command.py")
+    script = Path(__file__).parent.parent / "support" / "stages_command.py"
     command = [
         sys.executable,
         str(script),

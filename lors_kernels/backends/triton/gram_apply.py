@@ -12,7 +12,7 @@ from .launch import TL_DTYPES, on_device
 from .residual import delta_tile, matrix
 
 # Three tf32 products carry 22 bits and more of each factor, which the 1e-5 contract needs; one tf32 product carries 11
-# and fails it (tests/test_truncated_svd_group.py). "ieee" is the same accuracy without tensor cores.
+# and fails it (tests/kernels/test_truncated_svd_group.py). "ieee" is the same accuracy without tensor cores.
 PRECISION = "tf32x3"
 BLOCK = {"BO": 64, "BI": 32}  # BI = 64 spills with float32 inputs
 OPTIONS = {"num_warps": 4, "num_stages": 3}
