@@ -60,9 +60,7 @@ def test_merge_by_options(tiny_whisper: Path, tmp_path: Path) -> None:
     base, ca, de = (whispers.load(tiny_whisper / name) for name in ("base", "ca", "de"))
     expected = whispers.by_definition(base, [ca, de], 3, 0.1, 0.4, [0.5, 1.0])
     merged = whispers.load(tmp_path / "out")
-    from test_merging import assert_close
-
-    assert_close(merged, expected, base)
+    whispers.assert_close(merged, expected, base)
 
 
 def test_merge_by_recipe_relative_to_the_recipe(tiny_whisper: Path, tmp_path: Path) -> None:

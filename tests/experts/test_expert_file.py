@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,43 +14,20 @@ import pytest
 import lors
 import tiny
 from benchmarks.generate import power_law
-from helpers import module
+from experts import EXPERTS, distance, files, merged, refusal, state
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.experts.expert_file import decode_gaps, encode_gaps
 from lors.experts.expert_source import ExpertSource, open_expert
-from lors.experts.lora import export_lora
 from lors.merging.edit import edit
-from lors.merging.ledger import Ledger
 
-EXPERTS = ("ca", "de", "es")
 EXACT = {"values": "float32", "remainder": "float32"}
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return tiny.family(tmp_path_factory.mktemp("family"), EXPERTS)
-
-
-def files(family: dict[str, Path], into: Path, **options: Any) -> dict[str, str]:
-    return {
-        name: decompose(family["base"], family[name], into / f"{name}.lors.safetensors", name=name, **options).path
-        for name in EXPERTS
-    }
-
-
-def state(path: Path | str) -> dict[str, np.ndarray]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
-def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> float:
-    """||a - b|| / ||b - base||"""
-    off = sum(float(((a[n].astype(np.float64) - b[n].astype(np.float64)) ** 2).sum()) for n in b)
-    return float(
-        (off / sum(float(((b[n].astype(np.float64) - base[n].astype(np.float64)) ** 2).sum()) for n in b)) ** 0.5
-    )
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -172,11 +148,6 @@ def test_every_method_takes_a_file_for_the_checkpoint_that_it_stands_for(
         assert distance(want, state(merged(family, tmp_path / "all", method, **settings)), base) > 1e-2
 
 
-def merged(family: dict[str, Path], out: Path, method: str, **settings: Any) -> Path:
-    lors.merge(family["base"], {name: family[name] for name in ("ca", "de", "es")}, out, method, **settings)
-    return out
-
-
 def test_a_part_is_not_taken_for_the_whole_when_an_expert_is_removed(family: dict[str, Path], tmp_path: Path) -> None:
     made = files(family, tmp_path, rank=2, density=0.2)
     lors.merge(family["base"], {name: family[name] for name in EXPERTS}, tmp_path / "whole", "task_arithmetic")
@@ -216,13 +187,6 @@ def test_half_precision_experts(tmp_path: Path) -> None:
 
 
 # --- refusals
-
-
-def refusal(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(LorsError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_refusals(family: dict[str, Path], tmp_path: Path) -> None:
@@ -281,137 +245,7 @@ def test_a_damaged_file_is_refused_wherever_it_is_damaged(family: dict[str, Path
     )
 
 
-# --- add and remove
-
-
-def test_adding_the_last_expert_gives_what_merging_all_gives(family: dict[str, Path], tmp_path: Path) -> None:
-    made = files(family, tmp_path)
-    lors.merge(family["base"], made, tmp_path / "all")
-    lors.merge(family["base"], {name: made[name] for name in ("ca", "de")}, tmp_path / "grown")
-    (tmp_path / "grown" / "tokenizer.json").write_text("kept")
-    report = edit(tmp_path / "grown", made["es"])
-    grown, whole = state(tmp_path / "grown"), state(tmp_path / "all")
-    for name, want in whole.items():
-        # both are rounded once at the end; the one that was grown, once before
-        assert (np.abs(grown[name].astype(np.float64) - want) <= 1.0001 * np.spacing(np.abs(want)) + 1e-10).all(), name
-    assert report.experts == ["es"]
-    ledger = Ledger.load(tmp_path / "grown")
-    assert [expert.name for expert in ledger.experts] == list(EXPERTS) and ledger.edits == 1
-    assert (tmp_path / "grown" / "tokenizer.json").read_text() == "kept"
-    card = (tmp_path / "grown" / "README.md").read_text()
-    assert "3 fine-tuned experts" in card
-    recipe = lors.Recipe.load(tmp_path / "grown" / "lors_recipe.yml")
-    assert recipe.labels == EXPERTS
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_removing_is_within_the_documented_bound(tmp_path: Path, dtype: str) -> None:
-    family = tiny.family(tmp_path / "in", EXPERTS, dtype)
-    made = files(family, tmp_path)
-    lors.merge(family["base"], made, tmp_path / "shrunk", weight={"de": 0.7})
-    lors.merge(family["base"], {name: made[name] for name in ("ca", "es")}, tmp_path / "want")
-    edit(tmp_path / "shrunk", made["de"], remove=True)
-    got, want = state(tmp_path / "shrunk"), state(tmp_path / "want")
-    ulp = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
-    for name in want:
-        w, g = want[name].astype(np.float64), got[name].astype(np.float64)
-        # merge, remove and the merge without it each round to dtype (half a unit of a value at most a little above |w|),
-        # and the updates to float32
-        bound = ulp * (np.abs(w) + 1e-3) + 6 * 2.0**-24 * (np.abs(w) + 1e-3)
-        assert (np.abs(g - w) <= bound).all(), name
-    assert [expert.name for expert in Ledger.load(tmp_path / "shrunk").experts] == ["ca", "es"]
-
-
-def test_removing_what_was_merged_as_a_checkpoint(family: dict[str, Path], tmp_path: Path) -> None:
-    made = files(family, tmp_path)
-    lors.merge(family["base"], {name: family[name] for name in EXPERTS}, tmp_path / "out")
-    edit(tmp_path / "out", made["ca"], remove=True)
-    lors.merge(family["base"], {name: family[name] for name in ("de", "es")}, tmp_path / "want")
-    assert distance(state(tmp_path / "out"), state(tmp_path / "want"), state(family["base"])) < 1e-3
-
-
-def test_edits_refuse(family: dict[str, Path], tmp_path: Path) -> None:
-    made = files(family, tmp_path)
-    out = tmp_path / "out"
-    lors.merge(family["base"], {"ca": made["ca"]}, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "merged already" in refusal(edit, out, made["ca"])
-    assert "not part of this model" in refusal(edit, out, made["de"], remove=True)
-    assert "the only expert" in refusal(edit, out, made["ca"], remove=True)
-    assert "got a checkpoint" in refusal(edit, out, family["ca"])
-    assert "no lors_ledger.json" in refusal(edit, tiny.write(tmp_path / "foreign", tiny.tensors(0, 0.5)), made["de"])
-    thin = decompose(family["base"], family["de"], tmp_path / "thin", rank=2, name="de").path
-    assert "rank: expected at most 2" in refusal(edit, out, thin)
-    odd = tiny.tensors(0, 0.5)
-    odd["model.encoder.conv1.weight"] = odd["model.encoder.conv1.weight"] * 2
-    foreign = decompose(
-        tiny.write(tmp_path / "odd", odd), family["de"], tmp_path / "foreign.lors.safetensors", name="de"
-    ).path
-    assert "another base" in refusal(edit, out, foreign)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    (out / "lors_ledger.json").write_text("{")
-    assert "not JSON" in refusal(edit, out, made["de"])
-
-
-def test_an_average_cannot_be_edited(family: dict[str, Path], tmp_path: Path) -> None:
-    made = files(family, tmp_path)
-    lors.merge(family["base"], {"ca": made["ca"]}, tmp_path / "out", rest="average")
-    assert "depends on the others" in refusal(edit, tmp_path / "out", made["de"])
-
-
-# --- LoRA
-
-
-def test_peft_loads_the_exported_adapter(family: dict[str, Path], tmp_path: Path) -> None:
-    torch, peft = module("torch", "peers"), module("peft", "peers")
-    path = decompose(family["base"], family["ca"], tmp_path / "ca.lors.safetensors", rank=0.2, density=0.0).path
-    assert export_lora(path, tmp_path / "adapter", base="openai/whisper-tiny", scale=0.5) == 32
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 6 and config["base_model_name_or_path"] == "openai/whisper-tiny"
-
-    class Projection(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, shape in tiny.shapes().items():
-                if name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
-                    module, parent = torch.nn.Linear(shape[1], shape[0], bias=False), self
-                    *path, last = name.removesuffix(".weight").split(".")
-                    for step in path:
-                        if not hasattr(parent, step):
-                            parent.add_module(step, torch.nn.Module())
-                        parent = getattr(parent, step)
-                    parent.add_module(last, module)
-
-    model = Projection()
-    name = "model.decoder.layers.1.fc2"
-    before = model.get_submodule(name).weight.detach().clone()
-    merged = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).merge_and_unload()
-    got = (merged.get_submodule(name).weight - before).detach().numpy()
-    source = open_expert(path)
-    with source.checkpoint:
-        left, right = source.stored_factors(f"{name}.weight")
-    assert np.allclose(got, 0.5 * left @ right.T, atol=1e-6) and np.abs(got).max() > 1e-5
-
-
 # --- command line
-
-
-def test_the_commands(family: dict[str, Path], tmp_path: Path) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from lors.cli import main; main()", *map(str, arguments)]
-        return subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
-
-    for name in ("ca", "de"):
-        done = run("decompose", family["base"], family[name], "-o", f"{name}.lors.safetensors", "--name", name)
-        assert done.returncode == 0 and "of the checkpoint" in done.stdout, done.stderr
-    assert run("merge", "out", "--base", family["base"], "--expert", "ca=ca.lors.safetensors").returncode == 0
-    assert run("add", "out", "de.lors.safetensors").returncode == 0
-    done = run("remove", "out", "ca.lors.safetensors", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["experts"] == ["ca"], done.stderr
-    assert run("export-lora", "de.lors.safetensors", "-o", "adapter").returncode == 0
-    done = run("add", "out", family["ca"])
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "ca.lors.safetensors", "de.lors.safetensors", "out"]
 
 
 def test_a_file_that_cannot_be_written(family: dict[str, Path], tmp_path: Path) -> None:

@@ -172,14 +172,3 @@ def test_non_finite(backend: str) -> None:
 def test_wrong_rank(rank: object) -> None:
     with pytest.raises((TypeError, ValueError), match="rank: expected"):
         kernels.truncated_svd(None, np.ones((4, 6), np.float32), rank)  # type: ignore[arg-type]
-
-
-def test_lors_delta_is_low_rank_plus_largest() -> None:
-    rng = np.random.default_rng(1)
-    delta = rng.standard_normal((80, 60)).astype(np.float32)
-    u, s, vh = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
-    low = (u[:, :5] * s[:5]) @ vh[:5]
-    mixed = kernels.lors_delta(delta, 5, 0.1)
-    np.testing.assert_allclose(kernels.lors_delta(delta, 5, 0.0), low, atol=1e-4)
-    np.testing.assert_allclose(kernels.lors_delta(delta, 5, 1.0), delta, atol=1e-5)
-    assert (np.abs(mixed - low) > 1e-3).sum() == int(0.1 * delta.size)

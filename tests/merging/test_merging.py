@@ -15,7 +15,6 @@ import tiny
 import whispers
 from helpers import module
 from lors import LorsError
-from lors.merging.verify import allowed_disagreements, disagreements
 
 EXPERTS = ("ca", "de", "es")
 
@@ -24,18 +23,10 @@ def experts_of(root: Path) -> dict[str, Path]:
     return {name: root / name for name in EXPERTS}
 
 
-def assert_close(merged: whispers.State, expected: whispers.State, base: whispers.State) -> None:
-    """An entry whose residual lies within rounding of the threshold may fall on either side: a few per matrix."""
-    assert merged.keys() == expected.keys()
-    for name, want in expected.items():
-        wrong = disagreements(merged[name], want, base[name].astype(np.float64))
-        assert wrong <= allowed_disagreements(want.size, 2 if want.ndim == 2 and "embed" not in name else 0), name
-
-
 def test_paper_settings_are_the_definition(tiny_whisper: Path, tmp_path: Path) -> None:
     report = lors.merge(tiny_whisper / "base", experts_of(tiny_whisper), tmp_path / "out")
     base, experts = whispers.load(tiny_whisper / "base"), [whispers.load(tiny_whisper / name) for name in EXPERTS]
-    assert_close(whispers.load(tmp_path / "out"), whispers.by_definition(base, experts), base)
+    whispers.assert_close(whispers.load(tmp_path / "out"), whispers.by_definition(base, experts), base)
     assert report.backend == "cpu" and report.method == "lors" and report.experts == list(EXPERTS)
     assert report.decomposed == sum("_proj.weight" in name or ".fc" in name and "weight" in name for name in base)
     assert report.svd_worst <= 1e-5
@@ -70,7 +61,7 @@ def test_methods_are_special_cases(method: str, tiny_whisper: Path) -> None:
     )
     same_as = {"lors": (7, 0.2), "svp": (7, 0.0), "magnitude_prune": (0, 0.2), "task_arithmetic": (0, 1.0)}[method]
     expected = whispers.by_definition(base, experts, *same_as, lam=0.3, weights=[0.5, 2.0, 1.0])
-    assert_close(merged, expected, base)
+    whispers.assert_close(merged, expected, base)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -122,7 +113,7 @@ def test_dtypes_and_backends(dtypes: tuple[str, str, str], backend: str, tiny_wh
     base, *experts = (whispers.load(path) for path in paths)
     merged = whispers.load(tmp_path / "out")
     assert {str(x.dtype) for x in merged.values()} == {dtypes[0]}
-    assert_close(merged, whispers.by_definition(base, experts, lam=1.0), base)
+    whispers.assert_close(merged, whispers.by_definition(base, experts, lam=1.0), base)
 
 
 def test_openai_naming_gives_the_same_weights(tiny_whisper: Path, tmp_path: Path) -> None:

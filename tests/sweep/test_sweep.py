@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
-from lors.methods import METHODS, SPECS
+from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
-from lors.sweep.models import axes, setting_recipe
+from lors.sweep.models import setting_recipe
 from lors.sweep.run import sweep
-from lors.sweep.score import Objective, Score, Scorer
-from lors.sweep.space import Axis, Space
+from lors.sweep.score import Score
 from lors.sweep.trials import Sweep, Trial
 
 
@@ -52,38 +50,6 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 def norm(path: Path) -> Score:
     """A score that depends on every weight."""
     return Score("complete", (float(sum(np.abs(value.astype(np.float64)).sum() for value in weights(path).values())),))
-
-
-# --- settings
-
-
-def test_axes() -> None:
-    rank, density = METHODS["lors"].spec.parameter("rank"), METHODS["lors"].spec.parameter("density")
-    assert rank and density
-    assert Axis.parse(rank, "1,2,4,2").values == (1, 2, 4)
-    assert Axis.parse(density, "0.05:0.5:0.05").values == tuple(round(0.05 * i, 10) for i in range(1, 11))
-    assert Axis.parse(density, "0.1:0.9").interval == (0.1, 0.9)
-    for spec, text in (
-        (rank, "0"),
-        (rank, "x"),
-        (density, "0.1:2:0.1"),
-        (density, "0.5:0.1"),
-        (density, "0:1:0"),
-        (density, "0:1:1e-9"),
-    ):
-        with pytest.raises(LorsError, match=f"--{spec.name} "):
-            Axis.parse(spec, text)
-
-
-def test_a_grid_changes_lambda_fastest_and_leaves_out_what_a_method_has_not() -> None:
-    options = {"lambda": "0.1,0.2", "rank": "1,2", "density": "0.5"}
-    grid = list(Space.of("svp", axes("svp"), options).grid())
-    assert grid == [{"rank": r, "lambda": x} for r in (1, 2) for x in (0.1, 0.2)]
-    assert "rest" in axes("tsv") and "rest" not in axes("ties")
-    drawn = Space.of("lors", axes("lors"), options | {"lambda": "0.1:0.2"}).random(3)
-    again = Space.of("lors", axes("lors"), options | {"lambda": "0.1:0.2"}).random(3)
-    first = [next(drawn) for _ in range(20)]
-    assert first == [next(again) for _ in range(20)] and len({x["lambda"] for x in first}) == 20
 
 
 # --- merging
@@ -179,50 +145,6 @@ def test_tpe_refuses_trials_of_another_space(recipe: Recipe, tmp_path: Path) -> 
 
 
 # --- scorers
-
-
-@pytest.mark.parametrize(
-    ("command", "state", "error"),
-    [
-        ("sh -c 'echo 12.5'", "complete", ""),
-        ("""sh -c 'echo progress; echo "{\\"score\\": 3}"; echo'""", "complete", ""),
-        ("sh -c 'echo NaN'", "nan", "score is nan"),
-        ("""sh -c 'echo "{\\"wer\\": 3}"'""", "failed", "expected a number for 'score'"),
-        ("sh -c 'echo fine'", "failed", "expected a number or a JSON object"),
-        ("sh -c 'echo broken >&2; exit 3'", "failed", "exit code 3: broken"),
-        ("no-such-command {model}", "failed", "No such file"),
-        ("sh -c 'sleep 30 & sleep 30'", "timeout", "no score after 0.3 s"),
-        ("math:sqrt", "failed", "TypeError"),
-        ("os.path:getsize", "complete", ""),
-        (f"printf {'7' * 401}", "failed", "expected a number for 'score', got '7777"),
-        (f"printf -- -{'7' * 5000}", "failed", "expected a number or a JSON object"),
-        (f"printf {'[' * 100_000}", "failed", "expected a number or a JSON object"),
-        (f"printf '{{\"score\": {'[' * 900}{']' * 900}}}'", "failed", "expected a number for 'score'"),
-        ("sh -c 'echo 1e999'", "nan", "score is inf"),
-        ("sh -c 'echo -Infinity'", "nan", "score is -inf"),
-        ("sh -c 'echo true'", "failed", "expected a number for 'score'"),
-        ("sh -c true", "failed", "in the last line, got ''"),
-        ("sh -c 'head -c 5000000 /dev/zero'", "failed", "in the last line, got '[...]\\x00"),
-        ("sh -c 'head -c 100000 /dev/urandom'", "failed", "expected "),
-        (
-            'sh -c \'head -c 70000 /dev/zero | tr "\\000" " "; echo 1\'',
-            "failed",
-            "got '[...]  ",
-        ),  # "1" is not its last line
-        ("sh -c 'yes | head -c 30000000; echo; echo 1'", "complete", ""),
-        ("printf '\\033]0;owned\\007\\233[2J'", "failed", "\\x1b]0;owned\\x07"),
-        ("sh -c 'printf \"\\033[2J\" >&2; exit 1'", "failed", "exit code 1: \\x1b[2J"),
-        ("sh -c 'exec >&- 2>&-; sleep 0.2'", "failed", "got ''"),
-        ("sh -c 'kill -9 $$'", "failed", "exit code 137"),
-    ],
-    ids=lambda value: value[:40],
-)
-def test_scorers(tmp_path: Path, command: str, state: str, error: str) -> None:
-    begun = time.monotonic()
-    got = Scorer(command, (Objective("score"),), 0.3 if state == "timeout" else 30)(tmp_path)
-    assert got.state == state and error in got.error, got
-    assert got.error.isprintable() and len(got.error) < 1000
-    assert time.monotonic() - begun < 25 and (state != "complete" or len(got.values) == 1)
 
 
 def test_bad_trials_are_marked_and_the_sweep_goes_on(recipe: Recipe, tmp_path: Path) -> None:
