@@ -47,6 +47,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.installed
