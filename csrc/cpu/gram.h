@@ -98,10 +98,10 @@ inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer)
     return buffer;
 }
 
-// Rows per block: 144 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
+// Rows per block: 192 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
 template <class T>
 inline int64_t block_rows(int64_t n) {
-    return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);
+    return std::clamp<int64_t>(196608 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 16 * 16, 16, 64);
 }
 
 // y[i, c] = sum_j a[i, j] * x[c, j], row step `step`: in float64 over strips of columns, so that terms of one sign do

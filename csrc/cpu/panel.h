@@ -11,10 +11,10 @@
 
 namespace lors {
 
-// Rows that `dots` takes at once: 24 sums, the W vectors and a row of 32 AVX-512 registers; of 16 registers 8 or 12
-// sums.
+// Rows that `dots` takes at once: 16 or 24 sums, the W vectors and a row of 32 AVX-512 registers; of 16 registers 8 or
+// 12 sums.
 template <int W>
-constexpr int kDotRows = kVectorBytes == 64 ? 24 / W
+constexpr int kDotRows = kVectorBytes == 64 ? (W == 4 ? 6 : 8)
                          : W == 4           ? 2
                                             : 6;
 
@@ -41,7 +41,8 @@ inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t ldx, int64_t 
         Vec<T> xs[W];
         for (int c = 0; c < W; ++c) xs[c] = load(x + c * ldx + j);
         for (int r = 0; r < R; ++r) {
-            const Vec<T> row = load(a + r * lda + j);
+            Vec<T> row = load(a + r * lda + j);
+            keep_in_register(row);
             for (int c = 0; c < W; ++c) acc[r * W + c] += row * xs[c];
         }
     }
