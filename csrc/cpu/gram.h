@@ -16,6 +16,7 @@
 namespace lors {
 
 constexpr int64_t kChunkRows = 128;
+constexpr int64_t kCached = 16 << 20;  // bytes of a matrix that passes find in the last cache
 
 // Rows of delta, formed on the fly.
 struct DeltaRows {
@@ -98,10 +99,10 @@ inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer)
     return buffer;
 }
 
-// Rows per block: 144 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
+// Rows per block: 192 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
 template <class T>
 inline int64_t block_rows(int64_t n) {
-    return std::clamp<int64_t>(147456 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 6 * 6, 6, 66);
+    return std::clamp<int64_t>(196608 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 16 * 16, 16, 64);
 }
 
 // y[i, c] = sum_j a[i, j] * x[c, j], row step `step`: in float64 over strips of columns, so that terms of one sign do
@@ -133,6 +134,7 @@ void gram(const Source& a, const T* x, int64_t width, T* z, T* product, int thre
     // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same
     // bits.
     Buffer<T> partial((workers > 1 ? chunks : 1) * slab);
+    const bool ahead = rows * n * static_cast<int64_t>(sizeof(T)) > kCached;
     std::fill(z, z + slab, T{});
     const auto add = [&](const T* from) {
         for (int64_t j = 0; j < slab; j += kLanes<T>) store(z + j, load(z + j) + load(from + j));
@@ -147,7 +149,11 @@ void gram(const Source& a, const T* x, int64_t width, T* z, T* product, int thre
             const T* panel = a.fetch(i, count, rows_buffer.data() + worker * block * n);
             each_group(width, [&](auto group, int64_t first) {
                 constexpr int W = decltype(group)::value;
-                dots<W>(panel, n, count, x + first * n, n, n, y);
+                if (ahead && first == 0) {
+                    dots<W, true>(panel, n, count, x + first * n, n, n, y);
+                } else {
+                    dots<W>(panel, n, count, x + first * n, n, n, y);
+                }
                 accumulate<W>(panel, n, count, y, sums + first * n, n);
                 if (product) exact_dots<W>(panel, n, count, x + first * n, product + i * width + first, width);
             });

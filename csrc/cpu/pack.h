@@ -12,7 +12,8 @@ namespace lors {
 
 // delta, transposed when wide, in memory and in the range where squares neither overflow nor vanish. Packing once, as a
 // matrix product packs its operands, lets the passes read 4 bytes per entry from cache instead of base and tuned again;
-// a delta that already lies in memory so is used where it is.
+// a delta that already lies in memory so, on a vector's boundary (every load across one costs two), is used where it
+// is.
 struct Packed {
     Buffer<float> copy;
     const float* rows;  // [m, padded(n)] = delta * scale
@@ -47,7 +48,8 @@ inline Survey survey(const float* rows, int64_t count, int64_t np) {
 inline Packed pack(const Delta& delta, bool wide, int threads) {
     const int64_t m = wide ? delta.cols() : delta.rows(), n = wide ? delta.rows() : delta.cols(), np = padded(n);
     const int64_t chunks = (m + kChunkRows - 1) / kChunkRows;
-    const bool stored = !wide && delta.stored() && delta.contiguous();
+    const bool stored = !wide && delta.stored() && delta.contiguous() &&
+                        reinterpret_cast<uintptr_t>(delta.stored_row(0)) % kVectorBytes == 0;
     Packed packed{Buffer<float>(stored ? 0 : m * np), nullptr, 1, 0, 0};
     packed.rows = stored ? delta.stored_row(0) : packed.copy.data();
     // body(first row, rows) -> Survey; the sums are added in order

@@ -11,12 +11,14 @@
 
 namespace lors {
 
-// Rows that `dots` takes at once: 24 sums, the W vectors and a row of 32 AVX-512 registers; of 16 registers 8 or 12
-// sums.
+// Rows that `dots` takes at once: 16 or 24 sums, the W vectors and a row of 32 AVX-512 registers; of 16 registers 8 or
+// 12 sums.
 template <int W>
-constexpr int kDotRows = kVectorBytes == 64 ? 24 / W
+constexpr int kDotRows = kVectorBytes == 64 ? (W == 4 ? 6 : 8)
                          : W == 4           ? 2
                                             : 6;
+
+constexpr int64_t kAheadRows = 64;  // about a block of `gram`
 
 // Vectors of columns that `accumulate` takes at once.
 template <int W>
@@ -34,14 +36,16 @@ inline void each_group(int64_t width, const Body& body) {
     if (first < width) body(std::integral_constant<int, 2>(), first);
 }
 
-template <class T, int W, int R>
+template <class T, int W, int R, bool Ahead>
 inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t ldx, int64_t n, T* y) {
     Vec<T> acc[R * W] = {};
     for (int64_t j = 0; j < n; j += kLanes<T>) {
         Vec<T> xs[W];
         for (int c = 0; c < W; ++c) xs[c] = load(x + c * ldx + j);
         for (int r = 0; r < R; ++r) {
-            const Vec<T> row = load(a + r * lda + j);
+            if constexpr (Ahead) __builtin_prefetch(a + (r + kAheadRows) * lda + j, 0, 2);
+            Vec<T> row = load(a + r * lda + j);
+            keep_in_register(row);
             for (int c = 0; c < W; ++c) acc[r * W + c] += row * xs[c];
         }
     }
@@ -57,13 +61,14 @@ inline void dots_rows(const T* a, int64_t lda, const T* x, int64_t ldx, int64_t 
 
 // y[i, c] = sum_j a[i, j] * x[c, j]    a [rows, n], x [W, n], their row steps lda and ldx; y [rows, W]; n a multiple of
 // kPad
-template <int W, class T>
+// Ahead: rows that come later are asked for already, since they are in memory and not in a cache.
+template <int W, bool Ahead = false, class T>
 inline void dots(const T* a, int64_t lda, int64_t rows, const T* x, int64_t ldx, int64_t n, T* y) {
     constexpr int R = kDotRows<W>;
     int64_t i = 0;
-    for (; i + R <= rows; i += R) dots_rows<T, W, R>(a + i * lda, lda, x, ldx, n, y + i * W);
-    for (; i + 2 <= rows; i += 2) dots_rows<T, W, 2>(a + i * lda, lda, x, ldx, n, y + i * W);
-    for (; i < rows; ++i) dots_rows<T, W, 1>(a + i * lda, lda, x, ldx, n, y + i * W);
+    for (; i + R <= rows; i += R) dots_rows<T, W, R, Ahead>(a + i * lda, lda, x, ldx, n, y + i * W);
+    for (; i + 2 <= rows; i += 2) dots_rows<T, W, 2, Ahead>(a + i * lda, lda, x, ldx, n, y + i * W);
+    for (; i < rows; ++i) dots_rows<T, W, 1, Ahead>(a + i * lda, lda, x, ldx, n, y + i * W);
 }
 
 template <class T, int W, int C>

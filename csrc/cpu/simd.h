@@ -81,6 +81,17 @@ template <class T>
 inline void store(T* p, Vec<T> v) {
     std::memcpy(p, &v, sizeof v);
 }
+// Compilers fold a load into every use of its value, and a load costs as much as a multiply-add; this one is used
+// often.
+template <class V>
+inline void keep_in_register([[maybe_unused]] V& value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX__)
+    asm("" : "+x"(value));
+#endif
+}
+
 template <class T>
 inline Vec<T> splat(T value) {
     return value - Vec<T>{};

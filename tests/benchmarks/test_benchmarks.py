@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, table
+from benchmarks import bench_certificate, machine, table
 from benchmarks.compare import difference
 from benchmarks.errors import BenchmarkError
 from benchmarks.generate import Checkpoints, Spec, generate, orthonormal_basis, power_law, random
@@ -256,3 +256,19 @@ def test_tables_are_rendered_and_checked(tmp_path: Path) -> None:
 
 def test_committed_tables_are_what_the_results_say() -> None:
     table.check()
+
+
+@pytest.mark.parametrize("name", ["cpu portable", "batched, blocks of 8"])
+def test_certificate_tells_claims_that_do_not_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = bench_certificate.judge_chunk(name, 0, 46, 8, 40)
+    assert len({kind for kind, *_ in judged}) == 23 and not any(fault for *_, fault in judged)
+    honest = bench_certificate.decompose
+
+    def bold(name: str, cases: list[Any]) -> Any:
+        return (found and found._replace(residual=0.01 * found.residual) for found in honest(name, cases))
+
+    monkeypatch.setattr(bench_certificate, "decompose", bold)
+    faults = [fault for *_, fault in bench_certificate.judge_chunk(name, 0, 46, 8, 40) if fault]
+    assert len(faults) > 20 and all(
+        "ClaimVerdict(kind='error'" in fault or "kind='energy'" in fault for fault in faults
+    )
