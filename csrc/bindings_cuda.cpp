@@ -89,6 +89,12 @@ void measure(const LaunchTuple& l, const GroupTuple& g, uintptr_t energy, uintpt
     lors::measure(launch(l), group(g), at<float>(energy), at<int32_t>(counts));
 }
 
+void eigh(const LaunchTuple& l, uintptr_t a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
+          uintptr_t theta, uintptr_t vectors, uintptr_t error) {
+    lors::eigh(launch(l), at<const double>(a), row_stride, stride, count, n, at<double>(theta), at<double>(vectors),
+               at<double>(error));
+}
+
 std::tuple<int, std::string> device_count() {
     int count = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);
@@ -113,4 +119,6 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("ties_update", ties_update, Unlocked());
     module.def("ties_tiles", lors::ties_tiles);
     module.def("measure", measure, Unlocked());
+    module.def("eigh", eigh, Unlocked());
+    module.def("eigh_max_size", lors::eigh_max_size);
 }

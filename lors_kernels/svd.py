@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .eigh import eigh
 from .grouped import GroupSVD, MatrixGroup
 from .precision import full_precision
 from .types import NonFiniteError
@@ -172,9 +173,8 @@ class Krylov:
 
     def solve(self) -> _Ritz:
         """Leading eigenpairs of the projection, and the certificate they would have in exact arithmetic."""
-        import torch
 
-        theta, vectors = torch.linalg.eigh(self.t[:, : self.size, : self.size])
+        theta, vectors = eigh(self.t[:, : self.size, : self.size])
         theta, vectors = theta.flip(1), vectors[:, :, -self.rank :].flip(2)
         rho = (self.below @ vectors[:, -self.width :]).norm(dim=1)
         return _Ritz(theta, vectors, *certify(theta, rho, self.rank, self.energy))

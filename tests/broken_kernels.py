@@ -16,7 +16,7 @@ import lors_kernels as kernels
 from cuda_emulation import ROOT, install
 from lors_kernels import Keep, Threshold
 
-WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
+WAIT = re.compile(r"__syncthreads(_or)?\(|__pipeline_wait_prior\(")
 
 
 def operations() -> dict[str, list[Callable[[], object]]]:
@@ -42,7 +42,15 @@ def operations() -> dict[str, list[Callable[[], object]]]:
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 
+    def pairs() -> object:
+        from lors_kernels.backends.cuda import eigh
+
+        a = torch.randn(2, 36, 36, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        theta, vectors, error = eigh(a + a.mT)
+        return theta, vectors, error
+
     return {
+        "eigh.cu": [pairs],
         "gram_apply.cu": [
             lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
             lambda: kernels.gram_apply(None, odd, y, backend="cuda"),

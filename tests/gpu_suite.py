@@ -375,6 +375,90 @@ if EMULATED:  # errors that a device would report
             assert emulation.emulation_device() == 0
 
 
+def symmetric(kind: str, n: int) -> torch.Tensor:
+    """Two hostile symmetric matrices [2, n, n]."""
+    generator = torch.Generator().manual_seed(n)
+    turn = torch.linalg.qr(torch.randn(2, n, n, generator=generator, dtype=torch.float64))[0]
+    theta = {
+        "random": torch.randn(n, generator=generator, dtype=torch.float64),
+        "graded": 10.0 ** -torch.arange(n, dtype=torch.float64),
+        "low rank": (torch.arange(n) < 3).double() * torch.arange(1, n + 1),
+        "clustered": 1 + 1e-13 * torch.arange(n, dtype=torch.float64),
+        "tiny": 1e-200 * torch.rand(n, generator=generator, dtype=torch.float64),
+        "huge": 1e200 * torch.randn(n, generator=generator, dtype=torch.float64),
+    }.get(kind)
+    if theta is not None:
+        a = (turn * theta) @ turn.mT
+    elif kind == "diagonal":
+        a = torch.diag_embed(torch.arange(2 * n, dtype=torch.float64).view(2, n).flip(1))
+    elif kind == "zero":
+        a = torch.zeros(2, n, n, dtype=torch.float64)
+    else:  # ones: one eigenvalue n, all others 0
+        a = torch.ones(2, n, n, dtype=torch.float64)
+    return (a + a.mT) / 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 33])
+@pytest.mark.parametrize(
+    "kind", ["random", "graded", "low rank", "clustered", "tiny", "huge", "diagonal", "zero", "ones"]
+)
+def test_small_eigenproblems(kind: str, n: int) -> None:
+    check_eigenpairs(symmetric(kind, n).to(DEVICE))
+
+
+def check_eigenpairs(a: torch.Tensor) -> None:
+    from lors_kernels.backends import cuda
+
+    require_backend("cuda")
+    n = a.shape[1]
+    theta, vectors, error = cuda.eigh(a)
+    top = a.abs().amax((1, 2)).clamp_min(1e-300)
+    residual = ((a @ vectors - vectors * theta.unsqueeze(1)).abs().amax((1, 2)) / top).max()
+    skew = (vectors.mT @ vectors - torch.eye(n, dtype=a.dtype, device=a.device)).abs().max()
+    assert residual <= 4e-15 * max(n, 8) and skew <= 4e-15 * max(n, 8), (float(residual), float(skew))
+    assert ((theta - torch.linalg.eigvalsh(a)).abs() <= 4e-15 * max(n, 8) * top.unsqueeze(1)).all()
+    assert (theta.diff(dim=1) >= 0).all()
+    assert (error <= 1e-12).all() and error.max() >= 0.2 * max(float(residual), float(skew)), "what it says of itself"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+def test_small_eigenproblems_in_a_larger_array_and_of_the_largest_size() -> None:
+    from lors_kernels.backends import cuda
+
+    whole = torch.full((2, 104, 104), math.nan, dtype=torch.float64, device=DEVICE)
+    whole[:, :96, :96] = symmetric("random", 96).to(DEVICE)
+    part = whole[:, :96, :96]
+    assert cuda.takes_eigh(part) and not cuda.takes_eigh(whole[:, :97, :97])
+    assert not cuda.takes_eigh(part.float()) and not cuda.takes_eigh(part.mT) and not cuda.takes_eigh(part[:0])
+    check_eigenpairs(part)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+def test_eigenpairs_that_are_wrong_are_found_again_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda
+    from lors_kernels.eigh import eigh
+
+    require_backend("cuda")
+    a = symmetric("random", 9).to(DEVICE)
+    right = torch.linalg.eigvalsh(a)
+    assert torch.allclose(eigh(a)[0], right, rtol=1e-12)
+    ours = cuda.eigh
+
+    def wrong(a: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        theta, vectors, error = ours(a)
+        theta[1], error[1] = 7.0, math.nan
+        return theta, vectors, error
+
+    monkeypatch.setattr(cuda, "eigh", wrong)
+    theta, vectors = eigh(a)
+    assert torch.allclose(theta, right, rtol=1e-12)
+    assert torch.allclose(vectors @ torch.diag_embed(theta) @ vectors.mT, a, atol=1e-12)
+    broken = a.clone()
+    broken[0, 3, 4] = math.inf
+    assert not cuda.eigh(broken)[2].isfinite().any() or not (ours(broken)[2][0] <= 1e-12)
+
+
 def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:
     tuned = torch.zeros(150, 8, device=DEVICE)
     tuned[3::5] = 0.5

@@ -93,4 +93,12 @@ int64_t ties_tiles(int64_t m, int64_t n);
 // one.
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts);
 
+// Eigenpairs of `count` symmetric matrices [n, n] float64, n up to eigh_max_size(); rows and matrices of `a` these many
+// entries apart.
+//   theta [count, n], smallest first   vectors [count, n, n], a column each
+//   error [count]: the largest entry of |V.T V - 1| and of |A V - V theta| / |A|
+void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
+          double* theta, double* vectors, double* error);
+int eigh_max_size();
+
 }  // namespace lors

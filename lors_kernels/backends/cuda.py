@@ -99,6 +99,23 @@ def _factors(left: Any, right: Any) -> tuple[tuple[int, int, int], Any]:
     return (left.data_ptr(), transposed.data_ptr(), left.shape[2]), transposed
 
 
+def takes_eigh(a: Any) -> bool:
+    """Whether `eigh` below takes a [A, n, n]: of a size that fits a block's shared memory, rows contiguous."""
+    import torch
+
+    there = a.dtype == torch.float64 and a.numel() > 0 and a.stride(2) == 1
+    return there and built("_cuda") != [] and a.shape[2] <= library().eigh_max_size()
+
+
+def eigh(a: Any) -> tuple[Any, Any, Any]:
+    """theta [A, n] smallest first, vectors [A, n, n] in columns, and [A] the largest entry of |V.T V - 1| and of
+    |A V - V theta| / |A|."""
+    theta, vectors, error = a.new_empty(a.shape[:2]), a.new_empty(a.shape), a.new_empty(a.shape[0])
+    places = (theta.data_ptr(), vectors.data_ptr(), error.data_ptr())
+    library().eigh(_stream(a.device), a.data_ptr(), a.stride(1), a.stride(0), a.shape[0], a.shape[2], *places)
+    return theta, vectors, error
+
+
 class Grouped:
     name = NAME
     width = 8  # fused multiply-adds, not tensor cores: a wider block would cost in proportion

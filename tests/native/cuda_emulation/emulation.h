@@ -39,6 +39,7 @@ extern uint64_t launches[kDevices];  // on each; read by tests through emulation
 void run(dim3 blocks, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body);
 
 void barrier(const char* file, int line);
+bool barrier_or(bool value, const char* file, int line);  // whether any thread came with true
 
 // Leaves `value` where the lanes of the warp find it and waits for all of them; returns the 32 values.
 const uint64_t* exchange(unsigned mask, uint64_t value, int line);
@@ -84,6 +85,7 @@ inline int lane() {
 #define blockIdx (emulation::here.block)
 
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
+#define __syncthreads_or(value) emulation::barrier_or(value, __FILE__, __LINE__)
 #define __syncwarp() static_cast<void>(emulation::exchange(~0u, 0, __LINE__))
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, __LINE__, emulation::lane() ^ (bits))
