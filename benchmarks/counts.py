@@ -96,8 +96,12 @@ def classes(code: list[Instruction]) -> dict[str, int]:
 
 
 def main_loop(kernel: Kernel) -> Loop | None:
-    """The longest."""
-    return max(kernel.loops, key=lambda loop: len(kernel.inside(loop)), default=None)
+    """The longest; of merge_kernel the longest without a barrier, which is that of one expert."""
+    loops = kernel.loops
+    if kernel.name == "merge_kernel":
+        free = [loop for loop in loops if all(i.name != "BAR" for i in kernel.inside(loop))]
+        loops = free or loops
+    return max(loops, key=lambda loop: len(kernel.inside(loop)), default=None)
 
 
 def resources(text: str) -> dict[str, tuple[int, int, int]]:

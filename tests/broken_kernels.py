@@ -36,6 +36,16 @@ def operations() -> dict[str, list[Callable[[], object]]]:
     def ties() -> object:
         return kernels.ties_update(base.clone(), base, [tuned], [Keep()], [1.0], backend="cuda")
 
+    def many() -> tuple[torch.Tensor, object]:
+        """More experts than a block keeps the sums of."""
+        out, experts = odd.clone(), [odd + number for number in range(18)]
+        rules = [Threshold(0.5 + number, 0, 0) for number in range(18)]
+        return out, kernels.merge_update(out, odd, experts, None, None, rules, [1.0] * 18, backend="cuda")
+
+    def many_ties() -> object:
+        experts = [odd + number for number in range(18)]
+        return kernels.ties_update(odd.clone(), odd, experts, [Keep()] * 18, [1.0] * 18, backend="cuda")
+
     def measure() -> tuple[torch.Tensor, ...]:
         from lors_kernels.backends.cuda import GROUPED
         from lors_kernels.grouped import MatrixGroup
@@ -59,8 +69,9 @@ def operations() -> dict[str, list[Callable[[], object]]]:
             lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
             lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
         ],
-        "merge_update.cu": [measure],
-        "tiles.cuh": [update, ties],
+        "merge_update.cu": [many],
+        "ties_update.cu": [many_ties],
+        "tiles.cuh": [update, ties, measure],
     }
 
 

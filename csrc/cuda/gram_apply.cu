@@ -2,8 +2,9 @@
 //
 // A block takes some rows of A. A thread owns inner indices i = thread + 256 k and holds x[i, 0..8) and its part of
 // z[i, 0..8) in registers, so a row is read once: y = A x is summed over the block (a shuffle that leaves each lane one
-// of 32 sums, then the warps in order), and z += A.T y follows from the row still in shared memory. While one stage of
-// rows is worked on, the next is copied there asynchronously. The blocks' sums are added in order by the caller.
+// of 32 sums, then the warps in order), and z += A.T y follows from the deltas still in registers. While one stage of
+// rows is worked on, the next is copied there asynchronously: over the one before, of which nothing is read behind the
+// barriers of its last batch. The blocks' sums are added in order by the caller.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
@@ -74,14 +75,15 @@ struct Stage {
 
     static __device__ __forceinline__ void copy(const Gram& a, const PairView& view, int64_t row, int64_t end,
                                                 char* stage) {
-        const int64_t segments = a.inner;  // per matrix: kRows rows of inner / kRows copies, or inner rows of one
-        for (int64_t s = threadIdx.x; s < segments; s += kThreads) {
+        // per matrix: kRows rows of inner / kRows copies, or inner rows of one; in 32 bits, where a division is cheap
+        const int segments = static_cast<int>(a.inner);
+        for (int s = static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
             int64_t i, j;  // of delta
             bool there;
             if constexpr (Transposed) {
                 i = s, j = row, there = row < end;
             } else {
-                const int64_t each = a.inner / kRows;
+                const int each = segments / kRows;
                 i = row + s / each, j = s % each * kRows, there = i < end;
             }
             char* to = stage + s * kCopy;
@@ -100,13 +102,12 @@ struct Stage {
     }
 
     // A[row of the stage, i .. ) for kBatch rows from `first`
-    static __device__ __forceinline__ void fetch(const char* stage, int64_t inner, int64_t i, int first,
-                                                 float (&d)[kBatch]) {
+    static __device__ __forceinline__ void fetch(const char* stage, int inner, int i, int first, float (&d)[kBatch]) {
         const T* base = reinterpret_cast<const T*>(stage);
         const T* tuned = base + inner * kRows;
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
-            const int64_t at = Transposed ? i * kRows + first + r : (first + r) * inner + i;
+            const int at = Transposed ? i * kRows + first + r : (first + r) * inner + i;
             d[r] = __fsub_rn(widen<K>(tuned[at]), widen<K>(base[at]));
         }
     }
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
     const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth);
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     const int64_t first = chunk * a.rows, end = a.outer < first + a.rows ? a.outer : first + a.rows;
-    const int64_t bytes = S::bytes(a.inner);
+    const int inner = static_cast<int>(a.inner), bytes = static_cast<int>(S::bytes(a.inner));
 
     S::copy(a, view, first, end, memory);
     __pipeline_commit();
@@ -144,16 +145,15 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
         __syncthreads();
 #pragma unroll 1
         for (int batch = 0; batch < S::kRows; batch += kBatch) {
-            float y[32] = {};
+            float y[32] = {}, d[PerThread][kBatch] = {};
 #pragma unroll
             for (int k = 0; k < PerThread; ++k) {
-                const int64_t i = threadIdx.x + k * kThreads;
-                float d[kBatch] = {};
-                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
+                const int i = static_cast<int>(threadIdx.x) + k * kThreads;
+                if (i < inner) S::fetch(memory + now * bytes, inner, i, batch, d[k]);
 #pragma unroll
                 for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
-                    for (int c = 0; c < kWidth; ++c) y[r * kWidth + c] += d[r] * x[k][c];
+                    for (int c = 0; c < kWidth; ++c) y[r * kWidth + c] += d[k][r] * x[k][c];
                 }
             }
             parts[threadIdx.x / 32][threadIdx.x % 32] = transpose_sum(y);
@@ -170,17 +170,13 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < PerThread; ++k) {
-                const int64_t i = threadIdx.x + k * kThreads;
-                float d[kBatch] = {};
-                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
 #pragma unroll
                 for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
-                    for (int c = 0; c < kWidth; ++c) z[k][c] += d[r] * sums[r * kWidth + c];
+                    for (int c = 0; c < kWidth; ++c) z[k][c] += d[k][r] * sums[r * kWidth + c];
                 }
             }
         }
-        __syncthreads();  // the stage is copied over next
     }
 #pragma unroll
     for (int k = 0; k < PerThread; ++k) {

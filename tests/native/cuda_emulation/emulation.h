@@ -148,3 +148,11 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
+
+namespace lors {
+struct SharedCounters {  // csrc/cuda/shared.cuh
+    uint32_t* first;
+    explicit SharedCounters(uint32_t* at) : first(at) {}
+    void count(uint32_t index) const { ++first[index]; }
+};
+}  // namespace lors
