@@ -154,7 +154,7 @@ def count_arch(arch: str, folder: Path) -> dict[str, Any]:
             if "any" in kernel.variant.split() or kernel.name.startswith("plain"):
                 continue  # for mixed dtypes and odd rows: slow on purpose
             registers, stack, shared = used[kernel.name, kernel.variant]
-            threads = 32 if kernel.name == "cut_kernel" else 256
+            threads = {"cut_kernel": 32, "eigh_kernel": 512, "orthonormalise_kernel": 512}.get(kernel.name, 256)
             row: dict[str, Any] = {
                 "all": classes(kernel.code),
                 "registers": registers,
@@ -171,8 +171,10 @@ def count_arch(arch: str, folder: Path) -> dict[str, Any]:
 
 
 def dynamic_shared(kernel: Kernel) -> int:
-    """Of the largest matrix an instance takes."""
-    return 4 * 16 * 256 * int(kernel.variant.split("x")[-1]) if kernel.name == "gram_kernel" else 0
+    """Of the largest matrix an instance takes; 80 x 80 and 1280 rows of the kernels that take every size."""
+    if kernel.name == "gram_kernel":
+        return 4 * 16 * 256 * int(kernel.variant.split("x")[-1])
+    return {"eigh_kernel": 2 * 80 * 81 * 8, "orthonormalise_kernel": 1280 * 96}.get(kernel.name, 0)
 
 
 def compile_one(source: Path, arch: str, folder: Path) -> Path:
@@ -287,6 +289,16 @@ def count_calls() -> dict[str, Any]:
         calls.calls["reads"] += 1
         return tolist(self)
 
+    def own(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls.calls["own kernels"] += 1
+            with torch.utils._python_dispatch._disable_current_modes():
+                return function(*arguments)
+
+        return call
+
+    small = svd.orthonormalise, svd.eigh  # a launch each where the CUDA module is
+    svd.orthonormalise, svd.eigh = map(own, small)
     svd.Krylov.expand = counted  # type: ignore[method-assign]
     grouped.operations = lambda *_: backend
     torch.Tensor.tolist = read  # type: ignore[method-assign]
@@ -300,6 +312,7 @@ def count_calls() -> dict[str, Any]:
             grouped.merge_update_group(group, [deltas[0].clone()], factors.left, factors.right, threshold, [1.0, 1.0])
         found["merge"] = dict(calls.calls)
     finally:
+        svd.orthonormalise, svd.eigh = small
         svd.Krylov.expand = expand  # type: ignore[method-assign]
         grouped.operations = operations
         torch.Tensor.tolist = tolist  # type: ignore[method-assign]
@@ -323,8 +336,18 @@ def predict(rows: dict[str, Any]) -> dict[str, Any]:
         "merge_update": ("merge_kernel float16", once + 2 * entries * item + factors),
     }
     found = {}
-    for name, (kernel, size) in steps.items():
-        instructions = rows[kernel]["per delta"] * deltas
+    pairs = sum(matrices.values()) * experts
+    extra = {
+        # 10 sweeps of 80 x 80 (counted on a Krylov projection): per round 40 pairs of rows by 16 warps, and per pair 3 turns of
+        # the eigenvectors' loop (unrolled by four) and 1 of the matrix's
+        "eigenpairs, 5,120 of 80 x 80, a check": ("eigh_kernel", pairs * 80 * 80 * 16, pairs * 714 * 40 * 160),
+        # w, noise and result once, a basis of 40 columns (the mean) twice; 8 columns of 1280 rows in float64, three times
+        "orthonormalise, a pass": ("orthonormalise_kernel", pairs * 1280 * (8 * 8 + 2 * 40 * 4), pairs * 1280 * 8 * 12),
+    }
+    counted = {
+        name: (kernel, size, rows[kernel]["per delta"] * deltas) for name, (kernel, size) in steps.items()
+    } | extra
+    for name, (kernel, size, instructions) in counted.items():
         rate = MODEL["processors"] * 4 * MODEL["GHz"] * 1e9 * MODEL["issue"]  # type: ignore[operator]
         by_bytes, by_issue = size / (MODEL["TB/s"] * 1e9), 1e3 * instructions / rate  # type: ignore[operator]
         found[name] = {"kernel": kernel, "bytes": size, "warp instructions": instructions} | {

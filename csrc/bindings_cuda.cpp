@@ -95,6 +95,17 @@ void eigh(const LaunchTuple& l, uintptr_t a, int64_t row_stride, int64_t stride,
                at<double>(error));
 }
 
+// (address, columns, entries from row to row, from pair to pair)
+using BasisTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+void orthonormalise(const LaunchTuple& l, uintptr_t w, const BasisTuple& basis, int64_t pairs, int64_t n,
+                    uintptr_t noise, uintptr_t scale, double level, uintptr_t q, uintptr_t below) {
+    const auto& [columns_at, columns, row_stride, stride] = basis;
+    lors::orthonormalise(launch(l), at<const float>(w), at<const float>(columns_at), row_stride, stride, pairs, n,
+                         columns, at<const double>(noise), at<const double>(scale), level, at<float>(q),
+                         at<double>(below));
+}
+
 std::tuple<int, std::string> device_count() {
     int count = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);
@@ -121,4 +132,6 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("measure", measure, Unlocked());
     module.def("eigh", eigh, Unlocked());
     module.def("eigh_max_size", lors::eigh_max_size);
+    module.def("orthonormalise", orthonormalise, Unlocked());
+    module.def("orthonormalise_max_rows", lors::orthonormalise_max_rows);
 }

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .backends import cuda
 from .eigh import eigh
 from .grouped import GroupSVD, MatrixGroup
 from .precision import full_precision
@@ -81,6 +82,8 @@ def orthonormalise(w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor
     import torch
 
     level = 1e-10 if w.dtype == torch.float32 else 1e-13
+    if cuda.takes_orthonormalise(w, basis):
+        return cuda.orthonormalise(w, basis, scale, noise, level)
     floor = torch.where(scale > 0, scale * level, 1.0).view(-1, 1, 1)
     q, below = _cholesky_qr(w.double() + floor * noise / math.sqrt(w.shape[-2]), shift=1e-13 * w.shape[-1])
     if basis is not None:

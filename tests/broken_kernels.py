@@ -59,7 +59,16 @@ def operations() -> dict[str, list[Callable[[], object]]]:
         theta, vectors, error = eigh(a + a.mT)
         return theta, vectors, error
 
+    def block() -> object:
+        from lors_kernels.backends.cuda import orthonormalise
+
+        draw = torch.Generator().manual_seed(2)
+        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0]
+        w, noise = torch.randn(1, 200, 8, generator=draw), torch.randn(200, 8, generator=draw, dtype=torch.float64)
+        return orthonormalise(w, basis, torch.ones(1, dtype=torch.float64), noise, 1e-10)
+
     return {
+        "orthonormalise.cu": [block],
         "eigh.cu": [pairs],
         "gram_apply.cu": [
             lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),

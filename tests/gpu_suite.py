@@ -375,6 +375,59 @@ if EMULATED:  # errors that a device would report
             assert emulation.emulation_device() == 0
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@pytest.mark.parametrize("kind", ["random", "equal", "zero", "rounding", "graded", "tiny"])
+@pytest.mark.parametrize(("n", "columns"), [(40, 0), (67, 16), (300, 136), (1280, 8)])
+def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: str) -> None:
+    """Columns that are no basis at all are filled from the noise; what is said of w holds."""
+    from lors_kernels import svd
+    from lors_kernels.backends import cuda
+
+    require_backend("cuda")
+    generator = torch.Generator().manual_seed(n)
+    full = torch.linalg.qr(torch.randn(2, n, columns + 8, generator=generator, dtype=torch.float64))[0].float()
+    whole = torch.full((2, n, columns + 24), math.nan, device=DEVICE)
+    whole[:, :, :columns] = full[:, :, :columns].to(DEVICE)
+    basis = whole[:, :, :columns] if columns else None
+    w = torch.randn(2, n, 8, generator=generator)
+    if kind == "equal":
+        w = w[:, :, :1].repeat(1, 1, 8)
+    elif kind == "zero":
+        w = torch.zeros_like(w)
+    elif kind == "rounding" and columns:  # what is left of a block that the basis holds already
+        q = full[:, :, :columns]
+        w = q @ torch.randn(2, columns, 8, generator=generator)
+        for _ in range(2):
+            w = w - q @ (q.mT @ w)
+    elif kind == "graded":
+        w = full[:, :, columns:] * 10.0 ** -torch.arange(8)
+    elif kind == "tiny":
+        w = w * 1e-18
+    w = w.to(DEVICE)
+    scale = w.double().square().sum(1).amax(1).sqrt()
+    if kind == "rounding":
+        scale = torch.ones_like(scale)
+    noise = torch.randn(n, 8, generator=generator, dtype=torch.float64).to(DEVICE)
+    assert cuda.takes_orthonormalise(w, basis) and not cuda.takes_orthonormalise(w.double(), basis)
+    q, below = svd.orthonormalise(w, basis, scale, noise)
+    eye = torch.eye(8, dtype=torch.float64, device=DEVICE)
+    assert (q.double().mT @ q.double() - eye).abs().max() <= 3e-6
+    if basis is not None:
+        assert (basis.double().mT @ q.double()).abs().max() <= 3e-6
+    if basis is None:  # with a basis, w has a part of its own in it
+        filled = w.double() + (noise / math.sqrt(n) if kind == "zero" else 0)
+        assert ((q.double() @ below - filled).norm(dim=(1, 2)) <= 2e-6 * filled.norm(dim=(1, 2))).all()
+    assert (below.tril(-1) == 0).all()
+    if kind in ("random", "zero", "tiny"):  # else the noise decides, amplified by how little of w there is
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "takes_orthonormalise", lambda *_: False)
+            plain = svd.orthonormalise(w, basis, scale, noise)
+        assert (plain[0] - q).abs().max() <= 1e-5
+        assert (plain[1] - below).abs().max() <= 1e-6 * below.abs().max()
+    again = cuda.orthonormalise(w, basis, scale, noise, 1e-10)
+    assert torch.equal(q, again[0]) and torch.equal(below, again[1])
+
+
 def symmetric(kind: str, n: int) -> torch.Tensor:
     """Two hostile symmetric matrices [2, n, n]."""
     generator = torch.Generator().manual_seed(n)

@@ -101,4 +101,12 @@ void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t str
           double* theta, double* vectors, double* error);
 int eigh_max_size();
 
+// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows and
+// pairs these many entries apart), n up to orthonormalise_max_rows(): w = q below, up to rounding, with q [P, n, 8] and
+// below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where that is 0), fills directions that are not there.
+void orthonormalise(const Launch& launch, const float* w, const float* basis, int64_t row_stride, int64_t stride,
+                    int64_t pairs, int64_t n, int64_t columns, const double* noise, const double* scale, double level,
+                    float* q, double* below);
+int orthonormalise_max_rows();
+
 }  // namespace lors
