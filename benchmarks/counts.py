@@ -338,11 +338,10 @@ def predict(rows: dict[str, Any]) -> dict[str, Any]:
     found = {}
     pairs = sum(matrices.values()) * experts
     extra = {
-        # 10 sweeps of 80 x 80 (counted on a Krylov projection): per round 40 pairs of rows by 16 warps, and per pair 3 turns of
-        # the eigenvectors' loop (unrolled by four) and 1 of the matrix's
+        # 714 rounds, counted on a Krylov projection; in each 40 pairs of rows, about 160 warp instructions a pair
         "eigenpairs, 5,120 of 80 x 80, a check": ("eigh_kernel", pairs * 80 * 80 * 16, pairs * 714 * 40 * 160),
-        # w, noise and result once, a basis of 40 columns (the mean) twice; 8 columns of 1280 rows in float64, three times
-        "orthonormalise, a pass": ("orthonormalise_kernel", pairs * 1280 * (8 * 8 + 2 * 40 * 4), pairs * 1280 * 8 * 12),
+        # w, result, and a basis of 40 columns (the mean) twice; about 180,000 warp instructions a pair, most of them for the basis
+        "orthonormalise, a pass": ("orthonormalise_kernel", pairs * 1280 * (8 * 8 + 2 * 40 * 4), pairs * 180_000),
     }
     counted = {
         name: (kernel, size, rows[kernel]["per delta"] * deltas) for name, (kernel, size) in steps.items()
