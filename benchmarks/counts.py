@@ -140,6 +140,8 @@ def stage_rows(kernel: Kernel) -> int:
 def deltas_of(kernel: Kernel) -> int | None:
     if kernel.name == "gram_kernel":
         return stage_rows(kernel) * int(kernel.variant.split("x")[-1]) * 32
+    if kernel.name == "gram_tensor_kernel":
+        return 16 * int(kernel.variant.split("x")[-1]) * 32
     return {"histogram_kernel": 16 * 32, "tie_kernel": 16 * 32, "merge_kernel": 16 * 32, "ties_kernel": 8 * 32}.get(
         kernel.name
     )
@@ -331,7 +333,7 @@ def predict(rows: dict[str, Any]) -> dict[str, Any]:
     factors = sum((m + n) * rank * 4 * count * experts for (m, n), count in matrices.items())
     deltas, once = entries * experts, entries * (experts + 1) * item
     steps: dict[str, tuple[str, int]] = {
-        "gram_apply, a pass of 8 vectors": ("gram_kernel float16 rows x5", once),
+        "gram_apply, a pass of 8 vectors": ("gram_tensor_kernel x5", once),
         "threshold, one of three passes": ("histogram_kernel float16", once + factors),
         "merge_update": ("merge_kernel float16", once + 2 * entries * item + factors),
     }

@@ -73,6 +73,7 @@ def operations() -> dict[str, list[Callable[[], object]]]:
         "gram_apply.cu": [
             lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
             lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
+            lambda: kernels.gram_apply(base.half(), tuned.half(), x, backend="cuda"),
         ],
         "residual_threshold.cu": [
             lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),

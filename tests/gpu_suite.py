@@ -134,6 +134,35 @@ def test_gram_apply_of_every_length_that_has_its_own_kernel(inner: int, dtype: t
         assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
 
 
+def largest() -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences beyond float16's largest number, among ordinary ones."""
+    base, tuned = (torch.randn(40, 264, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    base[3, 7], tuned[3, 7], base[20, 200], tuned[20, 200] = -6e4, 6.5e4, 4e4, -4e4
+    return base.half(), tuned.half()
+
+
+def inexact() -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences that float16 has not got: large against small, down to denormals."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(40, 264, generator=generator) * 10.0 ** torch.randint(-7, 4, (40, 264), generator=generator)
+    return base.half(), (base * torch.randn(40, 264, generator=generator)).half()
+
+
+@pytest.mark.parametrize("make", [largest, inexact])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, backend: str) -> None:
+    base, tuned = (x.to(DEVICE) for x in make())
+    if backend == "triton" and (make is largest or size != 1.0):
+        pytest.skip("triton: no promise")
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(264, 9, generator=generator) * size * 10.0 ** -torch.arange(9)
+    delta = tuned.double() - base.double()
+    found = kernels.gram_apply(base, tuned, x.to(DEVICE), backend=backend).double()
+    for vector in range(9):
+        truth = delta.T @ (delta @ x[:, vector].double().to(DEVICE))
+        assert (found[:, vector] - truth).norm() <= 1e-6 * truth.norm(), vector
+
+
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
 def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backend: str) -> None:
     base, tuned = tensors(case)

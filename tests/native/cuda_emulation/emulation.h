@@ -87,6 +87,13 @@ inline int lane() {
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
 #define __syncthreads_or(value) emulation::barrier_or(value, __FILE__, __LINE__)
 #define __syncwarp() static_cast<void>(emulation::exchange(~0u, 0, __LINE__))
+inline bool emulated_any(unsigned mask, bool value, int line) {
+    const uint64_t* all = emulation::exchange(mask, value, line);
+    bool any = false;
+    for (unsigned lane = 0; lane < emulation::kWarp; ++lane) any = any || all[lane];
+    return any;
+}
+#define __any_sync(mask, value) emulated_any(mask, value, __LINE__)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, __LINE__, emulation::lane() ^ (bits))
 #define __shfl_down_sync(mask, v, by) emulation::shuffle(mask, v, __LINE__, emulation::lane() + static_cast<int>(by))
