@@ -420,7 +420,7 @@ def render(data: dict[str, Any]) -> str:
     lines += [
         "## Predicted: whisper-large-v3 x 10 in float16 on an H200",
         "",
-        f"{data['model']['said'].capitalize()}.",
+        f"{data['model']['said'][0].upper()}{data['model']['said'][1:]}.",
         "",
     ]
     lines += ["| step | GB | ms by bytes | ms by issue | predicted |", "|---|---|---|---|---|"]

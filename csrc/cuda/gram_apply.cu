@@ -491,13 +491,16 @@ void choose_chunks(const Launch& launch, const Group& group, const GramPlan& pla
 
 template <Kind K, bool Transposed>
 void choose_per_thread(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
-    if constexpr (K == Kind::kFloat16 && !Transposed) return choose_chunks(launch, group, plan, a);
-    switch (plan.per_thread) {
-        case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
-        case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
-        case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
-        case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
-        default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
+    if constexpr (K == Kind::kFloat16 && !Transposed) {
+        choose_chunks(launch, group, plan, a);
+    } else {
+        switch (plan.per_thread) {
+            case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
+            case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
+            case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
+            case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
+            default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
+        }
     }
 }
 
