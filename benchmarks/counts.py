@@ -156,7 +156,7 @@ def count_arch(arch: str, folder: Path) -> dict[str, Any]:
             if "any" in kernel.variant.split() or kernel.name.startswith("plain"):
                 continue  # for mixed dtypes and odd rows: slow on purpose
             registers, stack, shared = used[kernel.name, kernel.variant]
-            threads = {"cut_kernel": 32, "eigh_kernel": 512, "orthonormalise_kernel": 512}.get(kernel.name, 256)
+            threads = {"cut_kernel": 32, "eigh_kernel": 512, "orthonormalise_kernel": 384}.get(kernel.name, 256)
             row: dict[str, Any] = {
                 "all": classes(kernel.code),
                 "registers": registers,

@@ -12,7 +12,7 @@ namespace lors {
 namespace {
 
 constexpr int W = 8;
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;  // with more the registers do not suffice
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRows = 1408;  // 96 bytes of shared memory each
 constexpr int kColumns = 128;   // of Q at a time
@@ -45,6 +45,7 @@ __device__ __forceinline__ void factor(Triangles& t, double shift) {
     }
     __syncwarp();
     // Cholesky, of columns scaled to norm 1: lane j has column j of the factor, whose rows so far are in t.inverse
+#pragma unroll 1
     for (int i = 0; i < W; ++i) {
         double x = 0;
         if (lane < W && j >= i) {
@@ -93,6 +94,7 @@ __device__ __forceinline__ void cholesky_qr(double* panel, int n, double shift, 
     __syncthreads();
     if (warp == 0) factor(t, shift);
     __syncthreads();
+#pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < n; row += kThreads) {
         double x[W];
 #pragma unroll
