@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, dry: bool) -> None:
         self.dry = dry
         if dry and (emulation := os.environ.get("LORS_TEST_CUDA_EMULATION")):
-            sys.path.append(str(ROOT / "tests"))
+            sys.path.append(str(ROOT / "tests" / "support"))
             from cuda_emulation import install
 
             install(emulation)
