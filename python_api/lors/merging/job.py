@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ..experts.expert_source import ExpertSource
 from ..experts.opening import source_of
 from ..experts.source import Source
 from ..files.directory import OutputDirectory
-from ..methods import METHODS, Method, Reduction
+from ..methods import METHODS, Reduction
 from ..methods.operands import Combination
 from ..public import public
 from ..recipes.recipe import BASE, Recipe
@@ -45,16 +46,50 @@ DTYPES: dict[str, np.dtype[Any]] = {
 Progress = Callable[[int, int], None]  # entries done, entries in all
 
 
-class Job(NamedTuple):
-    """A merge that has passed every check."""
+class Models(NamedTuple):
+    """The checkpoints of a recipe, compared with each other, and what the engine reads of them, the base first."""
 
     base: Checkpoint
     experts: list[Checkpoint]
     sources: list[Source]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.base, *self.experts
+
+
+@dataclass
+class Job:
+    """A merge that has passed every check that needs no weights: what is done with which sources."""
+
+    recipe: Recipe
+    sources: Sequence[Source]  # the base first
     works: list[Work]
+    report: MergeReport
+
+    def engine(self, sink: Sink, progress: Progress | None = None) -> Engine:
+        base, experts = self.sources[0], self.sources[1:]
+        report = self.report
+        engine = Engine(base, experts, sink, report, report.backend, report.threads, self.recipe.seed)
+        if progress is not None:
+            done, total = 0, sum(work.spec.numel for work in self.works)
+
+            def advance(entries: int) -> None:
+                nonlocal done
+                done += entries
+                progress(done, total)
+
+            engine.progress = advance
+        return engine
+
+
+@dataclass
+class DirectoryJob(Job):
+    """A merge of checkpoints into a directory."""
+
+    models: Models
     companions: list[Path]
     output: OutputDirectory
-    report: MergeReport
     carried: dict[str, Any]  # of the base's model card
 
 
@@ -67,24 +102,40 @@ def prepare(
     threads: int | None,
     force: bool,
     durable: bool,
-) -> Job:
-    method = METHODS[recipe.merge_method]
-    report = MergeReport(
-        recipe.merge_method, backend_name(backend), public(str(out)), [], threads=thread_count(threads)
-    )
-    base, experts = open_models(recipe, method, stack)
+) -> DirectoryJob:
+    """The job of a recipe that is merged into a directory."""
+    report = new_report(recipe, public(str(out)), backend, threads)
+    models = open_models(recipe, stack)
+    base, experts = models.base, models.experts
     report.experts = [expert.name for expert in experts]
     base.sidecars(), base.card()  # a link that is refused is refused before the work
-    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
-    works = plan_merge(recipe, method, sources[0], base.naming, base.config, report)
-    require_parts(sources[1:], works, report)
+    job = planned(recipe, models.sources, base.naming, base.config, report)
     beside = companions(base, experts, report.notices)
     base.dims = dims(base, experts, report.notices)
     carried, notices = carried_over(base.card())
     report.notices += notices
-    inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
+    inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return Job(base, experts, sources, works, beside, output, report, carried)
+    return DirectoryJob(recipe, models.sources, job.works, report, models, beside, output, carried)
+
+
+def planned(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    naming: str,
+    config: Mapping[str, Any] | None,
+    report: MergeReport,
+    change: Callable[[Work], Work] = lambda work: work,
+) -> Job:
+    """The job of a recipe. change: makes of the work for the recipe's models that for `sources`, where they are others."""
+    works = [change(work) for work in _plan(recipe, sources[0], naming, config, report)]
+    _require_parts(sources[1:], works, report)
+    return Job(recipe, sources, works, report)
+
+
+def new_report(recipe: Recipe, out: str | None, backend: str | None, threads: int | None) -> MergeReport:
+    """An empty report that names the backend and counts the threads; LorsError where they cannot be had."""
+    return MergeReport(recipe.merge_method, backend_name(backend), out, [], threads=thread_count(threads))
 
 
 def thread_count(threads: int | None) -> int:
@@ -110,9 +161,10 @@ def _no_backend(name: str | None, error: Exception) -> LorsError:
     return LorsError(f"backend {problem}") if name is None else SettingError("backend", problem)
 
 
-def open_models(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
+def open_models(recipe: Recipe, stack: contextlib.ExitStack) -> Models:
     """Opens the checkpoints. Names, types, files and configuration are the base's, where there is none the first model's."""
     recipe.require_parameters()
+    method = METHODS[recipe.merge_method]
     indices = recipe.experts if method.relative else recipe.inputs
     opened = {index: stack.enter_context(_open_source(recipe, index)) for index in indices}
     experts = list(opened.values())
@@ -132,7 +184,7 @@ def open_models(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> 
                 )
         elif expert is not base and expert.adapter is None:
             compare(base, expert)
-    return base, experts
+    return Models(base, experts, [source_of(checkpoint, base) for checkpoint in (base, *experts)])
 
 
 def _open_source(recipe: Recipe, model: int) -> Checkpoint:
@@ -143,7 +195,7 @@ def _open_source(recipe: Recipe, model: int) -> Checkpoint:
         raise recipe.missing(model, error.reason) from error
 
 
-def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+def _require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
     """LorsError unless every expert file holds what is asked of it."""
     for index, source in enumerate(experts):
         if not isinstance(source, ExpertSource):
@@ -174,14 +226,10 @@ def require_parts(experts: Sequence[Source], works: Sequence[Work], report: Merg
             )
 
 
-def plan_merge(
-    recipe: Recipe,
-    method: Method,
-    base: Source,
-    naming: str,
-    config: Mapping[str, Any] | None,
-    report: MergeReport,
+def _plan(
+    recipe: Recipe, base: Source, naming: str, config: Mapping[str, Any] | None, report: MergeReport
 ) -> list[Work]:
+    method = METHODS[recipe.merge_method]
     for name, spec in base.tensors.items():
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
             raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
@@ -228,28 +276,6 @@ def compare_specs(base: Source, expert: Source) -> None:
                 f"{expert.name}: tensor {name!r}: expected {list(spec.shape)} {spec.dtype} as in the base, "
                 f"got {list(got.shape)} {got.dtype}"
             )
-
-
-def make_engine(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    sink: Sink,
-    report: MergeReport,
-    works: Sequence[Work],
-    progress: Progress | None,
-) -> Engine:
-    base, experts = sources[0], sources[1:]
-    engine = Engine(base, experts, sink, report, report.backend, report.threads, recipe.seed)
-    if progress is not None:
-        done, total = 0, sum(work.spec.numel for work in works)
-
-        def advance(entries: int) -> None:
-            nonlocal done
-            done += entries
-            progress(done, total)
-
-        engine.progress = advance
-    return engine
 
 
 def on_devices(

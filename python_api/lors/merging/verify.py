@@ -18,7 +18,6 @@ from ..engine.report import KindRow, MergeReport
 from ..errors import LorsError
 from ..experts.expert_file import is_expert_file
 from ..experts.expert_source import ExpertSource
-from ..experts.opening import source_of
 from ..experts.source import Slot, Source
 from ..methods import METHODS
 from ..recipes.recipe import Recipe
@@ -89,16 +88,16 @@ class _Inputs:
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self.recipe, self.method = recipe, METHODS[recipe.merge_method]
-        base, experts = open_models(recipe, self.method, stack)
-        self.checkpoints = (base, *experts)
-        self.base, *self.experts = (source_of(checkpoint, base) for checkpoint in self.checkpoints)
+        models = open_models(recipe, stack)
+        base, self.checkpoints = models.base, models.checkpoints
+        self.base, *self.experts = models.sources
         everywhere = self.method.everywhere and recipe.target is None
         self.treated = set(self.base.tensors)
         if not everywhere:
             self.treated = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)
         self.depth = layers.positions(self.base.tensors)
         # of expert files and adapters the report counts what they store
-        stored = any(x.adapter is not None or is_expert_file(x) for x in experts)
+        stored = any(x.adapter is not None or is_expert_file(x) for x in models.experts)
         self.plain = self.method.relative and not stored
 
     def expected_type(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
