@@ -26,7 +26,6 @@ from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteErro
 
 from ..checkpoints.layers import kind
 from ..errors import LorsError
-from ..experts.expert_source import ExpertSource
 from ..experts.factors import Factors
 from ..experts.source import Slot, Source
 from ..methods import Reduction
@@ -147,9 +146,9 @@ class Engine:
         for expert, reduction in ((self.experts[t], work.reductions[t]) for t in terms.experts):
             if self._stop.is_set():
                 return []
-            if isinstance(expert, ExpertSource):  # decomposed already
+            if (parts := expert.parts) is not None:  # decomposed already
                 options = (reduction.weight, reduction.rank, reduction.density, self.backend)
-                outcomes.append(Outcome(expert.add(work.name, piece.start, total, *options), None))
+                outcomes.append(Outcome(parts.add(work.name, piece.start, total, *options), None))
                 continue
             factors = expert.factors(work.name) if work.relative else None
             if factors is not None:
@@ -349,6 +348,6 @@ def _subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def _bytes_read(source: Source, work: Work, entries: int) -> int:
-    if isinstance(source, ExpertSource):
-        return source.stored_bytes(work.name) * entries // max(1, work.spec.numel)
+    if (parts := source.parts) is not None:
+        return parts.stored_bytes(work.name) * entries // max(1, work.spec.numel)
     return entries * source.tensors[work.name].dtype.itemsize

@@ -40,6 +40,8 @@ def place_of(states: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
 class DeviceSource:
     """A state dict of tensors on one device. What is not contiguous is copied, on the device."""
 
+    parts = None
+
     def __init__(self, name: str, state: Mapping[str, Any]) -> None:
         self.name = name
         self.values = {key: value.detach().contiguous() for key, value in state.items()}

@@ -26,9 +26,7 @@ from ..engine.cpu import Engine, Sink
 from ..engine.report import MergeReport
 from ..engine.work import Work, plan
 from ..errors import LorsError, SettingError
-from ..experts.expert_file import is_expert_file
-from ..experts.expert_source import ExpertSource
-from ..experts.opening import source_of
+from ..experts.opening import kind_of, source_of
 from ..experts.source import Source
 from ..files.directory import OutputDirectory
 from ..methods import METHODS, Reduction
@@ -172,17 +170,14 @@ def open_models(recipe: Recipe, stack: contextlib.ExitStack) -> Models:
     base = opened.get(listed, experts[0])
     if listed not in opened and recipe.base_source is not None:
         base = stack.enter_context(_open_source(recipe, BASE))
-    if base.adapter is not None:
+    if kind_of(base) == "adapter":
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
-    if base not in experts and is_expert_file(base):
+    if base not in experts and kind_of(base) == "expert file":
         raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
     for expert in experts:
-        if is_expert_file(expert):
-            if not method.relative:
-                raise LorsError(
-                    f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file"
-                )
-        elif expert is not base and expert.adapter is None:
+        if kind_of(expert) == "expert file" and not method.relative:
+            raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+        if kind_of(expert) == "checkpoint" and expert is not base:
             compare(base, expert)
     return Models(base, experts, [source_of(checkpoint, base) for checkpoint in (base, *experts)])
 
@@ -198,32 +193,18 @@ def _open_source(recipe: Recipe, model: int) -> Checkpoint:
 def _require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
     """LorsError unless every expert file holds what is asked of it."""
     for index, source in enumerate(experts):
-        if not isinstance(source, ExpertSource):
+        if (parts := source.parts) is None:
             continue
         partly = approximated = False
         for work in works:
             if work.reductions and (reduction := work.reductions[index]).weight:
-                source.require(work.name, work.matrix, reduction.rank, reduction.density)
-                smaller = work.matrix and source.approximates(work.name, reduction.rank, reduction.density)
+                parts.require(work.name, work.matrix, reduction.rank, reduction.density)
+                smaller = work.matrix and parts.approximates(work.name, reduction.rank, reduction.density)
                 approximated = approximated or smaller
             asked = work.reductions[index].weight if work.reductions else 0
             whole = work.combination is not None or (bool(asked) and not work.matrix)
-            partly = partly or (whole and source.stands_in(work.name))
-        if partly:
-            report.notices.append(
-                f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
-                f"{source.layout.density:g} where the whole difference is asked for"
-            )
-        if approximated:
-            report.notices.append(
-                f"{source.name}: a smaller rank is asked for than the expert file's {source.layout.rank:g}: S is chosen from "
-                f"what the file holds (density {source.layout.density:g}), not from the whole difference; "
-                "docs/expert-files.md says how far off that is"
-            )
-        if source.layout.remainder == "none":
-            report.notices.append(
-                f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
-            )
+            partly = partly or (whole and parts.stands_in(work.name))
+        report.notices += parts.notices(partly, approximated)
 
 
 def _plan(
@@ -288,7 +269,7 @@ def on_devices(
     from ..engine.device import parse_devices
     from ..engine.gpu import GpuEngine
 
-    if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
+    if files := [source.name for source in engine.experts if source.parts is not None]:
         raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
 
     devices = parse_devices(device)

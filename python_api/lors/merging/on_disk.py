@@ -18,7 +18,6 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import FactorCache
 from ..engine.report import MergeReport, peak_memory
-from ..experts.expert_source import ExpertSource
 from ..files.remote import is_url, placed
 from ..methods import SPECS
 from ..public import public
@@ -164,7 +163,7 @@ def _on_cluster(
 
     wanted: dict[str, list[Wanted]] = {}
     for index, source in enumerate(job.sources[1:]):
-        if isinstance(source, ExpertSource):
+        if source.parts is not None:
             continue
         wanted[source.name] = [
             Wanted(work.name, rank_of(reduction.rank, *work.spec.shape), work.spec.numel * 8)

@@ -9,7 +9,6 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint
 from ..checkpoints.writer import OpenAIWriter, WeightWriter
 from ..engine.work import Work
-from ..experts.expert_source import ExpertSource
 from ..methods import SPECS
 from ..recipes.recipe import Recipe
 from .card import Input, write_card
@@ -33,8 +32,8 @@ def hasher(checkpoint: Checkpoint, hashes: dict[Checkpoint, dict[str, str]], job
         hashes[checkpoint] = checkpoint.sha256()
         if checkpoint is job.models.base:
             for source in job.sources:
-                if isinstance(source, ExpertSource):
-                    source.require_base(hashes[checkpoint])
+                if (parts := source.parts) is not None:
+                    parts.require_base(hashes[checkpoint])
 
     return task
 

@@ -16,8 +16,7 @@ from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from ..engine.cpu import OVERFLOWS
 from ..engine.report import KindRow, MergeReport
 from ..errors import LorsError
-from ..experts.expert_file import is_expert_file
-from ..experts.expert_source import ExpertSource
+from ..experts.opening import kind_of
 from ..experts.source import Slot, Source
 from ..methods import METHODS
 from ..recipes.recipe import Recipe
@@ -97,7 +96,7 @@ class _Inputs:
             self.treated = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)
         self.depth = layers.positions(self.base.tensors)
         # of expert files and adapters the report counts what they store
-        stored = any(x.adapter is not None or is_expert_file(x) for x in models.experts)
+        stored = any(kind_of(expert) != "checkpoint" for expert in models.experts)
         self.plain = self.method.relative and not stored
 
     def expected_type(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
@@ -128,7 +127,7 @@ class _Inputs:
         delta = (values.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
         factors = source.factors(name)
         exact = delta if factors is None else factors.exact().reshape(delta.shape)
-        stored = source.stored(name) if isinstance(source, ExpertSource) else None
+        stored = None if source.parts is None else source.parts.stored(name)
         return Expert(source.name, values.astype(np.float64), delta, exact, stored)
 
 

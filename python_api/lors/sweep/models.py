@@ -30,9 +30,8 @@ import yaml
 from ..checkpoints.reader import open_checkpoint
 from ..engine.work import Work
 from ..errors import LorsError
-from ..experts.expert_file import is_expert_file
 from ..experts.expert_source import ExpertSource
-from ..experts.opening import source_of
+from ..experts.opening import kind_of, source_of
 from ..files.directory import RECIPE_FILE
 from ..files.lock import flock
 from ..files.writing import require_space, writing
@@ -85,7 +84,7 @@ class Models:
         for index in self._recipe.experts:
             source, label = self._recipe.sources[index], self._recipe.labels[index]
             with open_checkpoint(source) as checkpoint:
-                if is_expert_file(checkpoint) or checkpoint.adapter is not None:
+                if kind_of(checkpoint) != "checkpoint":
                     continue  # has its factors already
             path = self._home / "cache" / f"expert-{index}-rank-{rank:g}.lors.safetensors"
             path.parent.mkdir(exist_ok=True)
