@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
 from ..checkpoints.writer import WeightWriter
 from ..errors import LorsError
+from ..tasks import run_all
 from .expert_file import (
     BLOCK,
     CHECKS,
@@ -52,14 +52,7 @@ class Encoder:
                 tasks.append(lambda part=part: self._matrix(part))  # type: ignore[misc]
             else:
                 tasks += [lambda part=part, at=at: self._rest(part, at) for at in range(0, part.numel, CHUNK)]  # type: ignore[misc]
-        with ThreadPoolExecutor(threads, thread_name_prefix="lors") as pool:
-            futures = [pool.submit(task) for task in tasks]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run_all(tasks, threads, "lors")
 
     def finish(self, text: str) -> None:
         """The tables at the end of the file."""
