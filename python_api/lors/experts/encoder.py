@@ -12,6 +12,7 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
+from ..checkpoints.tensor_info import FLOATS
 from ..checkpoints.writer import WeightWriter
 from ..errors import LorsError
 from ..tasks import run_all
@@ -21,7 +22,6 @@ from .expert_file import (
     CHUNK,
     ENERGIES,
     EXPONENTS,
-    VALUE_TYPES,
     Layout,
     Part,
     checksums,
@@ -138,7 +138,7 @@ class Encoder:
             exponent = max(-100, math.frexp(largest)[1] - 15) if largest else 0
             stored = (values * np.float32(2.0**-exponent)).astype(np.float16)
         elif kind == "bfloat16":
-            stored = values.astype(VALUE_TYPES[kind])
+            stored = values.astype(FLOATS[kind])
         self._exponents[self._layout.stored[name].first + start // CHUNK] = exponent
         self._put(name, stored, start)
         if kind == "float32":

@@ -127,9 +127,10 @@ def _bound(data: Mapping[str, Any]) -> Any:
 
 
 def _separable(recipe: Any) -> bool:
-    """Whether the result is a sum of one term per expert, none of which depends on the others."""
+    from ..methods import METHODS
+
     normalized = "normalize" in recipe.parameters and recipe.parameters["normalize"].data() is not False
-    return recipe.merge_method in ("lors", "svp", "magnitude_prune", "task_arithmetic") and not normalized
+    return METHODS[recipe.merge_method].separable and not normalized
 
 
 def _addition(

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels.arrays import BFLOAT16
 
 from ..checkpoints import layers
 from ..checkpoints.compatibility import compare
 from ..checkpoints.hub import SourceNotFound
 from ..checkpoints.reader import Checkpoint, open_checkpoint
+from ..checkpoints.tensor_info import FLOATS
 from ..engine.cpu import Engine, Sink
 from ..engine.report import MergeReport
 from ..engine.work import Work, plan
@@ -36,11 +36,6 @@ from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
-}
 Progress = Callable[[int, int], None]  # entries done, entries in all
 
 
@@ -234,7 +229,7 @@ def _plan(
         shared = recipe.params_for(**at)
         return method.treatment(models, shared) if matrix or everywhere else _rest(rest, models, shared)
 
-    dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
+    dtype = None if recipe.output_dtype is None else FLOATS[recipe.output_dtype]
     return plan(base.tensors, matrices, treatments, dtype, method.relative)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..checkpoints import layers
 from ..checkpoints.layers import kind
 from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..checkpoints.tensor_info import FLOATS
 from ..engine.cpu import OVERFLOWS
 from ..engine.report import KindRow, MergeReport
 from ..errors import LorsError
@@ -22,7 +23,7 @@ from ..methods import METHODS
 from ..recipes.recipe import Recipe
 from . import definitions
 from .definitions import Expert, Merged
-from .job import DTYPES, open_models
+from .job import open_models
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
@@ -101,7 +102,7 @@ class _Inputs:
 
     def expected_type(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         spec, dtype = self.base.tensors[name], self.recipe.output_dtype
-        return (DTYPES[dtype] if dtype is not None and spec.floating else np.dtype(spec.dtype)), spec.shape
+        return (FLOATS[dtype] if dtype is not None and spec.floating else np.dtype(spec.dtype)), spec.shape
 
     def read(self, source: Source, name: str) -> np.ndarray:
         spec = self.base.tensors[name]

@@ -46,7 +46,6 @@ from .score import Interrupted
 
 __all__ = ["Models", "setting_recipe"]
 
-SEPARABLE = ("lors", "svp", "magnitude_prune", "task_arithmetic")  # linear in lambda
 REST = ParameterSpec("rest", "str", choices=get_args(Rest), help="what becomes of the tensors that are not decomposed")
 
 
@@ -116,7 +115,7 @@ class Models:
     def model(self, method: str, number: int, settings: Mapping[str, Any]) -> Iterator[Path]:
         """The directory of one setting's merged model, for the time of the block. LorsError when it cannot be merged."""
         out = self._home / "trials" / f"{method}-{number}"
-        shared = method in SEPARABLE and "lambda" in settings
+        shared = METHODS[method].separable and "lambda" in settings
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         try:
