@@ -25,6 +25,7 @@ from .types import (
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()  # any
+NUMPY = False
 
 
 def probe() -> tuple[bool, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_out, check_pair, check_same_place, plain, to_torch
+from .arrays import check_matrix, check_out, check_pair, check_same_place, plain
 from .scalars import FAR, check_number, check_threshold, check_whole
 from .types import ALWAYS, Consensus, Keep, KeepStats
 
@@ -66,10 +66,8 @@ def ties_update(
         out = check_out(out, experts[0], entrywise=(base, *experts))
     if m * n == 0:
         return [KeepStats(0.0, 0.0, 0.0, 0.0, 0, 0)] * len(experts)
-    module = dispatch.select(backend, experts[0], "ties_update")
-    if module.NAME != "cpu":
-        out, base, experts = to_torch(out), to_torch(base), [to_torch(x) for x in experts]
-    return module.ties_update(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
+    run = dispatch.operation("ties_update", backend, experts[0])
+    return run(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
 
 
 def random_key(*parts: object) -> int:

@@ -27,6 +27,7 @@ from .single import Single
 
 NAME = "cuda"
 DEVICES = ("cuda",)
+NUMPY = False
 RADIX_BUCKETS = 2048
 PASSES = 3
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
