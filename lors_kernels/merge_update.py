@@ -1,4 +1,4 @@
-"""out += sum_t weight_t * (L_t + keep_t(delta_t - L_t)): the last step of every merge."""
+"""out += sum_t weight_t * (L_t + keep_t(delta_t - L_t)): what is kept of the experts, added up."""
 
 from __future__ import annotations
 

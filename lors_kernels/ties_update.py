@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,19 +67,6 @@ def ties_update(
         return [KeepStats(0.0, 0.0, 0.0, 0.0, 0, 0)] * len(experts)
     run = dispatch.operation("ties_update", backend, experts[0])
     return run(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
-
-
-def random_key(*parts: object) -> int:
-    """The 64-bit key of a random stream, from what names it: (seed, expert, tensor) for instance."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def keep_limit(probability: float) -> int:
-    """`Keep.limit` of a probability: floor(p * 2^32)."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability: expected 0 to 1, got {probability}")
-    return int(probability * ALWAYS)
 
 
 def check_consensus(elect: bool, normalize: bool, scale: float, start: int, count: int) -> Consensus:

@@ -1,4 +1,4 @@
-"""What the kernel operations return."""
+"""What the kernel operations take and return beside arrays, and what they raise."""
 
 from __future__ import annotations
 

@@ -169,6 +169,12 @@ def test_the_kernels_know_no_file_and_no_model() -> None:
     assert taken == []
 
 
+def test_only_tests_take_from_the_reference() -> None:
+    """It is a backend: dispatch loads it by name."""
+    takers = {one.module for one in TOWER.imports if one.target == "lors_kernels.reference"}
+    assert {module for module in takers if not module.startswith("lors_kernels.testing.")} == set()
+
+
 def test_folders_say_what_they_know_and_hand_nothing_on() -> None:
     for module, path in TOWER.modules.items():
         if path.name == "__init__.py":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lors_kernels import Keep
-from lors_kernels.reference import random_bits
+from lors_kernels.counter_random import random_bits
 from lors_kernels.types import Consensus
 
 from ..errors import LorsError
