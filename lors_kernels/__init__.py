@@ -7,6 +7,7 @@ compiled code and no torch; `python -m lors_kernels` says which backends run her
 from __future__ import annotations
 
 from .apply_update import apply_update
+from .counter_random import keep_limit, random_key
 from .dispatch import Availability, BackendUnavailable, available_backends
 from .gram_apply import gram_apply
 from .lors_delta import lors_delta
@@ -15,7 +16,7 @@ from .residual_threshold import residual_threshold
 from .sparse_part import SparsePart, sparse_part
 from .sparse_update import sparse_update
 from .threads import thread_count
-from .ties_update import keep_limit, random_key, ties_update
+from .ties_update import ties_update
 from .topk_mask import topk_mask
 from .truncated_svd import truncated_svd
 from .types import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_out, check_same_place, plain, to_torch
+from .arrays import check_matrix, check_out, check_same_place, plain
 from .scalars import check_number
 
 
@@ -47,7 +47,5 @@ def apply_update(
     out = check_out(out, out, entrywise=(base, update))
     if 0 in out.shape:
         return 0.0
-    module = dispatch.select(backend, out, "apply_update")
-    if module.NAME != "cpu":
-        out, base, update = map(to_torch, (out, base, update))
-    return float(module.apply_update(out, base, update, scale, threads=threads))
+    run = dispatch.operation("apply_update", backend, out)
+    return float(run(out, base, update, scale, threads=threads))

@@ -8,7 +8,7 @@ operation reads is detached, and an output that autograd records is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -249,6 +249,24 @@ def to_torch(x: Any) -> Any:
     return torch.from_numpy(x)
 
 
-def like_kind(like: Array, x: Any) -> Any:
-    """Torch result -> the kind of `like`."""
-    return x if is_torch(like) else x.numpy()
+def on_numpy(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What is written in torch, for numpy arrays: they go in as tensors of the same memory, tensors come out as arrays."""
+
+    def adapted(*arguments: Any, **options: Any) -> Any:
+        return _as_numpy(run(*map(_as_torch, arguments), **options))
+
+    return adapted
+
+
+def _as_torch(x: Any) -> Any:
+    """The arrays of one argument: itself, or the entries of a list."""
+    if isinstance(x, list):
+        return [_as_torch(one) for one in x]
+    return to_torch(x) if isinstance(x, np.ndarray) else x
+
+
+def _as_numpy(x: Any) -> Any:
+    """The tensors of a result: itself, or the fields of a named tuple."""
+    if isinstance(x, tuple) and hasattr(x, "_make"):
+        return x._make(map(_as_numpy, x))
+    return x.numpy() if is_torch(x) else x

@@ -8,13 +8,13 @@ the reason. Nothing falls back behind the caller's back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .arrays import Array, device_of
+from .arrays import Array, device_of, is_torch, on_numpy
 
 
 class Availability(NamedTuple):
@@ -48,6 +48,7 @@ _GPU_ORDER = {
     "residual_threshold": ("cuda", "triton", "reference"),
     "merge_update": ("cuda", "triton", "reference"),
     "ties_update": ("cuda", "triton", "reference"),
+    "truncated_svd": ("cuda", "triton", "reference"),
     "apply_update": ("reference",),
 }
 
@@ -79,6 +80,17 @@ def named_or_available(names: Sequence[str] | None) -> list[str]:
         if not known[name].ok:
             raise BackendUnavailable(f"{name}: {known[name].reason}")
     return list(names or (name for name, status in known.items() if status.ok))
+
+
+def operation(name: str, backend: str | None, like: Array) -> Callable[..., Any]:
+    """A backend's operation, to be called with checked arrays of the kind and in the place of `like`.
+
+    A backend that takes no numpy gets tensors of the same memory, and its tensors come back as arrays. What passed
+    `check_out` is never copied: it writes where the caller looks.
+    """
+    module = select(backend, like, name)
+    run: Callable[..., Any] = getattr(module, name)
+    return run if module.NUMPY or is_torch(like) else on_numpy(run)
 
 
 def select(backend: str | None, like: Array, operation: str = "gram_apply") -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_pair, check_same_place, is_torch, like_kind, new, plain, to_torch
+from .arrays import check_matrix, check_pair, check_same_place, new, plain
 
 
 def gram_apply(
@@ -36,7 +36,5 @@ def gram_apply(
     check_same_place(tuned, x, "x")
     if 0 in (m, n, x.shape[1]):
         return new(tuned, tuple(x.shape), zero=True)
-    module = dispatch.select(backend, tuned, "gram_apply")
-    if module.NAME == "cpu" or is_torch(tuned):
-        return module.gram_apply(base, tuned, x, side=side, threads=threads)
-    return like_kind(tuned, module.gram_apply(to_torch(base), to_torch(tuned), to_torch(x), side=side))
+    run = dispatch.operation("gram_apply", backend, tuned)
+    return run(base, tuned, x, side=side, threads=threads)

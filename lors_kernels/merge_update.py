@@ -1,4 +1,4 @@
-"""out += sum_t weight_t * (L_t + keep_t(delta_t - L_t)): the last step of every merge."""
+"""out += sum_t weight_t * (L_t + keep_t(delta_t - L_t)): what is kept of the experts, added up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from . import dispatch
-from .arrays import check_factors, check_matrix, check_out, check_pair, check_same_place, plain, to_torch
+from .arrays import check_factors, check_matrix, check_out, check_pair, check_same_place, plain
 from .scalars import check_number, check_threshold
 from .types import KEEP_ALL, Threshold, UpdateStats
 
@@ -64,11 +64,8 @@ def merge_update(
     if m * n == 0:
         stats = [UpdateStats(0.0, 0.0, 0.0, 0, 0)] * len(experts)
     else:
-        module = dispatch.select(backend, experts[0], "merge_update")
-        if module.NAME != "cpu":
-            out, base = to_torch(out), to_torch(base)
-            experts, lefts, rights = ([to_torch(x) for x in xs] for xs in (experts, lefts, rights))
-        stats = module.merge_update(out, base, experts, lefts, rights, thresholds, weights, threads=threads)
+        run = dispatch.operation("merge_update", backend, experts[0])
+        stats = run(out, base, experts, lefts, rights, thresholds, weights, threads=threads)
     return stats[0] if single else stats
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from .counter_random import random_bits
 from .types import (
     ALWAYS,
     Consensus,
@@ -25,6 +26,7 @@ from .types import (
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()  # any
+NUMPY = False
 
 
 def probe() -> tuple[bool, str]:
@@ -121,16 +123,6 @@ def apply_update(out: Any, base: Any, update: Any, scale: float, *, threads: int
         total += update.double()
     out.copy_(total.float())
     return float(total.float().abs().max())
-
-
-def random_bits(key: int, start: int, count: int) -> Any:
-    """Numbers start .. start + count - 1 of a stream: SplitMix64 entered at any place, its upper 32 bits, as uint64."""
-    import numpy as np
-
-    z = np.uint64(key) + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
 
 
 def kept_entries(d: Any, rule: Keep, start: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_factors, check_pair, plain, to_torch
+from .arrays import check_factors, check_pair, plain
 from .scalars import check_whole
 from .types import KEEP_NONE, Threshold
 
@@ -45,8 +45,5 @@ def residual_threshold(
     k = check_whole(k, "k", 0, m * n, f" for a matrix {[m, n]}")
     if m * n == 0:
         return KEEP_NONE
-    module = dispatch.select(backend, tuned, "residual_threshold")
-    args = (base, tuned, left, right)
-    if module.NAME != "cpu":
-        args = tuple(to_torch(x) for x in args)  # type: ignore[assignment]
-    return module.residual_threshold(*args, k, threads=threads)  # type: ignore[no-any-return]
+    run = dispatch.operation("residual_threshold", backend, tuned)
+    return run(base, tuned, left, right, k, threads=threads)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import dispatch
-from .arrays import check_factors, check_pair, is_torch, plain, to_torch
+from .arrays import check_factors, check_pair, is_torch, plain
 from .scalars import check_threshold, check_whole
 from .types import KEEP_NONE, Threshold
 
@@ -41,7 +41,7 @@ def sparse_part(
     """
     if is_torch(tuned):
         raise TypeError("tuned: expected a numpy array, got a torch tensor: stored parts live in main memory")
-    arrays = base, tuned, left, right = plain(base), plain(tuned), plain(left), plain(right)
+    base, tuned, left, right = plain(base), plain(tuned), plain(left), plain(right)
     m, n = check_pair(base, tuned)
     check_factors(left, right, tuned)
     check_threshold(threshold, "threshold")
@@ -49,11 +49,8 @@ def sparse_part(
     mask, values = np.zeros((m * n + 7) // 8, np.uint8), np.empty(k, np.float32)
     if m * n == 0 or k == 0 and threshold[::2] == KEEP_NONE[::2]:
         return SparsePart(mask, values)
-    module = dispatch.select(backend, tuned, "sparse_part")
-    if module.NAME == "cpu":
-        count = module.sparse_part(*arrays, threshold, mask, values)
-    else:
-        count = module.sparse_part(*map(to_torch, arrays), threshold, to_torch(mask), to_torch(values))
+    run = dispatch.operation("sparse_part", backend, tuned)
+    count = run(base, tuned, left, right, threshold, mask, values)
     if count != k:
         raise ValueError(f"threshold: expected one that keeps {k} entries, got {'more' if count < 0 else count}")
     return SparsePart(mask, values)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import dispatch
-from .arrays import FLOATS, check_factors, check_matrix, check_out, describe, dtype_name, is_torch, plain, to_torch
+from .arrays import FLOATS, check_factors, check_matrix, check_out, describe, dtype_name, is_torch, plain
 from .scalars import check_number
 from .sparse_part import SparsePart
 
@@ -52,11 +52,8 @@ def sparse_update(
     out = check_out(out, out, others=(left, right, mask[None], values[None]))
     if m * n == 0:
         return SparseStats(0.0, 0)
-    module = dispatch.select(backend, out, "sparse_update")
-    arrays = (out, mask, values, left, right)
-    if module.NAME != "cpu":
-        arrays = tuple(map(to_torch, arrays))  # type: ignore[assignment]
-    energy, used, bad = module.sparse_update(*arrays, scale, weight)
+    run = dispatch.operation("sparse_update", backend, out)
+    energy, used, bad = run(out, mask, values, left, right, scale, weight)
     if used != values.size:
         raise ValueError(f"mask: expected {values.size} set bits, one per value, got {used}")
     return SparseStats(energy, bad)

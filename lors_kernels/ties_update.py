@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from . import dispatch
-from .arrays import check_matrix, check_out, check_pair, check_same_place, plain, to_torch
+from .arrays import check_matrix, check_out, check_pair, check_same_place, plain
 from .scalars import FAR, check_number, check_threshold, check_whole
 from .types import ALWAYS, Consensus, Keep, KeepStats
 
@@ -66,23 +65,8 @@ def ties_update(
         out = check_out(out, experts[0], entrywise=(base, *experts))
     if m * n == 0:
         return [KeepStats(0.0, 0.0, 0.0, 0.0, 0, 0)] * len(experts)
-    module = dispatch.select(backend, experts[0], "ties_update")
-    if module.NAME != "cpu":
-        out, base, experts = to_torch(out), to_torch(base), [to_torch(x) for x in experts]
-    return module.ties_update(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
-
-
-def random_key(*parts: object) -> int:
-    """The 64-bit key of a random stream, from what names it: (seed, expert, tensor) for instance."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def keep_limit(probability: float) -> int:
-    """`Keep.limit` of a probability: floor(p * 2^32)."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"probability: expected 0 to 1, got {probability}")
-    return int(probability * ALWAYS)
+    run = dispatch.operation("ties_update", backend, experts[0])
+    return run(out, base, experts, list(keep), weights, rule, threads=threads)  # type: ignore[no-any-return]
 
 
 def check_consensus(elect: bool, normalize: bool, scale: float, start: int, count: int) -> Consensus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import dispatch
-from .arrays import check_pair, is_torch, like_kind, plain, to_torch
+from .arrays import check_pair, plain
 from .types import TruncatedSVD
 
 
@@ -45,9 +45,5 @@ def truncated_svd(
         raise TypeError(f"rank: expected an integer, got {type(rank).__name__} {rank!r}")
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank: expected 1 to {min(m, n)} for a matrix {[m, n]}, got {rank}")
-    module = dispatch.select(backend, tuned)
-    if module.NAME == "cpu" or is_torch(tuned):
-        return module.truncated_svd(base, tuned, rank, seed=seed, threads=threads)  # type: ignore[no-any-return]
-    result = module.truncated_svd(to_torch(base), to_torch(tuned), rank, seed=seed)
-    left, right, sigma = (like_kind(tuned, x) for x in result[:3])
-    return result._replace(left=left, right=right, sigma=sigma)  # type: ignore[no-any-return]
+    run = dispatch.operation("truncated_svd", backend, tuned)
+    return run(base, tuned, rank, seed=seed, threads=threads)  # type: ignore[no-any-return]

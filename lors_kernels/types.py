@@ -1,4 +1,4 @@
-"""What the kernel operations return."""
+"""What the kernel operations take and return beside arrays, and what they raise."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ class Keep(NamedTuple):
 
 
 class Consensus(NamedTuple):
-    """How `ties_update` puts the experts together."""
+    """How `ties_update` puts the experts together; its keyword arguments of these names."""
 
     elect: bool
     normalize: bool
     scale: float
-    start: int
+    start: int = 0
 
     def divisor(self, weight: Sequence[float]) -> float:
         """What the sum is divided by without an election: weights that cancel leave it undivided."""

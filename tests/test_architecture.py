@@ -2,12 +2,13 @@
 
 Every import counts: at the top of a file, inside a function, under TYPE_CHECKING. A line of LAYERS may import from the
 lines below it and from its own folder, never from a line above or from another folder of its own line. docs/architecture.md
-says what each of them knows.
+says what each of them knows, in the words of its __init__.py.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,6 +169,12 @@ def test_the_kernels_know_no_file_and_no_model() -> None:
     assert taken == []
 
 
+def test_only_tests_take_from_the_reference() -> None:
+    """It is a backend: dispatch loads it by name."""
+    takers = {one.module for one in TOWER.imports if one.target == "lors_kernels.reference"}
+    assert {module for module in takers if not module.startswith("lors_kernels.testing.")} == set()
+
+
 def test_folders_say_what_they_know_and_hand_nothing_on() -> None:
     for module, path in TOWER.modules.items():
         if path.name == "__init__.py":
@@ -175,6 +182,24 @@ def test_folders_say_what_they_know_and_hand_nothing_on() -> None:
             assert ast.get_docstring(ast.Module(body, [])), f"{path}: expected a sentence"
             assert module in FACES or len(body) == 1 or module.startswith("lors_kernels."), f"{path}: hands names on"
     assert len(list((ROOT / "python_api" / "lors").glob("*.py"))) <= MOST_FILES
+
+
+def test_the_page_says_what_the_folders_say() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [
+        (re.findall(r"`(\w+)(?:/|\.py)`", names), text)
+        for names, text in re.findall(r"^\| (.*) \| (.*) \|$", page, re.M)
+    ]
+    rows = rows[: next(at for at, (names, _) in enumerate(rows) if names == ["public"]) + 1]
+    floor = {name: at for at, line in enumerate(LAYERS) for name in line}
+    named = [name for names, _ in rows for name in names]
+    assert sorted(named) == sorted(floor.keys() - {"__main__"}), "every folder and module has its place"
+    assert named == sorted(named, key=lambda name: floor[name]), "from the top"
+    for names, text in rows:
+        folder = ROOT / "python_api" / "lors" / (names or [""])[0]
+        if names and folder.is_dir():
+            said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+            assert (said or "").split("\n\n")[0] == text, folder
 
 
 @pytest.mark.parametrize(

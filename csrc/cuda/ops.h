@@ -1,4 +1,4 @@
-// The three operations over groups of same-shaped matrices, on device pointers and the caller's stream.
+// The operations that have CUDA kernels, over groups of same-shaped matrices: device pointers, the caller's stream.
 //
 // Everything here is asynchronous; arguments arrive checked. Every CUDA call is checked: a failure throws CudaError,
 // which names the kernel and the shape.

@@ -40,6 +40,7 @@ from . import built
 
 NAME = "cpu"
 DEVICES = ("cpu",)
+NUMPY = True
 
 _X86_NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},

@@ -23,6 +23,7 @@ from . import built, cuda_module
 from .single import Single
 
 NAME, DEVICES = cuda_module.NAME, cuda_module.DEVICES
+NUMPY = False
 RADIX_BUCKETS = 2048
 PASSES = 3
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}

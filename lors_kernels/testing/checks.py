@@ -17,7 +17,7 @@ import lors_kernels
 
 from .. import dispatch, grouped
 from ..arrays import BFLOAT16, is_torch, to_torch
-from ..reference import random_bits
+from ..counter_random import random_bits
 from ..types import KEEP_ALL, KEEP_NONE, Consensus, Keep, KeepStats, NonFiniteError, Threshold, UpdateStats
 from . import oracle
 from .cases import Case, interesting_k

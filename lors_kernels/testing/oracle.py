@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..reference import random_bits
+from ..counter_random import random_bits
 from ..types import ALWAYS, KEEP_NONE, Consensus, Keep, Threshold
 
 UNIT = 2.0**-24  # half a unit in the last place of a float32 in [1, 2)

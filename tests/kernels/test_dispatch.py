@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,3 +178,30 @@ def test_a_backend_without_an_operation(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(BackendUnavailable, match="cpu: has no sparse_part"):
         lors_kernels.sparse_part(None, x, None, None, lors_kernels.KEEP_ALL, 6, backend="cpu")
     assert lors_kernels.sparse_part(None, x, None, None, lors_kernels.KEEP_ALL, 6).values.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("numpy_too", [False, True])
+def test_a_backend_gets_the_arrays_it_takes(numpy_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lists too, in memory that both see; what it makes comes back as the caller's kind."""
+    import torch
+
+    from lors_kernels import reference
+
+    def merge_update(out: Any, base: Any, tuned: list[Any], *rest: Any, threads: int | None) -> list[str]:
+        out[:] = tuned[1]
+        return [type(x).__name__ for x in (out, base, *tuned)]
+
+    monkeypatch.setattr(reference, "NUMPY", numpy_too)
+    monkeypatch.setattr(reference, "merge_update", merge_update)
+    out, base, tuned = np.zeros((2, 3), np.float32), None, [np.full((2, 3), x, np.float32) for x in (1, 2)]
+    got = lors_kernels.merge_update(
+        out, base, tuned, [None] * 2, [None] * 2, [None] * 2, [1.0] * 2, backend="reference"
+    )
+    kind = "ndarray" if numpy_too else "Tensor"
+    assert got == [kind, "NoneType", kind, kind] and out.tolist() == [[2.0] * 3] * 2
+    monkeypatch.undo()
+    svd = lors_kernels.truncated_svd(None, tuned[0], 1, backend="reference")
+    assert all(isinstance(x, np.ndarray) for x in svd[:3]) and svd.backend == "reference"
+    assert isinstance(
+        lors_kernels.gram_apply(None, torch.ones(2, 3), torch.ones(3, 1), backend="reference"), torch.Tensor
+    )

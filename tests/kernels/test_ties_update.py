@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lors_kernels as kernels
 from helpers import assert_right, ringed
 from lors_kernels import ALWAYS, KEEP_ALL, KEEP_NONE, Keep, Threshold, keep_limit, random_key
-from lors_kernels.reference import random_bits
+from lors_kernels.counter_random import random_bits
 from lors_kernels.testing import oracle
 from lors_kernels.testing.cases import CASES, DTYPES, Case
 from lors_kernels.testing.numerics import delta_of
@@ -132,7 +132,7 @@ def test_same_bits_for_any_threads_and_chunks(threads: int) -> None:
     assert (out == whole).all() and (whole != base).any()
 
 
-def test_random_numbers_are_those_of_the_reference_and_uniform() -> None:
+def test_random_numbers_are_those_of_their_definition_and_uniform() -> None:
     key, p = random_key(3, "ca", "w"), 0.25
     base, tuned = np.zeros((40, 1000), np.float32), np.ones((40, 1000), np.float32)
     out = base.copy()

@@ -21,7 +21,7 @@ from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
 from lors.methods.tsv import polar
 from lors_kernels import random_key
-from lors_kernels.reference import random_bits
+from lors_kernels.counter_random import random_bits
 
 State = dict[str, np.ndarray]
 SHAPES = {

@@ -1,1 +1,1 @@
-"""Triton kernels of the three operations over groups of matrices, one file per operation; `backend` puts them together."""
+"""Triton kernels of the operations over groups of matrices, one file per operation; `backend` puts them together."""

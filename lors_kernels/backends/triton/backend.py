@@ -16,6 +16,7 @@ from ..single import Single
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+NUMPY = False
 
 
 def probe() -> tuple[bool, str]:

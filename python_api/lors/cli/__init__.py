@@ -1,4 +1,4 @@
-"""The `lors` command. Knows everything below and computes nothing."""
+"""The `lors` command: options in, lines out. Computes nothing."""
 
 from __future__ import annotations
 

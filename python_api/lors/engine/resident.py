@@ -13,6 +13,7 @@ import lors_kernels
 from lors_kernels import UpdateStats
 from lors_kernels.arrays import is_torch
 from lors_kernels.group import MatrixGroup
+from lors_kernels.types import Consensus
 
 from ..errors import LorsError
 from ..experts.source import Slot, Spec, matrix_shape
@@ -153,10 +154,12 @@ class DeviceOperands(Operands):
     def _values(self, source: Any) -> Any:
         return source.values[self.name].reshape(-1)
 
-    def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], **rule: Any) -> None:
+    def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], rule: Consensus) -> None:
         shape = matrix_shape(self.spec.shape)
         base, tuned = chunk.base.reshape(shape), [x.reshape(shape) for x in chunk.tuned]
-        stats = lors_kernels.ties_update(out.reshape(shape), base, tuned, keep, weights, **rule, **self.kernels)
+        stats = lors_kernels.ties_update(
+            out.reshape(shape), base, tuned, keep, weights, **rule._asdict(), **self.kernels
+        )
         for t, s in enumerate(stats):
             if s.non_finite:
                 raise self.blame(self.experts[t])

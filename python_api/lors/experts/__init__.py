@@ -1,1 +1,1 @@
-"""Experts: what a model adds to its base, from whatever it is stored in. Knows no method."""
+"""Experts: what a model adds to its base, whatever it is stored in: checkpoint, adapter, expert file. Knows no method."""

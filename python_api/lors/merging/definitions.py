@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lors_kernels import random_key
-from lors_kernels.reference import random_bits
+from lors_kernels.counter_random import random_bits
 
 Parameters = Mapping[str, Any]
 Array = np.ndarray

@@ -1,4 +1,7 @@
-"""Merge methods: one short file each, registered here. CONTRIBUTING.md has the recipe for adding one."""
+"""Merge methods: one short file each, and what they see of their operands. Knows no engine.
+
+Registered here; CONTRIBUTING.md has the recipe for adding one.
+"""
 
 from __future__ import annotations
 

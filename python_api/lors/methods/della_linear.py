@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lors_kernels import Keep
-from lors_kernels.reference import random_bits
+from lors_kernels.counter_random import random_bits
+from lors_kernels.types import Consensus
 
 from ..errors import LorsError
 from ..recipes.parameters import ParameterSpec
@@ -39,7 +40,7 @@ def ranked(name: str, *, elect: bool, normalize: bool) -> Method:
         def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
             draws = [Draw(operands, t, model["density"], model["epsilon"]) for t, model in enumerate(models)]
             keep = [Keep(factor=draw.factor() if shared["rescale"] else 1.0) for draw in draws]
-            rule = {"elect": elect, "normalize": shared["normalize"], "scale": shared["lambda"]}
+            rule = Consensus(elect, shared["normalize"], shared["lambda"])
             for chunk in operands.chunks(_width(operands)):
                 out, base = operands.out(chunk.base), chunk.base.astype(np.float32)
                 deltas = []
@@ -48,7 +49,7 @@ def ranked(name: str, *, elect: bool, normalize: bool) -> Method:
                     energy = _energy(delta)
                     deltas.append(draw.kept(chunk.start, delta))
                     operands.count_dropped(energy - _energy(deltas[-1]))
-                operands.add_deltas(out, chunk.start, deltas, keep, [model["weight"] for model in models], **rule)
+                operands.add_deltas(out, chunk.start, deltas, keep, [model["weight"] for model in models], rule)
                 yield chunk.start, out
 
         return merge

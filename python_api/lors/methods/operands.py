@@ -16,6 +16,7 @@ import numpy as np
 
 import lors_kernels
 from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from lors_kernels.types import Consensus
 
 from ..errors import LorsError
 from ..experts.factors import nonzero, svd64
@@ -176,9 +177,11 @@ class Operands:
             raise self.blame(self.experts[t])
         return stats
 
-    def add(self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], **rule: Any) -> None:
+    def add(
+        self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], rule: Consensus
+    ) -> None:
         """`ties_update` of one chunk into `out`."""
-        self._update(out, chunk.start, rows_of(chunk.base), chunk.tuned, keep, weights, **rule)
+        self._update(out, chunk.start, rows_of(chunk.base), chunk.tuned, keep, weights, rule)
 
     def add_deltas(
         self,
@@ -187,10 +190,10 @@ class Operands:
         deltas: list[np.ndarray],
         keep: Sequence[Keep],
         weights: Sequence[float],
-        **rule: Any,
+        rule: Consensus,
     ) -> None:
         """The same for differences that are known already."""
-        self._update(out, start, [None, None], deltas, keep, weights, **rule)
+        self._update(out, start, [None, None], deltas, keep, weights, rule)
 
     def count_dropped(self, energy: float) -> None:
         """The energy of what `add_deltas` does not see of a difference."""
@@ -204,15 +207,14 @@ class Operands:
         experts: Sequence[np.ndarray],
         keep: Sequence[Keep],
         weights: Sequence[float],
-        **rule: Any,
+        rule: Consensus,
     ) -> None:
         done = 0
         tuned = [rows_of(values) for values in experts]
         for part, total in enumerate(rows_of(out)):
             base, parts = bases[part], [rows[part] for rows in tuned]
-            stats = lors_kernels.ties_update(
-                total, base, parts, keep, weights, start=start + done, **rule, **self.kernels
-            )
+            at = rule._replace(start=start + done)._asdict()
+            stats = lors_kernels.ties_update(total, base, parts, keep, weights, **at, **self.kernels)
             done += total.size
             for t, s in enumerate(stats):
                 if s.non_finite:

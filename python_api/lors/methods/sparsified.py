@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
+from lors_kernels.types import Consensus
 
 from ..errors import LorsError
 from ..recipes.parameters import MethodSpec, ParameterSpec
@@ -43,10 +44,10 @@ def sparsified(
             keep = [trim(operands, t, model) for t, model in enumerate(models)]
             if shared["rescale"]:
                 keep = [rescaled(operands, t, rule) for t, rule in enumerate(keep)]
-            rule = {"elect": elect, "normalize": shared["normalize"], "scale": shared["lambda"]}
+            rule = Consensus(elect, shared["normalize"], shared["lambda"])
             for chunk in operands.chunks():
                 out = operands.out(chunk.base)
-                operands.add(out, chunk, keep, [model["weight"] for model in models], **rule)
+                operands.add(out, chunk, keep, [model["weight"] for model in models], rule)
                 yield chunk.start, out
 
         return merge

@@ -1,1 +1,1 @@
-"""Recipes: what a user asks for, checked. Knows no method but by its declaration, and opens no model."""
+"""Recipes: what a user asks for, checked. Knows a method by its declaration alone, and opens no model."""

@@ -1,4 +1,4 @@
-"""Speech: corpora, fine-tuning, scoring and the whole merging experiment.
+"""Speech: corpora, fine-tuning, scores, and the experiment that judges merges by them. Knows no other merging tool.
 
 from lors.speech import evaluate, finetune, load_corpus
 """

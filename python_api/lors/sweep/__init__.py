@@ -1,1 +1,1 @@
-"""Sweeps: many settings of one merge, each merged and scored."""
+"""Sweeps: many settings of one merge, each merged, and scored by a process of its own."""
