@@ -360,3 +360,20 @@ def test_a_single_layer_is_at_1() -> None:
 def test_depth_in_other_namings(name: str, depth: float) -> None:
     others = ["encoder.block.2.layer.1.DenseReluDense.wi.weight", "transformer.h.6.ln_1.bias", "h.6.ln_1.bias"]
     assert layers.position(name, others) == depth
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "part"),
+    [
+        ("model.encoder.layers.11.fc1.weight", ("model.encoder.layers.", 11), "encoder"),
+        ("decoder.blocks.3.attn.query.weight", ("decoder.blocks.", 3), "decoder"),
+        ("encoder.block.2.layer.1.SelfAttention.q.weight", ("encoder.block.", 2), "encoder"),
+        ("h.0.mlp.c_fc.weight", ("h.", 0), ""),
+        ("model.layers.7.mlp.up_proj.weight", ("model.layers.", 7), "model"),
+        ("model.path.3.weight", None, ""),
+        ("model.encoder.conv1.weight", None, ""),
+    ],
+)
+def test_a_layer_and_its_number(name: str, layer: tuple[str, int] | None, part: str) -> None:
+    found = layers.layer_of(name)
+    assert found == layer and (found is None or found.part == part)

@@ -65,6 +65,17 @@ def refused(root: Path, call: Callable[[], object]) -> str:
 # --- directories
 
 
+def test_checkpoints_of_a_finetune_may_hold_what_a_kill_left() -> None:
+    left = [
+        "run.json",
+        ".run.json.12-0123abcd.tmp",
+        "run.12.tmp",
+        "0-ca/checkpoint-3/.trainer_state.json.12-0123abcd.tmp",
+    ]
+    assert replaceable.objection_to(left, replaceable.CHECKPOINTS) is None
+    assert replaceable.objection_to([".run.json.mine.tmp"], replaceable.CHECKPOINTS) is not None
+
+
 def test_every_name_that_is_written_may_be_replaced(family: dict[str, Path], tmp_path: Path) -> None:
     lors.merge(family["base"], {"ca": family["ca"]}, tmp_path / "whole")
     lors.merge(family["base"], {"ca": family["ca"]}, tmp_path / "shards", out_shard_size="100KB")

@@ -17,7 +17,7 @@ from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError
 from lors.files.directory import OutputDirectory
 from lors.files.syscalls import preallocate, start_writeback
-from lors.files.writing import writing
+from lors.files.writing import PARTIAL, replacing, writing
 from writers import names, run
 
 F32 = np.dtype(np.float32)
@@ -112,3 +112,28 @@ def test_start_writeback_and_preallocate(tmp_path: Path) -> None:
         if sys.platform == "linux":
             assert stat.st_blocks * 512 >= 1 << 20, "the space is owned, not only promised"
             assert start_writeback(stream.fileno(), 0, 1 << 20)
+
+
+# --- one file in one step
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "a.json"
+    for text in ("one", "two"):
+        with replacing(path, durable=durable) as partial:
+            partial.write_text(text)
+            there = PARTIAL.fullmatch(partial.name)
+            assert there is not None and there["name"] == "a.json" and partial.parent == tmp_path
+            assert path.exists() == (text == "two") and (text == "one" or path.read_text() == "one")
+        assert path.read_text() == text and names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_what_fails_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as partial:
+        partial.write_text("half")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["a.json"]

@@ -26,6 +26,7 @@ from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
+from lors.sweep.home import Home
 from lors.sweep.models import setting_recipe
 from lors.sweep.run import sweep
 from lors.sweep.score import Score
@@ -438,3 +439,26 @@ def test_one_sweep_at_a_time(recipe: Recipe, tmp_path: Path) -> None:
     done = sweep(recipe, {"rank": "1"}, score, tmp_path / "s")
     assert isinstance(done, Sweep) and isinstance(done.trials[0], Trial)
     assert len(messages) == 1 and "another sweep is running" in messages[0]
+
+
+def test_what_a_killed_sweep_was_writing_goes(tmp_path: Path) -> None:
+    partial = ".{}.12-0123abcd.tmp".format
+    (tmp_path / partial("sweep.json")).touch()  # before it began: the directory is as good as new
+    home = Home(tmp_path)
+    with home.open() as before:
+        assert before is None
+        home.begin({"a": 1})
+    (tmp_path / partial("index.html")).touch()
+    (tmp_path / ".mine.tmp").touch()
+    with home.open() as before:
+        assert before == {"a": 1}
+        home.begin(before)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine.tmp", "sweep.json"}
+
+
+def test_a_directory_of_something_else_is_no_sweep(tmp_path: Path) -> None:
+    name = ".notes.json.12-0123abcd.tmp"
+    (tmp_path / name).touch()
+    problem = f"expected a new directory or that of a sweep, it has {name!r}"
+    with pytest.raises(LorsError, match=problem), Home(tmp_path).open():
+        pass

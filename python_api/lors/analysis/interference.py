@@ -39,7 +39,6 @@ from .spectrum import effective_rank
 __all__ = ["Interference", "MatrixRow", "interference"]
 
 TOP = 16  # singular values reported
-_LAYER = re.compile(r"(encoder|decoder)\.(?:layers|blocks)\.(\d+)\.|(?:layers|blocks|layer|h)\.(\d+)\.")
 
 
 @dataclass
@@ -217,9 +216,8 @@ class _Expert:
 
 def _measure(name: str, base: Checkpoint, readers: Sequence[_Reader], rank: float, density: float) -> MatrixRow:
     origin = base.read(name)
-    found = _LAYER.search(name)
-    layer = int(next(group for group in found.groups()[1:] if group)) if found else 0
-    row = MatrixRow(name, layers.kind(name), layer, origin.shape)
+    layer = layers.layer_of(name)
+    row = MatrixRow(name, layers.kind(name), layer.number if layer else 0, origin.shape)
     scale = float(np.linalg.norm(origin.astype(np.float32))) or 1.0
     parts = []
     for reader in readers:

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import LorsError
-from .layers import HEAD
+from .layers import HEAD, layer_of
 from .tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ __all__ = ["compare", "dtype_kind"]
 _SIZES = {384: "tiny", 512: "base", 768: "small", 1024: "medium", 1280: "large"}
 _VOCABULARIES = {51864: "English-only", 51865: "multilingual, up to large-v2", 51866: "large-v3 and turbo"}
 _FLOATS = {"F16", "BF16", "F32"}
-_LAYER = re.compile(r"(?:^|\.)(encoder|decoder)\.(?:layers|blocks)\.(\d+)\.")
 _CONV1 = re.compile(r"(?:^|\.)encoder\.conv1\.weight$")
 _TOKENS = re.compile(r"(?:^|\.)(embed_tokens|token_embedding|proj_out)\.weight$")
 
@@ -91,8 +90,8 @@ def _width(checkpoint: Checkpoint) -> int:
 
 
 def _depth(checkpoint: Checkpoint, part: str) -> int:
-    layers = (_LAYER.search(name) for name in checkpoint.tensors)
-    return 1 + max((int(found[2]) for found in layers if found and found[1] == part), default=-1)
+    layers = filter(None, map(layer_of, checkpoint.tensors))
+    return 1 + max((layer.number for layer in layers if layer.part == part), default=-1)
 
 
 def _named(value: int, names: dict[int, str]) -> str:

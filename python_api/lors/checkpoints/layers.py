@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import SettingError
 
@@ -274,6 +274,24 @@ def _floating(tensor: Any) -> bool:
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
 
 
+class Layer(NamedTuple):
+    """`stack`: what precedes its number, such as "model.encoder.layers."."""
+
+    stack: str
+    number: int
+
+    @property
+    def part(self) -> str:
+        """What the stack is a part of: "encoder"; "" where the name does not tell."""
+        return ".".join(self.stack.split(".")[-3:-2])
+
+
+def layer_of(name: str) -> Layer | None:
+    """The layer a tensor belongs to; None outside the numbered layers."""
+    match = _LAYER.search(name)
+    return Layer(name[: match.start(1)], int(match[1])) if match else None
+
+
 def position(name: str, names: Iterable[str]) -> float:
     """Depth in [0, 1] of one tensor; use `positions` for all tensors of a model, it looks at the names once."""
     return positions({name, *names})[name]
@@ -286,16 +304,14 @@ def positions(names: Iterable[str]) -> dict[str, float]:
     layer of a one-layer stack is at 1, and every tensor outside the numbered layers is at 0: those before them
     (embeddings, convolutions) and also those after them (final norm, output head).
     """
-    found = {name: _LAYER.search(name) for name in names}
+    found = {name: layer_of(name) for name in names}
     last: dict[str, int] = {}
-    for name, match in found.items():
-        if match:
-            stack = name[: match.start(1)]
-            last[stack] = max(last.get(stack, 0), int(match[1]))
+    for stack, number in filter(None, found.values()):
+        last[stack] = max(last.get(stack, 0), number)
     depth = {}
-    for name, match in found.items():
-        final = last[name[: match.start(1)]] if match else 0
-        depth[name] = 0.0 if match is None else int(match[1]) / final if final else 1.0
+    for name, layer in found.items():
+        final = last[layer.stack] if layer else 0
+        depth[name] = 0.0 if layer is None else layer.number / final if final else 1.0
     return depth
 
 

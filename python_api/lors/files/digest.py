@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import BinaryIO
 
 from ..errors import LorsError
 from ..tasks import run_all
+from .writing import replacing
 
 __all__ = ["sha256_file", "sha256_files"]
 
@@ -101,11 +101,7 @@ def _recall(entry: Path) -> str | None:
 
 def _remember(entry: Path, digest: str) -> None:
     # A cache that cannot be written (no home, read-only, full) only costs time: the digest itself is good.
-    temporary = entry.with_name(f"{entry.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with contextlib.suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{digest}\n", "ascii")
-        os.replace(temporary, entry)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with replacing(entry) as temporary:
+            temporary.write_text(f"{digest}\n", "ascii")

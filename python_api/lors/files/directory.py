@@ -18,7 +18,7 @@ from .carry import Seen, carry, dress, unseen
 from .lock import Lock
 from .replaceable import MODEL, Kind, foreign, objection
 from .syscalls import exchange
-from .writing import require_space, writing
+from .writing import require_space, sync, writing
 
 __all__ = ["OutputDirectory"]
 
@@ -338,11 +338,3 @@ def _sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import LorsError
-from .directory import OutputDirectory, note, sync
+from .directory import OutputDirectory, note
 from .replaceable import FileKind, require_file
-from .writing import writing
+from .writing import sync, writing
 
 __all__ = ["OutputFile", "write_file"]
 

@@ -64,7 +64,10 @@ CORPUS = Kind(
     re.compile(r"manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?", re.ASCII),
 )
 # `lors finetune`: OUT.checkpoints, whose directories are transformers' own
-CHECKPOINTS = Kind("checkpoints of `lors finetune`", re.compile(r"run\.json|run\.\d+\.tmp|\d+-[\w-]+/.*", re.DOTALL))
+CHECKPOINTS = Kind(
+    "checkpoints of `lors finetune`",
+    re.compile(r"run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|\d+-[\w-]+/.*", re.DOTALL),
+)
 
 
 def objection(directory: Path, kind: Kind = MODEL) -> str | None:

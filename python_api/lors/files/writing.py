@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import LorsError
 
-__all__ = ["require_space", "writing"]
+__all__ = ["PARTIAL", "replacing", "require_space", "sync", "writing"]
+
+PARTIAL = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]{8}\.tmp")  # what a killed `replacing` leaves
 
 
 @contextlib.contextmanager
@@ -21,6 +25,33 @@ def writing(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         raise LorsError(_explain(error, path, needed)) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields the name of a file beside `path`, to be written in the block, that then takes its place in one step.
+
+    Where the block fails, `path` is as it was and the file beside it gone; a run that is killed leaves the latter (PARTIAL).
+    durable: survives a power failure.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield partial
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _explain(error: OSError, path: Path, needed: int | None) -> str:

@@ -128,17 +128,17 @@ def planned(
 
 def new_report(recipe: Recipe, out: str | None, backend: str | None, threads: int | None) -> MergeReport:
     """An empty report that names the backend and counts the threads; LorsError where they cannot be had."""
-    return MergeReport(recipe.merge_method, backend_name(backend), out, [], threads=thread_count(threads))
+    return MergeReport(recipe.merge_method, _backend_name(backend), out, [], threads=_thread_count(threads))
 
 
-def thread_count(threads: int | None) -> int:
+def _thread_count(threads: int | None) -> int:
     try:
         return lors_kernels.thread_count(threads)
     except ValueError as error:
         raise LorsError(str(error)) from None
 
 
-def backend_name(name: str | None) -> str:
+def _backend_name(name: str | None) -> str:
     """The backend that will run, by name; LorsError when the one that was asked for cannot."""
     from lors_kernels.dispatch import BackendUnavailable, select
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files.writing import replacing
 from .data.corpus import load_corpus
 from .data.domain import concepts, sentence
 from .data.features import features
@@ -148,8 +149,8 @@ def _snapshot(out: Path, model: Any, head: Any, optimizer: Any, step: int) -> No
     import torch
 
     state = {"model": model.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, out / ".snapshot.tmp")
-    (out / ".snapshot.tmp").replace(out / "snapshot.pt")
+    with replacing(out / "snapshot.pt") as partial:
+        torch.save(state, partial)
 
 
 def _restore(out: Path, model: Any, head: Any, optimizer: Any) -> int:

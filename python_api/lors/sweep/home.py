@@ -22,12 +22,11 @@ from ..errors import LorsError, first_line
 from ..files.documents import first_problem
 from ..files.lock import flock
 from ..files.remote import Store, cache, local_path
-from ..files.writing import writing
+from ..files.writing import PARTIAL, replacing, writing
 from ..public import public
 
 __all__ = ["STATE", "Home", "load_lines"]
 
-OWN = {".lock", ".sweep.json.partial"}  # of a sweep that was stopped before it began
 STATE = ("sweep.json", "trials.jsonl")
 T = TypeVar("T")
 
@@ -63,7 +62,9 @@ class Home:
             self._pull()
             path = self.path / "sweep.json"
             before = _read_plan(path) if path.exists() else None
-            if before is None and (others := sorted({p.name for p in self.path.iterdir()} - OWN)):
+            if before is None and (
+                others := sorted(p.name for p in self.path.iterdir() if not _before_it_began(p.name))
+            ):
                 raise LorsError(f"{self}: expected a new directory or that of a sweep, it has {others[0]!r}")
             yield before
         finally:
@@ -75,6 +76,9 @@ class Home:
         self.replace("sweep.json", json.dumps(plan, indent=2) + "\n")
         self.push(("sweep.json",))
         shutil.rmtree(self.path / "trials", ignore_errors=True)
+        for path in self.path.iterdir():
+            if PARTIAL.fullmatch(path.name):
+                path.unlink()
         for unit in self.path.glob("cache/unit-*"):
             shutil.rmtree(unit, ignore_errors=True) if unit.is_dir() else unit.unlink()
 
@@ -83,13 +87,8 @@ class Home:
     def replace(self, name: str, text: str) -> None:
         """Writes a file in one step."""
         path = self.path / name
-        with writing(path):
-            partial = path.with_name(f".{name}.partial")
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, path)
+        with writing(path), replacing(path, durable=True) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     def append(self, line: str) -> None:
         """A line of trials.jsonl, on disk when this returns; on an error it is not there, and neither is half of it."""
@@ -149,6 +148,12 @@ class Home:
         """Removes the local copy of a sweep that is complete at its URL."""
         if self.url is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _before_it_began(name: str) -> bool:
+    """Whether a file is of a sweep that was stopped before its plan was there."""
+    partial = PARTIAL.fullmatch(name)
+    return name in (".lock", ".sweep.json.partial") or (partial is not None and partial["name"] == "sweep.json")
 
 
 def _read_plan(path: Path) -> dict[str, Any]:

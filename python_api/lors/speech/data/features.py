@@ -7,14 +7,12 @@ cached run and a fresh one decode the same words.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LorsError
-from ...files.writing import writing
+from ...files.writing import replacing, writing
 from .audio import SAMPLE_RATE, duration, read_audio
 from .utterance import Utterance
 
@@ -85,16 +83,11 @@ def _write(path: Path, shape: tuple[int, ...], batches: Iterable[NDArray[np.floa
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for batch in batches:
-                stream.write(batch.tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as stream:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for batch in batches:
+            stream.write(batch.tobytes())
 
 
 def _key(utterances: Sequence[Utterance], extractor: Any) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import LorsError, nearest
+from ...files.writing import replacing
 
 __all__ = ["TRAIN", "Training", "write_json"]
 
@@ -72,6 +72,5 @@ class Training:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes the file, which is there whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes of a distributed run may write it too
-    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
