@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, dry: bool) -> None:
         self.dry = dry
         if dry and (emulation := os.environ.get("LORS_TEST_CUDA_EMULATION")):
-            sys.path.append(str(ROOT / "tests"))
+            sys.path.append(str(ROOT / "tests" / "support"))
             from cuda_emulation import install
 
             install(emulation)
@@ -172,8 +172,15 @@ def tests(bench: Bench, record: Recorder) -> None:
     """What knows of a GPU; `tests` on the CPU is no matter of this machine."""
     for backend in ("cuda", "triton"):
         record.measure(backend, lambda b=backend: _pytest(bench, ["tests/kernels/test_gpu_backends.py", "-k", b]))  # type: ignore[misc]
-    for name in ("cuda_build", "truncated_svd_group", "precision", "engine_streams", "engine_gpu"):
-        path = f"tests/test_{name}.py"
+    names = (
+        "native/test_cuda_build",
+        "kernels/test_truncated_svd_group",
+        "kernels/test_precision",
+        "engine/test_streams",
+        "engine/test_gpu",
+    )
+    for name in names:
+        path = f"tests/{name}.py"
         record.measure(name, lambda path=path: _pytest(bench, [path]))  # type: ignore[misc]
 
 
@@ -233,17 +240,21 @@ def bandwidth(bench: Bench, record: Recorder) -> None:
 
 
 def eigenproblems(bench: Bench, record: Recorder) -> None:
-    """Batches of small symmetric eigenproblems in float64, the library's: the largest risk to every merge."""
+    """Batches of small symmetric eigenproblems in float64, the library's and ours: the largest risk to every merge."""
+    from lors_kernels.backends.eigh import eigh
+
     for size in (16, 32, 64, 80, 96):
+        for name, solve in (("ours", eigh), ("torch.linalg.eigh", torch.linalg.eigh)):
 
-        def solve(size: int = size) -> dict[str, Any]:
-            count = 4 if bench.dry else 64
-            generator = torch.Generator(bench.device).manual_seed(size)
-            a = torch.randn(count, size, size, generator=generator, dtype=torch.float64, device=bench.device)
-            ms = bench.ms(lambda: torch.linalg.eigh(a @ a.mT))
-            return {"ms": ms, "matrices": count, "us each": 1e3 * ms["median"] / count}
+            def run(size: int = size, name: str = name, solve: Any = solve) -> dict[str, Any]:
+                count = 2 if bench.dry else 64 if name != "ours" else 5120
+                generator = torch.Generator(bench.device).manual_seed(size)
+                a = torch.randn(count, size, size, generator=generator, dtype=torch.float64, device=bench.device)
+                a = a @ a.mT
+                ms = bench.ms(lambda: solve(a))
+                return {"ms": ms, "matrices": count, "us each": 1e3 * ms["median"] / count}
 
-        record.measure(f"torch.linalg.eigh {size}x{size}", solve)
+            record.measure(f"{name} {size}x{size}", run)
 
 
 def operations(bench: Bench, record: Recorder) -> None:

@@ -164,7 +164,18 @@ class Run:
         )  # fmt: skip
         close(self.memory.get(energy, (pairs, tiles, 4), np.float32).sum(1)[:, 0], np.square(self.deltas).sum((1, 2)))
 
+    def eigh(self) -> None:
+        a = self.random.standard_normal((self.pairs, self.m, self.m))
+        a += a.transpose(0, 2, 1)
+        theta, error = (self.memory.room(shape, np.float64) for shape in ((self.pairs, self.m), (self.pairs,)))
+        vectors = self.memory.room(a.shape, np.float64)
+        sizes = (self.m, self.m * self.m, self.pairs, self.m)
+        self.cuda.eigh(self.launch, self.memory.put(a), *sizes, theta, vectors, error)
+        close(self.memory.get(theta, a.shape[:2], np.float64), np.linalg.eigvalsh(a))
+        assert self.memory.get(error, (self.pairs,), np.float64).max() < 1e-12
+
     def all(self) -> None:
+        self.eigh()
         self.gram_apply()
         self.measure()
         self.select_and_update()

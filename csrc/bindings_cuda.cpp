@@ -18,4 +18,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("ties_update", ties_update, Unlocked());
     module.def("ties_tiles", lors::ties_tiles);
     module.def("measure", measure, Unlocked());
+    module.def("eigh", eigh, Unlocked());
+    module.def("eigh_max_size", lors::eigh_max_size);
+    module.def("orthonormalise", orthonormalise, Unlocked());
+    module.def("orthonormalise_max_rows", lors::orthonormalise_max_rows);
 }

@@ -92,6 +92,23 @@ inline void measure(const LaunchTuple& l, const GroupTuple& g, uintptr_t energy,
     lors::measure(launch(l), group(g), at<float>(energy), at<int32_t>(counts));
 }
 
+inline void eigh(const LaunchTuple& l, uintptr_t a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
+                 uintptr_t theta, uintptr_t vectors, uintptr_t error) {
+    lors::eigh(launch(l), at<const double>(a), row_stride, stride, count, n, at<double>(theta), at<double>(vectors),
+               at<double>(error));
+}
+
+// (address, columns, entries from row to row, from pair to pair)
+using BasisTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+inline void orthonormalise(const LaunchTuple& l, uintptr_t w, const BasisTuple& basis, int64_t pairs, int64_t n,
+                           uintptr_t noise, uintptr_t scale, double level, uintptr_t q, uintptr_t below) {
+    const auto& [columns_at, columns, row_stride, stride] = basis;
+    lors::orthonormalise(launch(l), at<const float>(w), at<const float>(columns_at), row_stride, stride, pairs, n,
+                         columns, at<const double>(noise), at<const double>(scale), level, at<float>(q),
+                         at<double>(below));
+}
+
 inline std::tuple<int, std::string> device_count() {
     int count = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);

@@ -42,11 +42,11 @@ def diagnosis() -> dict[str, Any]:
 
 
 def _too_old() -> list[str]:
-    from .backends import built, cuda
+    from .backends import built, cuda_module
     from .gpu_software import installed, too_old
 
     try:
-        return too_old(installed(cuda.library().runtime if built("_cuda") else None))
+        return too_old(installed(cuda_module.library().runtime if built("_cuda") else None))
     except ImportError:  # torch, or the CUDA module: named as broken
         return []
 

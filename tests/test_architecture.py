@@ -31,7 +31,7 @@ LAYERS = (  # from the top; names are folders or modules directly below `lors`
     ("checkpoints",),
     ("cluster", "command", "webpage"),
     ("files", "keeper", "progress", "console"),
-    ("errors",),
+    ("errors", "tasks"),
     ("public",),
 )
 FACES = {"lors", "lors.cli", "lors.methods", "lors.speech", "lors_kernels"}  # whose __init__.py hands names on

@@ -2,13 +2,16 @@
 //
 // A block takes some rows of A. A thread owns inner indices i = thread + 256 k and holds x[i, 0..8) and its part of
 // z[i, 0..8) in registers, so a row is read once: y = A x is summed over the block (a shuffle that leaves each lane one
-// of 32 sums, then the warps in order), and z += A.T y follows from the row still in shared memory. While one stage of
-// rows is worked on, the next is copied there asynchronously. The blocks' sums are added in order by the caller.
+// of 32 sums, then the warps in order), and z += A.T y follows from the deltas still in registers. While one stage of
+// rows is worked on, the next is copied there asynchronously: over the one before, of which nothing is read behind the
+// barriers of its last batch. The blocks' sums are added in order by the caller.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "residual.cuh"
+#include "tensor.cuh"
 
 namespace lors {
 namespace {
@@ -74,14 +77,15 @@ struct Stage {
 
     static __device__ __forceinline__ void copy(const Gram& a, const PairView& view, int64_t row, int64_t end,
                                                 char* stage) {
-        const int64_t segments = a.inner;  // per matrix: kRows rows of inner / kRows copies, or inner rows of one
-        for (int64_t s = threadIdx.x; s < segments; s += kThreads) {
+        // per matrix: kRows rows of inner / kRows copies, or inner rows of one; in 32 bits, where a division is cheap
+        const int segments = static_cast<int>(a.inner);
+        for (int s = static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
             int64_t i, j;  // of delta
             bool there;
             if constexpr (Transposed) {
                 i = s, j = row, there = row < end;
             } else {
-                const int64_t each = a.inner / kRows;
+                const int each = segments / kRows;
                 i = row + s / each, j = s % each * kRows, there = i < end;
             }
             char* to = stage + s * kCopy;
@@ -100,13 +104,12 @@ struct Stage {
     }
 
     // A[row of the stage, i .. ) for kBatch rows from `first`
-    static __device__ __forceinline__ void fetch(const char* stage, int64_t inner, int64_t i, int first,
-                                                 float (&d)[kBatch]) {
+    static __device__ __forceinline__ void fetch(const char* stage, int inner, int i, int first, float (&d)[kBatch]) {
         const T* base = reinterpret_cast<const T*>(stage);
         const T* tuned = base + inner * kRows;
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
-            const int64_t at = Transposed ? i * kRows + first + r : (first + r) * inner + i;
+            const int at = Transposed ? i * kRows + first + r : (first + r) * inner + i;
             d[r] = __fsub_rn(widen<K>(tuned[at]), widen<K>(base[at]));
         }
     }
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
     const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth);
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
     const int64_t first = chunk * a.rows, end = a.outer < first + a.rows ? a.outer : first + a.rows;
-    const int64_t bytes = S::bytes(a.inner);
+    const int inner = static_cast<int>(a.inner), bytes = static_cast<int>(S::bytes(a.inner));
 
     S::copy(a, view, first, end, memory);
     __pipeline_commit();
@@ -144,16 +147,15 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
         __syncthreads();
 #pragma unroll 1
         for (int batch = 0; batch < S::kRows; batch += kBatch) {
-            float y[32] = {};
+            float y[32] = {}, d[PerThread][kBatch] = {};
 #pragma unroll
             for (int k = 0; k < PerThread; ++k) {
-                const int64_t i = threadIdx.x + k * kThreads;
-                float d[kBatch] = {};
-                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
+                const int i = static_cast<int>(threadIdx.x) + k * kThreads;
+                if (i < inner) S::fetch(memory + now * bytes, inner, i, batch, d[k]);
 #pragma unroll
                 for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
-                    for (int c = 0; c < kWidth; ++c) y[r * kWidth + c] += d[r] * x[k][c];
+                    for (int c = 0; c < kWidth; ++c) y[r * kWidth + c] += d[k][r] * x[k][c];
                 }
             }
             parts[threadIdx.x / 32][threadIdx.x % 32] = transpose_sum(y);
@@ -170,17 +172,13 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
             __syncthreads();
 #pragma unroll
             for (int k = 0; k < PerThread; ++k) {
-                const int64_t i = threadIdx.x + k * kThreads;
-                float d[kBatch] = {};
-                if (i < a.inner) S::fetch(memory + now * bytes, a.inner, i, batch, d);
 #pragma unroll
                 for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
-                    for (int c = 0; c < kWidth; ++c) z[k][c] += d[r] * sums[r * kWidth + c];
+                    for (int c = 0; c < kWidth; ++c) z[k][c] += d[k][r] * sums[r * kWidth + c];
                 }
             }
         }
-        __syncthreads();  // the stage is copied over next
     }
 #pragma unroll
     for (int k = 0; k < PerThread; ++k) {
@@ -189,6 +187,223 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
         for (int c = 0; c < kWidth; ++c) {
             if (i < a.inner && c < width)
                 a.partial[((p * a.chunks + chunk) * a.inner + i) * a.b + column + c] = z[k][c];
+        }
+    }
+}
+
+// The same for float16 on tensor cores, A's rows being delta's. A warp owns inner columns, 32 at a time, and a lane 8
+// neighbouring ones of two rows: one 16-byte load, whose numbers are taken as columns 2t, 2t + 1, 2t + 8, 2t + 9 of two
+// tiles of 16, in x and z as well as here. So y = A x needs no exchange but the sum over warps, and z += A.T y takes
+// the same registers, transposed.
+//
+// Everything is as exact as in float32: a delta is hi + lo, two float16 numbers (the error of a difference is one), and
+// lo, nearly always 0, is passed over by a vote; x and y are hi + lo too, scaled by powers of two, a vector's own.
+// Where a difference overflows float16 the tile is taken by halves.
+constexpr int kTileRows = 16, kTileSums = kTileRows * kWidth;
+
+// tuned - base = hi + lo, exactly; NaN in lo where hi overflows
+__device__ __forceinline__ void difference(uint32_t tuned, uint32_t base, uint32_t& hi, uint32_t& lo) {
+    hi = subtract_halves(tuned, base);
+    const uint32_t back = subtract_halves(tuned, hi);
+    const uint32_t missing = subtract_halves(tuned, add_halves(hi, back));
+    lo = add_halves(missing, subtract_halves(back, base));
+}
+
+// A power of two that takes top to at least 1 and below 4; 1 for nothing, and for what is no number.
+__device__ __forceinline__ float downscale(float top) {
+    const unsigned exponent = __float_as_uint(top) >> 23;
+    return exponent > 0 && exponent < 255 ? __uint_as_float((exponent < 254 ? 254 - exponent : 1) << 23) : 1.0f;
+}
+
+__device__ __forceinline__ float largest_of_column(float top) {
+    for (int step = 1; step < 4; step *= 2) {
+        const float other = __shfl_xor_sync(~0u, top, step);
+        top = other > top ? other : top;
+    }
+    return top;
+}
+
+__device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& lo) {
+    hi = pack_halves(a, b);
+    lo = pack_halves(a - low_half(hi), b - high_half(hi));
+}
+
+__device__ __forceinline__ uint4 eight(const void* data, int64_t at, bool there) {
+    return there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at) : make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ uint32_t halved(uint32_t pair) {
+    return pack_halves(0.5f * low_half(pair), 0.5f * high_half(pair));
+}
+
+// A lane's deltas of 16 rows, hi[chunk][0, 4) those of row g and hi[chunk][4, 8) those of row g + 8; whether any lane
+// has a lo that is not 0.
+template <int Chunks, bool Halved>
+__device__ __forceinline__ bool take(const PairView& view, int64_t row, int64_t end, int inner,
+                                     uint32_t (&hi)[Chunks][8], uint32_t (&lo)[Chunks][8]) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+        const int j = (c * kWarps + warp) * 32 + lane % 4 * 8;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int64_t i = row + lane / 4 + 8 * r;
+            const bool there = j < inner && i < end;
+            const uint4 tuned = eight(view.tuned, i * view.tuned_stride + j, there);
+            const uint4 base = eight(view.base, i * view.base_stride + j, there && view.base);
+            hi[c][4 * r] = tuned.x, hi[c][4 * r + 1] = tuned.y, hi[c][4 * r + 2] = tuned.z, hi[c][4 * r + 3] = tuned.w;
+            lo[c][4 * r] = base.x, lo[c][4 * r + 1] = base.y, lo[c][4 * r + 2] = base.z, lo[c][4 * r + 3] = base.w;
+        }
+    }
+    uint32_t left = 0;
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+#pragma unroll
+        for (int w = 0; w < 8; ++w) {
+            const uint32_t tuned = Halved ? halved(hi[c][w]) : hi[c][w], base = Halved ? halved(lo[c][w]) : lo[c][w];
+            difference(tuned, base, hi[c][w], lo[c][w]);
+            left |= lo[c][w] & 0x7fff7fffu;
+        }
+    }
+    return __any_sync(~0u, left != 0);
+}
+
+// Whether a difference was too large for float16 in any lane, which made its lo NaN.
+template <int Chunks>
+__device__ __forceinline__ bool overflowed(const uint32_t (&lo)[Chunks][8]) {
+    bool found = false;
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+#pragma unroll
+        for (int w = 0; w < 8; ++w) {
+            found = found || (lo[c][w] & 0x7c00u) == 0x7c00u || (lo[c][w] & 0x7c000000u) == 0x7c000000u;
+        }
+    }
+    return __any_sync(~0u, found);
+}
+
+template <int Chunks>
+__global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
+    LORS_SHARED(float, parts, [2 * kWarps * kTileSums]);
+    LORS_SHARED(float, tops, [kWarps * kWidth]);
+    const int64_t p = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks, column = blockIdx.y * int64_t{kWidth};
+    const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth),
+              inner = static_cast<int>(a.inner);
+    const PairView view = pair_view(a.g.table, p, a.g.pairs);
+    const int64_t first = chunk * a.rows, end = a.outer < first + a.rows ? a.outer : first + a.rows;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int g = lane / 4, t = lane % 4;
+    const float* x = a.x + p * a.inner * a.b + column;
+
+    float top = 0;
+    for (int c = 0; c < Chunks; ++c) {
+        const int j = (c * kWarps + warp) * 32 + 8 * t;
+        for (int e = 0; e < 8; ++e) {
+            const float size = j < inner && g < width ? fabsf(x[(j + e) * a.b + g]) : 0.0f;
+            top = size > top ? size : top;
+        }
+    }
+    top = largest_of_column(top);
+    if (t == 0) tops[warp * kWidth + g] = top;
+    __syncthreads();
+    float scales[3];  // of vectors g, 2t, 2t + 1
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        const int vector = i == 0 ? g : 2 * t + i - 1;
+        float all = 0;
+        for (int other = 0; other < kWarps; ++other) all = fmaxf(all, tops[other * kWidth + vector]);
+        scales[i] = downscale(all);
+    }
+    uint32_t xh[Chunks][4], xl[Chunks][4];
+    float z[Chunks][2][4] = {};
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+        const int j = (c * kWarps + warp) * 32 + 8 * t;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const bool there = j < inner && g < width;
+            const float low = there ? x[(j + 2 * w) * a.b + g] * scales[0] : 0.0f;
+            const float high = there ? x[(j + 2 * w + 1) * a.b + g] * scales[0] : 0.0f;
+            split(low, high, xh[c][w], xl[c][w]);
+        }
+    }
+    const float back0 = 1 / scales[1], back1 = 1 / scales[2];
+
+    int now = 0;
+#pragma unroll 1
+    for (int64_t row = first; row < end; row += kTileRows, now ^= 1) {
+        uint32_t hi[Chunks][8], lo[Chunks][8];
+        const bool some = take<Chunks, false>(view, row, end, inner, hi, lo);
+        float unit = 1;
+        if (some && overflowed<Chunks>(lo)) {
+            unit = 2;
+            take<Chunks, true>(view, row, end, inner, hi, lo);
+        }
+        float y[4] = {};
+#pragma unroll
+        for (int c = 0; c < Chunks; ++c) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const uint32_t* d = hi[c] + 2 * k;
+                multiply(y, d[0], d[4], d[1], d[5], xh[c][2 * k], xh[c][2 * k + 1]);
+                multiply(y, d[0], d[4], d[1], d[5], xl[c][2 * k], xl[c][2 * k + 1]);
+                const uint32_t* rest = lo[c] + 2 * k;
+                if (some) multiply(y, rest[0], rest[4], rest[1], rest[5], xh[c][2 * k], xh[c][2 * k + 1]);
+            }
+        }
+        float* mine = parts + now * kWarps * kTileSums;
+        float* to = mine + warp * kTileSums + g * kWidth + 2 * t;
+        to[0] = unit * y[0] * back0, to[1] = unit * y[1] * back1;
+        to[8 * kWidth] = unit * y[2] * back0, to[8 * kWidth + 1] = unit * y[3] * back1;
+        __syncthreads();
+        float sums[4];  // rows 2t, 2t + 1, 2t + 8, 2t + 9 of vector g
+        top = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = 2 * t + i % 2 + i / 2 * 8;
+            sums[i] = 0;
+#pragma unroll
+            for (int other = 0; other < kWarps; ++other) sums[i] += mine[other * kTileSums + r * kWidth + g];
+            if (a.y && warp == 0 && row + r < end && g < width) {
+                a.y[(p * a.outer + row + r) * a.b + column + g] = sums[i];
+            }
+            top = fmaxf(top, fabsf(sums[i]));
+        }
+        const float scale = downscale(largest_of_column(top));
+        uint32_t yh[2], yl[2];
+        split(sums[0] * scale, sums[1] * scale, yh[0], yl[0]);
+        split(sums[2] * scale, sums[3] * scale, yh[1], yl[1]);
+        const float unscale = unit / scale;
+        const float unscale0 = __shfl_sync(~0u, unscale, 8 * t), unscale1 = __shfl_sync(~0u, unscale, 8 * t + 4);
+#pragma unroll
+        for (int c = 0; c < Chunks; ++c) {
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float sum[4] = {};
+                const uint32_t* d = hi[c] + 2 * k;
+                const uint32_t d0 = transposed(d[0]), d1 = transposed(d[1]), d2 = transposed(d[4]),
+                               d3 = transposed(d[5]);
+                multiply(sum, d0, d1, d2, d3, yh[0], yh[1]);
+                multiply(sum, d0, d1, d2, d3, yl[0], yl[1]);
+                if (some) {
+                    const uint32_t* rest = lo[c] + 2 * k;
+                    multiply(sum, transposed(rest[0]), transposed(rest[1]), transposed(rest[4]), transposed(rest[5]),
+                             yh[0], yh[1]);
+                }
+                z[c][k][0] += sum[0] * unscale0, z[c][k][1] += sum[1] * unscale1;
+                z[c][k][2] += sum[2] * unscale0, z[c][k][3] += sum[3] * unscale1;
+            }
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < Chunks; ++c) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int k = i / 4, q = i % 4, vector = 2 * t + q % 2;
+            const int j = (c * kWarps + warp) * 32 + g / 2 * 8 + 4 * k + q / 2 * 2 + g % 2;
+            if (j < inner && vector < width) {
+                a.partial[((p * a.chunks + chunk) * a.inner + j) * a.b + column + vector] = z[c][k][q];
+            }
         }
     }
 }
@@ -258,14 +473,34 @@ void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan
     start(launch, "gram_apply", group, grid, kThreads, plan.shared, kernel, a);
 }
 
+template <int Chunks>
+void launch_tensor(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
+    start(launch, "gram_apply (tensor cores)", group, grid, kThreads, 0, gram_tensor_kernel<Chunks>, a);
+}
+
+void choose_chunks(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    switch (plan.per_thread) {
+        case 1: return launch_tensor<1>(launch, group, plan, a);
+        case 2: return launch_tensor<2>(launch, group, plan, a);
+        case 3: return launch_tensor<3>(launch, group, plan, a);
+        case 4: return launch_tensor<4>(launch, group, plan, a);
+        default: return launch_tensor<5>(launch, group, plan, a);
+    }
+}
+
 template <Kind K, bool Transposed>
 void choose_per_thread(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
-    switch (plan.per_thread) {
-        case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
-        case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
-        case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
-        case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
-        default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
+    if constexpr (K == Kind::kFloat16 && !Transposed) {
+        choose_chunks(launch, group, plan, a);
+    } else {
+        switch (plan.per_thread) {
+            case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
+            case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
+            case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
+            case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
+            default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
+        }
     }
 }
 

@@ -11,8 +11,7 @@ template <Kind K>
 __global__ void __launch_bounds__(kTileThreads)
     merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
                  const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
-    LORS_SHARED(float, float_scratch, [kTileThreads / 32]);
-    LORS_SHARED(int32_t, int_scratch, [kTileThreads / 32]);
+    LORS_SHARED(float, sums, [kSumsSize]);
     const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of<kRowsAtOnce>(tile, g.n);
     void* out = reinterpret_cast<void*>(out_table[i]);
@@ -26,45 +25,51 @@ __global__ void __launch_bounds__(kTileThreads)
             load8<K>(out, out_dtype, (at.row + r) * out_stride + at.col, at.count, total[r]);
         }
     }
-    for (int64_t t = 0; t < g.experts; ++t) {
-        const int64_t p = i * g.experts + t;
-        const PairView view = pair_view(g.table, p, g.pairs);
-        const uint32_t bound = magnitude_key(value[p]);
-        const int64_t last = cut[p];
-        const float w = weight[p];
-        float low[kRowsAtOnce][kVector], delta_energy = 0, residual_energy = 0, kept_energy = 0;
-        int32_t kept = 0, bad = 0;
-        if (at.count > 0) {
-            low8<K, kRowsAtOnce>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, at.row, g.m,
-                                 at.col, at.count, low);
+    for (int64_t begun = 0; begun < g.experts; begun += kSlots) {
+        const int slots = static_cast<int>(g.experts - begun < kSlots ? g.experts - begun : kSlots);
+        if (begun) __syncthreads();  // the slots are written again
+#pragma unroll 1
+        for (int slot = 0; slot < slots; ++slot) {
+            const int64_t p = i * g.experts + begun + slot;
+            const PairView view = pair_view(g.table, p, g.pairs);
+            const uint32_t bound = magnitude_key(value[p]);
+            const int64_t last = cut[p];
+            const float w = weight[p];
+            float low[kRowsAtOnce][kVector], delta_energy = 0, residual_energy = 0, kept_energy = 0;
+            int32_t kept = 0, bad = 0;
+            if (at.count > 0) {
+                low8<K, kRowsAtOnce>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, g.rank, g.n, at.row, g.m,
+                                     at.col, at.count, low);
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                if (at.row + r >= g.m) continue;
-                float d[kVector];
-                delta8<K>(view, g.tuned_dtype, at.row + r, at.col, at.count, base[r], d);
-                const int64_t index = (at.row + r) * g.n + at.col;
+                for (int r = 0; r < kRowsAtOnce; ++r) {
+                    if (at.row + r >= g.m) continue;
+                    float d[kVector];
+                    delta8<K>(view, g.tuned_dtype, at.row + r, at.col, at.count, base[r], d);
+                    const int64_t index = (at.row + r) * g.n + at.col;
 #pragma unroll
-                for (int e = 0; e < kVector; ++e) {
-                    const float residual = __fsub_rn(d[e], low[r][e]);
-                    const uint32_t key = magnitude_key(residual);
-                    const bool keep = (key > bound || (key == bound && index + e < last)) && e < at.count;
-                    const float s = keep ? residual : 0.0f;
-                    total[r][e] = __fmaf_rn(w, __fadd_rn(low[r][e], s), total[r][e]);
-                    delta_energy += d[e] * d[e];
-                    residual_energy += e < at.count ? residual * residual : 0.0f;
-                    kept_energy += s * s;
-                    kept += keep;
-                    bad += magnitude_key(d[e]) >= kNonFiniteKey;
+                    for (int e = 0; e < kVector; ++e) {
+                        const float residual = __fsub_rn(d[e], low[r][e]);
+                        const uint32_t key = magnitude_key(residual);
+                        const bool keep = (key > bound || (key == bound && index + e < last)) && e < at.count;
+                        const float s = keep ? residual : 0.0f;
+                        total[r][e] = __fmaf_rn(w, __fadd_rn(low[r][e], s), total[r][e]);
+                        delta_energy += d[e] * d[e];
+                        residual_energy += e < at.count ? residual * residual : 0.0f;
+                        kept_energy += s * s;
+                        kept += keep;
+                        bad += magnitude_key(d[e]) >= kNonFiniteKey;
+                    }
                 }
             }
+            float v[kSums] = {delta_energy, residual_energy, kept_energy, static_cast<float>(kept),
+                              static_cast<float>(bad)};
+            leave_sums(v, slot, sums);
         }
-        const float sums[3] = {block_sum(delta_energy, float_scratch), block_sum(residual_energy, float_scratch),
-                               block_sum(kept_energy, float_scratch)};
-        const int32_t numbers[2] = {block_sum(kept, int_scratch), block_sum(bad, int_scratch)};
-        if (threadIdx.x == 0) {
-            for (int s = 0; s < 3; ++s) energy[(p * tiles + tile) * 3 + s] = sums[s];
-            for (int s = 0; s < 2; ++s) counts[(p * tiles + tile) * 2 + s] = numbers[s];
-        }
+        collect_sums(slots, sums, [&](int slot, int which, float all) {
+            const int64_t place = (i * g.experts + begun + slot) * tiles + tile;
+            if (which < 3) energy[place * 3 + which] = all;
+            if (which == 3 || which == 4) counts[place * 2 + which - 3] = static_cast<int32_t>(all);
+        });
     }
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
@@ -77,14 +82,11 @@ __global__ void __launch_bounds__(kTileThreads)
 template <Kind K>
 __global__ void __launch_bounds__(kTileThreads)
     measure_kernel(GroupArgs g, int64_t tiles, float* energy, int32_t* counts) {
-    LORS_SHARED(float, float_scratch, [kTileThreads / 32]);
-    LORS_SHARED(int32_t, int_scratch, [kTileThreads / 32]);
-    LORS_SHARED(uint32_t, top);
+    LORS_SHARED(float, sums, [kSumsSize]);
+    LORS_SHARED(uint32_t, tops, [kTileWarps]);
     const int64_t p = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of<kRowsAtOnce>(tile, g.n);
     const PairView view = pair_view(g.table, p, g.pairs);
-    if (threadIdx.x == 0) top = 0;
-    __syncthreads();
     float sum = 0;
     int32_t bad = 0;
     uint32_t largest = 0;
@@ -102,14 +104,21 @@ __global__ void __launch_bounds__(kTileThreads)
             if (key < kNonFiniteKey && key > largest) largest = key;
         }
     }
-    atomicMax(&top, largest);
-    const float total = block_sum(sum, float_scratch);
-    const int32_t all_bad = block_sum(bad, int_scratch);
-    if (threadIdx.x == 0) {
-        energy[p * tiles + tile] = total;
-        counts[(p * tiles + tile) * 2] = all_bad;
-        counts[(p * tiles + tile) * 2 + 1] = static_cast<int32_t>(top);
+    for (int step = 16; step > 0; step /= 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, largest, step);
+        largest = other > largest ? other : largest;
     }
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = largest;
+    float v[kSums] = {sum, static_cast<float>(bad)};
+    leave_sums(v, 0, sums);
+    collect_sums(1, sums, [&](int, int which, float all) {
+        const int64_t place = p * tiles + tile;
+        if (which == 0) energy[place] = all;
+        if (which == 1) counts[place * 2] = static_cast<int32_t>(all);
+        if (which != 2) return;
+        for (int warp = 0; warp < kTileWarps; ++warp) largest = tops[warp] > largest ? tops[warp] : largest;
+        counts[place * 2 + 1] = static_cast<int32_t>(largest);
+    });
 }
 
 }  // namespace

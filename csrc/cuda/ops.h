@@ -93,4 +93,20 @@ int64_t ties_tiles(int64_t m, int64_t n);
 // one.
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts);
 
+// Eigenpairs of `count` symmetric matrices [n, n] float64, n up to eigh_max_size(); rows and matrices of `a` these many
+// entries apart.
+//   theta [count, n], smallest first   vectors [count, n, n], a column each
+//   error [count]: the largest entry of |V.T V - 1| and of |A V - V theta| / |A|
+void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
+          double* theta, double* vectors, double* error);
+int eigh_max_size();
+
+// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows and
+// pairs these many entries apart), n up to orthonormalise_max_rows(): w = q below, up to rounding, with q [P, n, 8] and
+// below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where that is 0), fills directions that are not there.
+void orthonormalise(const Launch& launch, const float* w, const float* basis, int64_t row_stride, int64_t stride,
+                    int64_t pairs, int64_t n, int64_t columns, const double* noise, const double* scale, double level,
+                    float* q, double* below);
+int orthonormalise_max_rows();
+
 }  // namespace lors

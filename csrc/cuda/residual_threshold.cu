@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(kThreads, 2) histogram_kernel(GroupArgs g, int
     const uint32_t wanted = static_cast<uint32_t>(prefix[p]), mask = (1u << bits) - 1;
     for (int i = threadIdx.x; i < kReplicas * kRadixBuckets; i += kThreads) table[i] = 0;
     __syncthreads();
-    uint32_t* mine = table + threadIdx.x % kReplicas * kRadixBuckets;
+    const SharedCounters mine(table + threadIdx.x % kReplicas * kRadixBuckets);
     each_key<K>(g, p, chunk, [&](uint32_t key) {
-        if (key >> (shift + bits) == wanted) atomicAdd(mine + ((key >> shift) & mask), 1u);
+        if (key >> (shift + bits) == wanted) mine.count((key >> shift) & mask);
     });
     __syncthreads();
     for (int i = threadIdx.x; i < kRadixBuckets; i += kThreads) {

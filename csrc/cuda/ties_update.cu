@@ -21,8 +21,7 @@ template <Kind K>
 __global__ void __launch_bounds__(kTileThreads)
     ties_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, TiesRules rules, TiesSum sum,
                 float* energy, int32_t* counts) {
-    LORS_SHARED(float, float_scratch, [kTileThreads / 32]);
-    LORS_SHARED(int32_t, int_scratch, [kTileThreads / 32]);
+    LORS_SHARED(float, shared_sums, [kSumsSize]);
     const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of<1>(tile, g.n);
     const bool there = at.row < g.m && at.count > 0;
@@ -68,16 +67,16 @@ __global__ void __launch_bounds__(kTileThreads)
                 bad += size >= kNonFiniteKey;
             }
         }
-        for (int q = 0; q < 4; ++q) {
-            const float all = block_sum(sums[q], float_scratch);
-            if (threadIdx.x == 0) energy[(p * tiles + tile) * 4 + q] = all;
-        }
-        kept = block_sum(kept, int_scratch);
-        bad = block_sum(bad, int_scratch);
-        if (threadIdx.x == 0) {
-            counts[(p * tiles + tile) * 2] = kept;
-            counts[(p * tiles + tile) * 2 + 1] = bad;
-        }
+        float v[kSums] = {sums[0], sums[1], sums[2], sums[3], static_cast<float>(kept), static_cast<float>(bad)};
+        const int slot = static_cast<int>(t % kSlots);
+        leave_sums(v, slot, shared_sums);
+        if (slot < kSlots - 1 && t < g.experts - 1) continue;
+        collect_sums(slot + 1, shared_sums, [&](int other, int which, float all) {
+            const int64_t place = (p - slot + other) * tiles + tile;
+            if (which < 4) energy[place * 4 + which] = all;
+            if (which == 4 || which == 5) counts[place * 2 + which - 4] = static_cast<int32_t>(all);
+        });
+        if (t < g.experts - 1) __syncthreads();  // the slots are written again
     }
     if (!out_table || !there) return;
     void* out = reinterpret_cast<void*>(out_table[i]);

@@ -46,18 +46,47 @@ __device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int co
     }
 }
 
-// Sum over the block, in the order lane, warp; the result in thread 0.
-template <class T>
-__device__ __forceinline__ T block_sum(T value, T* scratch) {
-    for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(~0u, value, step);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    T total = 0;
-    if (threadIdx.x == 0) {
-        for (int warp = 0; warp < kTileThreads / 32; ++warp) total += scratch[warp];
+// Sums over the block of up to kSums numbers per expert: warps leave theirs in shared memory and go on, and after
+// kSlots experts, or the last one, there is one barrier and a few threads add them up, in the order of the warps.
+// Counts are numbers too: a block's are far below 2^24.
+constexpr int kSums = 8, kSlots = 16, kTileWarps = kTileThreads / 32;
+constexpr int kSumsSize = kSlots * kTileWarps * kSums;
+
+// v[0, 8) of all lanes -> the total of v[lane % 8]; the list is halved with every step, so 9 shuffles do what 40 would
+__device__ __forceinline__ float warp_sums(float (&v)[kSums]) {
+#pragma unroll
+    for (int half = kSums / 2; half > 0; half /= 2) {
+        const bool upper = (threadIdx.x & half) != 0;
+#pragma unroll
+        for (int j = 0; j < half; ++j) {
+            const float send = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
+            v[j] = keep + __shfl_xor_sync(~0u, send, half);
+        }
     }
+    float total = v[0];
+    total += __shfl_xor_sync(~0u, total, 8);
+    return total + __shfl_xor_sync(~0u, total, 16);
+}
+
+// Leaves the warp's sums of v in a slot.
+__device__ __forceinline__ void leave_sums(float (&v)[kSums], int slot, float* sums) {
+    const float mine = warp_sums(v);
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    if (lane < kSums) sums[(slot * kTileWarps + warp) * kSums + lane] = mine;
+}
+
+// Calls write(slot, which, total) for what was left in the slots; all threads of the block come. A barrier has to pass
+// before slots are written again.
+template <class F>
+__device__ __forceinline__ void collect_sums(int slots, const float* sums, const F& write) {
     __syncthreads();
-    return total;
+    for (int i = static_cast<int>(threadIdx.x); i < slots * kSums; i += kTileThreads) {
+        const float* from = sums + i / kSums * kTileWarps * kSums + i % kSums;
+        float total = 0;
+#pragma unroll
+        for (int warp = 0; warp < kTileWarps; ++warp) total += from[warp * kSums];
+        write(i / kSums, i % kSums, total);
+    }
 }
 
 struct Place {

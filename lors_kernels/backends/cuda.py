@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from ..arrays import FLOATS, dtype_name
@@ -22,20 +19,14 @@ from ..group import (
     upload,
 )
 from ..types import Consensus, Keep
-from . import built
+from . import built, cuda_module
 from .single import Single
 
-NAME = "cuda"
-DEVICES = ("cuda",)
+NAME, DEVICES = cuda_module.NAME, cuda_module.DEVICES
 NUMPY = False
 RADIX_BUCKETS = 2048
 PASSES = 3
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@cache
-def library() -> ModuleType:
-    return import_module("lors_kernels._cuda")
 
 
 def probe() -> tuple[bool, str]:
@@ -43,14 +34,14 @@ def probe() -> tuple[bool, str]:
         return False, "not built (no nvcc at build time, or LORS_BUILD_CUDA=0)"
     import torch
 
-    arches = f"built for {library().arches}"
+    arches = f"built for {cuda_module.library().arches}"
     if torch.version.cuda is None:
         return False, f"{arches}; no device: this torch is a {'HIP' if torch.version.hip else 'CPU-only'} build"
-    count, why = library().device_count()
+    count, why = cuda_module.library().device_count()
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:
-        found = "; ".join(too_old(installed(library().runtime))) or why
+        found = "; ".join(too_old(installed(cuda_module.library().runtime))) or why
         raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({found})' if found else ''}")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
@@ -76,14 +67,7 @@ def _group(group: MatrixGroup) -> tuple[Any, ...]:
 
 
 def _launch(group: MatrixGroup) -> tuple[int, int]:
-    return _stream(group.device)
-
-
-def _stream(device: Any) -> tuple[int, int]:
-    """Number of the device, and its current stream."""
-    import torch
-
-    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+    return cuda_module.stream(group.device)
 
 
 def _processors(device: Any) -> int:
@@ -108,11 +92,11 @@ class Grouped:
         pairs, inner, b = x.shape
         outer = group.m if side == "right" else group.n
         size = ITEM_SIZE[group.dtypes[1]]
-        plan = library().plan_gram(pairs, outer, inner, size, is_fast(group), _processors(group.device))
+        plan = cuda_module.library().plan_gram(pairs, outer, inner, size, is_fast(group), _processors(group.device))
         _, chunks, per_thread, _ = plan
         y = x.new_empty((pairs, outer, b)) if product or per_thread == 0 else None
         partial = x.new_empty((pairs, chunks, inner, b))
-        library().gram_apply(
+        cuda_module.library().gram_apply(
             _launch(group), _group(group), side == "left", plan, x.data_ptr(), b,
             0 if y is None else y.data_ptr(), partial.data_ptr(),
         )  # fmt: skip
@@ -121,16 +105,16 @@ class Grouped:
     def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
         import torch
 
-        tiles = library().merge_tiles(group.m, group.n)
+        tiles = cuda_module.library().merge_tiles(group.m, group.n)
         energy = torch.empty((group.pairs, tiles), dtype=torch.float32, device=group.device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=group.device)
-        library().measure(_launch(group), _group(group), energy.data_ptr(), counts.data_ptr())
+        cuda_module.library().measure(_launch(group), _group(group), energy.data_ptr(), counts.data_ptr())
         return energy.double().sum(1), counts[:, :, 0].sum(1), counts[:, :, 1].amax(1).view(torch.float32)
 
     def residual_threshold(self, group: MatrixGroup, left: Any, right: Any, k: int) -> GroupThreshold:
         import torch
 
-        built, pairs, device = library(), group.pairs, group.device
+        built, pairs, device = cuda_module.library(), group.pairs, group.device
         launch, view = _launch(group), _group(group)
         factors, keep = _factors(left, right)
         prefix = torch.zeros(pairs, dtype=torch.int32, device=device)
@@ -160,14 +144,14 @@ class Grouped:
     ) -> GroupStats:
         import torch
 
-        device, tiles = group.device, library().merge_tiles(group.m, group.n)
+        device, tiles = group.device, cuda_module.library().merge_tiles(group.m, group.n)
         factors, keep = _factors(left, right)
         energy = torch.empty((group.pairs, tiles, 3), dtype=torch.float32, device=device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
         weights = to_device(torch.tensor(weight, dtype=torch.float32), device)
         out_table = upload([[x.data_ptr(), row_stride(x)] for x in out], device)
         value, cut = threshold.value.contiguous(), threshold.cut.contiguous()
-        library().merge_update(
+        cuda_module.library().merge_update(
             _launch(group), _group(group), out_table.data_ptr(), FLOATS.index(dtype_name(out[0])),
             all(is_aligned(x) for x in out), factors, value.data_ptr(), cut.data_ptr(), weights.data_ptr(),
             energy.data_ptr(), counts.data_ptr(),
@@ -181,12 +165,12 @@ class Grouped:
     ) -> GroupKeepStats:
         import torch
 
-        device, tiles = group.device, library().ties_tiles(group.m, group.n)
+        device, tiles = group.device, cuda_module.library().ties_tiles(group.m, group.n)
         energy = torch.empty((group.pairs, tiles, 4), dtype=torch.float32, device=device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=device)
         numbers, integers = rule_tables(keep, weight, device)
         table = None if out is None else upload([[x.data_ptr(), row_stride(x)] for x in out], device)
-        library().ties_update(
+        cuda_module.library().ties_update(
             _launch(group), _group(group), 0 if table is None else table.data_ptr(),
             FLOATS.index(dtype_name(group.like if out is None else out[0])), all(is_aligned(x) for x in out or ()),
             numbers.data_ptr(), integers.data_ptr(),

@@ -34,6 +34,8 @@ from ..certificate import (
 from ..group import GroupSVD, MatrixGroup
 from ..precision import full_precision
 from ..types import DENORMAL, FACTORS, FactorOverflowError, NonFiniteError, dense_claim
+from . import cuda_module
+from .eigh import eigh
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +68,8 @@ def orthonormalise(w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor
     import torch
 
     level = 1e-10 if w.dtype == torch.float32 else 1e-13
+    if cuda_module.takes_orthonormalise(w, basis):
+        return cuda_module.orthonormalise(w, basis, scale, noise, level)
     floor = torch.where(scale > 0, scale * level, 1.0).view(-1, 1, 1)
     q, below = _cholesky_qr(w.double() + floor * noise / math.sqrt(w.shape[-2]), shift=1e-13 * w.shape[-1])
     if basis is not None:
@@ -156,9 +160,8 @@ class Krylov:
 
     def spectrum(self) -> Spectrum:
         """The eigenpairs of the projections, and their residuals in exact arithmetic."""
-        import torch
 
-        theta, vectors = torch.linalg.eigh(self.t[:, : self.size, : self.size])
+        theta, vectors = eigh(self.t[:, : self.size, : self.size])
         theta, vectors = theta.flip(1), vectors.flip(2)
         ends = self.below @ vectors[:, -self.width :]
         return Spectrum(theta, vectors, ends, self.width, self.n, ROUNDING[str(self.basis.dtype)])

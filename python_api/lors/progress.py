@@ -12,30 +12,26 @@ __all__ = ["bar"]
 
 
 @contextmanager
-def bar(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
-    """On a terminal a progress bar, moved on by what is yielded; None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def bar(label: str, total: int | None = None, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """On a terminal a progress bar, which what is yielded sets to (done, in all); None elsewhere.
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(printable(label), total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextmanager
-def merging_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
+    total: where it is known beforehand, things are counted; else a share is shown.
+    """
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("merging"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    shown = MofNCompleteColumn() if total is not None else TaskProgressColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), shown, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(printable(label), total=total)
+        yield lambda done, of: progress.update(task, completed=done, total=of)

@@ -21,6 +21,7 @@ from lors.experts.decompose import decompose
 from lors.experts.expert_file import decode_gaps, encode_gaps
 from lors.experts.expert_source import ExpertSource, open_expert
 from lors.merging.edit import edit
+from lors.merging.in_memory import merge_in_memory
 
 EXACT = {"values": "float32", "remainder": "float32"}
 
@@ -197,6 +198,9 @@ def test_refusals(family: dict[str, Path], tmp_path: Path) -> None:
     )
     assert "rank: expected at most 4" in merge(rank=5)
     assert "density: expected at most 0.2" in merge(rank=4, density=0.5)
+    in_memory = {"rank: expected at most 4": {"rank": 5}, "density: expected at most 0.2": {"rank": 4, "density": 0.5}}
+    for message, settings in in_memory.items():
+        assert message in refusal(merge_in_memory, base, {"ca": path}, **settings)
     assert "needs whole checkpoints" in refusal(lors.merge, base, {"ca": path}, tmp_path / "out", "linear", weight=1.0)
     other = tiny.tensors(0, 0.5)
     other["model.encoder.conv1.weight"] = other["model.encoder.conv1.weight"] + 1

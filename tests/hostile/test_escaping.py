@@ -154,6 +154,6 @@ def test_a_progress_bar_takes_its_label_for_text(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with bar(MARKUP + "\x1b]0;owned\x07", 2) as advance:
         assert advance is not None
-        advance(1)
+        advance(1, 2)
     text = capsys.readouterr().err
     assert "\x1b]0;owned" not in text

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from lors_kernels import __main__, gpu_software
-from lors_kernels.backends import cuda
+from lors_kernels.backends import cuda, cuda_module
 from lors_kernels.gpu_software import Software, too_old
 
 FINE = Software((13, 0), (2, 13), (13, 0), (13, 0))
@@ -62,7 +62,7 @@ def test_the_driver_is_asked(driver: Driver | None, expected: object, monkeypatc
 
 
 def test_the_doctor_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_software, "installed", lambda: FINE._replace(torch=(2, 11)))
+    monkeypatch.setattr(gpu_software, "installed", lambda runtime: FINE._replace(torch=(2, 11)))
     assert __main__.print_diagnosis(as_json=True), "slow is not broken"
     assert EIGH in json.loads(capsys.readouterr().out)["too_old"][0]
     __main__.print_diagnosis()
@@ -78,9 +78,9 @@ def test_a_module_that_the_driver_is_too_old_for_says_so(monkeypatch: pytest.Mon
         def device_count(self) -> tuple[int, str]:
             return 0, "CUDA driver version is insufficient for CUDA runtime version"
 
-    monkeypatch.setattr(cuda, "library", Library)
+    monkeypatch.setattr(cuda_module, "library", Library)
     monkeypatch.setattr(cuda, "built", lambda stem: ["_cuda.so"])
-    monkeypatch.setattr(cuda, "installed", lambda: FINE._replace(driver=(12, 8), torch_cuda=(12, 8)))
+    monkeypatch.setattr(cuda, "installed", lambda runtime: FINE._replace(driver=(12, 8), torch_cuda=(12, 8)))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match=r"this module has none \(driver: expected one for CUDA 13, .*got .*12\.8\)"):

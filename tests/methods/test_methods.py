@@ -17,6 +17,7 @@ import lors
 import tiny
 from helpers import module
 from lors import LorsError
+from lors.experts.factors import leading64
 from lors.methods import METHODS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
@@ -267,6 +268,29 @@ def test_polar_of_badly_conditioned_and_rank_deficient_matrices() -> None:
     assert np.abs(polar((u * sigma) @ v.T) - u @ v.T).max() < 1e-8
     sigma[5:] = 0
     assert np.abs(polar((u * sigma) @ v.T) - u[:, :5] @ v[:, :5].T).max() < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize(
+    ("sigma", "rank"),
+    [
+        (np.geomspace(1, 1e-7, 40), 30),
+        (np.array([1.0, *[1e-4] * 10, *[1e-4 * (1 - 1e-5)] * 29]), 11),
+        (np.arange(1, 41) ** -0.5, 8),
+        (np.array([3.0, 2.0, 1.0] + [0.0] * 37), 8),
+    ],
+    ids=["graded", "small gap", "power law", "low rank"],
+)
+def test_leading_triplets_are_exact(shape: tuple[int, int], sigma: np.ndarray, rank: int) -> None:
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.standard_normal((size, 40)))[0] for size in shape)
+    u, found, v = leading64((left * sigma) @ right.T, rank)
+    kept = min(rank, int((sigma > 0).sum()))
+    assert u.shape[1] == v.shape[1] == len(found) == kept
+    assert np.abs(found / sigma[:kept] - 1).max() < 1e-7
+    for vectors, truth in ((u, left), (v, right)):  # those of equal values may be turned among themselves
+        assert np.abs(vectors.T @ vectors - np.eye(kept)).max() < 1e-7
+        assert np.abs(vectors @ vectors.T - truth[:, :kept] @ truth[:, :kept].T).max() < 1e-7
 
 
 def test_attention_only() -> None:

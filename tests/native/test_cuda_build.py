@@ -17,7 +17,7 @@ import torch
 
 from helpers import require
 from lors_kernels import BackendUnavailable, available_backends, gram_apply
-from lors_kernels.backends import cuda
+from lors_kernels.backends import cuda, cuda_module
 from lors_kernels.dispatch import select
 from lors_kernels.group import MatrixGroup
 
@@ -28,7 +28,7 @@ STAGE = 16  # bytes of a row that one stage of gram_apply takes
 @pytest.fixture
 def built() -> ModuleType:
     try:
-        return cuda.library()
+        return cuda_module.library()
     except ModuleNotFoundError:
         require("cuda-build", False, "not built: no nvcc at build time, or LORS_BUILD_CUDA=0")
         raise

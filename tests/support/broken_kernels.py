@@ -16,7 +16,7 @@ import lors_kernels as kernels
 from cuda_emulation import ROOT, install
 from lors_kernels import Keep, Threshold
 
-WAIT = re.compile(r"__syncthreads\(\)|__pipeline_wait_prior\(")
+WAIT = re.compile(r"__syncthreads(_or)?\(|__pipeline_wait_prior\(")
 
 
 def operations() -> dict[str, list[Callable[[], object]]]:
@@ -36,23 +36,52 @@ def operations() -> dict[str, list[Callable[[], object]]]:
     def ties() -> object:
         return kernels.ties_update(base.clone(), base, [tuned], [Keep()], [1.0], backend="cuda")
 
+    def many() -> tuple[torch.Tensor, object]:
+        """More experts than a block keeps the sums of."""
+        out, experts = odd.clone(), [odd + number for number in range(18)]
+        rules = [Threshold(0.5 + number, 0, 0) for number in range(18)]
+        return out, kernels.merge_update(out, odd, experts, None, None, rules, [1.0] * 18, backend="cuda")
+
+    def many_ties() -> object:
+        experts = [odd + number for number in range(18)]
+        return kernels.ties_update(odd.clone(), odd, experts, [Keep()] * 18, [1.0] * 18, backend="cuda")
+
     def measure() -> tuple[torch.Tensor, ...]:
         from lors_kernels.backends.cuda import GROUPED
         from lors_kernels.group import MatrixGroup
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 
+    def pairs() -> object:
+        from lors_kernels.backends.cuda_module import eigh
+
+        a = torch.randn(2, 36, 36, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        theta, vectors, error = eigh(a + a.mT)
+        return theta, vectors, error
+
+    def block() -> object:
+        from lors_kernels.backends.cuda_module import orthonormalise
+
+        draw = torch.Generator().manual_seed(2)
+        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0]
+        w, noise = torch.randn(1, 200, 8, generator=draw), torch.randn(200, 8, generator=draw, dtype=torch.float64)
+        return orthonormalise(w, basis, torch.ones(1, dtype=torch.float64), noise, 1e-10)
+
     return {
+        "orthonormalise.cu": [block],
+        "eigh.cu": [pairs],
         "gram_apply.cu": [
             lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
             lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
+            lambda: kernels.gram_apply(base.half(), tuned.half(), x, backend="cuda"),
         ],
         "residual_threshold.cu": [
             lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
             lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
         ],
-        "merge_update.cu": [measure],
-        "tiles.cuh": [update, ties],
+        "merge_update.cu": [many],
+        "ties_update.cu": [many_ties],
+        "tiles.cuh": [update, ties, measure],
     }
 
 

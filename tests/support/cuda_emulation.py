@@ -84,17 +84,17 @@ def install(path: str) -> ModuleType:
     import torch
 
     from lors_kernels import dispatch
-    from lors_kernels.backends import cuda
+    from lors_kernels.backends import cuda, cuda_module
 
     spec = importlib.util.spec_from_file_location("lors_kernels._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
-    cuda.library = lambda: module  # type: ignore[assignment]
+    cuda_module.library = lambda: module  # type: ignore[assignment]
     cuda.probe = lambda: (True, ARCHES)
-    cuda.DEVICES = ("cpu",)  # type: ignore[assignment]
-    cuda._stream = lambda device: (0, 0)
+    cuda.DEVICES = cuda_module.DEVICES = ("cpu",)  # type: ignore[assignment]
+    cuda_module.stream = lambda device: (0, 0)
     cuda._processors = lambda device: 4
     dispatch.availability.cache_clear()
     return module

@@ -134,6 +134,35 @@ def test_gram_apply_of_every_length_that_has_its_own_kernel(inner: int, dtype: t
         assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
 
 
+def largest() -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences beyond float16's largest number, among ordinary ones."""
+    base, tuned = (torch.randn(40, 264, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    base[3, 7], tuned[3, 7], base[20, 200], tuned[20, 200] = -6e4, 6.5e4, 4e4, -4e4
+    return base.half(), tuned.half()
+
+
+def inexact() -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences that float16 has not got: large against small, down to denormals."""
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(40, 264, generator=generator) * 10.0 ** torch.randint(-7, 4, (40, 264), generator=generator)
+    return base.half(), (base * torch.randn(40, 264, generator=generator)).half()
+
+
+@pytest.mark.parametrize("make", [largest, inexact])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, backend: str) -> None:
+    base, tuned = (x.to(DEVICE) for x in make())
+    if backend == "triton" and (make is largest or size != 1.0):
+        pytest.skip("triton: no promise")
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(264, 9, generator=generator) * size * 10.0 ** -torch.arange(9)
+    delta = tuned.double() - base.double()
+    found = kernels.gram_apply(base, tuned, x.to(DEVICE), backend=backend).double()
+    for vector in range(9):
+        truth = delta.T @ (delta @ x[:, vector].double().to(DEVICE))
+        assert (found[:, vector] - truth).norm() <= 1e-6 * truth.norm(), vector
+
+
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)
 def test_threshold_is_exact_and_update_keeps_the_same_entries(case: Case, backend: str) -> None:
     base, tuned = tensors(case)
@@ -344,9 +373,9 @@ if EMULATED:  # errors that a device would report
         kernels.merge_update(x.clone(), None, x, backend="cuda")  # what was reported is not reported again
 
     def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-        from lors_kernels.backends import cuda
+        from lors_kernels.backends import cuda_module
 
-        monkeypatch.setattr(cuda, "_stream", lambda device: (3, 0))
+        monkeypatch.setattr(cuda_module, "stream", lambda device: (3, 0))
         with pytest.raises(RuntimeError, match="gram_apply .*: cudaErrorInvalidDevice: invalid device ordinal"):
             kernels.gram_apply(None, torch.ones(2, 2), torch.ones(2, 1), backend="cuda")
         monkeypatch.undo()
@@ -355,12 +384,12 @@ if EMULATED:  # errors that a device would report
     def test_every_operation_runs_on_its_device_and_leaves_the_callers_selected(
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from lors_kernels.backends import cuda
+        from lors_kernels.backends import cuda_module
 
         emulation = ctypes.CDLL(EMULATED)
         emulation.emulation_launches.restype = ctypes.c_uint64
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-        monkeypatch.setattr(cuda, "_stream", lambda device: (1, 0))
+        monkeypatch.setattr(cuda_module, "stream", lambda device: (1, 0))
         for run in (
             lambda: kernels.gram_apply(None, x, torch.ones(16, 1), backend="cuda"),
             lambda: kernels.residual_threshold(None, x, k=3, backend="cuda"),
@@ -373,6 +402,146 @@ if EMULATED:  # errors that a device would report
             after = [emulation.emulation_launches(number) for number in (0, 1)]
             assert after[0] == before[0] and after[1] > before[1]
             assert emulation.emulation_device() == 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@pytest.mark.parametrize("kind", ["random", "equal", "zero", "rounding", "graded", "tiny"])
+@pytest.mark.parametrize(("n", "columns"), [(40, 0), (67, 16), (300, 136), (1280, 8)])
+def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: str) -> None:
+    """Columns that are no basis at all are filled from the noise; what is said of w holds."""
+    from lors_kernels.backends import cuda_module, truncated_svd
+
+    require_backend("cuda")
+    generator = torch.Generator().manual_seed(n)
+    full = torch.linalg.qr(torch.randn(2, n, columns + 8, generator=generator, dtype=torch.float64))[0].float()
+    whole = torch.full((2, n, columns + 24), math.nan, device=DEVICE)
+    whole[:, :, :columns] = full[:, :, :columns].to(DEVICE)
+    basis = whole[:, :, :columns] if columns else None
+    w = torch.randn(2, n, 8, generator=generator)
+    if kind == "equal":
+        w = w[:, :, :1].repeat(1, 1, 8)
+    elif kind == "zero":
+        w = torch.zeros_like(w)
+    elif kind == "rounding" and columns:  # what is left of a block that the basis holds already
+        q = full[:, :, :columns]
+        w = q @ torch.randn(2, columns, 8, generator=generator)
+        for _ in range(2):
+            w = w - q @ (q.mT @ w)
+    elif kind == "graded":
+        w = full[:, :, columns:] * 10.0 ** -torch.arange(8)
+    elif kind == "tiny":
+        w = w * 1e-18
+    w = w.to(DEVICE)
+    scale = w.double().square().sum(1).amax(1).sqrt()
+    if kind == "rounding":
+        scale = torch.ones_like(scale)
+    noise = torch.randn(n, 8, generator=generator, dtype=torch.float64).to(DEVICE)
+    assert cuda_module.takes_orthonormalise(w, basis) and not cuda_module.takes_orthonormalise(w.double(), basis)
+    q, below = truncated_svd.orthonormalise(w, basis, scale, noise)
+    eye = torch.eye(8, dtype=torch.float64, device=DEVICE)
+    assert (q.double().mT @ q.double() - eye).abs().max() <= 3e-6
+    if basis is not None:
+        assert (basis.double().mT @ q.double()).abs().max() <= 3e-6
+    if basis is None:  # with a basis, w has a part of its own in it
+        filled = w.double() + (noise / math.sqrt(n) if kind == "zero" else 0)
+        assert ((q.double() @ below - filled).norm(dim=(1, 2)) <= 2e-6 * filled.norm(dim=(1, 2))).all()
+    assert (below.tril(-1) == 0).all()
+    if kind in ("random", "zero", "tiny"):  # else the noise decides, amplified by how little of w there is
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_module, "takes_orthonormalise", lambda *_: False)
+            plain = truncated_svd.orthonormalise(w, basis, scale, noise)
+        assert (plain[0] - q).abs().max() <= 1e-5
+        assert (plain[1] - below).abs().max() <= 1e-6 * below.abs().max()
+    again = cuda_module.orthonormalise(w, basis, scale, noise, 1e-10)
+    assert torch.equal(q, again[0]) and torch.equal(below, again[1])
+
+
+def symmetric(kind: str, n: int) -> torch.Tensor:
+    """Two hostile symmetric matrices [2, n, n]."""
+    generator = torch.Generator().manual_seed(n)
+    turn = torch.linalg.qr(torch.randn(2, n, n, generator=generator, dtype=torch.float64))[0]
+    theta = {
+        "random": torch.randn(n, generator=generator, dtype=torch.float64),
+        "graded": 10.0 ** -torch.arange(n, dtype=torch.float64),
+        "low rank": (torch.arange(n) < 3).double() * torch.arange(1, n + 1),
+        "clustered": 1 + 1e-13 * torch.arange(n, dtype=torch.float64),
+        "tiny": 1e-200 * torch.rand(n, generator=generator, dtype=torch.float64),
+        "huge": 1e200 * torch.randn(n, generator=generator, dtype=torch.float64),
+    }.get(kind)
+    if theta is not None:
+        a = (turn * theta) @ turn.mT
+    elif kind == "diagonal":
+        a = torch.diag_embed(torch.arange(2 * n, dtype=torch.float64).view(2, n).flip(1))
+    elif kind == "zero":
+        a = torch.zeros(2, n, n, dtype=torch.float64)
+    else:  # ones: one eigenvalue n, all others 0
+        a = torch.ones(2, n, n, dtype=torch.float64)
+    return (a + a.mT) / 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 33])
+@pytest.mark.parametrize(
+    "kind", ["random", "graded", "low rank", "clustered", "tiny", "huge", "diagonal", "zero", "ones"]
+)
+def test_small_eigenproblems(kind: str, n: int) -> None:
+    check_eigenpairs(symmetric(kind, n).to(DEVICE))
+
+
+def check_eigenpairs(a: torch.Tensor) -> None:
+    from lors_kernels.backends import cuda_module
+
+    require_backend("cuda")
+    n = a.shape[1]
+    theta, vectors, error = cuda_module.eigh(a)
+    top = a.abs().amax((1, 2)).clamp_min(1e-300)
+    residual = ((a @ vectors - vectors * theta.unsqueeze(1)).abs().amax((1, 2)) / top).max()
+    skew = (vectors.mT @ vectors - torch.eye(n, dtype=a.dtype, device=a.device)).abs().max()
+    assert residual <= 4e-15 * max(n, 8) and skew <= 4e-15 * max(n, 8), (float(residual), float(skew))
+    assert ((theta - torch.linalg.eigvalsh(a)).abs() <= 4e-15 * max(n, 8) * top.unsqueeze(1)).all()
+    assert (theta.diff(dim=1) >= 0).all()
+    assert (error <= 1e-12).all() and error.max() >= 0.2 * max(float(residual), float(skew)), "what it says of itself"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+def test_small_eigenproblems_in_a_larger_array_and_of_the_largest_size() -> None:
+    from lors_kernels.backends import cuda_module
+
+    whole = torch.full((2, 104, 104), math.nan, dtype=torch.float64, device=DEVICE)
+    whole[:, :96, :96] = symmetric("random", 96).to(DEVICE)
+    part = whole[:, :96, :96]
+    assert cuda_module.takes_eigh(part) and not cuda_module.takes_eigh(whole[:, :97, :97])
+    assert (
+        not cuda_module.takes_eigh(part.float())
+        and not cuda_module.takes_eigh(part.mT)
+        and not cuda_module.takes_eigh(part[:0])
+    )
+    check_eigenpairs(part)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+def test_eigenpairs_that_are_wrong_are_found_again_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda_module
+    from lors_kernels.backends.eigh import eigh
+
+    require_backend("cuda")
+    a = symmetric("random", 9).to(DEVICE)
+    right = torch.linalg.eigvalsh(a)
+    assert torch.allclose(eigh(a)[0], right, rtol=1e-12)
+    ours = cuda_module.eigh
+
+    def wrong(a: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        theta, vectors, error = ours(a)
+        theta[1], error[1] = 7.0, math.nan
+        return theta, vectors, error
+
+    monkeypatch.setattr(cuda_module, "eigh", wrong)
+    theta, vectors = eigh(a)
+    assert torch.allclose(theta, right, rtol=1e-12)
+    assert torch.allclose(vectors @ torch.diag_embed(theta) @ vectors.mT, a, atol=1e-12)
+    broken = a.clone()
+    broken[0, 3, 4] = math.inf
+    assert not cuda_module.eigh(broken)[2].isfinite().any() or not (ours(broken)[2][0] <= 1e-12)
 
 
 def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:

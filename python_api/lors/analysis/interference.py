@@ -31,9 +31,8 @@ from ..checkpoints import layers
 from ..checkpoints.compatibility import compare
 from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from ..errors import LorsError, SettingError
-from ..experts.expert_file import is_expert_file
-from ..experts.expert_source import ExpertSource
-from ..experts.source import FileSource, Slot
+from ..experts.opening import kind_of, source_of
+from ..experts.source import Slot
 from ..recipes.parameters import rank_of
 from .spectrum import effective_rank
 
@@ -193,18 +192,15 @@ class _Reader:
 
     def __init__(self, checkpoint: Checkpoint, base: Checkpoint) -> None:
         self.name = checkpoint.name
-        self._file: ExpertSource | None = None
-        if is_expert_file(checkpoint):
-            self._file = ExpertSource(checkpoint)
-            self._file.require_names(base)
-            self._file.require_base(base.sha256())
-        else:
+        if kind_of(checkpoint) != "expert file":
             compare(base, checkpoint)
-            self._source = FileSource(checkpoint, list(base.tensors))
+        self._source = source_of(checkpoint, base)
+        if (parts := self._source.parts) is not None:
+            parts.require_base(base.sha256())
 
     def delta(self, name: str, base: np.ndarray) -> np.ndarray:
-        if self._file is not None:
-            return self._file.update(name)
+        if (parts := self._source.parts) is not None:
+            return parts.update(name)
         tuned = self._source.fetch(name, 0, base.size, Slot()).reshape(base.shape)
         return tuned.astype(np.float32) - base.astype(np.float32)  # type: ignore[no-any-return]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import LorsError, shown
 
-__all__ = ["DTYPES", "TensorInfo", "dtype_code"]
+__all__ = ["DTYPES", "FLOATS", "TensorInfo", "dtype_code"]
 
 # safetensors' dtype codes. F4 and F6 are packed below a byte: numpy has a type for the value, not for the packing.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -41,6 +41,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F6_E3M2": np.dtype(ml_dtypes.float6_e3m2fn),
     "F4": np.dtype(ml_dtypes.float4_e2m1fn),
 }
+FLOATS = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}  # what is merged, by name
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import print_lines
-from ..progress import merging_bar
+from ..progress import bar
 from .options import experts_of
 
 
@@ -47,7 +47,7 @@ def report(
 
     named = experts_of(experts, "report")
     page, data = output_files(out, force)
-    with merging_bar(quiet) as progress:
+    with bar("measuring", quiet=quiet) as progress:
         found = interference(base, named, rank=rank, density=density, match=match, threads=threads, progress=progress)
     with page, data:
         page.write_text(render(found))

@@ -10,7 +10,7 @@ import typer
 
 from ..command import as_options
 from ..errors import LorsError
-from ..progress import merging_bar
+from ..progress import bar
 from .options import experts_of, pairs_of, scalar
 from .show import tell_report
 
@@ -96,7 +96,7 @@ def merge(
                 recipe, out, backend=None if device else backend, threads=threads, device=device, force=force
             )
         else:
-            with merging_bar(quiet or as_json) as progress:
+            with bar("merging", quiet=quiet or as_json) as progress:
                 report = merge_recipe(
                     recipe, out, backend=backend, threads=threads, device=device,
                     device_memory=None if device_memory is None else int(device_memory * 1e9),

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,16 +24,16 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
 
-from ..checkpoints.layers import kind
 from ..errors import LorsError
-from ..experts.expert_source import ExpertSource
 from ..experts.factors import Factors
 from ..experts.source import Slot, Source
 from ..methods import Reduction
 from ..methods.operands import Buffers, Certificate, Operands, Outcome
 from ..recipes.parameters import rank_of
+from ..tasks import run_all
+from .account import Account
 from .blas import one_thread_each
-from .report import KindRow, MergeReport
+from .report import MergeReport
 from .work import SLAB, Piece, Work
 
 PART = 1 << 18  # entries of a matrix that are read at a time to be subtracted from: in cache, and few calls for Python
@@ -84,34 +84,32 @@ class Engine:
     cached: FactorCache | None = None
     progress: Callable[[int], None] = lambda entries: None
     stop: threading.Event = field(default_factory=threading.Event)  # set when the work is given up
+    account: Account = field(init=False)
+    _local: threading.local = field(default_factory=threading.local, init=False)
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work, and the functions in `also` beside it; the first error stops everything and is raised."""
-        pieces = [piece for work in works for piece in work.pieces()]
-        self._prepare(pieces)
-        with one_thread_each(), ThreadPoolExecutor(self.threads, thread_name_prefix="lors") as pool:
-            try:
-                futures: list[Future[None]] = [pool.submit(task) for task in also]
-                futures += [pool.submit(self._do, pieces, index) for index in range(len(pieces))]
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        self._account(pieces)
+        pieces = self.begin(works)
+        self.carry_out([*also, *(partial(self.do, index) for index in range(len(pieces)))], self.threads)
 
-    def _prepare(self, pieces: Sequence[Piece]) -> None:
-        self._outcomes: list[list[Outcome]] = [[] for _ in pieces]
-        self._lock, self._stop = threading.Lock(), self.stop
-        self._local = threading.local()
+    def begin(self, works: Sequence[Work]) -> Sequence[Piece]:
+        """The pieces of a run, whose account is opened."""
+        self.account = Account([piece for work in works for piece in work.pieces()], self.progress)
+        return self.account.pieces
+
+    def carry_out(self, tasks: Sequence[Callable[[], None]], threads: int) -> None:
+        """Runs all tasks, the first error stops them; then the account is closed."""
+        with one_thread_each():
+            run_all(tasks, threads, "lors", self.stop)
+        self.account.close(self.report, self.base, self.experts)
 
     # --- one piece
 
-    def _do(self, pieces: Sequence[Piece], index: int) -> None:
-        if self._stop.is_set():
+    def do(self, index: int) -> None:
+        """The piece with a number, unless the work is given up."""
+        if self.stop.is_set():
             return
+        pieces = self.account.pieces
         if not hasattr(self._local, "worker"):
             self._local.worker = Worker()
         if index + AHEAD < len(pieces):
@@ -119,16 +117,15 @@ class Engine:
             if ahead.start == 0:
                 for source in (self.base, *self.experts):
                     source.prefetch(ahead.work.name)
-        piece, worker = pieces[index], self._local.worker
+        piece, worker, outcomes = pieces[index], self._local.worker, list[Outcome]()
         if piece.work.combination:
-            self._outcomes[index] = self._combine(piece.work, worker)
+            outcomes = self._combine(piece.work, worker)
         elif any(reduction.weight for reduction in piece.work.reductions):
-            self._outcomes[index] = self._merge(piece, worker)
+            outcomes = self._merge(piece, worker)
         else:
             values = self.base.fetch(piece.work.name, piece.start, piece.stop, worker.base)
             self._write(piece, worker, values, None)
-        with self._lock:
-            self.progress(piece.stop - piece.start)
+        self.account.done(index, outcomes)
 
     def terms(self, work: Work) -> Terms:
         """What is summed. A method without a base sums the models: sum_t w_t W_t = (sum_t w_t) W_a + sum_t w_t (W_t - W_a)
@@ -145,11 +142,11 @@ class Engine:
         total[:] = 0
         outcomes = []
         for expert, reduction in ((self.experts[t], work.reductions[t]) for t in terms.experts):
-            if self._stop.is_set():
+            if self.stop.is_set():
                 return []
-            if isinstance(expert, ExpertSource):  # decomposed already
+            if (parts := expert.parts) is not None:  # decomposed already
                 options = (reduction.weight, reduction.rank, reduction.density, self.backend)
-                outcomes.append(Outcome(expert.add(work.name, piece.start, total, *options), None))
+                outcomes.append(Outcome(parts.add(work.name, piece.start, total, *options), None))
                 continue
             factors = expert.factors(work.name) if work.relative else None
             if factors is not None:
@@ -208,10 +205,10 @@ class Engine:
         options: dict[str, Any] = {"backend": self.backend, "threads": 1}
         operands = Operands(
             work.name, work.spec, self.base, self.experts, self.seed, options, worker.buffers,
-            lambda expert: self._non_finite(expert, work),
+            lambda expert: self.blame(expert, work),
         )  # fmt: skip
         for start, values in work.combination(operands):
-            if self._stop.is_set():
+            if self.stop.is_set():
                 break
             self._write(Piece(work, start, start + values.size), worker, None, values)
         return operands.outcomes
@@ -234,11 +231,11 @@ class Engine:
                 threshold = lors_kernels.residual_threshold(base, tuned, left, right, k, **options) if k else KEEP_NONE
             stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
         except NonFiniteError:
-            raise self._non_finite(expert, work) from None
+            raise self.blame(expert, work) from None
         except FactorOverflowError as error:
             raise LorsError(f"{expert.name}: tensor {work.name!r}: {error}") from None
         if stats.non_finite:
-            raise self._non_finite(expert, work)
+            raise self.blame(expert, work)
         return Outcome(stats, Certificate.of(svd))
 
     def _write(
@@ -250,11 +247,11 @@ class Engine:
         if update is not None or values.dtype != work.out_dtype:  # else carried over as it is
             in_place = update is not None and update.dtype == work.out_dtype
             out = values if in_place else worker.out.array(values.size, work.out_dtype)
-            self._require_fit(work, _apply(out, base, update, scale, self.backend))
+            self.require_fit(work, _apply(out, base, update, scale, self.backend))
             values = out
         self.sink(work.name, values, piece.start)
 
-    def _require_fit(self, work: Work, largest: float) -> None:
+    def require_fit(self, work: Work, largest: float) -> None:
         """LorsError unless the type that is written can hold values as large as `largest`, NaN included."""
         dtype = str(work.out_dtype)
         if dtype not in OVERFLOWS or largest < OVERFLOWS[dtype][0]:
@@ -270,7 +267,7 @@ class Engine:
             f"for {dtype}; {advice}"
         )
 
-    def _non_finite(self, expert: Source, work: Work) -> LorsError:
+    def blame(self, expert: Source, work: Work) -> LorsError:
         """The error for NaN or infinity in a difference, after counting them in the whole tensor; says whose they are."""
         anchor = self.terms(work).anchor
         try:
@@ -292,40 +289,6 @@ class Engine:
                     f"{source.name}: tensor {work.name!r}: expected finite values, got {count} NaN or infinite"
                 )
 
-    # --- the account
-
-    def _account(self, pieces: Sequence[Piece]) -> None:
-        """Adds everything up in the order of the pieces, so that the report does not depend on the threads either."""
-        report, rows = self.report, dict[str, KindRow]()
-        for piece, outcomes in zip(pieces, self._outcomes, strict=True):
-            work, entries = piece.work, piece.stop - piece.start
-            read = [e for e, r in zip(self.experts, work.reductions, strict=False) if r.weight]
-            read += self.experts if work.combination else ()
-            if work.relative or not read:
-                read.append(self.base)
-            report.bytes_read += sum(_bytes_read(source, work, entries) for source in read)
-            report.bytes_written += entries * work.out_dtype.itemsize
-            row = rows.setdefault(kind(work.name), KindRow(kind(work.name), work.matrix))
-            row.tensors += piece.start == 0
-            row.entries += entries
-            for stats, svd in outcomes:
-                row.delta_energy += stats.delta_energy
-                row.sparse_energy += stats.kept_energy
-                row.low_energy += stats.delta_energy - stats.residual_energy
-                if svd:
-                    report.svd_methods[svd.method] += 1
-                    report.svd_passes += svd.passes
-                    report.svd_worst = max(report.svd_worst, svd.residual if svd.unique else 0.0)
-                    report.svd_not_unique += not svd.unique
-        if report.svd_not_unique:
-            report.notices.append(
-                f"{report.svd_not_unique} of {sum(report.svd_methods.values())} decompositions are not unique: singular "
-                "values are equal across the rank, and the seed decides which directions L keeps"
-            )
-        report.kinds = sorted(rows.values(), key=lambda row: (not row.decomposed, row.kind))
-        report.tensors += sum(piece.start == 0 for piece in pieces)
-        report.decomposed += sum(piece.work.matrix for piece in pieces)
-
 
 # numpy converts half precision an entry at a time; the kernels do it in vectors. Both take any of the three types.
 
@@ -346,9 +309,3 @@ def _subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
     else:
         out[:] = 0
         lors_kernels.merge_update(out[None], b[None], a[None], threads=1)
-
-
-def _bytes_read(source: Source, work: Work, entries: int) -> int:
-    if isinstance(source, ExpertSource):
-        return source.stored_bytes(work.name) * entries // max(1, work.spec.numel)
-    return entries * source.tensors[work.name].dtype.itemsize

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ from ..errors import LorsError
 from ..experts.source import Slot
 from ..methods.operands import Certificate, Outcome
 from ..recipes.parameters import rank_of
-from .blas import one_thread_each
 from .cpu import Engine
 from .device import Device, to_numpy
 from .work import Piece, Work
@@ -103,29 +103,14 @@ class GpuEngine(Engine):
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work; matrices go to the devices, pieces of other tensors to threads as in `Engine`."""
-        pieces = [piece for work in works for piece in work.pieces()]
+        pieces = self.begin(works)
         grouped = [
             i for i, piece in enumerate(pieces) if piece.work.matrix and any(r.weight for r in piece.work.reductions)
         ]
         chosen = set(grouped)
-        self._prepare(pieces)
-        workers = self.threads + len(self.devices)
-        with one_thread_each(), ThreadPoolExecutor(workers, thread_name_prefix="lors") as pool:
-            futures: list[Future[None]] = [
-                pool.submit(DeviceRun(self, name, pieces, indices).run)
-                for name, indices in self.shares(pieces, grouped)
-            ]
-            futures += [pool.submit(task) for task in also]
-            futures += [pool.submit(self._do, pieces, i) for i in range(len(pieces)) if i not in chosen]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        self._account(pieces)
+        matrices = [DeviceRun(self, name, pieces, indices).run for name, indices in self.shares(pieces, grouped)]
+        others = [partial(self.do, index) for index in range(len(pieces)) if index not in chosen]
+        self.carry_out([*matrices, *also, *others], self.threads + len(self.devices))
 
     def shares(self, pieces: Sequence[Piece], indices: Sequence[int]) -> list[tuple[str, list[int]]]:
         """Splits the matrices by bytes: the largest first, each to the device with the least so far."""
@@ -166,7 +151,7 @@ class DeviceRun:
             ahead: Future[Loaded | Copied] | None = None
             written: list[Future[None]] = []
             for number, (kind, most, batch) in enumerate(batches):
-                if self.engine._stop.is_set():
+                if self.engine.stop.is_set():
                     return
                 first = slices(kind, most)[0]
                 loaded = ahead.result() if ahead else self.load(kind, batch, first)
@@ -314,7 +299,7 @@ class DeviceRun:
     def non_finite(self, counts: Sequence[int], works: Sequence[Work], part: Slice) -> LorsError:
         p = next(p for p, count in enumerate(counts) if count)
         i, t = divmod(p, len(part.experts))
-        return self.engine._non_finite(self.engine.experts[part.experts[t]], works[i])
+        return self.engine.blame(self.engine.experts[part.experts[t]], works[i])
 
     def store(self, index: int, total: Any, outcomes: list[Outcome]) -> Future[None]:
         """Rounds one sum to the output's dtype and hands it to the writer."""
@@ -325,9 +310,7 @@ class DeviceRun:
             arrived()
             values = to_numpy(host, piece.work.out_dtype)
             engine.sink(piece.work.name, values.reshape(-1), 0)
-            engine._outcomes[index] = outcomes
-            with engine._lock:
-                engine.progress(piece.work.spec.numel)
+            engine.account.done(index, outcomes)
 
         return self.writer.submit(write)
 
@@ -345,7 +328,7 @@ def rounded(engine: Engine, work: Work, values: Any) -> Any:
     import torch
 
     if values.numel():
-        engine._require_fit(work, float(torch.stack(torch.aminmax(values)).abs().max()))
+        engine.require_fit(work, float(torch.stack(torch.aminmax(values)).abs().max()))
     return values.to(getattr(torch, str(work.out_dtype)))
 
 

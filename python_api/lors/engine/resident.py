@@ -18,6 +18,7 @@ from lors_kernels.types import Consensus
 from ..errors import LorsError
 from ..experts.source import Slot, Spec, matrix_shape
 from ..methods.operands import Buffers, Chunk, Operands, Outcome
+from .account import Account
 from .device import Device, numpy_dtype, to_numpy
 from .gpu import Copied, DeviceRun, GpuEngine, Kind, Loaded, add_base, rounded, slices
 from .work import Piece, Work
@@ -40,6 +41,8 @@ def place_of(states: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
 
 class DeviceSource:
     """A state dict of tensors on one device. What is not contiguous is copied, on the device."""
+
+    parts = None
 
     def __init__(self, name: str, state: Mapping[str, Any]) -> None:
         self.name = name
@@ -70,7 +73,7 @@ class ResidentEngine(GpuEngine):
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         pieces = [Piece(work, 0, work.spec.numel) for work in works]
         self.merged: dict[str, Any] = {}
-        self._prepare(pieces)
+        self.account = Account(pieces, self.progress)
         summed = [i for i, piece in enumerate(pieces) if any(r.weight for r in piece.work.reductions)]
         run = _ResidentRun(self, self.devices[0], pieces, summed)
         with run.device.selected():
@@ -78,7 +81,7 @@ class ResidentEngine(GpuEngine):
                 run.merge(kind, batch, most, None)
             for i in sorted(set(range(len(pieces))) - set(summed)):
                 self.alone(pieces[i].work, i, run.device)
-        self._account(pieces)
+        self.account.close(self.report, self.base, self.experts)
 
     def alone(self, work: Work, index: int, device: Device) -> None:
         """A tensor that is carried over, or that the method treats by a combination of all experts."""
@@ -87,15 +90,16 @@ class ResidentEngine(GpuEngine):
             value = self.base.values[work.name]
             carried = work.spec.dtype == work.out_dtype
             self.merged[work.name] = value.clone() if carried else rounded(self, work, value)
+            self.account.done(index, [])
             return
         options = {"backend": self.device_backend}
         operands = DeviceOperands(
             work.name, work.spec, self.base, self.experts, self.seed, options, Buffers(),
-            lambda expert: self._non_finite(expert, work),
+            lambda expert: self.blame(expert, work),
         )  # fmt: skip
         parts = [values for _, values in work.combination(operands)]
         assert len(parts) == 1, "DeviceOperands hands out one chunk"
-        self._outcomes[index] = operands.outcomes
+        self.account.done(index, operands.outcomes)
         self.merged[work.name] = rounded(self, work, parts[0]).reshape(work.spec.shape)  # type: ignore[attr-defined]
 
     def kind_of(self, work: Work) -> Kind:
@@ -126,7 +130,7 @@ class _ResidentRun(DeviceRun):
         ):
             merged = rounded(engine, work, add_base(total, base, scale))
             engine.merged[work.name] = merged.reshape(work.spec.shape)
-            engine._outcomes[index] = row
+            engine.account.done(index, row)
         return []
 
 

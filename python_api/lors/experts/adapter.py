@@ -59,6 +59,8 @@ class AdapterConfig(Document):
 class AdapterSource:
     """The base with an adapter applied. LorsError unless the adapter fits the base."""
 
+    parts = None
+
     def __init__(self, checkpoint: Checkpoint, base: Source) -> None:
         self.name, self._checkpoint, self._base = checkpoint.name, checkpoint, base
         content = checkpoint.adapter or {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,16 @@ import numpy as np
 import lors_kernels
 from lors_kernels import KEEP_NONE, FactorOverflowError, NonFiniteError
 
+from ..checkpoints.tensor_info import FLOATS
 from ..checkpoints.writer import WeightWriter
 from ..errors import LorsError
+from ..tasks import run_all
 from .expert_file import (
     BLOCK,
     CHECKS,
     CHUNK,
     ENERGIES,
     EXPONENTS,
-    VALUE_TYPES,
     Layout,
     Part,
     checksums,
@@ -52,14 +52,7 @@ class Encoder:
                 tasks.append(lambda part=part: self._matrix(part))  # type: ignore[misc]
             else:
                 tasks += [lambda part=part, at=at: self._rest(part, at) for at in range(0, part.numel, CHUNK)]  # type: ignore[misc]
-        with ThreadPoolExecutor(threads, thread_name_prefix="lors") as pool:
-            futures = [pool.submit(task) for task in tasks]
-            try:
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        run_all(tasks, threads, "lors")
 
     def finish(self, text: str) -> None:
         """The tables at the end of the file."""
@@ -145,7 +138,7 @@ class Encoder:
             exponent = max(-100, math.frexp(largest)[1] - 15) if largest else 0
             stored = (values * np.float32(2.0**-exponent)).astype(np.float16)
         elif kind == "bfloat16":
-            stored = values.astype(VALUE_TYPES[kind])
+            stored = values.astype(FLOATS[kind])
         self._exponents[self._layout.stored[name].first + start // CHUNK] = exponent
         self._put(name, stored, start)
         if kind == "float32":

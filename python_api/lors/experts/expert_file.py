@@ -21,9 +21,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lors_kernels.arrays import BFLOAT16
-
 from ..checkpoints.reader import Checkpoint
+from ..checkpoints.tensor_info import FLOATS
 from ..errors import LorsError
 from ..files.documents import Digest, Document
 
@@ -34,12 +33,7 @@ FORMAT = 1
 CHUNK = 1 << 19  # elements under one checksum
 BLOCK = 256  # elements under one scale of an int8 remainder
 CHECKS, EXPONENTS, ENERGIES = ":checks", ":exponents", ":energies"  # tables at the end of the file
-VALUE_TYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
-}
-F32 = np.dtype(np.float32)
+F32 = FLOATS["float32"]
 
 
 class Part(NamedTuple):
@@ -113,12 +107,12 @@ class Layout:
                 if part.kept:
                     size = (part.numel + 7) // 8 if self.index == "mask" else part.kept + part.numel // 255
                     yield f"{part.name}:{self.index}", np.dtype(np.uint8), (size,)
-                    yield f"{part.name}:values", VALUE_TYPES[self.values], (part.kept,)
+                    yield f"{part.name}:values", FLOATS[self.values], (part.kept,)
             elif self.remainder == "int8":
                 yield f"{part.name}:int8", np.dtype(np.int8), part.shape
                 yield f"{part.name}:scales", F32, (-(-part.numel // BLOCK),)
             elif self.remainder != "none":
-                yield f"{part.name}:delta", VALUE_TYPES[self.remainder], part.shape
+                yield f"{part.name}:delta", FLOATS[self.remainder], part.shape
 
     def specs(self) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
         """As `WeightWriter` takes them."""

@@ -127,7 +127,30 @@ class ExpertSource:
         asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
         return self.stands_in(name) and asked < part.rank and kept > 0
 
+    def notices(self, partly: bool, approximated: bool) -> list[str]:
+        """What a merge has to say of the file. partly: whole differences are asked for where it stands in for them;
+        approximated: smaller ranks than it holds."""
+        layout, found = self.layout, list[str]()
+        if partly:
+            found.append(
+                f"{self.name}: the expert file stands for its rank {layout.rank:g} and density {layout.density:g} where the "
+                "whole difference is asked for"
+            )
+        if approximated:
+            found.append(
+                f"{self.name}: a smaller rank is asked for than the expert file's {layout.rank:g}: S is chosen from what the "
+                f"file holds (density {layout.density:g}), not from the whole difference; docs/expert-files.md says how far "
+                "off that is"
+            )
+        if layout.remainder == "none":
+            found.append(f"{self.name}: the expert file leaves out what is not decomposed; the base's is kept")
+        return found
+
     # --- the engine's protocol
+
+    @property
+    def parts(self) -> ExpertSource:
+        return self
 
     def prefetch(self, name: str) -> None:
         for suffix in ("left", "right", "mask", "gaps", "values", "delta", "int8", "scales"):

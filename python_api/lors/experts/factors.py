@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Of the largest eigenvalue: the least gap at a cut across which a Gram matrix in float64 tells directions apart, to 1e-8.
+GRAM_GAP = 1e-7
+
 
 class Factors(NamedTuple):
     """delta = left @ right.T."""
@@ -68,6 +71,27 @@ def svd64(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return u, sigma, v
     u, sigma, vh = np.linalg.svd(x, full_matrices=False)
     return u, sigma, vh.T
+
+
+def leading64(x: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(u [m, r], sigma [r], v [n, r]): the `rank` largest singular triplets of a float64 matrix but those of value 0.
+
+    Eigenvectors of the smaller Gram matrix where the space they span is well defined by it, which takes half or a quarter
+    of the time of an SVD: its rounding, 2^-53 of the largest eigenvalue, is divided by the gap at the cut.
+    """
+    if x.shape[0] < x.shape[1]:
+        v, sigma, u = leading64(x.T, rank)
+        return u, sigma, v
+    values, vectors = np.linalg.eigh(x.T @ x)
+    beyond = values[-rank - 1] if rank < len(values) else 0.0
+    if rank and values[-rank] - beyond > GRAM_GAP * values[-1]:
+        v = vectors[:, : -rank - 1 : -1]
+        product = x @ v
+        sigma = np.linalg.norm(product, axis=0)
+        return product / sigma, sigma, v
+    u, sigma, v = svd64(x)
+    there = nonzero(sigma, x.shape)[:rank].nonzero()[0]
+    return u[:, there], sigma[there], v[:, there]
 
 
 def nonzero(sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

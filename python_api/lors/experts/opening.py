@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..checkpoints.reader import Checkpoint
 from .adapter import AdapterSource
 from .expert_file import is_expert_file
@@ -9,13 +11,19 @@ from .expert_source import ExpertSource
 from .source import FileSource, Source
 
 
+def kind_of(checkpoint: Checkpoint) -> Literal["checkpoint", "adapter", "expert file"]:
+    if is_expert_file(checkpoint):
+        return "expert file"
+    return "checkpoint" if checkpoint.adapter is None else "adapter"
+
+
 def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
     """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
-    if is_expert_file(checkpoint):
+    kind, names = kind_of(checkpoint), list(base.tensors)
+    if kind == "expert file":
         source = ExpertSource(checkpoint, FileSource(base))
         source.require_names(base)
         return source
-    names = list(base.tensors)
-    if checkpoint.adapter is None:
-        return FileSource(checkpoint, names)
-    return AdapterSource(checkpoint, FileSource(base, names))
+    if kind == "adapter":
+        return AdapterSource(checkpoint, FileSource(base, names))
+    return FileSource(checkpoint, names)

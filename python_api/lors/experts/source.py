@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lors_kernels import UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
 from ..checkpoints.reader import Checkpoint
@@ -85,9 +86,58 @@ class Source(Protocol):
         """The difference to the base as factors, where it is known so (an adapter); None where it is not."""
         ...
 
+    @property
+    def parts(self) -> Decomposed | None:
+        """Where the difference to the base is stored as L + S (an expert file): what that can do; None where it is not."""
+        ...
+
+
+class Decomposed(Protocol):
+    """L + S of every decomposed matrix and delta of all else, of any smaller rank and density."""
+
+    def add(
+        self, name: str, start: int, total: np.ndarray, weight: float, rank: float, density: float, backend: str | None
+    ) -> UpdateStats:
+        """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size]."""
+        ...
+
+    def update(self, name: str) -> np.ndarray:
+        """All that is known of the difference, float32 in the tensor's shape."""
+        ...
+
+    def stored(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(left, right, S) in float64; None where nothing is known of the tensor."""
+        ...
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the file that belong to a tensor."""
+        ...
+
+    def require_base(self, digests: Mapping[str, str]) -> None:
+        """LorsError unless it was made from the base with these digests."""
+        ...
+
+    def require(self, name: str, matrix: bool, rank: float, density: float) -> None:
+        """LorsError unless it holds `rank` and `density` of a tensor that the recipe decomposes, or not."""
+        ...
+
+    def stands_in(self, name: str) -> bool:
+        """Whether L + S is less than the whole difference of a tensor."""
+        ...
+
+    def approximates(self, name: str, rank: float, density: float) -> bool:
+        """Whether S of a smaller rank is chosen from less than the whole difference."""
+        ...
+
+    def notices(self, partly: bool, approximated: bool) -> list[str]:
+        """What a merge has to say of it that asks for whole differences somewhere, or for smaller ranks."""
+        ...
+
 
 class FileSource:
     """A checkpoint; a tied output projection that only other checkpoints store is read from the embedding."""
+
+    parts = None
 
     def __init__(self, checkpoint: Checkpoint, names: list[str] | None = None) -> None:
         self.name, self._checkpoint = checkpoint.name, checkpoint
@@ -108,6 +158,8 @@ class FileSource:
 
 class MemorySource:
     """A state dict of numpy arrays or CPU torch tensors, read in place."""
+
+    parts = None
 
     def __init__(self, name: str, state: Mapping[str, Any]) -> None:
         self.name = name

@@ -14,11 +14,12 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import LorsError
+from ..tasks import run_all
 
 __all__ = ["sha256_file", "sha256_files"]
 
@@ -62,16 +63,9 @@ def sha256_files(paths: Sequence[Path], threads: int | None = None) -> dict[Path
     """SHA-256 of several files, `threads` at a time (default: one per core). The first error or Ctrl-C stops all."""
     cancel = threading.Event()
     workers = max(1, min(threads or os.cpu_count() or 1, len(paths)))
-    with ThreadPoolExecutor(workers, thread_name_prefix="lors-sha256") as pool:
-        futures = {path: pool.submit(sha256_file, path, cancel) for path in dict.fromkeys(paths)}
-        try:
-            for future in wait(futures.values(), return_when=FIRST_EXCEPTION).done:
-                future.result()
-            return {path: future.result() for path, future in futures.items()}
-        except BaseException:
-            cancel.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    files = list(dict.fromkeys(paths))
+    digests = run_all([partial(sha256_file, path, cancel) for path in files], workers, "lors-sha256", cancel)
+    return dict(zip(files, digests, strict=True))
 
 
 def _digest(stream: BinaryIO, cancel: threading.Event | None) -> str:

@@ -18,12 +18,14 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.hub import SourceNotFound
 from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from ..engine.report import MergeReport, peak_memory
+from ..engine.work import Work
 from ..errors import LorsError, SettingError
 from ..experts.expert_source import ExpertSource
 from ..files.directory import RECIPE_FILE, OutputDirectory
@@ -125,9 +127,10 @@ def _bound(data: Mapping[str, Any]) -> Any:
 
 
 def _separable(recipe: Any) -> bool:
-    """Whether the result is a sum of one term per expert, none of which depends on the others."""
+    from ..methods import METHODS
+
     normalized = "normalize" in recipe.parameters and recipe.parameters["normalize"].data() is not False
-    return recipe.merge_method in ("lors", "svp", "magnitude_prune", "task_arithmetic") and not normalized
+    return METHODS[recipe.merge_method].separable and not normalized
 
 
 def _addition(
@@ -193,32 +196,24 @@ def _apply(
     threads: int | None,
 ) -> MergeReport:
     """W +- the expert's term, into the output."""
-    from ..engine.cpu import Engine
     from ..experts.opening import source_of
-    from ..methods import METHODS
-    from .job import backend_name, plan_merge, require_parts, thread_count
+    from .job import new_report, planned
     from .publish import weight_writer
 
-    report = MergeReport(
-        recipe.merge_method,
-        backend_name(backend),
-        str(output.target),
-        [source.name],
-        threads=thread_count(threads),
-    )
+    report = new_report(recipe, str(output.target), backend, threads)
+    report.experts = [source.name]
     source.require_names(merged)
-    model = source_of(merged, merged)
-    works = plan_merge(recipe, METHODS[recipe.merge_method], model, merged.naming, merged.config, report)
-    position = recipe.experts.index(index)
-    sign = -1.0 if remove else 1.0
-    single = []
-    for work in works:
-        chosen = work.reductions[position : position + 1]
-        mine = tuple(reduction._replace(weight=sign * reduction.weight) for reduction in chosen)
-        single.append(work if not mine else type(work)(work.name, work.spec, work.spec.dtype, mine, work.matrix))
-    require_parts([source], single, report)
-    with weight_writer(recipe, merged, output.path, single) as writer:
-        Engine(model, [source], writer.write, report, report.backend, report.threads, recipe.seed).run(single)
+    position, sign = recipe.experts.index(index), -1.0 if remove else 1.0
+
+    def single(work: Work) -> Work:
+        if not work.reductions:
+            return work
+        mine = work.reductions[position]
+        return replace(work, out_dtype=work.spec.dtype, reductions=(mine._replace(weight=sign * mine.weight),))
+
+    job = planned(recipe, [source_of(merged, merged), source], merged.naming, merged.config, report, single)
+    with weight_writer(recipe, merged, output.path, job.works) as writer:
+        job.engine(writer.write).run(job.works)
         writer.finish()
     return report
 

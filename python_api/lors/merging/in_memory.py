@@ -13,15 +13,13 @@ from lors_kernels.arrays import is_torch
 
 from ..checkpoints import layers
 from ..checkpoints.reader import Checkpoint, require_unchanged
-from ..engine.cpu import Engine, Sink
+from ..engine.cpu import Engine
 from ..engine.report import MergeReport
-from ..engine.work import Work
 from ..errors import LorsError, SettingError
-from ..experts.opening import source_of
 from ..experts.source import MemorySource
-from ..methods import METHODS, SPECS, Method
+from ..methods import METHODS, SPECS
 from ..recipes.recipe import Recipe
-from .job import backend_name, compare_specs, make_engine, on_devices, open_models, plan_merge, thread_count
+from .job import Job, compare_specs, new_report, on_devices, open_models, planned
 
 
 def merge_state_dicts(
@@ -45,30 +43,26 @@ def merge_state_dicts(
     # without a base for a method that sums the models: this one gives names and types alone
     named = "base" if method not in METHODS or METHODS[method].relative else None
     recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
-    chosen = METHODS[method]
     if any(is_torch(value) for _, state in states for value in state.values()):
         from ..engine.resident import place_of
 
         place = place_of(states)
         if place not in (None, "cpu") or device == place:
-            return _merge_resident(recipe, chosen, states, str(place), config, device, device_memory, backend)
+            return _merge_resident(recipe, states, str(place), config, device, device_memory, backend)
     sources = [MemorySource(label, state) for label, state in states]
     for source in sources[1:]:
         compare_specs(sources[0], source)
-    kernels = backend_name(None if device else backend)
-    report = MergeReport(method, kernels, None, list(experts), threads=thread_count(threads))
-    works = plan_merge(recipe, chosen, sources[0], layers.naming(base), config, report)
+    report = new_report(recipe, None, None if device else backend, threads)
+    job = planned(recipe, sources, layers.naming(base), config, report)
 
-    def engine(sink: Sink) -> Engine:
-        made = make_engine(recipe, sources, sink, report, works, None)
-        return on_devices(made, device, device_memory, backend) if device else made
+    def placed(engine: Engine) -> Engine:
+        return on_devices(engine, device, device_memory, backend) if device else engine
 
-    return {name: _like(base[name], array) for name, array in _collect(works, engine).items()}
+    return {name: _like(base[name], array) for name, array in _collect(job, placed).items()}
 
 
 def _merge_resident(
     recipe: Recipe,
-    method: Method,
     states: Sequence[tuple[str, Mapping[str, Any]]],
     place: str,
     config: Mapping[str, Any] | None,
@@ -82,17 +76,16 @@ def _merge_resident(
 
     if device is not None and parse_devices(device) != [place]:
         raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
-    if not method.on_device:
+    if not METHODS[recipe.merge_method].on_device:
         raise LorsError(f"method {recipe.merge_method}: expected tensors in main memory, got tensors on {place}")
     sources = [DeviceSource(label, state) for label, state in states]
     for source in sources[1:]:
         compare_specs(sources[0], source)
-    report = MergeReport(recipe.merge_method, "", None, [label for label, _ in states[1:]], threads=1)
-    works = plan_merge(recipe, method, sources[0], layers.naming(states[0][1]), config, report)
-    engine = Engine(sources[0], sources[1:], lambda *_: None, report, None, 1, recipe.seed)
-    resident = on_devices(engine, place, device_memory, backend, ResidentEngine)
-    resident.run(works)
-    return {work.name: resident.merged[work.name] for work in works}
+    report = MergeReport(recipe.merge_method, "", None, [], threads=1)  # on_devices names the backend
+    job = planned(recipe, sources, layers.naming(states[0][1]), config, report)
+    resident = on_devices(job.engine(lambda *_: None), place, device_memory, backend, ResidentEngine)
+    resident.run(job.works)
+    return {work.name: resident.merged[work.name] for work in job.works}
 
 
 def merge_in_memory(
@@ -106,25 +99,24 @@ def merge_in_memory(
 ) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
     recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)
-    report = MergeReport(method, backend_name(backend), None, list(experts), threads=thread_count(threads))
+    report = new_report(recipe, None, backend, threads)
     with contextlib.ExitStack() as stack:
-        opened, others = open_models(recipe, METHODS[method], stack)
-        sources = [source_of(checkpoint, opened) for checkpoint in (opened, *others)]
-        works = plan_merge(recipe, METHODS[method], sources[0], opened.naming, opened.config, report)
-        merged = _collect(works, lambda sink: make_engine(recipe, sources, sink, report, works, None))
-        require_unchanged((opened, *others))
-        return merged, opened
+        models = open_models(recipe, stack)
+        job = planned(recipe, models.sources, models.base.naming, models.base.config, report)
+        merged = _collect(job)
+        require_unchanged(models.checkpoints)
+        return merged, models.base
 
 
-def _collect(works: Sequence[Work], engine: Callable[[Sink], Engine]) -> dict[str, np.ndarray]:
-    """Runs an engine that writes into arrays."""
-    merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in works}
+def _collect(job: Job, placed: Callable[[Engine], Engine] = lambda engine: engine) -> dict[str, np.ndarray]:
+    """Merges into arrays."""
+    merged = {work.name: np.empty(work.spec.numel, work.out_dtype) for work in job.works}
 
     def keep(name: str, values: np.ndarray, start: int) -> None:
         merged[name][start : start + values.size] = values
 
-    engine(keep).run(works)
-    return {work.name: merged[work.name].reshape(work.spec.shape) for work in works}
+    placed(job.engine(keep)).run(job.works)
+    return {work.name: merged[work.name].reshape(work.spec.shape) for work in job.works}
 
 
 def _states(base: Any, experts: Any) -> list[tuple[str, Mapping[str, Any]]]:

@@ -9,52 +9,80 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import lors_kernels
-from lors_kernels.arrays import BFLOAT16
 
 from ..checkpoints import layers
 from ..checkpoints.compatibility import compare
 from ..checkpoints.hub import SourceNotFound
 from ..checkpoints.reader import Checkpoint, open_checkpoint
+from ..checkpoints.tensor_info import FLOATS
 from ..engine.cpu import Engine, Sink
 from ..engine.report import MergeReport
 from ..engine.work import Work, plan
 from ..errors import LorsError, SettingError
-from ..experts.expert_file import is_expert_file
-from ..experts.expert_source import ExpertSource
-from ..experts.opening import source_of
+from ..experts.opening import kind_of, source_of
 from ..experts.source import Source
 from ..files.directory import OutputDirectory
-from ..methods import METHODS, Method, Reduction
+from ..methods import METHODS, Reduction
 from ..methods.operands import Combination
 from ..public import public
 from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
-}
 Progress = Callable[[int, int], None]  # entries done, entries in all
 
 
-class Job(NamedTuple):
-    """A merge that has passed every check."""
+class Models(NamedTuple):
+    """The checkpoints of a recipe, compared with each other, and what the engine reads of them, the base first."""
 
     base: Checkpoint
     experts: list[Checkpoint]
     sources: list[Source]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return self.base, *self.experts
+
+
+@dataclass
+class Job:
+    """A merge that has passed every check that needs no weights: what is done with which sources."""
+
+    recipe: Recipe
+    sources: Sequence[Source]  # the base first
     works: list[Work]
+    report: MergeReport
+
+    def engine(self, sink: Sink, progress: Progress | None = None) -> Engine:
+        base, experts = self.sources[0], self.sources[1:]
+        report = self.report
+        engine = Engine(base, experts, sink, report, report.backend, report.threads, self.recipe.seed)
+        if progress is not None:
+            done, total = 0, sum(work.spec.numel for work in self.works)
+
+            def advance(entries: int) -> None:
+                nonlocal done
+                done += entries
+                progress(done, total)
+
+            engine.progress = advance
+        return engine
+
+
+@dataclass
+class DirectoryJob(Job):
+    """A merge of checkpoints into a directory."""
+
+    models: Models
     companions: list[Path]
     output: OutputDirectory
-    report: MergeReport
     carried: dict[str, Any]  # of the base's model card
 
 
@@ -67,24 +95,40 @@ def prepare(
     threads: int | None,
     force: bool,
     durable: bool,
-) -> Job:
-    method = METHODS[recipe.merge_method]
-    report = MergeReport(
-        recipe.merge_method, backend_name(backend), public(str(out)), [], threads=thread_count(threads)
-    )
-    base, experts = open_models(recipe, method, stack)
+) -> DirectoryJob:
+    """The job of a recipe that is merged into a directory."""
+    report = new_report(recipe, public(str(out)), backend, threads)
+    models = open_models(recipe, stack)
+    base, experts = models.base, models.experts
     report.experts = [expert.name for expert in experts]
     base.sidecars(), base.card()  # a link that is refused is refused before the work
-    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
-    works = plan_merge(recipe, method, sources[0], base.naming, base.config, report)
-    require_parts(sources[1:], works, report)
+    job = planned(recipe, models.sources, base.naming, base.config, report)
     beside = companions(base, experts, report.notices)
     base.dims = dims(base, experts, report.notices)
     carried, notices = carried_over(base.card())
     report.notices += notices
-    inputs = [path for checkpoint in (base, *experts) for path in (checkpoint.path, *checkpoint.files)]
+    inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return Job(base, experts, sources, works, beside, output, report, carried)
+    return DirectoryJob(recipe, models.sources, job.works, report, models, beside, output, carried)
+
+
+def planned(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    naming: str,
+    config: Mapping[str, Any] | None,
+    report: MergeReport,
+    change: Callable[[Work], Work] = lambda work: work,
+) -> Job:
+    """The job of a recipe. change: makes of the work for the recipe's models that for `sources`, where they are others."""
+    works = [change(work) for work in _plan(recipe, sources[0], naming, config, report)]
+    _require_parts(sources[1:], works, report)
+    return Job(recipe, sources, works, report)
+
+
+def new_report(recipe: Recipe, out: str | None, backend: str | None, threads: int | None) -> MergeReport:
+    """An empty report that names the backend and counts the threads; LorsError where they cannot be had."""
+    return MergeReport(recipe.merge_method, backend_name(backend), out, [], threads=thread_count(threads))
 
 
 def thread_count(threads: int | None) -> int:
@@ -110,9 +154,10 @@ def _no_backend(name: str | None, error: Exception) -> LorsError:
     return LorsError(f"backend {problem}") if name is None else SettingError("backend", problem)
 
 
-def open_models(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> tuple[Checkpoint, list[Checkpoint]]:
+def open_models(recipe: Recipe, stack: contextlib.ExitStack) -> Models:
     """Opens the checkpoints. Names, types, files and configuration are the base's, where there is none the first model's."""
     recipe.require_parameters()
+    method = METHODS[recipe.merge_method]
     indices = recipe.experts if method.relative else recipe.inputs
     opened = {index: stack.enter_context(_open_source(recipe, index)) for index in indices}
     experts = list(opened.values())
@@ -120,19 +165,16 @@ def open_models(recipe: Recipe, method: Method, stack: contextlib.ExitStack) -> 
     base = opened.get(listed, experts[0])
     if listed not in opened and recipe.base_source is not None:
         base = stack.enter_context(_open_source(recipe, BASE))
-    if base.adapter is not None:
+    if kind_of(base) == "adapter":
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
-    if base not in experts and is_expert_file(base):
+    if base not in experts and kind_of(base) == "expert file":
         raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
     for expert in experts:
-        if is_expert_file(expert):
-            if not method.relative:
-                raise LorsError(
-                    f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file"
-                )
-        elif expert is not base and expert.adapter is None:
+        if kind_of(expert) == "expert file" and not method.relative:
+            raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
+        if kind_of(expert) == "checkpoint" and expert is not base:
             compare(base, expert)
-    return base, experts
+    return Models(base, experts, [source_of(checkpoint, base) for checkpoint in (base, *experts)])
 
 
 def _open_source(recipe: Recipe, model: int) -> Checkpoint:
@@ -143,45 +185,27 @@ def _open_source(recipe: Recipe, model: int) -> Checkpoint:
         raise recipe.missing(model, error.reason) from error
 
 
-def require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+def _require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
     """LorsError unless every expert file holds what is asked of it."""
     for index, source in enumerate(experts):
-        if not isinstance(source, ExpertSource):
+        if (parts := source.parts) is None:
             continue
         partly = approximated = False
         for work in works:
             if work.reductions and (reduction := work.reductions[index]).weight:
-                source.require(work.name, work.matrix, reduction.rank, reduction.density)
-                smaller = work.matrix and source.approximates(work.name, reduction.rank, reduction.density)
+                parts.require(work.name, work.matrix, reduction.rank, reduction.density)
+                smaller = work.matrix and parts.approximates(work.name, reduction.rank, reduction.density)
                 approximated = approximated or smaller
             asked = work.reductions[index].weight if work.reductions else 0
             whole = work.combination is not None or (bool(asked) and not work.matrix)
-            partly = partly or (whole and source.stands_in(work.name))
-        if partly:
-            report.notices.append(
-                f"{source.name}: the expert file stands for its rank {source.layout.rank:g} and density "
-                f"{source.layout.density:g} where the whole difference is asked for"
-            )
-        if approximated:
-            report.notices.append(
-                f"{source.name}: a smaller rank is asked for than the expert file's {source.layout.rank:g}: S is chosen from "
-                f"what the file holds (density {source.layout.density:g}), not from the whole difference; "
-                "docs/expert-files.md says how far off that is"
-            )
-        if source.layout.remainder == "none":
-            report.notices.append(
-                f"{source.name}: the expert file leaves out what is not decomposed; the base's is kept"
-            )
+            partly = partly or (whole and parts.stands_in(work.name))
+        report.notices += parts.notices(partly, approximated)
 
 
-def plan_merge(
-    recipe: Recipe,
-    method: Method,
-    base: Source,
-    naming: str,
-    config: Mapping[str, Any] | None,
-    report: MergeReport,
+def _plan(
+    recipe: Recipe, base: Source, naming: str, config: Mapping[str, Any] | None, report: MergeReport
 ) -> list[Work]:
+    method = METHODS[recipe.merge_method]
     for name, spec in base.tensors.items():
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
             raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
@@ -205,7 +229,7 @@ def plan_merge(
         shared = recipe.params_for(**at)
         return method.treatment(models, shared) if matrix or everywhere else _rest(rest, models, shared)
 
-    dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
+    dtype = None if recipe.output_dtype is None else FLOATS[recipe.output_dtype]
     return plan(base.tensors, matrices, treatments, dtype, method.relative)
 
 
@@ -230,28 +254,6 @@ def compare_specs(base: Source, expert: Source) -> None:
             )
 
 
-def make_engine(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    sink: Sink,
-    report: MergeReport,
-    works: Sequence[Work],
-    progress: Progress | None,
-) -> Engine:
-    base, experts = sources[0], sources[1:]
-    engine = Engine(base, experts, sink, report, report.backend, report.threads, recipe.seed)
-    if progress is not None:
-        done, total = 0, sum(work.spec.numel for work in works)
-
-        def advance(entries: int) -> None:
-            nonlocal done
-            done += entries
-            progress(done, total)
-
-        engine.progress = advance
-    return engine
-
-
 def on_devices(
     engine: Engine, device: str, device_memory: int | None, backend: str | None, kind: type[Any] | None = None
 ) -> Any:
@@ -262,7 +264,7 @@ def on_devices(
     from ..engine.device import parse_devices
     from ..engine.gpu import GpuEngine
 
-    if files := [source.name for source in engine.experts if isinstance(source, ExpertSource)]:
+    if files := [source.name for source in engine.experts if source.parts is not None]:
         raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
 
     devices = parse_devices(device)

@@ -18,13 +18,12 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import FactorCache
 from ..engine.report import MergeReport, peak_memory
-from ..experts.expert_source import ExpertSource
 from ..files.remote import is_url, placed
 from ..methods import SPECS
 from ..public import public
 from ..recipes.parameters import rank_of
 from ..recipes.recipe import Recipe
-from .job import Job, Progress, make_engine, on_devices, prepare
+from .job import DirectoryJob, Progress, on_devices, prepare
 from .publish import accompany, hasher, weight_writer
 from .suspicions import of_digests, of_values
 
@@ -102,11 +101,11 @@ def merge_recipe(
         shown = recipe.published()
         text = shown.to_yaml(resolved=True) if is_url(out) else shown.to_yaml(beside=job.output.target)
         stack.enter_context(job.output)
-        writer = weight_writer(recipe, job.base, job.output.path, job.works)
+        writer = weight_writer(recipe, job.models.base, job.output.path, job.works)
         stack.enter_context(writer)
         hashes: dict[Checkpoint, dict[str, str]] = {}
-        hashing = [hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys((job.base, *job.experts))]
-        engine = make_engine(recipe, job.sources, writer.write, job.report, job.works, progress)
+        hashing = [hasher(checkpoint, hashes, job) for checkpoint in dict.fromkeys(job.models.checkpoints)]
+        engine = job.engine(writer.write, progress)
         engine.cached = factors
         if ray is not None:
             engine.cached = stack.enter_context(_on_cluster(ray, recipe, job, backend, engine.stop))
@@ -115,11 +114,11 @@ def merge_recipe(
         suspected: list[str] = []
         looking = [lambda: suspected.extend(of_values(job.sources, job.works))] if job.works[0].relative else []
         engine.run(job.works, [*hashing, *looking])
-        job.report.notices += [*of_digests(job.base, job.experts, hashes), *suspected]
+        job.report.notices += [*of_digests(job.models.base, job.models.experts, hashes), *suspected]
         writer.finish()
-        require_unchanged((job.base, *job.experts))  # a base that is gone is told as such
+        require_unchanged(job.models.checkpoints)  # a base that is gone is told as such
         accompany(recipe, job, hashes, text)
-        require_unchanged((job.base, *job.experts))
+        require_unchanged(job.models.checkpoints)
         job.output.commit()
     job.report.out = public(str(out))
     job.report.seconds = time.perf_counter() - begun
@@ -157,23 +156,23 @@ def dry_run(
 
 
 def _on_cluster(
-    address: str, recipe: Recipe, job: Job, backend: str | None, stop: threading.Event
+    address: str, recipe: Recipe, job: DirectoryJob, backend: str | None, stop: threading.Event
 ) -> contextlib.AbstractContextManager[FactorCache]:
     """Every decomposition of the merge as a task of a Ray cluster."""
     from .on_cluster import Wanted, decompositions
 
     wanted: dict[str, list[Wanted]] = {}
     for index, source in enumerate(job.sources[1:]):
-        if isinstance(source, ExpertSource):
+        if source.parts is not None:
             continue
         wanted[source.name] = [
             Wanted(work.name, rank_of(reduction.rank, *work.spec.shape), work.spec.numel * 8)
             for work in job.works
             if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
         ]
-    paths = {expert.name: expert.location for expert in job.experts}
+    paths = {expert.name: expert.location for expert in job.models.experts}
     options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads, "stop": stop}
-    return decompositions(address, job.base.location, paths, wanted, **options)
+    return decompositions(address, job.models.base.location, paths, wanted, **options)
 
 
 def _check_device(device: str | None) -> None:

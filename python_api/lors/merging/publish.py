@@ -9,11 +9,10 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint
 from ..checkpoints.writer import OpenAIWriter, WeightWriter
 from ..engine.work import Work
-from ..experts.expert_source import ExpertSource
 from ..methods import SPECS
 from ..recipes.recipe import Recipe
 from .card import Input, write_card
-from .job import Job
+from .job import DirectoryJob
 from .ledger import write_ledger
 
 SHARD_BYTES = 5_000_000_000
@@ -28,20 +27,20 @@ def weight_writer(
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
-def hasher(checkpoint: Checkpoint, hashes: dict[Checkpoint, dict[str, str]], job: Job) -> Callable[[], None]:
+def hasher(checkpoint: Checkpoint, hashes: dict[Checkpoint, dict[str, str]], job: DirectoryJob) -> Callable[[], None]:
     def task() -> None:
         hashes[checkpoint] = checkpoint.sha256()
-        if checkpoint is job.base:
+        if checkpoint is job.models.base:
             for source in job.sources:
-                if isinstance(source, ExpertSource):
-                    source.require_base(hashes[checkpoint])
+                if (parts := source.parts) is not None:
+                    parts.require_base(hashes[checkpoint])
 
     return task
 
 
-def accompany(recipe: Recipe, job: Job, hashes: Mapping[Checkpoint, Mapping[str, str]], text: str) -> None:
+def accompany(recipe: Recipe, job: DirectoryJob, hashes: Mapping[Checkpoint, Mapping[str, str]], text: str) -> None:
     """Configuration, tokenizer, processor, model card and recipe."""
-    base, experts, output = job.base, job.experts, job.output
+    base, experts, output = job.models.base, job.models.experts, job.output
     for path in job.companions:
         output.copy(path)
     labels = list(recipe.labels)

@@ -13,18 +13,17 @@ import numpy as np
 from ..checkpoints import layers
 from ..checkpoints.layers import kind
 from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
+from ..checkpoints.tensor_info import FLOATS
 from ..engine.cpu import OVERFLOWS
 from ..engine.report import KindRow, MergeReport
 from ..errors import LorsError
-from ..experts.expert_file import is_expert_file
-from ..experts.expert_source import ExpertSource
-from ..experts.opening import source_of
+from ..experts.opening import kind_of
 from ..experts.source import Slot, Source
 from ..methods import METHODS
 from ..recipes.recipe import Recipe
 from . import definitions
 from .definitions import Expert, Merged
-from .job import DTYPES, open_models
+from .job import open_models
 
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
@@ -89,21 +88,21 @@ class _Inputs:
 
     def __init__(self, recipe: Recipe, stack: contextlib.ExitStack) -> None:
         self.recipe, self.method = recipe, METHODS[recipe.merge_method]
-        base, experts = open_models(recipe, self.method, stack)
-        self.checkpoints = (base, *experts)
-        self.base, *self.experts = (source_of(checkpoint, base) for checkpoint in self.checkpoints)
+        models = open_models(recipe, stack)
+        base, self.checkpoints = models.base, models.checkpoints
+        self.base, *self.experts = models.sources
         everywhere = self.method.everywhere and recipe.target is None
         self.treated = set(self.base.tensors)
         if not everywhere:
             self.treated = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)
         self.depth = layers.positions(self.base.tensors)
         # of expert files and adapters the report counts what they store
-        stored = any(x.adapter is not None or is_expert_file(x) for x in experts)
+        stored = any(kind_of(expert) != "checkpoint" for expert in models.experts)
         self.plain = self.method.relative and not stored
 
     def expected_type(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         spec, dtype = self.base.tensors[name], self.recipe.output_dtype
-        return (DTYPES[dtype] if dtype is not None and spec.floating else np.dtype(spec.dtype)), spec.shape
+        return (FLOATS[dtype] if dtype is not None and spec.floating else np.dtype(spec.dtype)), spec.shape
 
     def read(self, source: Source, name: str) -> np.ndarray:
         spec = self.base.tensors[name]
@@ -129,7 +128,7 @@ class _Inputs:
         delta = (values.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
         factors = source.factors(name)
         exact = delta if factors is None else factors.exact().reshape(delta.shape)
-        stored = source.stored(name) if isinstance(source, ExpertSource) else None
+        stored = None if source.parts is None else source.parts.stored(name)
         return Expert(source.name, values.astype(np.float64), delta, exact, stored)
 
 

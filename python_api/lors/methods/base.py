@@ -38,6 +38,8 @@ class Method:
         other tensors follow the recipe's `rest` with the plain weights lambda * weight.
     targets: whether the recipe may have a `target`.
     relative: False sums the models themselves instead of their differences to a base.
+    separable: the result is a sum of one term per expert, linear in lambda, and no term depends on the other experts
+        (unless the weights are normalized): an expert can be added and taken out, and lambda changed, afterwards.
     combines_on_device: whether `combine` works on tensors that are on a GPU; what `reduce` says always does.
     """
 
@@ -47,6 +49,7 @@ class Method:
     everywhere: bool = False
     targets: bool = True
     relative: bool = True
+    separable: bool = False
     combines_on_device: bool = False
 
     @property

@@ -14,4 +14,4 @@ def reduce(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> li
     return [Reduction(shared["lambda"] * model["weight"], model["rank"], model["density"]) for model in models]
 
 
-METHOD = Method(MethodSpec("lors", (RANK, DENSITY, WEIGHT, replace(LAMBDA, default=0.2))), reduce)
+METHOD = Method(MethodSpec("lors", (RANK, DENSITY, WEIGHT, replace(LAMBDA, default=0.2))), reduce, separable=True)

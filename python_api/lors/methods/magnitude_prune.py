@@ -14,4 +14,4 @@ def reduce(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> li
     return [Reduction(shared["lambda"] * model["weight"], 0, model["density"]) for model in models]
 
 
-METHOD = Method(MethodSpec("magnitude_prune", (DENSITY, WEIGHT, replace(LAMBDA, default=0.2))), reduce)
+METHOD = Method(MethodSpec("magnitude_prune", (DENSITY, WEIGHT, replace(LAMBDA, default=0.2))), reduce, separable=True)

@@ -19,7 +19,7 @@ from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSV
 from lors_kernels.types import Consensus
 
 from ..errors import LorsError
-from ..experts.factors import nonzero, svd64
+from ..experts.factors import leading64, nonzero
 from ..experts.source import COLUMNS, Slot, Source, Spec, matrix_shape, rows_of
 
 BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
@@ -158,16 +158,22 @@ class Operands:
     def svd(self, t: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta.
 
-        Those of singular value 0 are left out. By LAPACK, all of them: a method that makes weak directions as large as
+        Those of singular value 0 are left out. By LAPACK in float64: a method that makes weak directions as large as
         strong ones needs each as exact as the others, and `truncated_svd` promises that of L as a whole only.
         """
         factors = self.experts[t].factors(self.name)
-        u, sigma, v = svd64(self.delta(t)) if factors is None else factors.svd()
-        there = nonzero(sigma, (len(u), len(v)))[:rank].nonzero()[0]
-        energy, kept = (float(np.square(part).sum()) for part in (sigma, sigma[there]))
-        method = "svd" if factors is None else "factors"
-        self.outcomes.append(Outcome(UpdateStats(energy, energy - kept, 0.0, 0, 0), Certificate(method, 0, 0.0)))
-        return u[:, there], sigma[there], v[:, there]
+        if factors is None:
+            delta, method = self.delta(t), "svd"
+            u, sigma, v = leading64(delta, rank)
+            energy = float(np.vdot(delta, delta))
+        else:
+            (u, sigma, v), method = factors.svd(), "factors"
+            energy = float(np.vdot(sigma, sigma))
+            there = nonzero(sigma, (len(u), len(v)))[:rank].nonzero()[0]
+            u, sigma, v = u[:, there], sigma[there], v[:, there]
+        dropped = max(0.0, energy - float(np.vdot(sigma, sigma)))
+        self.outcomes.append(Outcome(UpdateStats(energy, dropped, 0.0, 0, 0), Certificate(method, 0, 0.0)))
+        return u, sigma, v
 
     def account(self, t: int, keep: Keep) -> KeepStats:
         """What `keep` keeps of expert t's delta, before anything is merged."""

@@ -18,4 +18,4 @@ def reduce(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> li
 
 
 PARAMETERS = (WEIGHT, LAMBDA, replace(NORMALIZE, default=False), INT8_MASK)
-METHOD = Method(MethodSpec("task_arithmetic", PARAMETERS), reduce, everywhere=True)
+METHOD = Method(MethodSpec("task_arithmetic", PARAMETERS), reduce, everywhere=True, separable=True)

@@ -60,7 +60,8 @@ def polar(x: np.ndarray) -> np.ndarray:
         return x
     values, vectors = np.linalg.eigh(x.T @ x)
     if values[0] > GRAM_LIMIT * values[-1]:
-        return x @ (vectors / np.sqrt(values)) @ vectors.T  # type: ignore[no-any-return]
+        half = vectors * values**-0.25
+        return x @ (half @ half.T)  # type: ignore[no-any-return]
     u, sigma, v = svd64(x)
     there = nonzero(sigma, x.shape)
     return u[:, there] @ v[:, there].T  # type: ignore[no-any-return]

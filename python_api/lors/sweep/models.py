@@ -19,25 +19,23 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from ..checkpoints import layers
-from ..checkpoints.reader import Checkpoint, open_checkpoint
-from ..engine.cpu import Engine
-from ..engine.report import MergeReport
-from ..engine.work import plan
+from ..checkpoints.reader import open_checkpoint
+from ..engine.work import Work
 from ..errors import LorsError
-from ..experts.expert_file import is_expert_file
 from ..experts.expert_source import ExpertSource
-from ..experts.source import FileSource
+from ..experts.opening import kind_of, source_of
 from ..files.directory import RECIPE_FILE
 from ..files.lock import flock
 from ..files.writing import require_space, writing
-from ..merging.job import DTYPES
+from ..merging.job import new_report, planned
 from ..merging.on_disk import merge_recipe
 from ..merging.publish import weight_writer
 from ..methods import METHODS, SPECS, Reduction
@@ -48,7 +46,6 @@ from .score import Interrupted
 
 __all__ = ["Models", "setting_recipe"]
 
-SEPARABLE = ("lors", "svp", "magnitude_prune", "task_arithmetic")  # linear in lambda
 REST = ParameterSpec("rest", "str", choices=get_args(Rest), help="what becomes of the tensors that are not decomposed")
 
 
@@ -86,7 +83,7 @@ class Models:
         for index in self._recipe.experts:
             source, label = self._recipe.sources[index], self._recipe.labels[index]
             with open_checkpoint(source) as checkpoint:
-                if is_expert_file(checkpoint) or checkpoint.adapter is not None:
+                if kind_of(checkpoint) != "checkpoint":
                     continue  # has its factors already
             path = self._home / "cache" / f"expert-{index}-rank-{rank:g}.lors.safetensors"
             path.parent.mkdir(exist_ok=True)
@@ -118,7 +115,7 @@ class Models:
     def model(self, method: str, number: int, settings: Mapping[str, Any]) -> Iterator[Path]:
         """The directory of one setting's merged model, for the time of the block. LorsError when it cannot be merged."""
         out = self._home / "trials" / f"{method}-{number}"
-        shared = method in SEPARABLE and "lambda" in settings
+        shared = METHODS[method].separable and "lambda" in settings
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -169,22 +166,19 @@ class Models:
         """W0 + lambda * (W(1) - W0)"""
         recipe = setting_recipe(self._recipe, method, settings)
         shared = {name: value for name, value in settings.items() if name != "lambda"}
-        dtype = None if recipe.output_dtype is None else DTYPES[recipe.output_dtype]
         with contextlib.ExitStack() as stack:
             unit = stack.enter_context(self._unit(method, shared))
             base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
             whole = stack.enter_context(open_checkpoint(unit))
-            sources = FileSource(base), FileSource(whole, list(base.tensors))
-            along = _along(recipe, base, settings["lambda"])
-            works = plan(sources[0].tensors, set(), lambda name, _: [Reduction(along(name))], dtype, True)
+            sources = [source_of(checkpoint, base) for checkpoint in (base, whole)]
+            report = new_report(recipe, None, self._backend, self.threads)
+            change = partial(_along, recipe, settings["lambda"])
+            job = planned(recipe, sources, base.naming, base.config, report, change)
             for path in whole.sidecars():
                 with writing(out):
                     shutil.copyfile(path, out / path.name)
-            report = MergeReport(method, str(self._backend), None, [])
-            with weight_writer(recipe, whole, out, works, over=True) as writer:
-                engine = Engine(sources[0], [sources[1]], writer.write, report, self._backend, self.threads)
-                engine.progress = lambda _: self._go_on()
-                engine.run(works)
+            with weight_writer(recipe, whole, out, job.works, over=True) as writer:
+                job.engine(writer.write, lambda *_: self._go_on()).run(job.works)
                 base.require_unchanged()
                 writer.finish()
         with writing(out):
@@ -232,13 +226,11 @@ def _require_made_from(path: Path, inputs: Inputs, label: str) -> None:
             raise LorsError(f"{path}: decomposed from something else: {whose} has other digests; remove the file")
 
 
-def _along(recipe: Recipe, base: Checkpoint, lam: float) -> Callable[[str], float]:
-    """How far each tensor goes from the base to the merge at lambda = 1."""
+def _along(recipe: Recipe, lam: float, work: Work) -> Work:
+    """The work of a merge as a way along the line from the base to the merge at lambda = 1."""
     method = METHODS[recipe.merge_method]
-    if method.everywhere or (recipe.rest or method.spec.rest) != "average":
-        return lambda name: lam
-    matrices = set(layers.select(base.tensors, base.naming, base.config, recipe.target).names)
-    return lambda name: lam if name in matrices else 1.0
+    averaged = (recipe.rest or method.spec.rest) == "average" and not (method.everywhere or work.matrix)
+    return replace(work, reductions=work.reductions and (Reduction(1.0 if averaged else lam),), matrix=False)
 
 
 def axes(method: str) -> dict[str, ParameterSpec]:

@@ -80,7 +80,7 @@ struct Fiber {
     char* stack = nullptr;
     void* fake_stack = nullptr;
     Position place;
-    unsigned number = 0, warp = 0, exchanges = 0;
+    unsigned number = 0, warp = 0, exchanges = 0, votes = 0;
     uint64_t priority = 0;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> committed;
@@ -101,6 +101,7 @@ struct Block {
     Order order = Order::kAnyone;
     std::vector<Warp> warps;
     int line = 0;
+    bool any = false, said[2] = {};  // of barrier_or; the fastest threads come to the next one before all have read
     unsigned threads = 0, left = 0;
     std::map<int, std::unique_ptr<char[]>> shared;
     std::unique_ptr<char[]> dynamic;
@@ -192,7 +193,7 @@ Fiber* prepared(unsigned number, const Position& place) {
     fiber->place = place;
     fiber->number = number;
     fiber->warp = number / kWarp;
-    fiber->exchanges = 0;
+    fiber->exchanges = fiber->votes = 0;
     fiber->open.clear();
     fiber->committed.clear();
     fiber->context.prepare(fiber->stack, kStack, enter);
@@ -265,6 +266,16 @@ void barrier(const char* file, int line) {
     block.waiting.push_back(machine.current);
     if (block.waiting.size() == block.threads) release(block, block.waiting);
     leave(false);
+}
+
+bool barrier_or(bool value, const char* file, int line) {
+    Block& block = *machine.block;
+    if (skipped(file, line)) return value;
+    const unsigned vote = machine.current->votes++ % 2;
+    block.any = (block.waiting.empty() ? false : block.any) || value;
+    block.said[vote] = block.any;
+    barrier(file, line);
+    return block.said[vote];
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value, int line) {

@@ -39,6 +39,7 @@ extern uint64_t launches[kDevices];  // on each; read by tests through emulation
 void run(dim3 blocks, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body);
 
 void barrier(const char* file, int line);
+bool barrier_or(bool value, const char* file, int line);  // whether any thread came with true
 
 // Leaves `value` where the lanes of the warp find it and waits for all of them; returns the 32 values.
 const uint64_t* exchange(unsigned mask, uint64_t value, int line);
@@ -84,7 +85,15 @@ inline int lane() {
 #define blockIdx (emulation::here.block)
 
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
+#define __syncthreads_or(value) emulation::barrier_or(value, __FILE__, __LINE__)
 #define __syncwarp() static_cast<void>(emulation::exchange(~0u, 0, __LINE__))
+inline bool emulated_any(unsigned mask, bool value, int line) {
+    const uint64_t* all = emulation::exchange(mask, value, line);
+    bool any = false;
+    for (unsigned lane = 0; lane < emulation::kWarp; ++lane) any = any || all[lane];
+    return any;
+}
+#define __any_sync(mask, value) emulated_any(mask, value, __LINE__)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, __LINE__, emulation::lane() ^ (bits))
 #define __shfl_down_sync(mask, v, by) emulation::shuffle(mask, v, __LINE__, emulation::lane() + static_cast<int>(by))
@@ -146,3 +155,11 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
+
+namespace lors {
+struct SharedCounters {  // csrc/cuda/shared.cuh
+    uint32_t* first;
+    explicit SharedCounters(uint32_t* at) : first(at) {}
+    void count(uint32_t index) const { ++first[index]; }
+};
+}  // namespace lors

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,14 +158,14 @@ def speak(
 
     with (
         writing(out),
-        bar("speaking", len(jobs)) if progress else nullcontext() as advance,
+        bar("speaking", len(jobs), quiet=not progress) as advance,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
         done = pool.map(run, jobs)
         try:
-            for _ in done:
+            for count, _ in enumerate(done, start=1):
                 if advance is not None:
-                    advance(1)
+                    advance(count, len(jobs))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for thousands of utterances
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,11 +139,19 @@ def evaluate(
     parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
     total = len(sources) * sum(len(part) for part in parts.values())
-    with bar("decoding", total) if progress else nullcontext() as advance:
+    with bar("decoding", total, quiet=not progress) as advance:
+        done = 0
+
+        def decoded(count: int) -> None:
+            nonlocal done
+            done += count
+            if advance is not None:
+                advance(done, total)
+
         for name, source in zip(names, sources, strict=True):
             processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
             for (task, _), part in parts.items():
-                results.append(result(name, model, processor, part, task, batch_size, beams, cache, advance))
+                results.append(result(name, model, processor, part, task, batch_size, beams, cache, decoded))
     return Evaluation(tuple(results))
 
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ class Job:
     def _train(self, trainer: _Trainer, checkpoint: _Checkpoint | None) -> tuple[int, float]:
         """(steps, mean loss since the checkpoint)."""
         language = ",".join(dict.fromkeys(u.language for u in self.corpus))
-        with bar(language, self.training.max_steps) if self.progress else nullcontext() as advance:
+        with bar(language, self.training.max_steps, quiet=not self.progress) as advance:
             if self.progress:
                 trainer.add_callback(_Progress(language, advance))
             with _full_disk(self.scratch):
@@ -212,13 +212,12 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
 class _Progress(TrainerCallback):
     """A line each time the trainer logs, also for the log of a cluster; on a terminal a bar below."""
 
-    def __init__(self, label: str, advance: Callable[[int], None] | None) -> None:
-        self._label, self._advance, self._seen = label, advance, 0
+    def __init__(self, label: str, advance: Callable[[int, int], None] | None) -> None:
+        self._label, self._advance = label, advance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._advance is not None:
-            self._advance(state.global_step - self._seen)
-        self._seen = state.global_step
+            self._advance(state.global_step, state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         told = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []

@@ -1,0 +1,212 @@
+// The next block of a Krylov basis: W columns made orthonormal, and orthogonal to a basis Q, in one launch over all
+// pairs. A block per pair; the panel stays in shared memory, in float64, a column after the other.
+//
+// Shifted Cholesky QR, a projection against Q, and two Cholesky QRs more, as lors_kernels/backends/truncated_svd.py has them in torch,
+// which says why. Sums are taken in an order fixed by the sizes.
+#include <cmath>
+
+#include "launch.h"
+#include "shared.cuh"
+
+namespace lors {
+namespace {
+
+constexpr int W = 8;
+constexpr int kThreads = 384;  // with more the registers do not suffice
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxRows = 1408;  // 96 bytes of shared memory each
+constexpr int kColumns = 128;   // of Q at a time
+constexpr int kParts = kThreads / kColumns;
+constexpr double kTiny = 1e-300;
+
+struct Panel {
+    const float* w;      // [P, n, W]
+    const float* basis;  // [P, n, columns], rows and pairs these many entries apart
+    int64_t row_stride, stride;
+    int n, columns;
+    const double* noise;  // [n, W]
+    const double* scale;  // [P]
+    double level;
+    float* q;       // [P, n, W]
+    double* below;  // [P, W, W]
+};
+
+// What W x W numbers of one warp's work there are: R, its inverse, and the product of all R so far.
+struct Triangles {
+    double r[W * W], inverse[W * W], product[W * W], norms[W];
+};
+
+// The factor R of a panel from its Gram matrix in t.r, R's inverse, and product = R product. One warp, all lanes.
+__device__ __forceinline__ void factor(Triangles& t, double shift) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, j = lane % W;
+    if (lane < W) {
+        const double norm = sqrt(t.r[j * W + j]);
+        t.norms[j] = norm > kTiny ? norm : kTiny;
+    }
+    __syncwarp();
+    // Cholesky, of columns scaled to norm 1: lane j has column j of the factor, whose rows so far are in t.inverse
+#pragma unroll 1
+    for (int i = 0; i < W; ++i) {
+        double x = 0;
+        if (lane < W && j >= i) {
+            x = t.r[i * W + j] / t.norms[i] / t.norms[j] + (i == j ? shift : 0.0);
+            for (int k = 0; k < i; ++k) x -= t.inverse[k * W + i] * t.inverse[k * W + j];
+        }
+        const double pivot = sqrt(__shfl_sync(~0u, x, i));
+        if (lane < W) t.inverse[i * W + j] = j >= i ? x / pivot : 0.0;
+        __syncwarp();
+    }
+    if (lane < W) {
+        for (int i = 0; i < W; ++i) t.r[i * W + j] = t.inverse[i * W + j] * t.norms[j];
+    }
+    __syncwarp();
+    double inverse[W], product[W];
+    if (lane < W) {
+#pragma unroll
+        for (int i = W - 1; i >= 0; --i) {
+            double x = i == j ? 1.0 : 0.0, y = 0;
+#pragma unroll
+            for (int k = i + 1; k < W; ++k) x -= t.r[i * W + k] * inverse[k];
+#pragma unroll
+            for (int k = i; k < W; ++k) y += t.r[i * W + k] * t.product[k * W + j];
+            inverse[i] = i <= j ? x / t.r[i * W + i] : 0.0;
+            product[i] = y;
+        }
+    }
+    __syncwarp();
+    if (lane < W) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) t.inverse[i * W + j] = inverse[i], t.product[i * W + j] = product[i];
+    }
+}
+
+// panel = Q R: leaves Q in its place.
+__device__ __forceinline__ void cholesky_qr(double* panel, int n, double shift, Triangles& t) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    for (int entry = warp; entry < W * W; entry += kWarps) {
+        const int i = entry / W, j = entry % W;
+        if (i > j) continue;
+        double sum = 0;
+        for (int row = lane; row < n; row += 32) sum += panel[i * n + row] * panel[j * n + row];
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (lane == 0) t.r[i * W + j] = sum;
+    }
+    __syncthreads();
+    if (warp == 0) factor(t, shift);
+    __syncthreads();
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x); row < n; row += kThreads) {
+        double x[W];
+#pragma unroll
+        for (int j = 0; j < W; ++j) x[j] = panel[j * n + row];
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+            double sum = 0;
+#pragma unroll
+            for (int i = 0; i <= j; ++i) sum += x[i] * t.inverse[i * W + j];
+            panel[j * n + row] = sum;
+        }
+    }
+    __syncthreads();
+}
+
+// panel -= Q Q.T panel, in float32: a thread sums for one column of Q over a part of the rows; then a warp per row.
+__device__ __forceinline__ void project(const Panel& g, const float* basis, double* panel, float* narrow,
+                                        float* parts) {
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, n = g.n;
+    for (int row = thread; row < n; row += kThreads) {
+        for (int j = 0; j < W; ++j) {
+            narrow[row * W + j] = static_cast<float>(panel[j * n + row]);
+            panel[j * n + row] = static_cast<double>(narrow[row * W + j]);
+        }
+    }
+    __syncthreads();
+    for (int first = 0; first < g.columns; first += kColumns) {
+        const int column = first + thread % kColumns, part = thread / kColumns;
+        float sums[W] = {};
+        if (column < g.columns) {
+#pragma unroll 4
+            for (int row = part; row < n; row += kParts) {
+                const float q = basis[row * g.row_stride + column];
+#pragma unroll
+                for (int j = 0; j < W; ++j) sums[j] += q * narrow[row * W + j];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < W; ++j) parts[thread * W + j] = sums[j];
+        __syncthreads();
+        for (int i = thread; i < kColumns * W; i += kThreads) {
+            float sum = 0;
+            for (int other = 0; other < kParts; ++other) sum += parts[other * kColumns * W + i];
+            parts[i] = sum;
+        }
+        __syncthreads();
+        for (int row = warp; row < n; row += kWarps) {
+            float v[W] = {};
+            for (int c = lane; c < kColumns && first + c < g.columns; c += 32) {
+                const float q = basis[row * g.row_stride + first + c];
+#pragma unroll
+                for (int j = 0; j < W; ++j) v[j] += q * parts[c * W + j];
+            }
+#pragma unroll
+            for (int half = W / 2; half > 0; half /= 2) {
+                const bool upper = (lane & half) != 0;
+#pragma unroll
+                for (int j = 0; j < half; ++j) {
+                    const float send = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
+                    v[j] = keep + __shfl_xor_sync(~0u, send, half);
+                }
+            }
+            float total = v[0];
+            total += __shfl_xor_sync(~0u, total, 8);
+            total += __shfl_xor_sync(~0u, total, 16);
+            if (lane < W) panel[lane * n + row] -= static_cast<double>(total);
+        }
+        __syncthreads();
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) orthonormalise_kernel(Panel g) {
+    LORS_DYNAMIC_SHARED(memory);
+    LORS_SHARED(Triangles, triangles);
+    LORS_SHARED(float, parts, [kThreads * W]);
+    const int64_t p = blockIdx.x;
+    const int n = g.n, thread = static_cast<int>(threadIdx.x);
+    double* panel = reinterpret_cast<double*>(memory);
+    float* narrow = reinterpret_cast<float*>(panel + n * W);
+    const double scale = g.scale[p], floor = (scale > 0 ? scale * g.level : 1.0) / sqrt(static_cast<double>(n));
+    for (int i = thread; i < n * W; i += kThreads) {
+        panel[i % W * n + i / W] = static_cast<double>(g.w[p * n * W + i]) + floor * g.noise[i];
+    }
+    for (int i = thread; i < W * W; i += kThreads) triangles.product[i] = i / W == i % W ? 1.0 : 0.0;
+    __syncthreads();
+    cholesky_qr(panel, n, 1e-13 * W, triangles);
+    if (g.columns) project(g, g.basis + p * g.stride, panel, narrow, parts);
+    cholesky_qr(panel, n, 0.0, triangles);
+    cholesky_qr(panel, n, 0.0, triangles);
+    for (int i = thread; i < n * W; i += kThreads) g.q[p * n * W + i] = static_cast<float>(panel[i % W * n + i / W]);
+    for (int i = thread; i < W * W; i += kThreads) g.below[p * W * W + i] = triangles.product[i];
+}
+
+}  // namespace
+
+int orthonormalise_max_rows() {
+    return kMaxRows;
+}
+
+void orthonormalise(const Launch& launch, const float* w, const float* basis, int64_t row_stride, int64_t stride,
+                    int64_t pairs, int64_t n, int64_t columns, const double* noise, const double* scale, double level,
+                    float* q, double* below) {
+    const Group group{nullptr, 0, 0, false, pairs, 1, n, W};
+    const Selected selected = begin(launch, "orthonormalise", group);
+    const int64_t shared = n * W * static_cast<int64_t>(sizeof(double) + sizeof(float));
+    check(cudaFuncSetAttribute(orthonormalise_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          "orthonormalise", group);
+    const Panel g{w,     basis, row_stride, stride, static_cast<int>(n), static_cast<int>(columns), noise,
+                  scale, level, q,          below};
+    start(launch, "orthonormalise", group, blocks(pairs, "orthonormalise", group), kThreads, shared,
+          orthonormalise_kernel, g);
+}
+
+}  // namespace lors
