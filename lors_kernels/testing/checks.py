@@ -29,7 +29,7 @@ groups: Any = grouped
 # Of two float32 sums over at most a few thousand products each, relative to ||delta||^2 ||x||. Seen: 1e-7 for random
 # entries, 6e-7 for equal positive ones, whose roundings all go one way.
 SUM_ERROR = 2e-6
-SIGMA_ERROR = 1e-5  # of a singular value, relative to the largest
+SIGMA_ERROR = 1e-5  # of a singular value, relative to the largest: it moves no farther than L may (Weyl)
 THREADS = 3  # more than one, and no divisor of most numbers of rows
 RING = 5  # entries around a matrix, an odd number: its rows lie on no boundary
 

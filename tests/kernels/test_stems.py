@@ -28,7 +28,8 @@ def source(path: str) -> str:
 
 
 def test_every_table_has_every_operation() -> None:
-    assert len(PUBLIC) == len(OPERATIONS) and set(OPERATIONS) == set(bench.OPERATIONS) == set(PUBLIC) <= set(CHECKS)
+    assert sorted(OPERATIONS) == sorted(bench.OPERATIONS) == sorted(PUBLIC)
+    assert set(PUBLIC) <= set(CHECKS)
 
 
 @pytest.mark.parametrize("operation", PUBLIC)
@@ -59,4 +60,5 @@ def test_the_native_test_calls_every_compiled_operation(operation: str) -> None:
 def test_gpu_kernels_have_the_same_stems(folder: str) -> None:
     shared = {"__init__", "aot", "backend", "launch", "residual"}
     stems = {path.stem for path in (ROOT / folder).iterdir() if path.suffix in (".cu", ".py")}
-    assert stems - shared and stems - shared <= COMPILED
+    steps = {"eigh", "orthonormalise"}  # of truncated_svd
+    assert COMPILED & stems and stems <= COMPILED | shared | steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -511,3 +512,11 @@ def test_the_expectation_of_della_depends_on_magnitude() -> None:
         float(kept[part].sum() / magnitude[part].sum()) for part in (slice(0, 500), slice(-500, None), slice(None))
     ]
     assert share == pytest.approx([0.62, 1.16, 1.0], abs=0.03)
+
+
+def test_every_method_is_in_the_documents() -> None:
+    root = Path(__file__).parents[2]
+    table = re.findall(r"^\| (`.*?) \|", (root / "docs" / "methods.md").read_text(encoding="utf-8"), re.M)
+    assert set(METHODS) <= {name for row in table for name in re.findall(r"`(\w+)`", row)}
+    listed = (root / "README.md").read_text(encoding="utf-8").partition("\nMethods: ")[2].partition("\n\n")[0]
+    assert set(METHODS) <= set(re.findall(r"`(\w+)`", listed))

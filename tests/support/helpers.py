@@ -56,6 +56,18 @@ def assert_right(operation: str, case: Case, backend: str) -> None:
     assert not wrong, wrong
 
 
+def assert_no_worse(found: Any, naive: Any, exact: Any, factor: float = 2.0) -> None:
+    """A float32 result against float64: its largest error is no larger than that of plain float32, but for `factor`.
+
+    2: the same roundings in another order. One rounding of the largest value comes on top, for plain float32 may be exact by
+    luck, and one step between denormals.
+    """
+    found, naive, exact = (np.asarray(x, np.float64) for x in (found, naive, exact))
+    assert found.shape == exact.shape
+    allowed = factor * np.abs(naive - exact).max(initial=0) + 2.0**-24 * np.abs(exact).max(initial=0) + 2.0**-149
+    assert np.abs(found - exact).max(initial=0) <= allowed
+
+
 def ringed(array: np.ndarray, ring: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """A copy of a matrix with strided rows inside a larger buffer of sentinels: (view, whole buffer)."""
     rows, cols = array.shape

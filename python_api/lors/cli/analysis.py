@@ -10,7 +10,7 @@ import typer
 
 from ..errors import print_lines
 from ..progress import bar
-from .options import experts_of
+from .options import Json, Quiet, experts_of
 
 
 def inspect(
@@ -20,7 +20,7 @@ def inspect(
     top: Annotated[int, typer.Option(min=1, help="Singular values shown per matrix.")] = 5,
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only tensors with such names.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the spectra (needs matplotlib).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What is in a checkpoint; with --base, the spectrum of every task vector."""
     from ..analysis.inspect import inspect_command
@@ -39,7 +39,7 @@ def report(
     match: Annotated[str | None, typer.Option(metavar="REGEX", help="Only matrices with such names.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: all cores).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a report in FILE.html and FILE.json.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """How experts interfere: energies, spectra, subspaces, sign conflicts, layer by layer, as one page and as JSON."""
     from ..analysis.interference import interference

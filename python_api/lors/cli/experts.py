@@ -9,6 +9,7 @@ import typer
 
 from ..command import as_options
 from ..errors import print_lines
+from .options import Backend, Exclude, Include, Json, ReportJson, Threads
 from .show import tell_report
 
 
@@ -26,17 +27,13 @@ def decompose(
         str, typer.Option(help="Tensors that are not decomposed: float32, float16, int8 or none.")
     ] = "float16",
     name: Annotated[str | None, typer.Option(help="What the expert is called (default: its directory).")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the decomposition.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
-    ] = None,
+    backend: Backend = None,
+    threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Store an expert as low rank plus sparse, in a fraction of its size; `merge`, `add` and `remove` take it."""
     from ..experts.decompose import decompose as run
@@ -61,11 +58,9 @@ def add(
     expert: Annotated[str, typer.Argument(help="Expert file of the same base.")],
     name: Annotated[str | None, typer.Option(help="What to call it (default: its own name).")] = None,
     weight: Annotated[float | None, typer.Option(help="Its factor (default: the recipe's).")] = None,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    backend: Backend = None,
+    threads: Threads = None,
+    as_json: ReportJson = False,
 ) -> None:
     """Add one expert to a merged model, in place and in one step."""
     from ..merging.edit import edit
@@ -77,11 +72,9 @@ def remove(
     merged: Annotated[str, typer.Argument(help="Directory written by `lors merge`.")],
     expert: Annotated[str, typer.Argument(help="Expert file that was merged, or made from the checkpoint that was.")],
     name: Annotated[str | None, typer.Option(help="Which one, when it is in the model twice.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    backend: Backend = None,
+    threads: Threads = None,
+    as_json: ReportJson = False,
 ) -> None:
     """Take one expert out of a merged model, in place and in one step."""
     from ..merging.edit import edit

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from ..errors import LorsError, SettingError
+from .options import Backends, Json
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(as_json: Json = False) -> None:
     """Backends, each available or why not; threads, versions. Exit code 1 if something is broken or misconfigured."""
     from lors_kernels.__main__ import print_diagnosis
 
@@ -18,11 +19,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def validate(
-    backend: Annotated[
-        list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
-    ] = None,
+    backend: Backends = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check every kernel operation against its definition on this machine; exit code 1 if one is wrong or none is there."""
     from lors_kernels import BackendUnavailable
@@ -37,16 +36,14 @@ def validate(
 
 
 def bench(
-    backend: Annotated[
-        list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
-    ] = None,
+    backend: Backends = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Matrices of this model's shapes (default: two of whisper-small).")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
     rank: Annotated[int, typer.Option(min=1, help="Of the low-rank part.")] = 7,
     density: Annotated[float, typer.Option(help="Share of entries kept of the rest.")] = 0.2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time every kernel operation here, beside plain torch and against the peaks of this machine; exit code 1 if one is
     wrong.

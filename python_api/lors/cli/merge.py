@@ -11,7 +11,7 @@ import typer
 from ..command import as_options
 from ..errors import LorsError
 from ..progress import bar
-from .options import experts_of, pairs_of, scalar
+from .options import Backend, Exclude, Include, Quiet, ReportJson, Threads, experts_of, pairs_of, scalar
 from .show import tell_report
 
 
@@ -32,15 +32,11 @@ def merge(
     param: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
     ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")
-    ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
-    ] = None,
+    backend: Backend = None,
+    threads: Threads = None,
     device: Annotated[
         str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
     ] = None,
@@ -59,8 +55,8 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: ReportJson = False,
+    quiet: Quiet = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
 ) -> None:
     """Merge experts into one checkpoint, by a recipe or by options.

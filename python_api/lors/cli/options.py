@@ -1,12 +1,30 @@
-"""What options are read with."""
+"""Options that several commands have, and what options are read with.
+
+typer looks the types up where a command is defined: they are imported there, at run time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import LorsError
+
+Backend = Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")]
+Backends = Annotated[
+    list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
+]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")]
+Include = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+ReportJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
+]
 
 
 def experts_of(items: Sequence[str], where: str) -> dict[str, str]:

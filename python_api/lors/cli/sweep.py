@@ -9,7 +9,7 @@ import typer
 
 from ..errors import LorsError, print_lines
 from ..public import public
-from .options import pairs_of
+from .options import Backend, Quiet, pairs_of
 
 
 def sweep(
@@ -36,11 +36,11 @@ def sweep(
     ] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")] = None,
+    backend: Backend = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials (default: all cores).")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try trials again that failed in an earlier run.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
     from ..methods import SPECS
