@@ -227,7 +227,8 @@ void check_leading_eigenvectors() {
             for (int64_t i = 0; i < n * n; ++i) a[i] = a[i % n * n + i / n] = random.next();
         }
         for (int64_t i = 0; i < n && kind && kind < 5; ++i) {
-            const double x = static_cast<double>(i), values[] = {0, 1 - 1e-9 * x, x < 25 ? 1 : 1 / x, x < 3 ? 1.0 : 0.0, 1};
+            const double x = static_cast<double>(i),
+                         values[] = {0, 1 - 1e-9 * x, x < 25 ? 1 : 1 / x, x < 3 ? 1.0 : 0.0, 1};
             a[i * n + i] = values[kind];
         }
         const int64_t mirrors = kind == 4 ? 0 : 3;  // turn all axes, but not the blocks of one
