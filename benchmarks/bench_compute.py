@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -146,7 +147,9 @@ def run(results: Results, data: Path, repeats: int, *, sample: int | None = None
     size, experts = ("tiny", 2) if results.quick else ("small", 5)
     for deltas in ("powerlaw", "flat"):
         prefix = f"{size} float32, {experts} experts, {deltas}"
-        run_states(results, prefix, load(data, Spec(size, deltas=deltas), experts), repeats, sample)
+        states = load(data, Spec(size, deltas=deltas), experts)
+        run_states(results, prefix, states, repeats, sample)
+        run_spectral(results, prefix, states, repeats)
 
 
 def run_states(results: Results, prefix: str, states: States, repeats: int, sample: int | None) -> None:
@@ -161,6 +164,50 @@ def run_states(results: Results, prefix: str, states: States, repeats: int, samp
         other = results.record(f"{prefix}: {name}", measure)
         other["ratio"] = ratio(other["seconds"], mine["seconds"])
     results.save()
+
+
+def run_spectral(results: Results, prefix: str, states: States, repeats: int) -> None:
+    """Methods that need most of the spectrum, beside the thin SVD of every expert's delta, which they contain as published.
+
+    One matrix of each shape is timed, ours and theirs in turn, and scaled by how many there are.
+    """
+    base, experts = states
+    groups = targets_by_shape(base)
+    seconds: dict[str, list[float]] = {"tsv": [], "iso_c": [], "thin SVDs": []}
+    for round in range(repeats + 1):
+        for what, taken in seconds.items():
+            took = sum(len(names) * time_spectral(what, base, experts, names[0]) for names in groups.values())
+            if round:  # the first pays for threads and workspaces
+                taken.append(took)
+    for method in ("tsv", "iso_c"):
+        piece = {"seconds": spread(seconds[method]), "thin SVDs": spread(seconds["thin SVDs"])}
+        piece["ratio"] = ratio(piece["thin SVDs"], piece["seconds"])
+        results.pieces[f"{prefix}, {method}: beside the experts' thin SVDs"] = piece
+        print(
+            f"  {method}: {piece['seconds']['median']:.1f} s, thin SVDs {piece['thin SVDs']['median']:.1f} s",
+            flush=True,
+        )
+    results.save()
+
+
+def time_spectral(what: str, base: Mapping[str, Tensor], experts: list[dict[str, Tensor]], name: str) -> float:
+    """Seconds for one matrix; of one thread, which is what a worker of the engine has."""
+    import lors
+
+    one = {name: base[name]}
+    named = {f"expert{number}": {name: expert[name]} for number, expert in enumerate(experts)}
+    deltas = [expert[name].float() - base[name].float() for expert in experts]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    if what == "thin SVDs":
+        for delta in deltas:
+            torch.linalg.svd(delta, full_matrices=False)
+    else:
+        lors.merge_state_dicts(one, named, method=what, backend="cpu", target={"include": [re.escape(name)]}, threads=1)
+    took = time.process_time() - begin
+    torch.set_num_threads(before)
+    return took
 
 
 def measure_ours(states: States, repeats: int, count: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def truncated_svd(
     """L = sum_{i<=r} sigma_i u_i v_i^T, the r largest singular triplets of delta = tuned - base; L = left @ right.T.
 
     Block Krylov iteration on delta.T @ delta with full reorthogonalisation, until it is certain of what it claims: that
-    the wanted triplets are exact enough and that none was missed. What it cannot be certain of is decomposed densely.
+    the wanted triplets are exact enough and that none was missed. What it cannot be certain of is decomposed densely, and
+    on the CPU what costs less that way: large ranks.
 
     Contract, whatever the spectrum: ||L - exact|| <= residual ||exact|| against a float64 SVD of the float32 delta, and
     residual <= 1e-5 (more where entries of `left` are denormal). Where sigma_r and sigma_{r+1} agree to 1e-6 relative

@@ -25,4 +25,14 @@ LORS_HOST_DEVICE uint32_t random_bits(uint64_t key, uint64_t index) {
     return static_cast<uint32_t>(random_word(key, index) >> 32);
 }
 
+// The numbers of a stream one after another, uniform in [-1, 1).
+class Random {
+  public:
+    explicit Random(uint64_t key) : key_(key) {}
+    double next() { return static_cast<double>(static_cast<int64_t>(random_word(key_, index_++))) * 0x1p-63; }
+
+  private:
+    uint64_t key_, index_ = 0;
+};
+
 }  // namespace lors

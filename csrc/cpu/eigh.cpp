@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
 
+#include "../common/counter_random.h"
 #include "simd.h"
 
 namespace lors {
@@ -22,38 +24,66 @@ double dot(const double* x, const double* y, int64_t n) {
     return total;
 }
 
-// a becomes Q.T a Q = tridiag(diagonal, off); reflector k is kept in row k of a, columns k+1.., its scale in beta[k].
-void tridiagonalise(double* a, int64_t n, double* diagonal, double* off, double* beta) {
-    std::vector<double> p(static_cast<size_t>(n));
-    for (int64_t k = 0; k + 2 < n; ++k) {
-        double* v = a + k * n;  // row k = column k by symmetry
-        const double tail = dot(v + k + 2, v + k + 2, n - k - 2);
-        const double alpha = v[k + 1];
-        beta[k] = 0;
-        off[k] = alpha;
-        if (tail == 0) continue;
-        const double norm = std::sqrt(alpha * alpha + tail);
-        const double head = alpha > 0 ? alpha + norm : alpha - norm;
-        off[k] = alpha > 0 ? -norm : norm;
-        for (int64_t j = k + 2; j < n; ++j) v[j] /= head;
-        v[k + 1] = 1;
-        beta[k] = 2 / (1 + tail / (head * head));
-        double overlap = 0;
-        for (int64_t i = k + 1; i < n; ++i) {
-            p[static_cast<size_t>(i)] = beta[k] * dot(a + i * n + k + 1, v + k + 1, n - k - 1);
-            overlap += p[static_cast<size_t>(i)] * v[i];
-        }
-        for (int64_t i = k + 1; i < n; ++i) p[static_cast<size_t>(i)] -= 0.5 * beta[k] * overlap * v[i];
-        for (int64_t i = k + 1; i < n; ++i) {
-            double* row = a + i * n;
-            const double vi = v[i], pi = p[static_cast<size_t>(i)];
-            const double* pj = p.data();
-            LORS_NO_OVERLAP
-            for (int64_t j = k + 1; j < n; ++j) row[j] -= vi * pj[j] + pi * v[j];
+// Rows of `a` from column `from` on: row[j] -= u[i] p[j] + p[i] u[j], and y[i] = row . v for the R rows from i on.
+template <int R>
+void update_rows(double* a, int64_t n, int64_t i, int64_t from, const double* u, const double* p, const double* v,
+                 double* y) {
+    Vec<double> sums[R] = {};
+    int64_t j = from;
+    for (; j + kLanes<double> <= n; j += kLanes<double>) {
+        const Vec<double> uj = load(u + j), pj = load(p + j), vj = load(v + j);
+        for (int r = 0; r < R; ++r) {
+            double* at = a + (i + r) * n + j;
+            const Vec<double> row = load(at) - (splat(u[i + r]) * pj + splat(p[i + r]) * uj);
+            store(at, row);
+            sums[r] += row * vj;
         }
     }
-    for (int64_t k = 0; k < n; ++k) diagonal[k] = a[k * n + k];
-    if (n >= 2) off[n - 2] = a[(n - 2) * n + n - 1];
+    for (int r = 0; r < R; ++r) {
+        double total = 0;
+        for (int lane = 0; lane < kLanes<double>; ++lane) total += sums[r][lane];
+        double* row = a + (i + r) * n;
+        for (int64_t k = j; k < n; ++k) {
+            row[k] -= u[i + r] * p[k] + p[i + r] * u[k];
+            total += row[k] * v[k];
+        }
+        y[i + r] = total;
+    }
+}
+
+// a becomes Q.T a Q = tridiag(diagonal, off); reflector k is kept in row k of a, columns k+1.., its scale in beta[k].
+// What a reflector does to the rest waits for the next one, so that the rest is read once for both.
+void tridiagonalise(double* a, int64_t n, double* diagonal, double* off, double* beta) {
+    Buffer<double> u(n), p(n), y(n);  // a stands for a - u p.T - p u.T
+    for (Buffer<double>* buffer : {&u, &p, &y}) buffer->zero();
+    for (int64_t k = 0; k + 2 < n; ++k) {
+        double* v = a + k * n;  // row k = column k by symmetry
+        for (int64_t j = k; j < n; ++j) v[j] -= u[k] * p[j] + p[k] * u[j];
+        diagonal[k] = v[k];
+        const double tail = dot(v + k + 2, v + k + 2, n - k - 2);
+        const double alpha = v[k + 1];
+        off[k] = alpha;
+        beta[k] = 0;
+        if (tail > 0) {
+            const double norm = std::sqrt(alpha * alpha + tail);
+            const double head = alpha > 0 ? alpha + norm : alpha - norm;
+            off[k] = alpha > 0 ? -norm : norm;
+            for (int64_t j = k + 2; j < n; ++j) v[j] /= head;
+            v[k + 1] = 1;
+            beta[k] = 2 / (1 + tail / (head * head));
+        }
+        int64_t i = k + 1;
+        for (; i + 4 <= n; i += 4) update_rows<4>(a, n, i, k + 1, u.data(), p.data(), v, y.data());
+        for (; i < n; ++i) update_rows<1>(a, n, i, k + 1, u.data(), p.data(), v, y.data());
+        double overlap = 0;
+        for (int64_t j = k + 1; j < n; ++j) overlap += y[j] * v[j];
+        for (int64_t j = k + 1; j < n; ++j) {
+            u[j] = v[j];
+            p[j] = beta[k] * (y[j] - 0.5 * beta[k] * overlap * v[j]);
+        }
+    }
+    for (int64_t k = std::max<int64_t>(0, n - 2); k < n; ++k) diagonal[k] = a[k * n + k] - 2 * u[k] * p[k];
+    if (n >= 2) off[n - 2] = a[(n - 2) * n + n - 1] - u[n - 2] * p[n - 1] - p[n - 2] * u[n - 1];
 }
 
 // Diagonalises the tridiagonal matrix; the rows of z [n, width] are turned with it, so that row i ends as what
@@ -98,6 +128,13 @@ void implicit_qr(double* d, double* e, int64_t n, double* z, int64_t width) {
     }
 }
 
+// x becomes (1 - beta v v.T) x.
+void reflect(const double* v, double beta, int64_t n, double* x) {
+    const double factor = beta * dot(v, x, n);
+    LORS_NO_OVERLAP
+    for (int64_t j = 0; j < n; ++j) x[j] -= factor * v[j];
+}
+
 // z [n, entries.size()] = the wanted rows of Q, transposed: column c is Q.T e_entry.
 void unit_vectors(const double* a, const double* beta, int64_t n, const std::vector<int64_t>& entries, double* z) {
     const int64_t width = static_cast<int64_t>(entries.size());
@@ -106,12 +143,85 @@ void unit_vectors(const double* a, const double* beta, int64_t n, const std::vec
         std::fill(x.begin(), x.end(), 0.0);
         x[static_cast<size_t>(entries[static_cast<size_t>(c)])] = 1;
         for (int64_t k = 0; k + 2 < n; ++k) {
-            const double *v = a + k * n + k + 1, factor = beta[k] * dot(v, x.data() + k + 1, n - k - 1);
-            double* tail = x.data() + k + 1;
-            LORS_NO_OVERLAP
-            for (int64_t j = 0; j < n - k - 1; ++j) tail[j] -= factor * v[j];
+            reflect(a + k * n + k + 1, beta[k], n - k - 1, x.data() + k + 1);
         }
         for (int64_t i = 0; i < n; ++i) z[i * width + c] = x[static_cast<size_t>(i)];
+    }
+}
+
+// Solves (T - value) x = x for a tridiagonal T by elimination with row exchanges; what vanishes counts as `least`.
+class Shifted {
+  public:
+    Shifted(const double* d, const double* e, int64_t n, double value, double least)
+        : n_(n), pivot_(n), first_(n), second_(n), factor_(n), swapped_(static_cast<size_t>(n)) {
+        double diagonal = d[0] - value, right = n > 1 ? e[0] : 0;
+        for (int64_t i = 0; i + 1 < n; ++i) {
+            const double below = e[i], next = d[i + 1] - value, beyond = i + 2 < n ? e[i + 1] : 0;
+            swapped_[static_cast<size_t>(i)] = std::fabs(below) > std::fabs(diagonal);
+            if (swapped_[static_cast<size_t>(i)]) {
+                factor_[i] = diagonal / below;
+                pivot_[i] = below, first_[i] = next, second_[i] = beyond;
+                diagonal = right - factor_[i] * next, right = -factor_[i] * beyond;
+            } else {
+                if (std::fabs(diagonal) < least) diagonal = least;
+                factor_[i] = below / diagonal;
+                pivot_[i] = diagonal, first_[i] = right, second_[i] = 0;
+                diagonal = next - factor_[i] * right, right = beyond;
+            }
+        }
+        pivot_[n - 1] = std::fabs(diagonal) < least ? least : diagonal;
+        for (int64_t i = 0; i < n; ++i) pivot_[i] = 1 / pivot_[i];
+    }
+
+    void solve(double* x) const {
+        for (int64_t i = 0; i + 1 < n_; ++i) {
+            if (swapped_[static_cast<size_t>(i)]) std::swap(x[i], x[i + 1]);
+            x[i + 1] -= factor_[i] * x[i];
+        }
+        double after = 0, later = 0;
+        for (int64_t i = n_ - 1; i >= 0; --i) {
+            double sum = x[i];
+            if (i + 1 < n_) sum -= first_[i] * after + second_[i] * later;
+            later = after;
+            x[i] = after = sum * pivot_[i];
+        }
+    }
+
+  private:
+    int64_t n_;
+    Buffer<double> pivot_, first_, second_, factor_;  // the upper factor's three diagonals, the lower one's
+    std::vector<char> swapped_;
+};
+
+// Eigenvectors of the tridiagonal matrix for its first `count` values, as rows of z [count, n], by inverse iteration.
+// Those whose values differ by less than kNear of the largest are made orthogonal; further apart they are to 1e-9.
+void tridiagonal_vectors(const double* d, const double* e, int64_t n, const double* values, int64_t count, double* z) {
+    constexpr double kNear = 1e-6;
+    constexpr int kRounds = 3;
+    const double eps = std::numeric_limits<double>::epsilon();
+    const double scale = std::max(std::fabs(values[0]), std::fabs(values[n - 1]));
+    const double least = std::max(eps * scale, std::numeric_limits<double>::min());
+    int64_t near = 0;  // first of the values close to this one
+    double shift = values[0];
+    for (int64_t c = 0; c < count; ++c) {
+        double* x = z + c * n;
+        if (c) shift = std::min(values[c], shift - 2 * least);
+        while (values[near] - values[c] > kNear * scale) ++near;
+        const Shifted shifted(d, e, n, shift, least);
+        Random start(static_cast<uint64_t>(c));
+        for (int64_t i = 0; i < n; ++i) x[i] = start.next();
+        for (int round = 0; round < kRounds; ++round) {
+            shifted.solve(x);
+            double largest = 0;
+            for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(x[i]));
+            for (int64_t i = 0; i < n; ++i) x[i] /= largest;
+            for (int64_t k = near; k < c; ++k) {
+                const double overlap = dot(x, z + k * n, n);
+                for (int64_t i = 0; i < n; ++i) x[i] -= overlap * z[k * n + i];
+            }
+            const double norm = std::sqrt(dot(x, x, n));
+            for (int64_t i = 0; i < n; ++i) x[i] /= norm;
+        }
     }
 }
 
@@ -133,6 +243,30 @@ Eigen eigh(double* a, int64_t n, const std::vector<int64_t>& entries) {
         const int64_t from = order[static_cast<size_t>(i)];
         result.values[i] = d[from];
         std::copy(&z[from * width], &z[from * width] + width, &result.vectors[i * width]);
+    }
+    return result;
+}
+
+Eigen eigh_leading(double* a, int64_t n, int64_t count) {
+    constexpr int64_t kSmall = 64, kAtOnce = 8;  // eigenvectors that stay in L1
+    if (n <= kSmall || 2 * count > n) return eigh(a, n);
+    Buffer<double> d(n), e(n), beta(n), values(n), off(n);
+    e.zero();
+    beta.zero();
+    tridiagonalise(a, n, d.data(), e.data(), beta.data());
+    std::copy(d.data(), d.data() + n, values.data());
+    std::copy(e.data(), e.data() + n, off.data());
+    implicit_qr(values.data(), off.data(), n, nullptr, 0);
+    std::sort(values.data(), values.data() + n, std::greater<double>());
+    Eigen result{std::move(values), Buffer<double>(count * n)};
+    double* z = result.vectors.data();
+    tridiagonal_vectors(d.data(), e.data(), n, result.values.data(), count, z);
+    for (int64_t first = 0; first < count; first += kAtOnce) {
+        const int64_t rows = std::min(kAtOnce, count - first);
+        for (int64_t k = n - 3; k >= 0; --k) {
+            for (int64_t c = first; c < first + rows; ++c)
+                reflect(a + k * n + k + 1, beta[k], n - k - 1, z + c * n + k + 1);
+        }
     }
     return result;
 }

@@ -20,4 +20,8 @@ Eigen eigh(double* a, int64_t n, const std::vector<int64_t>& entries);
 // The same with all entries.
 Eigen eigh(double* a, int64_t n);
 
+// All eigenvalues and at least the first `count` eigenvectors, whole: where these are few, by inverse iteration,
+// orthogonal to 1e-9 only.
+Eigen eigh_leading(double* a, int64_t n, int64_t count);
+
 }  // namespace lors

@@ -11,16 +11,6 @@
 
 namespace lors {
 
-// The numbers of a stream one after another, uniform in [-1, 1).
-class Random {
-  public:
-    explicit Random(uint64_t key) : key_(key) {}
-    double next() { return static_cast<double>(static_cast<int64_t>(random_word(key_, index_++))) * 0x1p-63; }
-
-  private:
-    uint64_t key_, index_ = 0;
-};
-
 template <class T>
 class Krylov {
   public:
@@ -96,17 +86,27 @@ class Krylov {
     // The first `count` Ritz vectors as rows of v [count, np]. Summed in float64: sums of a hundred float32 terms would
     // lose a digit of the residuals.
     void ritz_vectors(int64_t count, double* v) const {
+        constexpr int64_t kStrip = 4 * kPad;  // columns of the basis that stay in L2 in float64
         Buffer<double> t = projection();
-        const Eigen ritz = eigh(t.data(), size_);
-        std::fill(v, v + count * np_, 0.0);
-        for (int64_t i = 0; i < size_; ++i) {
-            const T* q = row(i);
-            for (int64_t c = 0; c < count; ++c) {
-                const double factor = ritz.vectors[c * size_ + i];
-                double* sum = v + c * np_;
-                LORS_NO_OVERLAP
-                for (int64_t j = 0; j < np_; ++j) sum[j] += factor * static_cast<double>(q[j]);
+        const Eigen ritz = eigh_leading(t.data(), size_, count);
+        Buffer<double> factors(even(count) * size_), panel(size_ * kStrip), sums(4 * kStrip);
+        each_group(even(count), [&](auto group, int64_t first) {
+            constexpr int W = decltype(group)::value;
+            columns_of<W>(ritz.vectors.data(), count, size_, first, &factors[first * size_]);
+        });
+        for (int64_t j = 0; j < np_; j += kStrip) {
+            const int64_t strip = std::min(kStrip, np_ - j);
+            for (int64_t i = 0; i < size_; ++i) {
+                for (int64_t k = 0; k < strip; ++k) panel[i * strip + k] = static_cast<double>(row(i)[j + k]);
             }
+            each_group(even(count), [&](auto group, int64_t first) {
+                constexpr int W = decltype(group)::value;
+                sums.zero();
+                accumulate<W>(panel.data(), strip, size_, &factors[first * size_], sums.data(), strip);
+                for (int64_t c = 0; c < std::min<int64_t>(W, count - first); ++c) {
+                    std::copy(&sums[c * strip], &sums[(c + 1) * strip], v + (first + c) * np_ + j);
+                }
+            });
         }
     }
 

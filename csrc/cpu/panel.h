@@ -99,4 +99,12 @@ inline void accumulate(const T* a, int64_t lda, int64_t rows, const T* y, T* z, 
     for (; j < n; j += kLanes<T>) accumulate_columns<T, W, 1>(a + j, lda, rows, y, z + j, n);
 }
 
+// Rows first to first + W of x [count, n], zeros where there is none, as the factors [n, W] that `accumulate` takes.
+template <int W>
+inline void columns_of(const double* x, int64_t count, int64_t n, int64_t first, double* factors) {
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < W; ++c) factors[i * W + c] = first + c < count ? x[(first + c) * n + i] : 0.0;
+    }
+}
+
 }  // namespace lors

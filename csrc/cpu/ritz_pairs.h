@@ -79,8 +79,8 @@ Pairs measured(const PackedRows& a, const Krylov<T>& krylov, int64_t count, int 
     return pairs;
 }
 
-// A @ x in float64, x [width, np]; the entries of y [rows, width].
-inline void product64(const PackedRows& a, const double* x, int64_t width, double* y, int threads) {
+// A @ x in float64, x [width, np]; the entries of y [rows, width], row step `step`.
+inline void product64(const PackedRows& a, const double* x, int64_t width, double* y, int64_t step, int threads) {
     const int64_t n = padded(a.cols()), block = block_rows<double>(a.cols()), blocks = (a.rows() + block - 1) / block;
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, blocks)));
     Buffer<double> panels(workers * block * n), parts(workers * block * 4);
@@ -91,9 +91,46 @@ inline void product64(const PackedRows& a, const double* x, int64_t width, doubl
         each_group(width, [&](auto group, int64_t first) {
             constexpr int W = decltype(group)::value;
             dots<W>(panel, n, rows, x + first * n, n, n, part);
-            for (int64_t r = 0; r < rows; ++r) std::copy(part + r * W, part + (r + 1) * W, &y[(i + r) * width + first]);
+            for (int64_t r = 0; r < rows; ++r) std::copy(part + r * W, part + (r + 1) * W, &y[(i + r) * step + first]);
         });
     });
+}
+
+// Makes the rows of x [width, np] orthonormal, four at a time, twice against each before.
+inline void orthonormalise(double* x, int64_t width, int64_t np) {
+    Buffer<double> overlaps(width * 4);
+    each_group(width, [&](auto group, int64_t first) {
+        constexpr int W = decltype(group)::value;
+        double* block = x + first * np;
+        for (int round = 0; round < 2; ++round) {
+            dots<W>(x, np, first, block, np, np, overlaps.data());
+            for (int64_t i = 0; i < first * W; ++i) overlaps[i] = -overlaps[i];
+            accumulate<W>(x, np, first, overlaps.data(), block, np);
+            for (int64_t p = 0; p < W; ++p) {
+                double* v = block + p * np;
+                for (int64_t q = 0; q < p; ++q) add_multiple(v, -dot64(v, block + q * np, np), block + q * np, np);
+                const double norm = std::sqrt(dot64(v, v, np));
+                add_multiple(v, norm > 0 ? 1 / norm - 1 : 0, v, np);
+            }
+        }
+    });
+}
+
+// h [width, step] = y.T y for y [rows, step].
+inline void overlaps_of(const double* y, int64_t rows, int64_t width, int64_t step, double* h) {
+    constexpr int64_t kBlock = 128;  // rows that stay in L2
+    Buffer<double> factors(kBlock * 4);
+    std::fill(h, h + width * step, 0.0);
+    for (int64_t i = 0; i < rows; i += kBlock) {
+        const int64_t count = std::min(kBlock, rows - i);
+        each_group(width, [&](auto group, int64_t first) {
+            constexpr int W = decltype(group)::value;
+            for (int64_t r = 0; r < count; ++r) {
+                std::copy(&y[(i + r) * step + first], &y[(i + r) * step + first + W], &factors[r * W]);
+            }
+            accumulate<W>(y + i * step, step, count, factors.data(), h + first * step, step);
+        });
+    }
 }
 
 // The first `count` Ritz vectors after a Rayleigh-Ritz step in float64: what rounding has mixed is sorted out again.
@@ -101,36 +138,29 @@ template <class T>
 Pairs held_apart(const PackedRows& a, const Krylov<T>& krylov, int64_t count, int threads) {
     const int64_t np = padded(a.cols()), rows = a.rows();
     Pairs pairs(count, rows, np);
-    const int64_t width = pairs.width;
-    Buffer<double> x(width * np), y(rows * width), h(count * count);
-    x.zero();
+    const int64_t width = pairs.width, step = padded(width);
+    Buffer<double> x(width * np), y(rows * step), full(width * step), h(count * count), turned(width * step);
+    for (Buffer<double>* buffer : {&x, &y, &turned}) buffer->zero();
     krylov.ritz_vectors(count, x.data());
-    for (int64_t p = 0; p < count; ++p) {
-        for (int64_t k = 0; k < 2 * p; ++k) {  // twice against each before
-            const double* q = &x[k % p * np];
-            add_multiple(&x[p * np], -dot64(&x[p * np], q, np), q, np);
-        }
-        const double norm = std::sqrt(dot64(&x[p * np], &x[p * np], np));
-        add_multiple(&x[p * np], norm > 0 ? 1 / norm - 1 : 0, &x[p * np], np);
-    }
-    product64(a, x.data(), width, y.data(), threads);
-    h.zero();
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t p = 0; p < count; ++p) {
-            for (int64_t q = 0; q < count; ++q) h[p * count + q] += y[i * width + p] * y[i * width + q];
-        }
-    }
+    orthonormalise(x.data(), width, np);
+    product64(a, x.data(), width, y.data(), step, threads);
+    overlaps_of(y.data(), rows, width, step, full.data());
+    for (int64_t p = 0; p < count; ++p) std::copy(&full[p * step], &full[p * step + count], &h[p * count]);
     const Eigen ritz = eigh(h.data(), count);
     pairs.theta.assign(ritz.values.data(), ritz.values.data() + count);
     pairs.turn = kRounding<double> * std::max(0.0, pairs.theta[0]);
-    pairs.product.zero();
     for (int64_t p = 0; p < count; ++p) {
-        const double* turned = &ritz.vectors[p * count];
-        for (int64_t q = 0; q < count; ++q) add_multiple(&pairs.vectors[p * np], turned[q], &x[q * np], np);
-        for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t q = 0; q < count; ++q) pairs.product[i * width + p] += turned[q] * y[i * width + q];
-        }
+        std::copy(&ritz.vectors[p * count], &ritz.vectors[(p + 1) * count], &turned[p * step]);
     }
+    Buffer<double> factors(count * 4), part(rows * 4);
+    each_group(width, [&](auto group, int64_t first) {
+        constexpr int W = decltype(group)::value;
+        columns_of<W>(ritz.vectors.data(), count, count, first, factors.data());
+        accumulate<W>(x.data(), np, count, factors.data(), &pairs.vectors[first * np], np);
+        dots<W>(y.data(), step, rows, &turned[first * step], step, step, part.data());
+        for (int64_t i = 0; i < rows; ++i)
+            std::copy(&part[i * W], &part[(i + 1) * W], &pairs.product[i * width + first]);
+    });
     measure_residuals(a, pairs, static_cast<T*>(nullptr), threads);
     return pairs;
 }

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import lors_kernels as kernels
@@ -41,6 +42,7 @@ ENOUGH, ROUNDS = 0.1, 20  # seconds and calls after which a median is taken, whi
 LONG = 1.0  # seconds of a first call that is not repeated
 
 Checked = tuple[float, float]  # (error, allowed)
+Solution = tuple[Any, Any]  # (left, right)
 
 
 class Work(NamedTuple):
@@ -51,7 +53,7 @@ class Work(NamedTuple):
     check: Callable[[Any], Checked]  # of what ours returned
     nbytes: int  # read or written at least, once each
     flops: int
-    rivals: dict[str, Callable[[], tuple[Any, Any]]] = {}  # of the decomposition: (left, right)
+    rivals: dict[str, Callable[[], Solution]] = {}  # of the decomposition
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,11 @@ def truncated_svd(of: Matrices) -> Work:
         left, right = solve()
         return solve if error(left, right) <= LOW_RANK_ERROR else _too_wrong
 
-    solvers = {"scipy arpack": lambda: _svds(of, "arpack"), "torch svd_lowrank": lambda: _svd_lowrank(of)}
-    if of.device != "cpu" or not _has_scipy():
-        del solvers["scipy arpack"]
+    solvers: dict[str, Callable[[], Solution]] = {"torch svd_lowrank": lambda: _svd_lowrank(of)}
+    if of.device == "cpu" and _has_scipy():
+        for name in ("arpack", "propack"):
+            if solve := _as_right(of, name, error):
+                solvers[f"scipy {name}"] = solve
     return Work(
         lambda backend: kernels.truncated_svd(of.base, of.tuned[0], of.rank, backend=backend),
         lambda: plain.thin_svd(plain.delta(of.base, of.tuned[0]), of.rank),
@@ -376,12 +380,26 @@ def _has_scipy() -> bool:
     return find_spec("scipy") is not None
 
 
-def _svds(of: Matrices, solver: str) -> tuple[Any, Any]:
+def _as_right(of: Matrices, solver: str, error: Callable[[Any, Any], float]) -> Callable[[], Solution] | None:
+    """The loosest tolerance, in float32 if that will do, with which a solver of scipy's is as right as is asked."""
+    for dtype in (torch.float32, torch.float64):
+        for tol in (1e-2, 1e-3, 1e-4, 1e-5):
+            solve = partial(_svds, of, solver, dtype, tol)
+            try:
+                if error(*solve()) <= LOW_RANK_ERROR:
+                    return solve
+            except (ArithmeticError, RuntimeError, np.linalg.LinAlgError):  # how they say that they did not converge
+                continue
+    return None
+
+
+def _svds(of: Matrices, solver: str, dtype: torch.dtype, tol: float) -> Solution:
     from scipy.sparse.linalg import svds
 
+    delta = plain.delta(of.base, of.tuned[0], dtype)
     if of.rank >= min(of.m, of.n):
-        return plain.thin_svd(plain.delta(of.base, of.tuned[0]), of.rank)
-    left, sigma, right = svds(plain.delta(of.base, of.tuned[0]).numpy(), k=of.rank, tol=1e-5, solver=solver, rng=0)
+        return plain.thin_svd(delta, of.rank)
+    left, sigma, right = svds(delta.numpy(), k=of.rank, tol=tol, solver=solver, maxiter=min(delta.shape), rng=0)
     return torch.from_numpy(left * sigma), torch.from_numpy(right.T.copy())
 
 

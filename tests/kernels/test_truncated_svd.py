@@ -175,3 +175,15 @@ def test_non_finite(backend: str) -> None:
 def test_wrong_rank(rank: object) -> None:
     with pytest.raises((TypeError, ValueError), match="rank: expected"):
         kernels.truncated_svd(None, np.ones((4, 6), np.float32), rank)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(400, 320), (320, 400)])
+def test_large_ranks_are_decomposed_densely(shape: tuple[int, int]) -> None:
+    """There a Krylov space costs more than LAPACK."""
+    delta = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = kernels.truncated_svd(None, delta, 160, backend="cpu")
+    u, sigma, vh = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
+    want = (u[:, :160] * sigma[:160]) @ vh[:160]
+    assert (found.method, found.passes) == ("eigh64", 0)
+    error = np.linalg.norm(found.left.astype(np.float64) @ found.right.T - want) / np.linalg.norm(want)
+    assert error <= found.residual <= 1e-5

@@ -215,6 +215,58 @@ void check_hard_spectra(int threads) {
     }
 }
 
+// Some eigenvectors of many, by inverse iteration: values apart, close, equal, in blocks that do not touch, and none
+// but 0.
+void check_leading_eigenvectors() {
+    const int64_t n = 150, count = 40;
+    for (int kind = 0; kind < 6; ++kind) {
+        lors::Random random(static_cast<uint64_t>(kind));
+        lors::Buffer<double> a(n * n), b(n * n);
+        a.zero();
+        if (kind == 0) {
+            for (int64_t i = 0; i < n * n; ++i) a[i] = a[i % n * n + i / n] = random.next();
+        }
+        for (int64_t i = 0; i < n && kind && kind < 5; ++i) {
+            const double x = static_cast<double>(i),
+                         values[] = {0, 1 - 1e-9 * x, x < 25 ? 1 : 1 / x, x < 3 ? 1.0 : 0.0, 1};
+            a[i * n + i] = values[kind];
+        }
+        const int64_t mirrors = kind == 4 ? 0 : 3;  // turn all axes, but not the blocks of one
+        for (int64_t mirror = 0; mirror < mirrors; ++mirror) {
+            std::vector<double> v(n), p(n);
+            double square = 0;
+            for (double& x : v) x = random.next(), square += x * x;
+            for (int side = 0; side < 2; ++side) {
+                for (int64_t i = 0; i < n; ++i) {
+                    double dot = 0;
+                    for (int64_t j = 0; j < n; ++j)
+                        dot += (side ? a[i * n + j] : a[j * n + i]) * v[static_cast<size_t>(j)];
+                    for (int64_t j = 0; j < n; ++j)
+                        (side ? a[i * n + j] : a[j * n + i]) -= 2 * dot / square * v[static_cast<size_t>(j)];
+                }
+            }
+        }
+        std::copy(a.data(), a.data() + n * n, b.data());
+        const lors::Eigen found = lors::eigh_leading(b.data(), n, count);
+        double residual = 0, skew = 0;
+        for (int64_t p = 0; p < count; ++p) {
+            const double* v = &found.vectors[p * n];
+            for (int64_t i = 0; i < n; ++i) {
+                double sum = -found.values[p] * v[i];
+                for (int64_t j = 0; j < n; ++j) sum += a[i * n + j] * v[j];
+                residual = std::max(residual, std::fabs(sum));
+            }
+            for (int64_t q = 0; q <= p; ++q) {
+                double sum = -(p == q);
+                for (int64_t i = 0; i < n; ++i) sum += v[i] * found.vectors[q * n + i];
+                skew = std::max(skew, std::fabs(sum));
+            }
+        }
+        expect(residual <= 1e-13 * (1 + std::fabs(found.values[0])), "eigenvectors", n, kind);
+        expect(skew <= 1e-9, "orthogonal eigenvectors", n, kind);
+    }
+}
+
 // The next Ritz value lies below the next eigenvalue; what bounds that from above must not, however early it is asked
 // for. And two random vectors show no third copy.
 void check_spectrum() {
@@ -304,6 +356,7 @@ int main() {
     check_ties();
     for (int threads : {1, 3}) check_hard_spectra(threads);
     check_spectrum();
+    check_leading_eigenvectors();
     std::vector<std::thread> callers;  // the pool serves one caller at a time; the others work alone
     std::vector<std::mt19937> generators(4, random);
     for (std::mt19937& generator : generators) {
