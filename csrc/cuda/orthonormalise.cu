@@ -1,8 +1,8 @@
 // The next block of a Krylov basis: W columns made orthonormal, and orthogonal to a basis Q, in one launch over all
 // pairs. A block per pair; the panel stays in shared memory, in float64, a column after the other.
 //
-// Shifted Cholesky QR, a projection against Q, and two Cholesky QRs more, as lors_kernels/backends/truncated_svd.py has them in torch,
-// which says why. Sums are taken in an order fixed by the sizes.
+// Shifted Cholesky QR, a projection against Q, and two Cholesky QRs more, as lors_kernels/backends/truncated_svd.py has
+// them in torch, which says why. Sums are taken in an order fixed by the sizes.
 #include <cmath>
 
 #include "launch.h"

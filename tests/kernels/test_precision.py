@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from helpers import require
 from lors_kernels.group import MatrixGroup
 from lors_kernels.grouped import truncated_svd_group
 from lors_kernels.precision import full_precision
 
 MATMUL = torch.backends.cuda.matmul
-pytestmark = pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="torch has the old switch only")
+
+
+@pytest.fixture(autouse=True)
+def _both_switches() -> None:
+    require("precision-switches", hasattr(MATMUL, "fp32_precision"), "torch has the old switch only")
 
 
 def state() -> tuple[str, str, str, str]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lors_kernels as kernels
-from helpers import assert_no_worse, ringed
+from helpers import assert_no_worse, require, ringed
 from lors_kernels import NonFiniteError
 from lors_kernels.backends import cpu
 from lors_kernels.testing.cases import CASES, DTYPES, Case, by_name
@@ -87,8 +87,7 @@ def test_the_seed_changes_the_start_and_not_the_result() -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_what_is_claimed_of_hard_spectra_holds(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 of the 20,000 of `python -m benchmarks certificate`, for every instruction set that runs here."""
-    if isa not in cpu.instruction_sets():
-        pytest.skip(f"this processor does not run {isa}")
+    require(isa, isa in cpu.instruction_sets(), "not of this processor")
     monkeypatch.setattr(cpu, "library", lambda: cpu.load(isa))
     methods, unique = Counter[str](), Counter[bool]()
     for case in hard_cases(500, first=1_000_000):

