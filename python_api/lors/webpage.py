@@ -12,7 +12,7 @@ from html import escape as escape_markup
 from .errors import printable
 from .files.replaceable import HEAD
 
-__all__ = ["Series", "escape", "heat_table", "lines", "page", "scatter", "section", "table"]
+__all__ = ["Series", "escape", "document", "heat_table", "lines", "page", "scatter", "section", "table"]
 
 Series = Mapping[str, Sequence[tuple[float, float]]]  # name -> points
 
@@ -55,17 +55,21 @@ def escape(text: str) -> str:
     return escape_markup(printable(text))
 
 
+def document(title: str, style: str, body: str, head: str = "") -> str:
+    """What every page begins and ends with. `body` is HTML from `<body>` on, `head` goes before the title."""
+    return f"{HEAD}{head}<title>{escape(title)}</title><style>{style}</style></head>{body}</html>\n"
+
+
 def page(title: str, lead: str, sections: Sequence[str], links: Mapping[str, str]) -> str:
     """The document. links: id of a section -> its heading, for the navigation."""
     items = "".join(f'<li><a href="#{escape(name)}">{escape(text)}</a></li>' for name, text in links.items())
-    return (
-        f"{HEAD}"
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
-        f'<p class="lead">{escape(lead)}</p><nav aria-label="Sections"><ul>{items}</ul></nav></header>\n<main>\n'
+    body = (
+        f'\n<body><header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
+        f'<nav aria-label="Sections"><ul>{items}</ul></nav></header>\n<main>\n'
         + "\n".join(sections)
-        + "\n</main></body></html>\n"
+        + "\n</main></body>"
     )
+    return document(title, _STYLE, body, '<meta name="viewport" content="width=device-width,initial-scale=1">')
 
 
 def section(name: str, heading: str, *parts: str) -> str:

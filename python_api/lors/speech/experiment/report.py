@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import print_lines, printable
 from ...files.file import write_file
-from ...files.replaceable import HEAD, PAGE, RESULTS
-from ...webpage import escape
+from ...files.replaceable import PAGE, RESULTS
+from ...webpage import document, escape
 from .config import Config
 from .results import METRIC, summarise
 
@@ -142,11 +142,8 @@ def _page(results: Mapping[str, Any]) -> str:
         _spectra(results),
         _reading(results),
     ]
-    title = escape(f"LoRS experiment {config['name']}")
-    return (
-        f"{HEAD}<title>{title}</title>"
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(part for part in body if part) + "\n</body></html>\n"
-    )
+    content = "\n".join(part for part in body if part)
+    return document(f"LoRS experiment {config['name']}", _STYLE, f"<body>\n{content}\n</body>")
 
 
 def _setting(results: Mapping[str, Any]) -> str:
