@@ -67,7 +67,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def cuda_only(test: Any) -> Any:
     """A test of the CUDA module, which the interpreter of Triton's kernels has not got."""
-    return None if INTERPRETED else test
+    return None if INTERPRETED else pytest.mark.usefixtures("cuda_backend")(test)
+
+
+@pytest.fixture
+def cuda_backend() -> str:
+    return require_backend("cuda")
 
 
 LENGTHY = ("wide", "tall", "power-0.5", "spikes", "flat-noise")
@@ -418,7 +423,6 @@ def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: s
     """Columns that are no basis at all are filled from the noise; what is said of w holds."""
     from lors_kernels.backends import cuda_module, truncated_svd
 
-    require_backend("cuda")
     generator = torch.Generator().manual_seed(n)
     full = torch.linalg.qr(torch.randn(2, n, columns + 8, generator=generator, dtype=torch.float64))[0].float()
     whole = torch.full((2, n, columns + 24), math.nan, device=DEVICE)
@@ -498,7 +502,6 @@ def test_small_eigenproblems(kind: str, n: int) -> None:
 def check_eigenpairs(a: torch.Tensor) -> None:
     from lors_kernels.backends import cuda_module
 
-    require_backend("cuda")
     n = a.shape[1]
     theta, vectors, error = cuda_module.eigh(a)
     top = a.abs().amax((1, 2)).clamp_min(1e-300)
@@ -531,7 +534,6 @@ def test_eigenpairs_that_are_wrong_are_found_again_by_the_library(monkeypatch: p
     from lors_kernels.backends import cuda_module
     from lors_kernels.backends.eigh import eigh
 
-    require_backend("cuda")
     a = symmetric("random", 9).to(DEVICE)
     right = torch.linalg.eigvalsh(a)
     assert torch.allclose(eigh(a)[0], right, rtol=1e-12)
