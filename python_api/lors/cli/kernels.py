@@ -48,7 +48,7 @@ def bench(
     """Time every kernel operation here, beside plain torch and against the peaks of this machine; exit code 1 if one is
     wrong.
 
-    Half a minute on two cores. LORS_THREADS sets the threads, of torch too.
+    LORS_THREADS sets the threads, of torch too. The reference takes most of the time: `--backend cpu` is quicker.
     """
     from lors_kernels import BackendUnavailable
     from lors_kernels.testing.bench import DEFAULT_SHAPES, bench_command
