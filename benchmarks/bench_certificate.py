@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -131,10 +132,10 @@ def native(cases: list[Any], isa: str) -> Iterator[Found | None]:
     from lors_kernels.backends import cpu
     from lors_kernels.types import FactorOverflowError
 
-    cpu.library = lambda: cpu.load(isa)  # type: ignore[assignment]
     for case in cases:
         try:
-            svd = cpu.truncated_svd(None, case.delta, case.rank, seed=case.seed, threads=1)
+            with mock.patch.object(cpu, "library", lambda: cpu.load(isa)):
+                svd = cpu.truncated_svd(None, case.delta, case.rank, seed=case.seed, threads=1)
         except FactorOverflowError:
             yield None
         else:

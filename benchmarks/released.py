@@ -20,6 +20,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from lors_kernels.testing import plain
+
 from .errors import BenchmarkError
 
 TARGETS = re.compile(r"\.(self_attn|encoder_attn)\.(q|k|v|out)_proj\.weight$|\.fc[12]\.weight$")
@@ -67,9 +69,8 @@ def full_svd(delta: Tensor, rank: int) -> Tensor:
 
 
 def thin_svd(delta: Tensor, rank: int) -> Tensor:
-    left, sigma, right = torch.linalg.svd(delta, full_matrices=False)
-    low: Tensor = (left[:, :rank] * sigma[:rank]) @ right[:rank]
-    return low
+    left, right = plain.thin_svd(delta, rank)
+    return left @ right.T
 
 
 def lowrank_svd(q: int, niter: int) -> Decompose:

@@ -27,16 +27,23 @@ const float* row_of(const Matrix& m, int64_t i, int64_t j, int64_t n, float* str
     return strip;
 }
 
-// scale * base + update; what float32 has not got of the scale is added beside it.
+// scale * base + update, rounded once: what float32 has not got of the scale is added beside it, and where a product
+// alone would be rounded the sum is formed in float64.
 struct Sum {
+    typedef double Doubles __attribute__((vector_size(2 * kVectorBytes)));
     Vec<float> scale, rest;
+    double exact;
 
     explicit Sum(double s)
-        : scale(splat(static_cast<float>(s))), rest(splat(static_cast<float>(s - double{static_cast<float>(s)}))) {}
+        : scale(splat(static_cast<float>(s))),
+          rest(splat(static_cast<float>(s - double{static_cast<float>(s)}))),
+          exact(s) {}
 
     Vec<float> operator()(const float* base, const float* update) const {
-        const Vec<float> b = load(base);
-        return multiply_add(scale, b, multiply_add(rest, b, load(update)));
+        const Vec<float> b = load(base), u = load(update);
+        if constexpr (kFused) return multiply_add(scale, b, multiply_add(rest, b, u));
+        const Doubles sum = exact * __builtin_convertvector(b, Doubles) + __builtin_convertvector(u, Doubles);
+        return __builtin_convertvector(sum, Vec<float>);
     }
 };
 

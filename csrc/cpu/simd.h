@@ -97,6 +97,13 @@ inline Vec<T> splat(T value) {
     return value - Vec<T>{};
 }
 
+// Whether multiply_add rounds once.
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 // a * b + c with one rounding where the instruction set has it, and never a choice of the compiler's: two callers that
 // must see the same bits use this instead of operators, which may or may not be contracted.
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {

@@ -7,6 +7,7 @@
 
 #include "launch.h"
 #include "shared.cuh"
+#include "warp.cuh"
 
 namespace lors {
 namespace {
@@ -148,18 +149,7 @@ __device__ __forceinline__ void project(const Panel& g, const float* basis, doub
 #pragma unroll
                 for (int j = 0; j < W; ++j) v[j] += q * parts[c * W + j];
             }
-#pragma unroll
-            for (int half = W / 2; half > 0; half /= 2) {
-                const bool upper = (lane & half) != 0;
-#pragma unroll
-                for (int j = 0; j < half; ++j) {
-                    const float send = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
-                    v[j] = keep + __shfl_xor_sync(~0u, send, half);
-                }
-            }
-            float total = v[0];
-            total += __shfl_xor_sync(~0u, total, 8);
-            total += __shfl_xor_sync(~0u, total, 16);
+            const float total = warp_sums(v);
             if (lane < W) panel[lane * n + row] -= static_cast<double>(total);
         }
         __syncthreads();

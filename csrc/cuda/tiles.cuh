@@ -2,6 +2,7 @@
 #pragma once
 
 #include "residual.cuh"
+#include "warp.cuh"
 
 namespace lors {
 
@@ -49,24 +50,8 @@ __device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int co
 // Sums over the block of up to kSums numbers per expert: warps leave theirs in shared memory and go on, and after
 // kSlots experts, or the last one, there is one barrier and a few threads add them up, in the order of the warps.
 // Counts are numbers too: a block's are far below 2^24.
-constexpr int kSums = 8, kSlots = 16, kTileWarps = kTileThreads / 32;
+constexpr int kSlots = 16, kTileWarps = kTileThreads / 32;
 constexpr int kSumsSize = kSlots * kTileWarps * kSums;
-
-// v[0, 8) of all lanes -> the total of v[lane % 8]; the list is halved with every step, so 9 shuffles do what 40 would
-__device__ __forceinline__ float warp_sums(float (&v)[kSums]) {
-#pragma unroll
-    for (int half = kSums / 2; half > 0; half /= 2) {
-        const bool upper = (threadIdx.x & half) != 0;
-#pragma unroll
-        for (int j = 0; j < half; ++j) {
-            const float send = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
-            v[j] = keep + __shfl_xor_sync(~0u, send, half);
-        }
-    }
-    float total = v[0];
-    total += __shfl_xor_sync(~0u, total, 8);
-    return total + __shfl_xor_sync(~0u, total, 16);
-}
 
 // Leaves the warp's sums of v in a slot.
 __device__ __forceinline__ void leave_sums(float (&v)[kSums], int slot, float* sums) {

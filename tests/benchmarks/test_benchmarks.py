@@ -21,6 +21,7 @@ from benchmarks.process import Case, interleave, measure, ratio, spread
 from benchmarks.released import RELEASED, THIN, lowrank_svd, merge, relative_error, thin_svd, tune_lowrank
 from benchmarks.results import Results, newest
 from benchmarks.shapes import SIZES
+from lors_kernels.backends import cpu
 
 MB = 1 << 20
 
@@ -260,7 +261,9 @@ def test_committed_tables_are_what_the_results_say() -> None:
 
 @pytest.mark.parametrize("name", ["cpu portable", "batched, blocks of 8"])
 def test_certificate_tells_claims_that_do_not_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu.library()
     judged = bench_certificate.judge_chunk(name, 0, 46, 8, 40)
+    assert cpu.library() is library, "what was judged last is not what every later merge of this process runs"
     assert len({kind for kind, *_ in judged}) == 23 and not any(fault for *_, fault in judged)
     honest = bench_certificate.decompose
 
