@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cut import cut_config, dies
+from cut import cut_config, dies, on_gpu
 from helpers import module
 from lors import merge
 from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
+from lors.speech.experiment import plan
 from lors.speech.experiment.config import Grid, load_config, shipped_configs
 from lors.speech.experiment.plan import build_stages
 from lors.speech.experiment.report import _page, print_tables
@@ -377,3 +379,48 @@ def test_keys_of_stages_that_many_need() -> None:
     for depth in range(60):
         stage = Stage(str(depth + 1), print, {}, (stage, stage))
     assert len(stage.key) == 12 and stage.key == dataclasses.replace(stage).key != stage.needs[0].key
+
+
+def test_every_stage_has_a_gpu_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "together").mkdir()
+    stages = [Stage(f"s{number}", on_gpu, {"together": str(tmp_path / "together")}) for number in range(8)]
+    run_stages(stages, tmp_path, 2, lambda line: None, ["3", "5", "7"])
+    seen = [(stage.directory(tmp_path) / "seen").read_text().split() for stage in stages]
+    assert {gpu for gpu, _ in seen} == {"3", "5"}, "two jobs take two of three GPUs"
+    assert "2" in {count for _, count in seen}, "and both are busy at a time"
+
+
+def test_gpus_of_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(plan, "run_stages", lambda stages, root, jobs, report, gpus: taken.append((jobs, gpus)))
+    monkeypatch.setattr("lors.speech.experiment.report.write_report", lambda *_: tmp_path / "report.html")
+    config = cut_config().model_copy(update={"device": "cuda"})
+    for visible, jobs, want in (
+        (None, None, (2, ["0", "1"])),
+        ("4,6", None, (2, ["4", "6"])),
+        ("GPU-a1,GPU-b2", 1, (1, ["GPU-a1", "GPU-b2"])),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        run_experiment(config, tmp_path, jobs=jobs)
+        assert taken.pop() == want
+    with pytest.raises(LorsError, match="--jobs: expected at most 2 with --device cuda, a stage per GPU, got 3"):
+        run_experiment(config, tmp_path, jobs=3)
+
+
+def test_decoding_has_a_dtype(tmp_path: Path) -> None:
+    config = cut_config()
+    keys = {stage.name: stage.key for stage in build_stages(config)}
+    half = {stage.name: stage for stage in build_stages(config.model_copy(update={"dtype": "bfloat16"}))}
+    changed = {name for name, stage in half.items() if stage.key != keys[name]}
+    assert changed == {name for name in keys if name.startswith(("dev-", "test-"))}
+    root = tmp_path / "stages"
+    half["test-base"].run(tmp_path)
+    assert (
+        json.loads((half["test-base"].directory(tmp_path) / "scores.json").read_text())[0]["wer"] > 0 and root.is_dir()
+    )
+    with pytest.raises(ValueError, match="dtype"):
+        type(config).model_validate({**config.model_dump(), "dtype": "int8"})

@@ -223,18 +223,46 @@ def test_a_full_disk_is_one_line(tmp_path: Path, recordings: Path, monkeypatch: 
     assert not (tmp_path / "x").exists()
 
 
-def test_two_processes_train_one_model(tmp_path: Path, recordings: Path) -> None:
+def _two_processes(out: Path, recordings: Path, *options: str) -> dict[str, Any]:
     """As `accelerate launch` starts them; each step takes a batch in each process, one of them writes."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lors.speech"),
         *("finetune", "--model", "tiny", "--data", str(recordings), "--language", "ca", "--max-steps", "4"),
-        *("--train", "matrices", "--device", "cpu", "--json", "-o", str(tmp_path / "ca")),
+        *("--device", "cpu", "--json", "-o", str(out), *options),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["steps"] for line in done.stdout.splitlines() if line.startswith("{")] == [4]
+    (record,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert record["steps"] == 4
+    return dict(record)
+
+
+def test_two_processes_train_one_model(tmp_path: Path, recordings: Path) -> None:
+    _two_processes(tmp_path / "ca", recordings, "--train", "matrices")
     assert _changed(tmp_path / "ca") == decomposed({n: v.shape for n, v in _weights(tmp_path / "ca").items()})
+
+
+def test_without_a_launcher_one_gpu_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.Seq2SeqTrainingArguments, "n_gpu", property(lambda _: 4))
+    assert trainer._arguments(SHORT, tmp_path)._n_gpu == 1
+
+
+def test_a_step_is_the_same_however_it_is_divided(tmp_path: Path, recordings: Path) -> None:
+    """Sixteen utterances a step: at once, in four batches that accumulate, in two processes; references differ in length."""
+    training = Training(max_steps=4, learning_rate=4e-4)
+    whole = finetune("tiny", tmp_path / "1x16", data=recordings, languages="ca", training=training)
+    parts = replace(training, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    losses = [finetune("tiny", tmp_path / "4x4", data=recordings, languages="ca", training=parts).train_loss]
+    options = ("--learning-rate", "4e-4", "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2")
+    losses.append(_two_processes(tmp_path / "2x2x4", recordings, *options)["train_loss"])
+    assert losses == pytest.approx([whole.train_loss] * 2, rel=1e-5)
+    want = _weights(tmp_path / "1x16")
+    norm = np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in want.values()))
+    for name in ("4x4", "2x2x4"):
+        got = _weights(tmp_path / name)
+        apart = np.sqrt(sum(float(np.square(got[key] - want[key], dtype=np.float64).sum()) for key in want))
+        assert apart <= 1e-5 * norm, name
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

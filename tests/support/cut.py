@@ -50,3 +50,13 @@ def counts(out: Path, inputs: Mapping[str, Path], *, number: int) -> None:
         time.sleep(0.002)
     total = number + sum(int((path / "total").read_text()) for path in inputs.values())
     (out / "total").write_text(str(total))
+
+
+def on_gpu(out: Path, inputs: Mapping[str, Path], *, together: str) -> None:
+    """A stage that says which GPU it sees, and for a while that it is there."""
+    seen = os.environ["CUDA_VISIBLE_DEVICES"]
+    here = Path(together) / seen
+    here.touch(exist_ok=False)  # another process on this GPU now would be an error
+    time.sleep(0.2)
+    (out / "seen").write_text(f"{seen} {len(os.listdir(together))}")
+    here.unlink()

@@ -89,6 +89,7 @@ class Config(_Section):
     grids: dict[str, Grid] = {}
     batch_size: int = Field(default=64, ge=1)
     device: str = "cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of decoding; merges are float32, training has bf16
 
     @field_validator("experts", "languages")
     @classmethod

@@ -24,10 +24,10 @@ class Merger:
     processor: Any
 
     @classmethod
-    def load(cls, base: str, inputs: Mapping[str, Path], device: str) -> Merger:
-        """`inputs`: stage name -> directory; those named ``expert-...`` hold ``model``."""
+    def load(cls, base: str, inputs: Mapping[str, Path], device: str, dtype: str = "float32") -> Merger:
+        """`inputs`: stage name -> directory; those named ``expert-...`` hold ``model``. `dtype`: of the network, not of the merge."""
         experts = {name: _weights(path / "model") for name, path in inputs.items() if name.startswith("expert-")}
-        return cls(_weights(base), experts, load_model(base, device=device), load_processor(base))
+        return cls(_weights(base), experts, load_model(base, device=device, dtype=dtype), load_processor(base))
 
     def holding(self, weights: Mapping[str, Any]) -> Any:
         """The network with these weights; the same object every time."""

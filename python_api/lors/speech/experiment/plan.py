@@ -20,7 +20,7 @@ from ...files.replaceable import PAGE, RESULTS, require_file
 from ..data.corpus import load_corpus
 from ..data.domain import SPLITS
 from ..data.utterance import Corpus, by_task
-from ..model.whisper import quiet, require_languages, resolve_model, torch_device
+from ..model.whisper import gpus, quiet, require_languages, resolve_model
 from . import ray_stages
 from .config import Config, Setting, load_config
 from .stages import Stage, exclusive, run_stage, run_stages
@@ -29,6 +29,7 @@ __all__ = ["build_stages", "run_experiment"]
 
 _RESTS = ("task_arithmetic", "average", "base")
 _FINETUNE_VERSION = 2  # 2: the encoder's positions are frozen
+_ACCUMULATED_VERSION = 3  # 3: where batches accumulate, a step's loss is the mean over all their tokens
 
 
 def run_experiment(
@@ -42,7 +43,8 @@ def run_experiment(
 ) -> Path:
     """Runs what is missing of the experiment in directory `out` and returns its ``report.html``.
 
-    `jobs` stages run at a time (default: one per core, one thread each). `stage` runs that one alone, in this process.
+    `jobs` stages run at a time, one thread each (default: one per core; with the device cuda one per GPU, and at most so
+    many: each sees a GPU of its own). `stage` runs that one alone, in this process.
     `ray`: "local" or the address of a cluster whose nodes all see `out`: stages run there.
     """
     if stage is not None and ray is not None:
@@ -53,15 +55,16 @@ def run_experiment(
     require_languages(settings.base, settings.languages)
     require_file(root / "report.html", PAGE, force=True)
     require_file(root / "results.json", RESULTS, force=True)
-    if ray is None and settings.device != "cpu":
-        torch_device(settings.device)
+    places = [] if ray is not None else gpus(settings.device)
+    if places and jobs is not None and jobs > len(places):
+        raise LorsError(f"--jobs: expected at most {len(places)} with --device cuda, a stage per GPU, got {jobs}")
     with exclusive(root, shared=stage is not None):  # stages alone may run beside each other
         if stage is not None:
             quiet()
             run_stage(stages, stage, root, report)
             return root / "report.html"
         if ray is None:
-            run_stages(stages, root, jobs or os.cpu_count() or 1, report)
+            run_stages(stages, root, jobs or len(places) or os.cpu_count() or 1, report, places)
         else:
             ray_stages.run_stages(ray, settings, stages, root.absolute(), jobs or os.cpu_count() or 1, report)
         from .report import write_report
@@ -145,7 +148,8 @@ class _Plan:
             "training": asdict(training),
             "sequential": sequential,
         }
-        return self.stage(name, _finetune, parameters, (), _FINETUNE_VERSION)
+        version = _FINETUNE_VERSION if training.gradient_accumulation_steps == 1 else _ACCUMULATED_VERSION
+        return self.stage(name, _finetune, parameters, (), version)
 
     def evaluated(self, split: str, **more: Any) -> dict[str, Any]:
         """Parameters of a stage that decodes the split."""
@@ -156,6 +160,9 @@ class _Plan:
             "tasks": config.tasks,
             "batch_size": config.batch_size,
             "device": config.device,
+            **(
+                {} if config.dtype == "float32" else {"dtype": config.dtype}
+            ),  # keys from before there was a choice stay
             **more,
         }
 
@@ -222,25 +229,26 @@ def _load(data: Setting, inputs: Mapping[str, Path], languages: Sequence[str], s
 
 def _test_model(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
-    batch_size: int, device: str, model: str | None,
+    batch_size: int, device: str, model: str | None, dtype: str = "float32",
 ) -> None:  # fmt: skip
     from ..model.whisper import load_model, load_processor
 
     trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
     source = str(trained) if model is None else model
-    network, processor = load_model(source, device=device), load_processor(source)
+    network, processor = load_model(source, device=device, dtype=dtype), load_processor(source)
     _write_answers(out, network, processor, _load(data, inputs, languages, "test"), tasks, batch_size)
 
 
 def _search(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     batch_size: int, device: str, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
+    dtype: str = "float32",
 ) -> None:  # fmt: skip
     """``grid.json``: mean dev WER of every setting; the best is first in the list of ties."""
     from .merged import Merger
     from .variants import weights
 
-    merger = Merger.load(base, inputs, device)
+    merger = Merger.load(base, inputs, device, dtype)
     corpus = _load(data, inputs, languages, "dev")
 
     def tried(setting: Setting) -> Setting:
@@ -273,12 +281,14 @@ def _dev_cells(
 
 def _test_merge(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
-    batch_size: int, device: str, base: str, method: str, rest: str, check_reference: bool,
+    batch_size: int, device: str, base: str, method: str, rest: str, check_reference: bool, dtype: str = "float32",
 ) -> None:  # fmt: skip
     from .merged import Merger
     from .variants import weights
 
-    merger = Merger.load(base, {name: path for name, path in inputs.items() if name.startswith("expert-")}, device)
+    merger = Merger.load(
+        base, {name: path for name, path in inputs.items() if name.startswith("expert-")}, device, dtype
+    )
     search = next(path for name, path in inputs.items() if name.startswith("dev-"))
     setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
     corpus = _load(data, inputs, languages, "test")

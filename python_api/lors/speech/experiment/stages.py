@@ -119,8 +119,12 @@ def run_stage(stages: Sequence[Stage], name: str, root: Path, report: Callable[[
     report(f"{name}: {time.monotonic() - began:.0f} s -> {stage.directory(root)}")
 
 
-def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
+def run_stages(
+    stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None], gpus: Sequence[str] = ()
+) -> None:
     """Runs what is not done yet, `jobs` processes at a time. The first failure lets the others finish and is raised.
+
+    gpus: with any (names for CUDA_VISIBLE_DEVICES, at least `jobs`) every process sees one that no other one has.
 
     The processes are another one's, which a keeper ends with us: an orphan would write into the directory that the next run
     continues.
@@ -130,7 +134,8 @@ def run_stages(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[
     with ours, keeper.running(command, pass_fds=[theirs.fileno()]):
         theirs.close()
         try:
-            ours.send((stages, root, jobs))
+            places: list[str | None] = [*gpus[:jobs]] or [None] * jobs
+            ours.send((stages, root, places))
             while isinstance(said := ours.recv(), str):
                 report(said)
         except (EOFError, OSError):
@@ -146,16 +151,17 @@ def _serve(fd: str) -> None:
     from multiprocessing.connection import Connection
 
     with Connection(int(fd)) as link:
-        stages, root, jobs = link.recv()
+        stages, root, places = link.recv()
         try:
-            _run_here(stages, root, jobs, link.send)
+            _run_here(stages, root, places, link.send)
         except LorsError as error:
             link.send(error)
         else:
             link.send(None)
 
 
-def _run_here(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[str], None]) -> None:
+def _run_here(stages: Sequence[Stage], root: Path, places: list[str | None], report: Callable[[str], None]) -> None:
+    """places: for each process at a time its GPU, or None."""
     # A fork server imports torch and transformers once; stages start in milliseconds and share no state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -163,21 +169,23 @@ def _run_here(stages: Sequence[Stage], root: Path, jobs: int, report: Callable[[
     done = len(stages) - len(waiting)
     if done:
         report(f"{done} of {len(stages)} stages were already done")
-    running: dict[Any, tuple[Stage, Any, float]] = {}
+    running: dict[Any, tuple[Stage, Any, float, str | None]] = {}
     failure: str | None = None
     while waiting or running:
-        while failure is None and len(running) < jobs and (stage := _ready(waiting, root)) is not None:
+        while failure is None and places and (stage := _ready(waiting, root)) is not None:
             waiting.remove(stage)
+            gpu = places.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(stage, root, sender), daemon=True)
+            process = context.Process(target=_child, args=(stage, root, sender, gpu), daemon=True)
             process.start()
             sender.close()
-            running[process.sentinel] = (stage, (process, receiver), time.monotonic())
+            running[process.sentinel] = (stage, (process, receiver), time.monotonic(), gpu)
         if not running:
             break
         for sentinel in wait(list(running)):
-            stage, (process, receiver), began = running.pop(sentinel)
+            stage, (process, receiver), began, gpu = running.pop(sentinel)
             process.join()
+            places.append(gpu)
             if process.exitcode == 0:
                 done += 1
                 report(f"[{done}/{len(stages)}] {stage.name}: {time.monotonic() - began:.0f} s")
@@ -204,7 +212,9 @@ def _ready(waiting: Sequence[Stage], root: Path) -> Stage | None:
     return next((stage for stage in waiting if all(need.done(root) for need in stage.needs)), None)
 
 
-def _child(stage: Stage, root: Path, sender: Any) -> None:
+def _child(stage: Stage, root: Path, sender: Any, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts, which importing torch does not do
     import torch
 
     from ..model.whisper import quiet

@@ -16,8 +16,8 @@ from ...files import strict_json
 from ...files.remote import is_url
 
 __all__ = [
-    "DTYPES", "SHIPPED", "load_model", "load_processor", "local_model", "quiet", "require_languages", "resolve_model",
-    "torch_device",
+    "DTYPES", "SHIPPED", "gpus", "load_model", "load_processor", "local_model", "quiet", "require_languages",
+    "resolve_model", "torch_device",
 ]  # fmt: skip
 
 # Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
@@ -123,6 +123,19 @@ def torch_device(device: str) -> Any:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise LorsError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+def gpus(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that `device` means: none for cpu, all that are visible for cuda."""
+    import torch
+
+    chosen = torch_device(device)
+    if chosen.type == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    names = names[: torch.cuda.device_count()]
+    return names if chosen.index is None else [names[chosen.index]]
 
 
 def require_languages(source: str | Path, languages: Iterable[str]) -> None:

@@ -45,7 +45,7 @@ class Trained:
     skipped: int  # references longer than the decoder
     steps: int  # of the optimiser, those before a kill too
     resumed_from: int  # step of the checkpoint it continued from, 0 for none
-    train_loss: float | None  # mean cross-entropy, nats per token, over the steps since `resumed_from`; None: no step
+    train_loss: float | None  # cross-entropy, nats, mean over all tokens since `resumed_from`; None: no step
     dev_wer: float | None  # percent, mean over languages and tasks; None when it was not measured
     seconds: float  # of this run, reading and saving included
 
@@ -75,7 +75,9 @@ def finetune(
     trained on. `cache`: a directory that keeps features. `progress`: lines, and on a terminal a bar, on stderr.
 
     Checkpoints stand in ``OUT.checkpoints`` until the end; the same call continues from the last complete one, to the
-    weights of a run that was not cut. Started by torchrun or ``accelerate launch`` the processes share the work.
+    weights of a run that was not cut. Started by torchrun or ``accelerate launch`` the processes share the work; else one
+    device is used. A step is per_device_train_batch_size x gradient_accumulation_steps x processes utterances, and its loss
+    the mean over their tokens, however it is divided.
 
     LorsError, before any training, for a model, corpus, language, task or device that is not there, an `out` that is
     (unless `force`), checkpoints of another run; and for a disk that is full.

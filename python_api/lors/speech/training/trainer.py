@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from transformers.trainer_callback import PrinterCallback
 
 from ...checkpoints.layers import decomposed
@@ -111,8 +114,8 @@ class Job:
             if self.progress:
                 trainer.add_callback(_Progress(language, advance))
             with _full_disk(self.scratch):
-                output = trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        return int(trainer.state.global_step), float(output.training_loss)
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        return int(trainer.state.global_step), trainer.mean_loss()
 
     def _save(self, model: Any, processor: Any) -> None:
         if self.training.train == "lora":
@@ -139,9 +142,32 @@ def _full_disk(path: Path) -> Iterator[None]:
 
 
 class _Trainer(Seq2SeqTrainer):
-    """Measures dev WER the way `evaluate` does instead of looping over a data loader."""
+    """The loss of a step as one batch would have it, and dev WER the way `evaluate` measures it."""
 
     dev: _DevSet
+    seen: Tensor  # [2]: sum of the cross-entropies, and of how many tokens, in this process
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy summed over the tokens that count, divided by their number in the whole step: all batches that
+        accumulate, in all processes.
+
+        Whisper's own loss is the mean over its batch alone. The trainer adds up what accumulates, and takes what it is
+        given to be divided by `num_items_in_batch`: with N batches to a step the gradient would be N times too large.
+        """
+        labels, config = inputs["labels"], self.accelerator.unwrap_model(model).config
+        spoken = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        outputs = model(input_features=inputs["input_features"], decoder_input_ids=spoken)
+        mean, count = cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()), labels.ne(-100).sum()
+        self.seen += torch.stack([mean.detach() * count, count]).double()
+        loss = mean * (count / num_items_in_batch) * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def mean_loss(self) -> float:
+        """Over every token that was trained on since the start of this run, in all processes."""
+        total, count = self.accelerator.reduce(self.seen, reduction="sum").tolist()
+        return float(total / count)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         metrics = {"eval_wer": self.dev.wer(self.accelerator.unwrap_model(self.model).eval())}
@@ -160,7 +186,8 @@ def _trainer(model: Any, training: Training, scratch: Path, data: _Dataset, dev:
         eval_dataset=dataset if training.eval_steps else None,  # only looked at to see that there is one
         data_collator=_collate,
     )
-    trainer.dev = dev
+    trainer.model_accepts_loss_kwargs = True  # `num_items_in_batch` is counted, and the loss taken to be divided by it
+    trainer.dev, trainer.seen = dev, torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
     trainer.remove_callback(PrinterCallback)
@@ -173,7 +200,7 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
     known = Seq2SeqTrainingArguments.__dataclass_fields__
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     optional: dict[str, Any] = {checkpointing: True} if t.gradient_checkpointing else {}
-    return Seq2SeqTrainingArguments(
+    arguments = Seq2SeqTrainingArguments(
         output_dir=str(scratch),
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
@@ -207,6 +234,9 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         ddp_find_unused_parameters=False,
         **optional,
     )
+    if arguments.n_gpu > 1:  # without a launcher the trainer would spread each batch over all GPUs that it sees
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Progress(TrainerCallback):
