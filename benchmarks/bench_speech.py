@@ -90,17 +90,19 @@ def _finetune(scratch: Path, steps: int) -> None:
 
 def _bare(scratch: Path, steps: int) -> None:
     """The least that trains the same way: batches, loss, gradients, clipping, AdamW, schedule."""
+    import numpy as np
     import torch
 
     from lors.speech.data.corpus import load_corpus
-    from lors.speech.data.features import features
+    from lors.speech.data.features import Features
     from lors.speech.demo import RECORDINGS
     from lors.speech.model.tokens import labels
     from lors.speech.model.whisper import load_model, load_processor
 
     model, processor = load_model("tiny").train(), load_processor("tiny")
     corpus = load_corpus(RECORDINGS, languages="ca", split="train")
-    mel = torch.tensor(features(corpus, processor.feature_extractor, scratch))
+    features = Features(processor.feature_extractor, scratch)
+    mel = torch.tensor(np.stack([features.of(utterance.audio) for utterance in corpus]))
     targets = [torch.tensor(labels(processor.tokenizer, u, "transcribe")) for u in corpus]
     parameters = [p for n, p in model.named_parameters() if "encoder.embed_positions" not in n]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, weight_decay=0.0)

@@ -321,7 +321,7 @@ def test_secrets_of_urls_are_seen_nowhere(server: Server, family: dict[str, Path
     run("inspect", ca, "--base", base)
     run("decompose", base, ca, "-o", tmp_path / "ca.lors.safetensors")
     run("export-lora", de, "-o", tmp_path / "lora", "--base", ca)
-    run("sweep", recipe, "--rank", "1,2", "--score", "python -c 'print(1)'", "-o", tmp_path / "sweep")
+    run("sweep", recipe, "--rank", "1,2", "--score", f"{sys.executable} -c 'print(1)'", "-o", tmp_path / "sweep")
     run("remove", out, de.replace("/de.", "/ca/model."), code=2)
     server.status = 403
     for url in (ca, de):

@@ -59,9 +59,8 @@ def test_experiment_lists_its_stages(tmp_path: Path) -> None:
     assert "test-lors-s5" in said and "done" not in said
     with pytest.raises(LorsError, match=r"expected data\.synth or data\.source"):
         _run("experiment", "covost-small", "-o", tmp_path, "--list")
-    assert "expert-it-s0" in _run(
-        "experiment", "covost-small", "-o", tmp_path, "--list", "--data", "covost2:x", "--device", "cpu"
-    )
+    with pytest.raises(LorsError, match=r"x: expected ca/clips or clips"):  # what is done depends on the rows
+        _run("experiment", "covost-small", "-o", tmp_path, "--list", "--data", "covost2:x", "--device", "cpu")
 
 
 @pytest.mark.usefixtures("espeak")

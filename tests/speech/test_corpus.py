@@ -6,6 +6,9 @@ import io
 import json
 import resource
 import struct
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import soundfile
 
 from helpers import module
 from lors.errors import LorsError
+from lors.speech.data import features as features_module
 from lors.speech.data.audio import AudioFile, duration, read_audio
-from lors.speech.data.corpus import load_corpus
-from lors.speech.data.features import features, log_mel
+from lors.speech.data.corpus import corpus_digest, load_corpus
+from lors.speech.data.features import Features, log_mel
 from lors.speech.data.languages import fleurs_code, parse_languages, whisper_code
+from lors.speech.data.left_out import LeftOut
 from lors.speech.data.utterance import Corpus, by_task
 from lors.speech.model.whisper import load_processor
 
@@ -192,7 +197,7 @@ def test_tsv_manifest(tmp_path: Path) -> None:
 def test_jsonl_manifest(tmp_path: Path) -> None:
     lines = [{"audio": f"{i}.wav", "sentence": str(i), "language": "sv-SE"} for i in range(3)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv", limit=2)] == ["0.wav", "1.wav"]
+    assert len(load_corpus(tmp_path / "m.jsonl", languages="sv", limit=2)) == 2
     assert [u.id for u in load_corpus(tmp_path / "m.jsonl", languages="sv")] == ["0.wav", "1.wav", "2.wav"]
     (tmp_path / "n.jsonl").write_text('{"audio": "a.wav", "text": null, "translation": null, "language": "sv"}')
     utterance = load_corpus(tmp_path / "n.jsonl", languages="sv")[0]
@@ -204,6 +209,58 @@ def test_length_filter(tmp_path: Path) -> None:
         soundfile.write(tmp_path / f"{name}.wav", _tone(seconds), 16000)
     path = _tsv(tmp_path / "m.tsv", "audio|text|language", *(f"{n}.wav|x|ca" for n in "abc"))
     assert [u.id for u in load_corpus(path, languages="ca", max_seconds=1, limit=2)] == ["a.wav", "c.wav"]
+
+
+def test_samples_are_seeded_and_spread_over_speakers(tmp_path: Path) -> None:
+    """Twelve of 90 by one speaker who comes first, and ten of one each: a head of the file would be one voice."""
+    rows = [f"u{i:03}|{i}.wav|x|ca|{'one' if i < 80 else i}" for i in range(90)]
+    path = _tsv(tmp_path / "m.tsv", "id|audio|text|language|speaker", *rows)
+
+    def sample(limit: int, seed: int = 0) -> list[str]:
+        return [u.id for u in load_corpus(path, languages="ca", limit=limit, seed=seed)]
+
+    chosen = load_corpus(path, languages="ca", limit=12)
+    assert len({u.speaker for u in chosen}) == 11 and len(chosen) == 12
+    assert sample(12) == sample(12) == sorted(sample(12)) and sample(12) != sample(12, seed=1)
+    assert set(sample(12)) < set(sample(30)) and sample(90) == sample(1000) == [f"u{i:03}" for i in range(90)]
+    backwards = _tsv(tmp_path / "n.tsv", "id|audio|text|language|speaker", *reversed(rows))
+    assert {u.id for u in load_corpus(backwards, languages="ca", limit=12)} == set(sample(12)), "whatever their order"
+    unknown = _tsv(tmp_path / "o.tsv", "id|audio|text|language", *(row.rsplit("|", 1)[0] for row in rows))
+    drawn = [int(u.id[1:]) for u in load_corpus(unknown, languages="ca", limit=30)]
+    assert min(drawn) < 20 and max(drawn) > 70
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    rows = [f"u{i}|a.wav|x|ca" for i in range(98)]
+    path = _tsv(tmp_path / "m.tsv", "id|audio|text|language", *rows, "cut|a.wav", "none||x|ca")
+    with pytest.raises(LorsError, match="m.tsv:100: expected 4 columns"):
+        load_corpus(path, languages="ca")
+    left_out = LeftOut(share=0.02)
+    assert len(load_corpus(path, languages="ca", left_out=left_out)) == 98
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in left_out.unusable] == ["100", "101"]
+    assert left_out.told().startswith("left out: 2 unusable, the first: ") and left_out.longer == 0
+    with pytest.raises(
+        LorsError, match=r"m.tsv: expected at most 1 % of 100 rows .* got 2; the first: .*m.tsv:100: exp"
+    ):
+        load_corpus(path, languages="ca", left_out=LeftOut(share=0.01))
+    lines = [json.dumps({"audio": f"{i}.wav", "text": "x", "language": "ca"}) for i in range(99)]
+    (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"audio": ']))
+    left_out = LeftOut(share=0.01)
+    assert (
+        len(load_corpus(tmp_path / "m.jsonl", languages="ca", left_out=left_out)) == 99 and len(left_out.unusable) == 1
+    )
+
+
+def test_recordings_that_are_too_long_or_broken_are_counted(tmp_path: Path) -> None:
+    for name, seconds in (("a", 0.2), ("b", 3.0), ("c", 0.4)):
+        soundfile.write(tmp_path / f"{name}.wav", _tone(seconds), 16000)
+    (tmp_path / "d.wav").write_bytes(b"RIFF")
+    path = _tsv(tmp_path / "m.tsv", "audio|text|language", *(f"{n}.wav|x|ca" for n in "abcd"))
+    left_out = LeftOut(share=0.5)
+    chosen = load_corpus(path, languages="ca", max_seconds=1, left_out=left_out)
+    assert [u.id for u in chosen] == ["a.wav", "c.wav"] and left_out.longer == 1
+    assert len(left_out.unusable) == 1 and "cannot read audio" in left_out.unusable[0]
+    assert left_out.told().startswith("left out: 1 recordings too long; 1 unusable")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +314,8 @@ def test_manifests_of_other_systems(tmp_path: Path) -> None:
 
 
 def test_choosing_from_a_loaded_corpus(catalan: Corpus) -> None:
-    assert load_corpus(catalan, languages="ca", split="test", limit=3) == catalan[:3]
+    three = load_corpus(catalan, languages="ca", split="test", limit=3)
+    assert len(three) == 3 and three == [u for u in catalan if u in three]
     assert load_corpus(catalan, languages="ca", split=None) == catalan
     with pytest.raises(LorsError, match="common_voice:x: expected a split of the corpus, got none"):
         load_corpus("common_voice:x", languages="ca", split=None)
@@ -369,6 +427,26 @@ def test_covost_by_the_official_rule(common_voice: Path) -> None:
         load_corpus(source, languages="sv", split="test")
 
 
+def test_a_digest_sees_every_row(common_voice: Path) -> None:
+    """Of CoVoST's tables: a translation, a text and a recording that change, and nothing else."""
+    table = common_voice / "sv-SE" / "covost_v2.sv-SE_en.test.tsv"
+    text = "path|sentence|translation|client_id\ncommon_voice_sv-SE_0.mp3|ett|one|a\n".replace("|", "\t")
+    source = f"covost2:{common_voice}"
+
+    def digest(text: str = text) -> str:
+        table.write_text(text, "utf-8")
+        return corpus_digest(source, languages=["sv"], split="test")
+
+    first = digest()
+    assert digest() == first
+    assert digest(text.replace("one", "One")) != first and digest(text.replace("ett", "Ett")) != first
+    assert digest() == first
+    clip = load_corpus(source, languages="sv", split="test")[0].audio
+    assert isinstance(clip, AudioFile)
+    clip.path.write_bytes(clip.path.read_bytes() + b"x")
+    assert digest() != first
+
+
 def test_covost_ready_split(common_voice: Path) -> None:
     rows = ["path|sentence|translation|client_id", "common_voice_sv-SE_1.mp3|ett|one|0a"]
     _tsv(common_voice / "sv-SE" / "covost_v2.sv-SE_en.dev.tsv", *rows)
@@ -423,22 +501,70 @@ def test_fleurs(tmp_path: Path, catalan: Corpus) -> None:
 # ------------------------------------------------------------------------------------------------------- features
 
 
-def test_features_are_cached_by_content(tmp_path: Path) -> None:
+def _recordings(directory: Path, **seconds: float) -> list[AudioFile]:
+    for name, length in seconds.items():
+        soundfile.write(directory / f"{name}.wav", _tone(length), 16000)
+    return [AudioFile(directory / f"{name}.wav") for name in seconds]
+
+
+def test_features_are_kept_by_content(tmp_path: Path) -> None:
     extractor = load_processor("tiny").feature_extractor
-    path = _tsv(tmp_path / "m.tsv", "audio|text|language", "a.wav|x|ca")
-    soundfile.write(tmp_path / "a.wav", _tone(), 16000)
-    corpus = load_corpus(path, languages="ca")
-    first = features(corpus, extractor, tmp_path / "cache")
-    assert np.array_equal(first, log_mel(corpus, extractor)) and first.shape == (1, 80, 200)
-    stamp = next((tmp_path / "cache").iterdir()).stat().st_mtime_ns
-    features(corpus, extractor, tmp_path / "cache")
-    assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
+    (audio,) = _recordings(tmp_path, a=1.0)
+    features = Features(extractor, tmp_path / "cache")
+    first = features.of(audio)
+    assert np.array_equal(first, log_mel(audio, extractor)) and first.shape == (80, 200)
+    (kept,) = (tmp_path / "cache").glob("*/*.npy")
+    stamp = kept.stat().st_mtime_ns
+    assert np.array_equal(Features(extractor, tmp_path / "cache").of(audio), first)
+    assert kept.stat().st_mtime_ns == stamp
+    assert features.held() == kept.stat().st_size < 0.6 * first.nbytes, "silence after a second of two is not kept"
     soundfile.write(tmp_path / "a.wav", 0.1 * _tone(0.7), 16000)
-    assert not np.array_equal(first, features(corpus, extractor, tmp_path / "cache"))
+    assert not np.array_equal(first, features.of(audio))
+
+
+def test_features_of_any_length_come_back_as_they_were(tmp_path: Path) -> None:
+    extractor = load_processor("tiny").feature_extractor
+    (tmp_path / "silence.wav").unlink(missing_ok=True)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 16000)
+    recordings = [*_recordings(tmp_path, whole=2.0, short=0.01, half=1.003), AudioFile(tmp_path / "silence.wav")]
+    features = Features(extractor, tmp_path / "cache")
+    for audio in (*recordings, *recordings):
+        assert np.array_equal(features.of(audio), log_mel(audio, extractor)), audio.name
+
+
+def test_features_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = load_processor("tiny").feature_extractor
+    recordings = _recordings(tmp_path, **{f"r{i}": 1.0 + i / 100 for i in range(8)})
+    monkeypatch.setattr(features_module, "_RECOUNT", 1)
+    features = Features(extractor, tmp_path / "cache", bound=60_000)  # three of them
+    want = [log_mel(audio, extractor) for audio in recordings]
+    for _ in range(2):
+        assert all(np.array_equal(features.of(a), mel) for a, mel in zip(recordings, want, strict=True))
+    assert 40_000 < features.held() < 80_000
+    other, Usage = Features(extractor, tmp_path / "other"), namedtuple("Usage", "total used free")
+    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda _: Usage(1000, 960, 40))
+    assert np.array_equal(other.of(recordings[0]), want[0]) and other.held() == 0, "the disk is nearly full"
+
+
+def test_features_are_computed_by_one_of_those_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = load_processor("tiny").feature_extractor
+    recordings = _recordings(tmp_path, a=1.0, b=0.5, c=0.7)
+    computed: list[str] = []
+
+    def slow(audio: AudioFile, extractor: Any) -> Any:
+        computed.append(audio.name)
+        time.sleep(0.1)
+        return log_mel(audio, extractor)
+
+    monkeypatch.setattr(features_module, "log_mel", slow)
+    askers = [Features(extractor, tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda features: [features.of(audio) for audio in recordings], askers))
+    assert sorted(computed) == [audio.name for audio in recordings]
 
 
 def test_overlong_audio_is_an_error(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", _tone(2.5), 16000)
     path = _tsv(tmp_path / "m.tsv", "audio|text|language", "a.wav|x|ca")
     with pytest.raises(LorsError, match=r"expected at most 2 s, the model's window, got 2.5 s"):
-        log_mel(load_corpus(path, languages="ca"), load_processor("tiny").feature_extractor)
+        log_mel(load_corpus(path, languages="ca")[0].audio, load_processor("tiny").feature_extractor)

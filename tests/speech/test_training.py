@@ -26,6 +26,7 @@ from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError
 from lors.speech import Trained, Training, compare, evaluate, finetune
 from lors.speech.data.audio import AudioFile
+from lors.speech.data.corpus import load_corpus
 from lors.speech.data.utterance import Corpus
 from lors.speech.model.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
 from lors.speech.training import trainer
@@ -178,8 +179,11 @@ def test_early_stopping_goes_on_counting(tmp_path: Path, recordings: Path, monke
     """Dev WER only rises here, so training stops at the third measurement, also when it is cut in or after that."""
     training = Training(max_steps=12, learning_rate=0.05, eval_steps=1, early_stopping_patience=2)
 
+    corpus = load_corpus(recordings, languages="ca", split="train")[:20]
+    dev = load_corpus(recordings, languages="ca", split="dev")
+
     def run(name: str) -> Trained:
-        return finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training, limit=20)
+        return finetune("tiny", tmp_path / name, data=corpus, dev=dev, languages="ca", training=training)
 
     whole = run("whole")
     assert whole.steps == 3
@@ -410,6 +414,56 @@ def test_recordings_that_cannot_be_trained_on(tmp_path: Path, catalan: Corpus, m
         data = [replace(u, split="train", audio=a) for u, a in zip(catalan, audio, strict=True)]
         with pytest.raises(LorsError, match=said):
             finetune("tiny", tmp_path / "x", data=data, languages="ca", training=SHORT)
+
+
+def _with_a_broken_clip(corpus: Corpus, path: Path) -> Corpus:
+    """The third recording ends in the middle of a frame: its header is fine, and no library decodes it."""
+    sound = soundfile.SoundFile(corpus[2].audio.open()).read()
+    soundfile.write(path, sound, 16000, format="FLAC")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return [*corpus[:2], replace(corpus[2], audio=AudioFile(path)), *corpus[3:]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_clip_that_cannot_be_decoded_is_left_out(tmp_path: Path, catalan: Corpus, workers: int) -> None:
+    corpus = [replace(u, split=None) for u in _with_a_broken_clip(catalan, tmp_path / "cut.flac")]
+    training = replace(SHORT, per_device_train_batch_size=5, dataloader_num_workers=workers)
+    with pytest.raises(LorsError, match=r"cut.flac: expected a whole|cut.flac"):
+        finetune(
+            "tiny", tmp_path / "x", data=corpus, languages="ca", training=replace(training, max_steps=5), unusable=0
+        )
+    done = finetune(
+        "tiny", tmp_path / "x", data=corpus, languages="ca", training=replace(training, max_steps=10), unusable=0.1
+    )
+    assert [line.count("cut.flac") for line in done.unusable] == [1] and done.steps == 10, "once, in both epochs"
+    scored = evaluate("tiny", data=corpus, languages="ca", batch_size=4, workers=workers, unusable=0.1)
+    assert len(scored.left_out.unusable) == 1 and len(scored.results[0].answers) == 24
+    whole = evaluate("tiny", data=[*corpus[:2], *corpus[3:]], languages="ca", cache=str(tmp_path / "cache"))
+    assert scored.results[0].answers == whole.results[0].answers
+    with pytest.raises(
+        LorsError, match=r"corpus: expected at most 1 % of 25 rows and recordings .* got 1; the first: .*cut"
+    ):
+        evaluate("tiny", data=corpus, languages="ca", workers=workers)
+
+
+def test_features_by_other_processes_change_nothing(tmp_path: Path, recordings: Path) -> None:
+    """And the cache may be a name; it stays, where features beside the checkpoints go."""
+    training = replace(SHORT, dataloader_num_workers=0)
+    finetune("tiny", tmp_path / "alone", data=recordings, languages="ca", training=training)
+    training = replace(SHORT, dataloader_num_workers=2)
+    finetune(
+        "tiny", tmp_path / "two", data=recordings, languages="ca", training=training, cache=str(tmp_path / "cache")
+    )
+    assert list((tmp_path / "cache").glob("*/*.npy")) and not list(tmp_path.glob("*.checkpoints"))
+    alone, two = _weights(tmp_path / "alone"), _weights(tmp_path / "two")
+    assert all(np.array_equal(alone[name], two[name]) for name in alone)
+
+
+def test_dev_is_shared_by_the_processes(tmp_path: Path, recordings: Path) -> None:
+    """Each decodes its half; the WER is that of one process with the same weights."""
+    record = _two_processes(tmp_path / "ca", recordings, "--eval-steps", "4", "--learning-rate", "4e-4")
+    (want,) = evaluate(tmp_path / "ca", data=recordings, languages="ca", split="dev").results
+    assert record["dev_wer"] == pytest.approx(want.score.wer)
 
 
 def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) -> None:

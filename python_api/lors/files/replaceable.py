@@ -66,7 +66,7 @@ CORPUS = Kind(
 # `lors finetune`: OUT.checkpoints, whose directories are transformers' own
 CHECKPOINTS = Kind(
     "checkpoints of `lors finetune`",
-    re.compile(r"run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|\d+-[\w-]+/.*", re.DOTALL),
+    re.compile(r"run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|features/.*|\d+-[\w-]+/.*", re.DOTALL),
 )
 
 

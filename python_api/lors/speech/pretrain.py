@@ -18,7 +18,7 @@ from typing import Any
 from ..files.writing import replacing
 from .data.corpus import load_corpus
 from .data.domain import concepts, sentence
-from .data.features import features
+from .data.features import Features, kept_in
 from .data.languages import LANGUAGES
 from .data.utterance import Corpus
 from .model.tiny import Size, build_model, build_processor
@@ -36,6 +36,7 @@ _SNAPSHOT = 500  # steps
 
 def pretrain(corpus: Corpus, out: Path, *, steps: int, early: int, size: Size, seed: int, cache: Path) -> None:
     """Writes ``out/final``, ``out/early`` (the model after `early` steps), both in fp16, and ``out/log.jsonl``."""
+    import numpy as np
     import torch
 
     torch.set_num_threads(1)
@@ -48,7 +49,9 @@ def pretrain(corpus: Corpus, out: Path, *, steps: int, early: int, size: Size, s
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
-    mel = features(corpus, processor.feature_extractor, cache)
+    with kept_in(cache) as home:
+        features = Features(processor.feature_extractor, home)
+        mel = np.stack([features.of(utterance.audio) for utterance in corpus])
     items = _items(corpus, processor.tokenizer)
     step = _restore(out, model, head, optimizer)
     began, log = time.monotonic(), (out / "log.jsonl").open("a", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import LorsError
 from .audio import AudioFile
 from .languages import common_voice_code
+from .left_out import LeftOut
 from .tables import tsv_rows
 from .utterance import Utterance
 
@@ -20,17 +21,26 @@ def _common_voice_root(place: str, language: str) -> Path:
     raise LorsError(f"{place}: expected {code}/clips or clips (Common Voice as unpacked), got neither")
 
 
-def common_voice(place: str, language: str, split: str) -> Iterator[Utterance]:
+def common_voice(place: str, language: str, split: str, left_out: LeftOut) -> Iterator[Utterance]:
     root = _common_voice_root(place, language)
-    for _, row in tsv_rows(root / f"{split}.tsv", ["path", "sentence"]):
-        yield _clip(root, row["path"], row["sentence"], None, language, split)
+    for _, row in tsv_rows(root / f"{split}.tsv", ["path", "sentence"], left_out):
+        yield _clip(root, row, None, language, split)
 
 
-def _clip(root: Path, name: str, text: str, translation: str | None, language: str, split: str) -> Utterance:
-    return Utterance(name, AudioFile(root / "clips" / name), text, translation, language, split)
+def _clip(root: Path, row: dict[str, str], translation: str | None, language: str, split: str) -> Utterance:
+    name = row["path"]
+    return Utterance(
+        name,
+        AudioFile(root / "clips" / name),
+        row["sentence"],
+        translation,
+        language,
+        split,
+        row.get("client_id") or None,
+    )
 
 
-def covost2(place: str, language: str, split: str) -> Iterator[Utterance]:
+def covost2(place: str, language: str, split: str, left_out: LeftOut) -> Iterator[Utterance]:
     """X -> English, from the split's own table or made by the release's rule from its table and Common Voice's.
 
     The rule of version 2: the rows of ``validated.tsv`` that ``covost_v2.ca_en.tsv`` has as well, joined on ``path``, in
@@ -41,18 +51,18 @@ def covost2(place: str, language: str, split: str) -> Iterator[Utterance]:
     code = common_voice_code(language)
     ready = _first_file([d / f"covost_v2.{code}_en.{split}.tsv" for d in (root, Path(place))])
     if ready is not None:
-        for _, row in tsv_rows(ready, ["path", "sentence", "translation"], escape="\\"):
-            yield _clip(root, row["path"], row["sentence"], row["translation"] or None, language, split)
+        for _, row in tsv_rows(ready, ["path", "sentence", "translation"], left_out, escape="\\"):
+            yield _clip(root, row, row["translation"] or None, language, split)
         return
     table = _first_file([d / f"covost_v2.{code}_en.tsv" for d in (root, Path(place))])
     if table is None:
         raise LorsError(f"{place}: expected covost_v2.{code}_en.{split}.tsv or covost_v2.{code}_en.tsv, got neither")
     accepted = {split, "train_covost"} if split == "train" else {split}
-    rows = tsv_rows(table, ["path", "translation", "split"], escape="\\")
+    rows = tsv_rows(table, ["path", "translation", "split"], left_out, escape="\\")
     translations = {row["path"]: row["translation"] for _, row in rows if row["split"] in accepted}
-    for _, row in tsv_rows(root / "validated.tsv", ["path", "sentence"], escape="\\"):
+    for _, row in tsv_rows(root / "validated.tsv", ["path", "sentence"], left_out, escape="\\"):
         if row["path"] in translations:
-            yield _clip(root, row["path"], row["sentence"], translations[row["path"]] or None, language, split)
+            yield _clip(root, row, translations[row["path"]] or None, language, split)
 
 
 def _first_file(paths: Iterable[Path]) -> Path | None:

@@ -6,18 +6,21 @@ computed. Every loader takes Whisper's language codes and returns them.
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ...errors import LorsError, nearest
-from .audio import duration
+from .audio import AudioFile, duration
 from .common_voice import common_voice, covost2
 from .fleurs import fleurs
 from .languages import parse_languages
+from .left_out import LeftOut
 from .manifest import read_manifest
 from .utterance import Corpus, Utterance
 
-__all__ = ["load_corpus"]
+__all__ = ["corpus_digest", "is_kind", "load_corpus"]
 
 
 def load_corpus(
@@ -27,46 +30,75 @@ def load_corpus(
     split: str | None = "train",
     limit: int | None = None,
     max_seconds: float | None = None,
+    seed: int = 0,
+    left_out: LeftOut | None = None,
 ) -> Corpus:
-    """Utterances of `languages`, in the corpus's order; `limit` is per language, `max_seconds` drops longer recordings.
+    """Utterances of `languages`, in the corpus's order; `max_seconds` drops longer recordings.
+
+    `limit`, per language, takes a sample: as many from each speaker as can be, drawn by `seed` and the utterances' ids, so
+    that a larger limit adds to a smaller one's. `left_out` counts what is too long, and goes on without rows and recordings
+    that cannot be used as far as it allows; without it the first of these is an error.
 
     `source` is a manifest (``.tsv``, ``.jsonl``; a directory with ``manifest.tsv``), or a kind and a place:
     ``covost2:DIR`` (``DIR`` holds Common Voice's ``<code>/clips`` and CoVoST's ``covost_v2.<code>_en.<split>.tsv``, or
     ``covost_v2.<code>_en.tsv`` with ``validated.tsv``), ``common_voice:DIR``, ``fleurs:DIR`` (Parquet) or ``fleurs:``
     for the hub; or utterances loaded before, which are chosen from in the same way. An utterance without a split
-    belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column or a language is missing, an id comes twice, or nothing is left.
+    belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column
+    or a language is missing, an id comes twice, or nothing is left.
     """
     name, of = "corpus" if isinstance(source, list) else str(source), f" in split {split!r}" if split else ""
     if limit is not None and limit < 1:
         raise LorsError(f"{name}: expected a limit of at least 1, got {limit}")
+    left_out = LeftOut() if left_out is None else left_out
     corpus: Corpus = []
-    for language, utterances in _by_language(source, parse_languages(languages), split):
-        chosen = list(_cut(utterances, limit, max_seconds))
+    total = 0
+    for language, utterances in _by_language(source, parse_languages(languages), split, left_out):
+        here = list(utterances)
+        total += len(here)
+        chosen = _sample(here, limit, max_seconds, seed, left_out)
         if not chosen:
             within = "" if max_seconds is None else f" of at most {max_seconds:g} s"
+            left_out.require_few(name, total)
             raise LorsError(f"{name}: expected utterances of {language!r}{of}{within}, got none")
         corpus += chosen
+    left_out.require_few(name, total + len(left_out.unusable))
     return _unique(corpus, name)
 
 
+def is_kind(source: str) -> bool:
+    """Whether it is KIND:PLACE, not a manifest."""
+    return source.partition(":")[0] in _LOADERS
+
+
+def corpus_digest(source: str | Path, *, languages: Iterable[str], split: str) -> str:
+    """SHA-256 of all rows that `load_corpus` chooses from, and of the sizes of their recordings."""
+    digest = hashlib.sha256()
+    for language, utterances in _by_language(source, parse_languages(languages), split, LeftOut(share=1)):
+        for u in utterances:
+            size = u.audio.path.stat().st_size if isinstance(u.audio, AudioFile) and u.audio.path.exists() else None
+            digest.update(repr((language, u.id, u.text, u.translation, u.audio.span, size)).encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
 def _by_language(
-    source: str | Path | Corpus, wanted: tuple[str, ...], split: str | None
+    source: str | Path | Corpus, wanted: tuple[str, ...], split: str | None, left_out: LeftOut
 ) -> Iterator[tuple[str, Iterable[Utterance]]]:
     """(language, its utterances of the split) for each of `wanted`."""
     if isinstance(source, list):
         name, everything = "corpus", source
     else:
         name = str(source)
-        kind, _, place = name.partition(":")
-        if kind in _LOADERS:
+        if is_kind(name):
+            kind, _, place = name.partition(":")
             if split is None:
                 raise LorsError(f"{name}: expected a split of the corpus, got none")
-            yield from ((language, _LOADERS[kind](place, language, split)) for language in wanted)
+            yield from ((language, _LOADERS[kind](place, language, split, left_out)) for language in wanted)
             return
-        everything = list(read_manifest(Path(source), _LOADERS))
+        everything = list(read_manifest(Path(source), _LOADERS, left_out))
     here = [utterance for utterance in everything if split is None or utterance.split in (None, split)]
     spoken, of = dict.fromkeys(u.language for u in here), f" in split {split!r}" if split else ""
     if not here:
+        left_out.require_few(name, len(everything))
         splits = ", ".join(dict.fromkeys(str(u.split) for u in everything)) or "nothing"
         raise LorsError(f"{name}: expected utterances{of}, got {splits}")
     for language in wanted:
@@ -75,14 +107,36 @@ def _by_language(
         yield language, (utterance for utterance in here if utterance.language == language)
 
 
-def _cut(utterances: Iterable[Utterance], limit: int | None, max_seconds: float | None) -> Iterator[Utterance]:
-    taken = 0
-    for utterance in utterances:
-        if taken == limit:
-            return
-        if max_seconds is None or duration(utterance.audio) <= max_seconds:
-            taken += 1
-            yield utterance
+def _sample(corpus: Corpus, limit: int | None, max_seconds: float | None, seed: int, left_out: LeftOut) -> Corpus:
+    chosen: list[int] = []
+    for index in range(len(corpus)) if limit is None or limit >= len(corpus) else _spread(corpus, seed):
+        if len(chosen) == limit:
+            break
+        if max_seconds is None or _fits(corpus[index], max_seconds, left_out):
+            chosen.append(index)
+    return [corpus[index] for index in sorted(chosen)]
+
+
+def _spread(corpus: Corpus, seed: int) -> list[int]:
+    """All, at random; first one of every speaker, then a second of each that has one. Nobody known: each is one's own."""
+    drawn = [hashlib.sha256(f"{seed}\0{u.id}".encode("utf-8", "surrogateescape")).digest() for u in corpus]
+    turns: dict[str, int] = defaultdict(int)
+    order: list[tuple[int, bytes, int]] = []
+    for index in sorted(range(len(corpus)), key=lambda i: drawn[i]):
+        speaker = corpus[index].speaker
+        turn = 0 if speaker is None else turns[speaker]
+        if speaker is not None:
+            turns[speaker] += 1
+        order.append((turn, drawn[index], index))
+    return [index for *_, index in sorted(order)]
+
+
+def _fits(utterance: Utterance, max_seconds: float, left_out: LeftOut) -> bool:
+    with left_out.unless_unusable():
+        longer = duration(utterance.audio) > max_seconds
+        left_out.longer += longer
+        return not longer
+    return False
 
 
 def _unique(corpus: Corpus, name: str) -> Corpus:
@@ -94,10 +148,7 @@ def _unique(corpus: Corpus, name: str) -> Corpus:
     return corpus
 
 
-# ---------------------------------------------------------------------------------------------------- FLEURS
-
-
-_LOADERS: dict[str, Callable[[str, str, str], Iterable[Utterance]]] = {
+_LOADERS: dict[str, Callable[[str, str, str, LeftOut], Iterable[Utterance]]] = {
     "covost2": covost2,
     "common_voice": common_voice,
     "fleurs": fleurs,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import LorsError, first_line
+from ...errors import LorsError, first_line, shown
 from .audio import AudioBytes, AudioFile
 from .languages import fleurs_code
+from .left_out import LeftOut
 from .utterance import Utterance
 
 
@@ -25,7 +26,7 @@ class ParquetAudio:
     name: str
 
     def open(self) -> Any:
-        audio = _row_group(self.path, self.group)[self.row]
+        audio = _row_group(self.path, self.group, AudioFile(self.path).key)[self.row]
         if not audio or not audio.get("bytes"):
             raise LorsError(f"cannot read audio {self.name}: expected bytes in the column 'audio', got none")
         return AudioBytes(self.name, audio["bytes"]).open()
@@ -52,22 +53,24 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise LorsError(f"cannot read {path}: {first_line(error)}") from error
 
 
-@functools.lru_cache(maxsize=1)  # a group of FLEURS is tens of megabytes
-def _row_group(path: Path, group: int) -> list[Any]:
+@functools.lru_cache(maxsize=8)  # a group of FLEURS is tens of megabytes; a few batches lie in so many
+def _row_group(path: Path, group: int, version: str) -> list[Any]:
     with _parquet(path) as table:
         return list(table.read_row_group(group, columns=["audio"])["audio"].to_pylist())
 
 
-def fleurs(place: str, language: str, split: str) -> Iterator[Utterance]:
+def fleurs(place: str, language: str, split: str, left_out: LeftOut) -> Iterator[Utterance]:
     """X -> English by FLEURS's sentence ids: the English split with the same id is the translation."""
-    english = {row["id"]: row["raw_transcription"] for *_, row in _fleurs_rows(place, "en", split)}
-    for path, group, index, row in _fleurs_rows(place, language, split):
+    english = {row["id"]: row["raw_transcription"] for *_, row in _fleurs_rows(place, "en", split, left_out)}
+    for path, group, index, row in _fleurs_rows(place, language, split, left_out):
         name = f"{fleurs_code(language)}/{split}/{row['id']}/{path.name}:{group}:{index}"
         audio = ParquetAudio(path, group, index, name)
         yield Utterance(name, audio, row["raw_transcription"], english.get(row["id"]), language, split)
 
 
-def _fleurs_rows(place: str, language: str, split: str) -> Iterator[tuple[Path, int, int, dict[str, Any]]]:
+def _fleurs_rows(
+    place: str, language: str, split: str, left_out: LeftOut
+) -> Iterator[tuple[Path, int, int, dict[str, Any]]]:
     stem = {"dev": "validation"}.get(split, split)
     files = _fleurs_files(place, fleurs_code(language), stem)
     if not files and language != "en":
@@ -81,9 +84,13 @@ def _fleurs_rows(place: str, language: str, split: str) -> Iterator[tuple[Path, 
             for group in range(table.num_row_groups):
                 rows = table.read_row_group(group, columns=["id", "raw_transcription"]).to_pylist()
                 for index, row in enumerate(rows):
-                    if not isinstance(row["raw_transcription"], str) or row["id"] is None:
-                        raise LorsError(f"{path}:{group}:{index}: expected an id and a text, got {row}")
-                    yield path, group, index, row
+                    whole = isinstance(row["raw_transcription"], str) and row["id"] is not None
+                    with left_out.unless_unusable():
+                        if not whole:
+                            got = f"{shown(row['id'])} and {shown(row['raw_transcription'])}"
+                            raise LorsError(f"{path}:{group}:{index}: expected an id and a text, got {got}")
+                    if whole:
+                        yield path, group, index, row
 
 
 def _fleurs_files(place: str, code: str, stem: str) -> list[Path]:

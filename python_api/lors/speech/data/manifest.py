@@ -10,32 +10,42 @@ from typing import Any
 from ...errors import LorsError, shown
 from .audio import AudioFile
 from .languages import whisper_code
+from .left_out import LeftOut
 from .tables import json_rows, tsv_rows
 from .utterance import Utterance
 
 _AUDIO_COLUMNS = ("audio", "path", "audio_path", "file")
 _TEXT_COLUMNS = ("text", "sentence", "transcription")
+_SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 
 
-def read_manifest(path: Path, kinds: Iterable[str]) -> Iterator[Utterance]:
+def read_manifest(path: Path, kinds: Iterable[str], left_out: LeftOut) -> Iterator[Utterance]:
     """kinds: of the corpora that could have been meant."""
     if path.is_dir():
         path = path / "manifest.tsv"
     if path.suffix not in (".tsv", ".jsonl"):
         raise LorsError(f"{path}: expected a .tsv or .jsonl manifest, a directory with manifest.tsv, or KIND:DIR "
                         f"with KIND one of {', '.join(kinds)}")  # fmt: skip
-    rows = json_rows(path) if path.suffix == ".jsonl" else tsv_rows(path, ["language"])
+    rows = json_rows(path, left_out) if path.suffix == ".jsonl" else tsv_rows(path, ["language"], left_out)
     for number, row in rows:
-        where = f"{path}:{number}"
-        audio = _text(where, row, *_AUDIO_COLUMNS)
-        yield Utterance(
-            id=_id(where, row) or audio,
-            audio=_audio(where, path.parent, row, audio),
-            text=_text(where, row, *_TEXT_COLUMNS),
-            translation=_text(where, row, "translation", required=False) or None,
-            language=_language(where, row),
-            split=_text(where, row, "split", required=False) or None,
-        )
+        utterance = None
+        with left_out.unless_unusable():
+            utterance = _utterance(f"{path}:{number}", path.parent, row)
+        if utterance is not None:
+            yield utterance
+
+
+def _utterance(where: str, directory: Path, row: dict[str, Any]) -> Utterance:
+    audio = _text(where, row, *_AUDIO_COLUMNS)
+    return Utterance(
+        id=_id(where, row) or audio,
+        audio=_audio(where, directory, row, audio),
+        text=_text(where, row, *_TEXT_COLUMNS),
+        translation=_text(where, row, "translation", required=False) or None,
+        language=_language(where, row),
+        split=_text(where, row, "split", required=False) or None,
+        speaker=_text(where, row, *_SPEAKER_COLUMNS, required=False) or None,
+    )
 
 
 def _id(where: str, row: dict[str, Any]) -> str:

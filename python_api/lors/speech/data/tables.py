@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from ...errors import LorsError, shown
 from ...files import strict_json
+from .left_out import LeftOut
 
 _LONGEST_LINE = 1 << 20  # characters
 
@@ -34,7 +35,9 @@ def _lines(stream: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
-def tsv_rows(path: Path, required: Iterable[str], escape: str | None = None) -> Iterator[tuple[int, dict[str, str]]]:
+def tsv_rows(
+    path: Path, required: Iterable[str], left_out: LeftOut, escape: str | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of a TSV file with a header. Quotes are text: corpora hold unbalanced ones."""
     with _opened(path, newline="") as stream:
         reader = csv.DictReader(_lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
@@ -47,20 +50,26 @@ def tsv_rows(path: Path, required: Iterable[str], escape: str | None = None) -> 
             if len(set(header)) != len(header):
                 raise LorsError(f"{path}: expected columns of different names, got {found}")
             for row in reader:
-                if None in row or None in row.values():
-                    raise LorsError(f"{path}:{reader.line_num}: expected {len(header)} columns, got another number")
-                yield reader.line_num, row
+                whole = not (None in row or None in row.values())
+                with left_out.unless_unusable():
+                    if not whole:
+                        raise LorsError(f"{path}:{reader.line_num}: expected {len(header)} columns, got another number")
+                if whole:
+                    yield reader.line_num, row
         except csv.Error as error:
             raise LorsError(f"{path}:{reader.line_num}: expected a row of a table: {error}") from error
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, Any]]]:
     with _opened(path) as stream:
         for number, line in enumerate(_lines(stream, path), 1):
-            if text := line.strip():
-                row = strict_json.parse(
-                    text, f"{path}:{number}", infinite=True
-                )  # pandas writes NaN for what is missing
-                if not isinstance(row, dict):
-                    raise LorsError(f"{path}:{number}: expected one JSON object per line, got {shown(row)}")
+            row: Any = None
+            with left_out.unless_unusable():
+                if text := line.strip():
+                    row = strict_json.parse(
+                        text, f"{path}:{number}", infinite=True
+                    )  # pandas writes NaN for what is missing
+                    if not isinstance(row, dict):
+                        raise LorsError(f"{path}:{number}: expected one JSON object per line, got {shown(row)}")
+            if isinstance(row, dict):
                 yield number, row

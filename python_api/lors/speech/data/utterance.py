@@ -15,7 +15,7 @@ TASKS = ("transcribe", "translate")
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One recording, what is said in it, and what that is in English (None where the corpus does not tell)."""
+    """One recording, what is said in it, and what that is in English; split and speaker: None where the corpus does not tell."""
 
     id: str
     audio: AudioSource
@@ -23,6 +23,7 @@ class Utterance:
     translation: str | None
     language: str
     split: str | None = None
+    speaker: str | None = None
 
     def reference(self, task: str) -> str | None:
         """What a perfect model answers."""

@@ -42,6 +42,7 @@ class Data(_Section):
     dev: int = Field(default=100, ge=1)
     test: int | None = Field(default=None, ge=1)
     max_seconds: float | None = Field(default=None, gt=0)
+    sample_seed: int = 0  # which utterances, where `source` has more
 
     @model_validator(mode="after")
     def _one(self) -> Data:

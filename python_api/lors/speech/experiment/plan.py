@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any
 from ...errors import LorsError
 from ...files.digest import sha256_file
 from ...files.replaceable import PAGE, RESULTS, require_file
-from ..data.corpus import load_corpus
+from ..data.corpus import corpus_digest, is_kind, load_corpus
 from ..data.domain import SPLITS
+from ..data.left_out import LeftOut
 from ..data.utterance import Corpus, by_task
 from ..model.whisper import gpus, quiet, require_languages, resolve_model
+from ..scoring.evaluation import Decoder
 from . import ray_stages
 from .config import Config, Setting, load_config
 from .stages import Stage, exclusive, run_stage, run_stages
@@ -29,6 +31,7 @@ __all__ = ["build_stages", "run_experiment"]
 
 _RESTS = ("task_arithmetic", "average", "base")
 _FINETUNE_VERSION = 2  # 2: the encoder's positions are frozen
+_UNUSABLE = 0.01  # share of rows and recordings that a stage may go without
 _ACCUMULATED_VERSION = 3  # 3: where batches accumulate, a step's loss is the mean over all their tokens
 
 
@@ -92,6 +95,22 @@ class _Plan:
 
     config: Config
     identity: str
+
+    @property
+    def of_kind(self) -> bool:
+        """The corpus is KIND:PLACE, whose rows `_identity` has not seen as it sees a manifest."""
+        return self.config.data.source is not None and is_kind(self.config.data.source)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        return {}
+
+    def rows(self, split: str) -> str:
+        """Digest of the rows of the split, in the languages that it is read in."""
+        if split not in self.digests:
+            languages = self.config.languages if split == "test" else self.config.experts
+            self.digests[split] = corpus_digest(str(self.config.data.source), languages=languages, split=split)
+        return self.digests[split]
 
     @cached_property
     def corpus(self) -> tuple[Stage, ...]:
@@ -169,7 +188,13 @@ class _Plan:
     def data(self, *splits: str) -> dict[str, Any]:
         """What a stage that reads these splits depends on: speech made for one is made for all."""
         everything = self.config.data.model_dump()
-        return {k: v for k, v in everything.items() if self.corpus or k not in SPLITS or k in splits}
+        seed = everything.pop("sample_seed")
+        chosen = {k: v for k, v in everything.items() if self.corpus or k not in SPLITS or k in splits}
+        if self.corpus:
+            return chosen  # all of it is used
+        rows = {split: self.rows(split) for split in splits} if self.of_kind else {}
+        sampled = any(everything[split] is not None for split in splits)
+        return chosen | ({"rows": rows} if rows else {}) | ({"sample_seed": seed} if sampled else {})
 
     def stage(
         self, name: str, work: Callable[..., None], parameters: dict[str, Any], needs: Sequence[Stage], version: int = 1
@@ -210,21 +235,31 @@ def _finetune(
     finetune(
         base,
         out / "model",
-        data=_load(data, inputs, languages, "train"),
-        dev=_load(data, inputs, languages, "dev") if training["eval_steps"] else None,
+        data=_load(data, inputs, languages, "train", LeftOut(_UNUSABLE)),
+        dev=_load(data, inputs, languages, "dev", LeftOut(_UNUSABLE)) if training["eval_steps"] else None,
+        unusable=_UNUSABLE,
         languages=languages,
         tasks=tasks,
         training=Training(**training),
         sequential=sequential,
-        cache=out.parent.parent / "features",
+        cache=_features(out),
         force=True,
         progress=True,
     )
 
 
-def _load(data: Setting, inputs: Mapping[str, Path], languages: Sequence[str], split: str) -> Corpus:
-    source = inputs.get("corpus", data["source"])
-    return load_corpus(source, languages=languages, split=split, limit=data[split], max_seconds=data["max_seconds"])
+def _load(
+    data: Setting, inputs: Mapping[str, Path], languages: Sequence[str], split: str, left_out: LeftOut | None = None
+) -> Corpus:
+    return load_corpus(
+        inputs.get("corpus", data["source"]),
+        languages=languages,
+        split=split,
+        limit=data[split],
+        max_seconds=data["max_seconds"],
+        seed=data.get("sample_seed", 0),
+        left_out=left_out,
+    )
 
 
 def _test_model(
@@ -235,8 +270,11 @@ def _test_model(
 
     trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
     source = str(trained) if model is None else model
+    left_out = LeftOut(_UNUSABLE)
+    corpus = _load(data, inputs, languages, "test", left_out)
     network, processor = load_model(source, device=device, dtype=dtype), load_processor(source)
-    _write_answers(out, network, processor, _load(data, inputs, languages, "test"), tasks, batch_size)
+    decoder = Decoder.of(network, processor, _features(out), batch_size, left_out=left_out)
+    _write_answers(out, decoder, corpus, tasks)
 
 
 def _search(
@@ -249,13 +287,15 @@ def _search(
     from .variants import weights
 
     merger = Merger.load(base, inputs, device, dtype)
-    corpus = _load(data, inputs, languages, "dev")
+    left_out = LeftOut(_UNUSABLE)
+    corpus = _load(data, inputs, languages, "dev", left_out)
+    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
 
     def tried(setting: Setting) -> Setting:
         path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
         if not path.exists():
-            network = merger.holding(weights(merger, method, setting))
-            cells = _dev_cells(network, merger.processor, corpus, tasks, batch_size, out.parent.parent / "features")
+            merger.holding(weights(merger, method, setting))
+            cells = _dev_cells(decoder, corpus, tasks)
             record = {"setting": setting, "wer": sum(cells.values()) / len(cells), "cells": cells}
             path.write_text(json.dumps(record), "utf-8")
         return dict(json.loads(path.read_text("utf-8")))
@@ -266,17 +306,17 @@ def _search(
     (out / "grid.json").write_text(json.dumps({"grid": grid, "best": best, "rest": others}, indent=1) + "\n", "utf-8")
 
 
-def _dev_cells(
-    network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int, cache: Path
-) -> dict[str, float]:
-    from ..scoring.evaluation import result
+def _dev_cells(decoder: Decoder, corpus: Corpus, tasks: Sequence[str]) -> dict[str, float]:
+    return {
+        f"{task} {part[0].language}": decoder.result("", part, task).score.wer for task, part in _parts(corpus, tasks)
+    }
 
-    cells = {}
+
+def _parts(corpus: Corpus, tasks: Sequence[str]) -> Iterator[tuple[str, Corpus]]:
+    """(task, utterances of one language) for each cell."""
     for task in tasks:
         for language in dict.fromkeys(u.language for u in corpus):
-            part = by_task((u for u in corpus if u.language == language), task)
-            cells[f"{task} {language}"] = result("", network, processor, part, task, batch_size, 1, cache).score.wer
-    return cells
+            yield task, by_task((u for u in corpus if u.language == language), task)
 
 
 def _test_merge(
@@ -291,38 +331,44 @@ def _test_merge(
     )
     search = next(path for name, path in inputs.items() if name.startswith("dev-"))
     setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
-    corpus = _load(data, inputs, languages, "test")
-    network = merger.holding(weights(merger, method, setting))
-    answers = _write_answers(out, network, merger.processor, corpus, tasks, batch_size)
+    left_out = LeftOut(_UNUSABLE)
+    corpus = _load(data, inputs, languages, "test", left_out)
+    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
+    merger.holding(weights(merger, method, setting))
+    answers = _write_answers(out, decoder, corpus, tasks)
     if check_reference:
-        network = merger.holding(weights(merger, method, setting, backend="reference"))
-        again = _write_answers(out / "reference", network, merger.processor, corpus, tasks, batch_size)
+        merger.holding(weights(merger, method, setting, backend="reference"))
+        again = _write_answers(out / "reference", decoder, corpus, tasks)
         differing = sum(a != b for a, b in zip(answers, again, strict=True))
         record = {"utterances": len(answers), "differing": differing}
         (out / "reference.json").write_text(json.dumps(record) + "\n", "utf-8")
 
 
-def _write_answers(
-    out: Path, network: Any, processor: Any, corpus: Corpus, tasks: Sequence[str], batch_size: int
-) -> list[str]:
-    """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``. Returns the answers."""
-    from ..scoring.evaluation import result
-
+def _write_answers(out: Path, decoder: Decoder, corpus: Corpus, tasks: Sequence[str]) -> list[str]:
+    """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``; ``left_out.json``. Returns the answers."""
     out.mkdir(exist_ok=True)
-    cache = next(parent for parent in out.parents if parent.name == "stages").parent / "features"
     scores, lines = [], []
-    for task in tasks:
-        for language in dict.fromkeys(u.language for u in corpus):
-            part = by_task((u for u in corpus if u.language == language), task)
-            r = result("", network, processor, part, task, batch_size, 1, cache)
-            scores.append(
-                {"task": task, "language": language, **asdict(r.score), "real_time_factor": r.real_time_factor}
-            )
-            for i, answer in enumerate(r.answers):
-                bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
-                counted = {"errors": int(r.statistics.errors[i]), "words": int(r.statistics.words[i]), "bleu": bleu}
-                lines.append({"task": task, "language": language, **asdict(answer), **counted})
+    for task, part in _parts(corpus, tasks):
+        r = decoder.result("", part, task)
+        scores.append({"task": task, "language": r.language, **asdict(r.score), "real_time_factor": r.real_time_factor})
+        speakers = {u.id: u.speaker for u in part if u.speaker is not None}
+        for i, answer in enumerate(r.answers):
+            bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
+            counted: dict[str, Any] = {
+                "errors": int(r.statistics.errors[i]),
+                "words": int(r.statistics.words[i]),
+                "bleu": bleu,
+            }
+            said = {"speaker": speakers[answer.id]} if answer.id in speakers else {}
+            lines.append({"task": task, "language": r.language, **asdict(answer), **counted, **said})
+    decoder.left_out.require_few(out.name, len(corpus))
     with (out / "answers.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
+    (out / "left_out.json").write_text(json.dumps(asdict(decoder.left_out), indent=1) + "\n", "utf-8")
     return [line["hypothesis"] for line in lines]
+
+
+def _features(out: Path) -> Path:
+    """The directory of features that all stages share."""
+    return next(parent for parent in out.parents if parent.name == "stages").parent / "features"

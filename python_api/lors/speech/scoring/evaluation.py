@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import LorsError
 from ...files.file import write_file
@@ -16,19 +16,15 @@ from ...files.writing import writing
 from ...progress import bar
 from ..data.audio import SAMPLE_RATE, duration
 from ..data.corpus import load_corpus
-from ..data.features import features
+from ..data.features import Features, kept_in
 from ..data.languages import parse_languages
-from ..data.utterance import Corpus, Utterance, by_task, parse_tasks
+from ..data.left_out import LeftOut
+from ..data.loading import Loaded, load_in_order, workers_for
+from ..data.utterance import Corpus, by_task, parse_tasks
 from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
 from .metrics import Interval, Score, Statistics, paired_bootstrap, score
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-__all__ = ["Answer", "Evaluation", "Result", "compare", "evaluate", "make_room", "model_names", "result", "transcribe"]
-
-_CHUNK = 1024  # utterances whose features are held at once when there is no cache
+__all__ = ["Answer", "Decoder", "Evaluation", "Result", "compare", "evaluate", "make_room", "model_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +57,10 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All results, in the order models, tasks, languages."""
+    """All results, in the order models, tasks, languages, and what of the corpus they are without."""
 
     results: tuple[Result, ...]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def select(self, model: str, task: str) -> dict[str, Result]:
         """Language -> result."""
@@ -112,19 +109,27 @@ def evaluate(
     beams: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+    sample_seed: int = 0,
+    unusable: float = 0.01,
     progress: bool = False,
 ) -> Evaluation:
     """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
 
-    `data` as for `load_corpus`, like `split` (of a corpus loaded before: all), `limit` (utterances per language) and
-    `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by `beams` beams,
-    without timestamps, `batch_size` utterances at a time in `dtype` (float32, float16, bfloat16); neither `batch_size`
-    nor `cache`, a directory that keeps features, changes a word in float32. Models are called by the name of their
-    directory, or their path where two names agree. `progress`: a bar on stderr where that is a terminal.
+    `data` as for `load_corpus`, like `split` (of a corpus loaded before: all), `limit` (utterances per language, a sample
+    by `sample_seed`) and `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by
+    `beams` beams, without timestamps, `batch_size` utterances of like length at a time in `dtype` (float32, float16,
+    bfloat16); features are computed by `workers` processes (None: none, and up to 8 for a GPU). Neither `batch_size` nor
+    `workers` nor `cache`, a directory that keeps features (`Features`; None: one for this call), changes a word in float32.
+    Models are called by the name of their directory, or their path where two names agree. `progress`: a bar on stderr where
+    that is a terminal.
 
-    LorsError, before any decoding, for a model, language, task or device that is not there; a recording that cannot be
-    read is met when its turn comes.
+    Rows and recordings that cannot be used, and with them their utterances of every model, are left out and listed in the
+    result, up to a share of `unusable`.
+
+    LorsError, before any decoding, for a model, language, task or device that is not there; and for more unusable recordings,
+    which may be met when their turn comes.
     """
     quiet()
     if dtype not in DTYPES:
@@ -135,11 +140,14 @@ def evaluate(
     for source in sources:
         require_languages(source, wanted)  # the last model's mistakes before the first one's hours
     chosen_split = None if isinstance(data, list) else split
-    corpus = load_corpus(data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds)
+    left_out = LeftOut(unusable)
+    corpus = load_corpus(
+        data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds, seed=sample_seed, left_out=left_out
+    )  # fmt: skip
     parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
     results = []
     total = len(sources) * sum(len(part) for part in parts.values())
-    with bar("decoding", total, quiet=not progress) as advance:
+    with bar("decoding", total, quiet=not progress) as advance, kept_in(cache) as home:
         done = 0
 
         def decoded(count: int) -> None:
@@ -149,10 +157,12 @@ def evaluate(
                 advance(done, total)
 
         for name, source in zip(names, sources, strict=True):
-            processor, model = load_processor(source), load_model(source, device=device, dtype=dtype)
+            model = load_model(source, device=device, dtype=dtype)
+            decoder = Decoder.of(model, load_processor(source), home, batch_size, beams, workers, left_out)
             for (task, _), part in parts.items():
-                results.append(result(name, model, processor, part, task, batch_size, beams, cache, decoded))
-    return Evaluation(tuple(results))
+                results.append(decoder.result(name, part, task, decoded))
+                left_out.require_few("corpus" if isinstance(data, list) else str(data), len(corpus))
+    return Evaluation(tuple(results), left_out)
 
 
 def _part(corpus: Corpus, task: str, language: str) -> Corpus:
@@ -173,69 +183,80 @@ def model_names(sources: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def result(
-    name: str,
-    model: Any,
-    processor: Any,
-    part: Corpus,
-    task: str,
-    batch_size: int,
-    beams: int,
-    cache: Path | None,
-    advance: Callable[[int], None] | None = None,
-) -> Result:
-    """Decodes and scores utterances of one language (`part`) for one task."""
-    language = part[0].language
-    hypotheses, seconds = [], 0.0
-    step = len(part) if cache is not None else _CHUNK
-    for start in range(0, len(part), step):
-        chunk = part[start : start + step]
-        mel = features(chunk, processor.feature_extractor, cache)
-        began = time.perf_counter()
-        hypotheses += transcribe(
-            model, processor, mel, language, task, batch_size=batch_size, beams=beams, advance=advance
-        )
-        seconds += time.perf_counter() - began
-    references = [u.reference(task) or "" for u in part]
-    target = language if task == "transcribe" else "en"
-    summary, statistics = score(references, hypotheses, language=target, task=task)
-    answers = tuple(Answer(u.id, r, h) for u, r, h in zip(part, references, hypotheses, strict=True))
-    return Result(name, language, task, summary, statistics, answers, _audio_seconds(part), seconds)
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model with all that decoding by it takes. What cannot be read goes to `left_out`."""
 
+    model: Any
+    tokenizer: Any
+    features: Features
+    batch_size: int = 64
+    beams: int = 1
+    workers: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
 
-def _audio_seconds(part: Sequence[Utterance]) -> float:
-    return max(sum(duration(u.audio) for u in part), 1 / SAMPLE_RATE)
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        processor: Any,
+        home: str | Path,
+        batch_size: int = 64,
+        beams: int = 1,
+        workers: int | None = None,
+        left_out: LeftOut | None = None,
+    ) -> Decoder:
+        """home: of the features; workers None: as many as `workers_for` says."""
+        features = Features(processor.feature_extractor, home)
+        count = workers_for(model.device.type) if workers is None else workers
+        return cls(model, processor.tokenizer, features, batch_size, beams, count, left_out or LeftOut())
 
-
-def transcribe(
-    model: Any,
-    processor: Any,
-    mel: NDArray[np.float16],
-    language: str,
-    task: str,
-    *,
-    batch_size: int = 64,
-    beams: int = 1,
-    advance: Callable[[int], None] | None = None,
-) -> list[str]:
-    """mel [n, bins, frames] -> n texts; `advance` is told the size of each batch that is done."""
-    import torch
-
-    texts: list[str] = []
-    with torch.inference_mode():
-        for start in range(0, len(mel), batch_size):
-            batch = torch.tensor(mel[start : start + batch_size]).to(model.device, model.dtype)
-            tokens = model.generate(
-                batch,
-                attention_mask=torch.ones(batch.shape[0], batch.shape[2], dtype=torch.long, device=model.device),
-                language=language,
-                task=task,
-                num_beams=beams,
+    def result(self, name: str, part: Corpus, task: str, advance: Callable[[int], None] | None = None) -> Result:
+        """Decodes and scores utterances of one language (`part`) for one task."""
+        language = part[0].language
+        hypotheses, seconds = self.transcribe(part, task, advance)
+        read = [(u, said) for u, said in zip(part, hypotheses, strict=True) if said is not None]
+        if not read:
+            raise LorsError(
+                f"{task} {language}: expected recordings that can be read, got {self.left_out.unusable[-1]}"
             )
-            texts += processor.batch_decode(tokens, skip_special_tokens=True)
+        answers = tuple(Answer(u.id, u.reference(task) or "", said) for u, said in read)
+        target = language if task == "transcribe" else "en"
+        summary, statistics = score(
+            [a.reference for a in answers], [a.hypothesis for a in answers], language=target, task=task
+        )
+        audio = max(sum(duration(u.audio) for u, _ in read), 1 / SAMPLE_RATE)
+        return Result(name, language, task, summary, statistics, answers, audio, seconds)
+
+    def transcribe(
+        self, part: Corpus, task: str, advance: Callable[[int], None] | None = None
+    ) -> tuple[list[str | None], float]:
+        """A text for each utterance of one language, None where the recording cannot be read; and seconds of decoding.
+
+        advance: told the size of each batch that is done.
+        """
+        texts: list[str | None] = [None] * len(part)
+        seconds = 0.0
+        for batch in load_in_order(part, self.features, self.batch_size, self.workers):
+            self.left_out.note(batch.unusable)
+            if batch.rows:
+                began = time.perf_counter()
+                for row, text in zip(batch.rows, self._batch(batch, part[0].language, task), strict=True):
+                    texts[row] = text.strip()
+                seconds += time.perf_counter() - began
             if advance is not None:
-                advance(len(batch))
-    return [text.strip() for text in texts]
+                advance(len(batch.rows) + len(batch.unusable))
+        return texts, seconds
+
+    def _batch(self, batch: Loaded, language: str, task: str) -> list[str]:
+        import torch
+
+        model = self.model
+        with torch.inference_mode():
+            mel = batch.mel.to(model.device, model.dtype)
+            mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
+            tokens = model.generate(mel, attention_mask=mask, language=language, task=task, num_beams=self.beams)
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
 def compare(evaluation: Evaluation, first: str, second: str, *, task: str, metric: str) -> Interval:

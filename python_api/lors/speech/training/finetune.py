@@ -24,6 +24,7 @@ from ...files.writing import writing
 from ...public import public
 from ..data.corpus import load_corpus
 from ..data.languages import parse_languages
+from ..data.left_out import LeftOut
 from ..data.utterance import Corpus, parse_tasks
 from ..model.whisper import local_model, quiet, require_languages, torch_device
 from .settings import Training, write_json
@@ -47,6 +48,8 @@ class Trained:
     resumed_from: int  # step of the checkpoint it continued from, 0 for none
     train_loss: float | None  # cross-entropy, nats, mean over all tokens since `resumed_from`; None: no step
     dev_wer: float | None  # percent, mean over languages and tasks; None when it was not measured
+    longer: int  # recordings left out, longer than `max_seconds`
+    unusable: tuple[str, ...]  # a line for each row or recording that could not be used
     seconds: float  # of this run, reading and saving included
 
 
@@ -61,8 +64,10 @@ def finetune(
     dev: str | Path | Corpus | None = None,
     limit: int | None = None,
     max_seconds: float | None = None,
+    sample_seed: int = 0,
+    unusable: float = 0.01,
     sequential: bool = False,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Trained:
@@ -71,8 +76,10 @@ def finetune(
     One language gives an expert, several a multi-task model; `sequential` trains one language after another instead,
     `training.max_steps` each, from the weights the one before left. `data` (for the values see `load_corpus`) is read
     in its split "train", and in "dev" with `training.eval_steps`, there from `dev` where that is given; `limit` is
-    utterances per language of "train", `max_seconds` drops longer recordings of both. A reference that is empty is not
-    trained on. `cache`: a directory that keeps features. `progress`: lines, and on a terminal a bar, on stderr.
+    utterances per language of "train", a sample by `sample_seed`; `max_seconds` drops longer recordings of both. A reference
+    that is empty is not trained on. Rows and recordings that cannot be used are left out and listed, up to a share of
+    `unusable`. `cache`: a directory that keeps features (`Features`); else they stand beside the checkpoints. `progress`:
+    lines, and on a terminal a bar, on stderr.
 
     Checkpoints stand in ``OUT.checkpoints`` until the end; the same call continues from the last complete one, to the
     weights of a run that was not cut. Started by torchrun or ``accelerate launch`` the processes share the work; else one
@@ -88,13 +95,17 @@ def finetune(
     training, wanted, chosen = training or Training(), parse_languages(languages), parse_tasks(tasks)
     torch_device(training.device)
     require_languages(model, wanted)
-    corpus = load_corpus(data, languages=wanted, split="train", limit=limit, max_seconds=max_seconds)
+    left_out = LeftOut(unusable)
+    corpus = load_corpus(
+        data, languages=wanted, split="train", limit=limit, max_seconds=max_seconds, seed=sample_seed, left_out=left_out
+    )
     held_out: Corpus = []
     if training.eval_steps is not None:
         source = data if dev is None else dev
-        held_out = load_corpus(source, languages=wanted, split="dev", max_seconds=max_seconds)
+        held_out = load_corpus(source, languages=wanted, split="dev", max_seconds=max_seconds, left_out=left_out)
     out = Path(out)
     scratch = out.absolute().with_name(f"{out.name}.checkpoints")  # checkpoints hold the path of the best one
+    features = scratch / "features" if cache is None else Path(cache)
     groups = [(language,) for language in wanted] if sequential else [wanted]
     records, start = [], str(model)
     with _output(out, force, model) as output, writing(scratch):
@@ -104,10 +115,11 @@ def finetune(
             final = place / "final"
             spoken, heard = ([u for u in side if u.language in group] for side in (corpus, held_out))
             target = output.path if group is groups[-1] else final
-            job = Job(start, place, target, spoken, heard, chosen, training, cache, progress and first_process())
+            shown = progress and first_process()
+            job = Job(start, place, target, spoken, heard, chosen, training, features, left_out, shown)
             records.append(_once(job, final / "record.json"))
             start = str(final)
-        result = _summary(out, wanted, chosen, records)
+        result = _summary(out, wanted, chosen, records, left_out)
         if isinstance(output, OutputDirectory):
             record = {**asdict(result), "path": out.name, "model": public(str(model)), "training": asdict(training)}
             (output.path / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
@@ -146,10 +158,9 @@ def _identity(
     training: Training,
     sequential: bool,
 ) -> dict[str, Any]:
-    """What checkpoints depend on. The device is left out: a run may continue on another."""
+    """What checkpoints depend on."""
     weights = sorted(local_model(model).glob("*.safetensors"))
     spoken = "".join(f"{u.id}\t{u.text}\t{u.translation}\t{u.language}\n" for u in (*corpus, *dev))
-    settings = {name: value for name, value in asdict(training).items() if name != "device"}
     return {
         "model": public(str(model)),
         "weights": [sha256_file(path) for path in weights],
@@ -157,7 +168,7 @@ def _identity(
         "tasks": list(tasks),
         "sequential": sequential,
         "data": hashlib.sha256(spoken.encode()).hexdigest(),
-        **settings,
+        **training.identity(),
     }
 
 
@@ -193,7 +204,9 @@ def _once(job: Job, done: Path) -> Record:
     return record
 
 
-def _summary(out: Path, languages: tuple[str, ...], tasks: tuple[str, ...], records: list[Record]) -> Trained:
+def _summary(
+    out: Path, languages: tuple[str, ...], tasks: tuple[str, ...], records: list[Record], left_out: LeftOut
+) -> Trained:
     return Trained(
         path=out,
         languages=languages,
@@ -204,5 +217,7 @@ def _summary(out: Path, languages: tuple[str, ...], tasks: tuple[str, ...], reco
         resumed_from=records[-1].resumed_from,
         train_loss=records[-1].loss,
         dev_wer=records[-1].dev_wer,
+        longer=left_out.longer,
+        unusable=tuple(left_out.unusable),
         seconds=sum(r.seconds for r in records),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Training:
     lora_alpha: int = 16
     seed: int = 0
     device: str = "cpu"
+    dataloader_num_workers: int | None = None  # processes that compute features; None: none on cpu, up to 8 for a GPU
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
@@ -66,8 +67,15 @@ class Training:
         if self.lr_scheduler_type not in SCHEDULERS:
             known = nearest(self.lr_scheduler_type, SCHEDULERS)
             raise LorsError(f"lr_scheduler_type: no {self.lr_scheduler_type!r}{known}")
+        workers = self.dataloader_num_workers
+        if workers is not None and not (isinstance(workers, int) and workers >= 0):
+            raise LorsError(f"dataloader_num_workers: expected an integer of at least 0, got {workers!r}")
         if self.device not in ("cpu", "cuda"):
             raise LorsError(f"device: training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """What the trained weights depend on: a run may continue on another device, or with more workers."""
+        return {k: v for k, v in asdict(self).items() if k not in ("device", "dataloader_num_workers")}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -32,11 +33,13 @@ from ...checkpoints.layers import decomposed
 from ...errors import LorsError, printable
 from ...progress import bar
 from ..data.audio import require
-from ..data.features import features, log_mel, require_windows
+from ..data.features import Features, require_window
+from ..data.left_out import LeftOut
+from ..data.loading import workers_for
 from ..data.utterance import Corpus, by_task
 from ..model.tokens import labels
 from ..model.whisper import load_model, load_processor
-from ..scoring.evaluation import transcribe
+from ..scoring.evaluation import Decoder
 from ..scoring.metrics import score
 from .settings import Training, write_json
 
@@ -47,7 +50,6 @@ __all__ = ["Job", "Record"]
 
 _LORA_TARGETS = r".*\.(self_attn|encoder_attn)\.(q|k|v|out)_proj|.*\.fc[12]"
 _LOG_STEPS = 50
-_KEPT_BYTES = 1 << 30
 _FULL_DISK = 1 << 16  # bytes free: less than any file written here needs
 
 
@@ -75,7 +77,8 @@ class Job:
     dev: Corpus
     tasks: tuple[str, ...]
     training: Training
-    cache: Path | None
+    features: Path
+    left_out: LeftOut
     progress: bool
 
     def run(self) -> Record:
@@ -83,10 +86,14 @@ class Job:
         began = time.monotonic()
         set_seed(self.training.seed)
         processor, model = load_processor(self.source), load_model(self.source)
-        data = _Dataset.build(self.corpus, self.tasks, processor, model.config.max_target_positions, self.cache)
+        features, longest = Features(processor.feature_extractor, self.features), model.config.max_target_positions
+        data = _Dataset.build(self.corpus, self.tasks, processor.tokenizer, longest, features, self.left_out)
         checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
-        dev = _DevSet(self.dev, self.tasks, processor, self.cache)
-        trainer = _trainer(_trainable(model, self.training), self.training, self.scratch, data, dev)
+        arguments = _arguments(self.training, self.scratch)
+        dev = _DevSet.of(
+            self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out
+        )
+        trainer = _trainer(_trainable(model, self.training), arguments, self.training, data, dev)
         if checkpoint is not None and checkpoint.finished:
             trainer._load_from_checkpoint(str(checkpoint.best))  # train() would take one step more
             steps, loss = checkpoint.step, None
@@ -104,6 +111,7 @@ class Job:
         if trainer.is_world_process_zero():
             with _full_disk(self.target):
                 self._save(trainer.accelerator.unwrap_model(trainer.model), processor)
+        self.left_out.note(gather_object(self.left_out.unusable))
         trainer.accelerator.wait_for_everyone()
         return record
 
@@ -156,6 +164,8 @@ class _Trainer(Seq2SeqTrainer):
         Whisper's own loss is the mean over its batch alone. The trainer adds up what accumulates, and takes what it is
         given to be divided by `num_items_in_batch`: with N batches to a step the gradient would be N times too large.
         """
+        self.dev.left_out.note(inputs["unusable"])
+        self.dev.left_out.require_few("finetune", len(self.train_dataset))
         labels, config = inputs["labels"], self.accelerator.unwrap_model(model).config
         spoken = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         outputs = model(input_features=inputs["input_features"], decoder_input_ids=spoken)
@@ -170,18 +180,20 @@ class _Trainer(Seq2SeqTrainer):
         return float(total / count)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {"eval_wer": self.dev.wer(self.accelerator.unwrap_model(self.model).eval())}
+        metrics = {"eval_wer": self.dev.wer(self.accelerator.unwrap_model(self.model).eval(), self.accelerator)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
 
-def _trainer(model: Any, training: Training, scratch: Path, data: _Dataset, dev: _DevSet) -> _Trainer:
+def _trainer(
+    model: Any, arguments: Seq2SeqTrainingArguments, training: Training, data: _Dataset, dev: _DevSet
+) -> _Trainer:
     # A dataset is anything with __len__ and __getitem__; the annotation of Trainer knows torch's class only.
     dataset: Any = data
     trainer = _Trainer(
         model=model,
-        args=_arguments(training, scratch),
+        args=arguments,
         train_dataset=dataset,
         eval_dataset=dataset if training.eval_steps else None,  # only looked at to see that there is one
         data_collator=_collate,
@@ -231,6 +243,7 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         logging_steps=_LOG_STEPS,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=workers_for(t.device) if t.dataloader_num_workers is None else t.dataloader_num_workers,
         ddp_find_unused_parameters=False,
         **optional,
     )
@@ -307,81 +320,89 @@ def _trainable(model: Any, training: Training) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Dataset:
-    """Items (row, labels); features from the cache, or computed when an item is asked for and kept while they fit."""
+    """Items (features, labels), or (error, labels) for a recording that cannot be read."""
 
     corpus: Corpus
     rows: list[tuple[int, list[int]]]
-    mel: NDArray[np.float16] | None
-    extractor: Any
+    features: Features
     skipped: int
-    kept: dict[int, NDArray[np.float16]] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, corpus: Corpus, tasks: Sequence[str], processor: Any, longest: int, cache: Path | None) -> _Dataset:
+    def build(
+        cls, corpus: Corpus, tasks: Sequence[str], tokenizer: Any, longest: int, features: Features, left_out: LeftOut
+    ) -> _Dataset:
+        readable = []
+        for utterance in corpus:  # now, and not after hours when the turn of a recording comes
+            with left_out.unless_unusable():
+                require_window(utterance.audio, features.extractor)
+                readable.append(utterance)
+        left_out.require_few("finetune", len(corpus))
         rows: list[tuple[int, list[int]]] = []
         skipped = 0
         for task in tasks:
-            for row, utterance in enumerate(corpus):
+            for row, utterance in enumerate(readable):
                 if not utterance.reference(task):
                     continue
-                ids = labels(processor.tokenizer, utterance, task)
+                ids = labels(tokenizer, utterance, task)
                 if len(ids) > longest:
                     skipped += 1
                 else:
                     rows.append((row, ids))
         if not rows:
             raise LorsError(f"finetune: expected utterances with a reference for {', '.join(tasks)}, got none")
-        extractor = processor.feature_extractor
-        if cache is not None:
-            return cls(corpus, rows, features(corpus, extractor, cache), extractor, skipped)
-        require_windows(corpus, extractor)  # now, and not after hours when the turn of a recording comes
-        return cls(corpus, rows, None, extractor, skipped)
+        return cls(readable, rows, features, skipped)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float16] | str, list[int]]:
         row, ids = self.rows[index]
-        return {"input_features": self._features(row), "labels": ids}
-
-    def _features(self, row: int) -> NDArray[np.float16]:
-        if self.mel is not None:
-            return self.mel[row]  # type: ignore[no-any-return]
-        if row in self.kept:
-            return self.kept[row]
-        mel = log_mel([self.corpus[row]], self.extractor)[0]
-        if (len(self.kept) + 1) * mel.nbytes <= _KEPT_BYTES:
-            self.kept[row] = mel
-        return mel
+        try:
+            return self.features.of(self.corpus[row].audio), ids
+        except LorsError as error:
+            return str(error), ids
 
 
-def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    longest = max(len(item["labels"]) for item in items)
-    padded = [item["labels"] + [-100] * (longest - len(item["labels"])) for item in items]
-    mel = torch.from_numpy(np.stack([item["input_features"] for item in items])).float()
-    return {"input_features": mel, "labels": torch.tensor(padded)}
+def _collate(items: Sequence[tuple[NDArray[np.float16] | str, list[int]]]) -> dict[str, Any]:
+    read = [(mel, ids) for mel, ids in items if not isinstance(mel, str)]
+    unusable = [said for said, _ in items if isinstance(said, str)]
+    if not read:
+        raise LorsError(f"finetune: expected a recording that can be read in every batch, got none; {unusable[0]}")
+    longest = max(len(ids) for _, ids in read)
+    padded = [ids + [-100] * (longest - len(ids)) for _, ids in read]
+    mel = torch.from_numpy(np.stack([mel for mel, _ in read])).float()
+    return {"input_features": mel, "labels": torch.tensor(padded), "unusable": unusable}
 
 
+@dataclass(frozen=True, slots=True)
 class _DevSet:
-    """Dev utterances and their features, computed when first needed and kept for the next measurement."""
+    """Dev utterances by task and language; the processes of a run share them."""
 
-    def __init__(self, corpus: Corpus, tasks: Sequence[str], processor: Any, cache: Path | None) -> None:
-        self._parts = [
+    parts: list[tuple[str, str, Corpus]]
+    processor: Any
+    home: Path
+    workers: int
+    left_out: LeftOut
+
+    @classmethod
+    def of(cls, corpus: Corpus, tasks: Sequence[str], *rest: Any) -> _DevSet:
+        languages = dict.fromkeys(u.language for u in corpus)
+        parts = [
             (task, language, by_task((u for u in corpus if u.language == language), task))
             for task in tasks
-            for language in dict.fromkeys(u.language for u in corpus)
+            for language in languages
         ]
-        self._processor, self._cache = processor, cache
-        self._features: dict[tuple[str, str], NDArray[np.float16]] = {}
+        return cls(parts, *rest)
 
-    def wer(self, model: Any) -> float:
+    def wer(self, model: Any, accelerator: Any) -> float:
         """Mean of WER over languages and tasks."""
+        decoder = Decoder.of(model, self.processor, self.home, workers=self.workers, left_out=self.left_out)
         scores = []
-        for task, language, part in self._parts:
-            if (task, language) not in self._features:
-                self._features[task, language] = features(part, self._processor.feature_extractor, self._cache)
-            said = transcribe(model, self._processor, self._features[task, language], language, task)
-            references = [u.reference(task) or "" for u in part]
+        for task, language, part in self.parts:
+            mine = range(accelerator.process_index, len(part), accelerator.num_processes)
+            texts = decoder.transcribe([part[i] for i in mine], task)[0] if mine else []
+            said = dict(gather_object(list(zip(mine, texts, strict=True))))
+            answers = [(u.reference(task) or "", said[i]) for i, u in enumerate(part) if said[i] is not None]
             target = language if task == "transcribe" else "en"
-            scores.append(score(references, said, language=target, task=task)[0].wer)
+            scores.append(score(*map(list, zip(*answers, strict=True)), language=target, task=task)[0].wer)
         return sum(scores) / len(scores)

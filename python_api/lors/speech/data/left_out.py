@@ -1,0 +1,55 @@
+"""What of a corpus is not used, and why: recordings that are too long, rows and recordings that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ...errors import LorsError
+
+__all__ = ["LeftOut"]
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Counts and lists it; LorsError once more than a `share` of all is unusable. 0: at the first.
+
+    Where there are fewer than 1 / share, the first is one too many.
+    """
+
+    share: float = 0.0
+    longer: int = 0  # recordings than `max_seconds`
+    unusable: list[str] = field(default_factory=list)  # a line for each row or recording that cannot be read
+
+    @contextmanager
+    def unless_unusable(self) -> Iterator[None]:
+        """A LorsError in the block is listed; the caller goes on without what it was about."""
+        try:
+            yield
+        except LorsError as error:
+            if self.share == 0:
+                raise
+            self.note([str(error)])
+
+    def note(self, lines: Iterable[str]) -> None:
+        """As if each had been met in `unless_unusable`; a line that is there already is the same recording again."""
+        for line in lines:
+            if self.share == 0:
+                raise LorsError(line)
+            if line not in self.unusable:
+                self.unusable.append(line)
+
+    def require_few(self, name: str, total: int) -> None:
+        """LorsError when more than the share of `total` rows or recordings is unusable."""
+        if len(self.unusable) > self.share * total:
+            raise LorsError(
+                f"{name}: expected at most {100 * self.share:g} % of {total} rows and recordings that cannot be used, "
+                f"got {len(self.unusable)}; the first: {self.unusable[0]}"
+            )
+
+    def told(self) -> str:
+        """A line for people; empty where nothing was left out."""
+        parts = [f"{self.longer} recordings too long"] * (self.longer > 0)
+        parts += [f"{len(self.unusable)} unusable, the first: {self.unusable[0]}"] * (len(self.unusable) > 0)
+        return f"left out: {'; '.join(parts)}" if parts else ""
