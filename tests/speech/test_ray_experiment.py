@@ -17,7 +17,7 @@ from helpers import module
 from lors.errors import LorsError
 from lors.speech.experiment.plan import build_stages
 from lors.speech.experiment.ray_stages import memory_of, run_stages
-from processes import gone, marked, wait_for
+from processes import gone, marked, wait_for, wait_until
 
 module("ray", "ray")
 psutil = module("psutil", "ray")
@@ -72,8 +72,12 @@ def test_a_signal_ends_a_run_and_its_cluster(tmp_path: Path, signum: signal.Sign
     ]
     with marked(command, tmp_path / "log") as found:
         wait_for(tmp_path / "up", 120)
-        below = psutil.Process(found.process.pid).children(recursive=True)
-        assert {"raylet", "gcs_server", "sleep"} <= {process.name() for process in below}
+        ours = psutil.Process(found.process.pid)
+        assert wait_until(  # the shell that the stage leaves behind may still be starting its own
+            lambda: {"raylet", "gcs_server", "sleep"} <= {process.name() for process in ours.children(recursive=True)},
+            60,
+        )
+        below = ours.children(recursive=True)
         assert found.end(signum) < 5
         assert found.process.returncode == (-9 if signum == signal.SIGKILL else 143), (tmp_path / "log").read_text()
         assert gone(found)

@@ -8,7 +8,15 @@ import pytest
 import sacrebleu
 
 from lors.errors import LorsError
-from lors.speech.scoring.metrics import Statistics, metric, normaliser, paired_bootstrap, score
+from lors.speech.scoring.metrics import (
+    Statistics,
+    metric,
+    normaliser,
+    numbered,
+    paired_bootstrap,
+    score,
+    share_of_gain,
+)  # fmt: skip
 
 
 def test_wer_by_hand() -> None:
@@ -49,6 +57,22 @@ def test_diacritics_count_and_case_does_not() -> None:
 def test_languages_without_spaces_are_scored_by_character() -> None:
     result, statistics = score(["你好世界"], ["你好世間"], language="zh", task="transcribe")
     assert result.unit == "CER" and result.wer == pytest.approx(25.0) and statistics.words.tolist() == [4]
+    # 1 of 4 characters; with the spaces between them it would be 1 of 7.
+    assert result.cer == pytest.approx(25.0)
+    spaced, _ = score(["你好 世界"], ["你好世界"], language="zh", task="transcribe")
+    assert spaced.cer == spaced.wer == 0
+
+
+@pytest.mark.parametrize(("language", "text"), [("hi", "हिन्दी में"), ("ta", "தமிழ் மொழி"), ("ar", "كِتَاب")])
+def test_combining_marks(language: str, text: str) -> None:
+    """Whisper's normaliser cuts words at every mark; the other one keeps them, and differs in nothing else."""
+    assert len(normaliser(language)(text).split()) > len(text.split())
+    assert normaliser(language, "marks")(text) == text
+    assert score([text], [text], language=language, task="transcribe", kind="marks")[0].normaliser == "marks"
+    for same in ("L'Été, c'est « bien » !", "Ça va? <laugh> (oui)"):
+        assert normaliser("fr", "marks")(same) == normaliser("fr")(same)
+    with pytest.raises(LorsError, match="normaliser: expected whisper or marks, got 'none'"):
+        normaliser("hi", "none")
 
 
 def test_english_uses_whispers_english_normaliser() -> None:
@@ -118,3 +142,40 @@ def test_trainings_that_disagree_widen_the_interval_over_seeds_only() -> None:
     assert (interval.difference, interval.low, interval.high) == pytest.approx((0, 0, 0))
     assert (interval.seeds_low, interval.seeds_high) == pytest.approx((-25, 25))
     assert paired_bootstrap(first[:1], second[:1], "wer").seeds_low is None
+
+
+def test_speakers_are_drawn_with_all_that_they_say() -> None:
+    """Twenty speakers of ten utterances, whose errors go by speaker: the interval is about sqrt(10) times as wide."""
+    rng = np.random.default_rng(3)
+    errors = np.repeat(rng.integers(0, 5, 20), 10)
+    alone = _counts(errors.tolist())
+    named = Statistics(alone.errors, alone.words, None, numbered([f"s{i // 10}" for i in range(200)]))
+    none = _counts([0] * 200)
+
+    def width(side: Statistics) -> float:
+        interval = paired_bootstrap([{"ca": side}], [{"ca": none}], "wer")
+        return interval.high - interval.low
+
+    assert 2.4 < width(named) / width(alone) < 4
+    assert numbered(["a", None]) is None
+    one = Statistics(alone.errors, alone.words, None, numbered(["a"] * 200))
+    assert width(one) == width(alone), "one speaker says nothing about others"
+
+
+def test_a_share_of_the_gain_is_a_ratio_of_sums() -> None:
+    """In "de" the expert gained next to nothing, and the model lost a little there: that is no disaster."""
+    base = {"ca": _counts([3] * 40), "de": _counts([2] * 40)}
+    own = {"ca": _counts([1] * 40), "de": _counts([2] * 39 + [1])}
+    merged = {"ca": _counts([2] * 40), "de": _counts([2] * 38 + [3] * 2)}
+    share = share_of_gain([base], [own], [merged], "wer")
+    assert share.seeds == [pytest.approx((40 - 2) / (80 + 1))]
+    low, high = np.percentile(share.draws, [2.5, 97.5])
+    assert 0.4 < low < share.seeds[0] < high < 0.51
+    assert share_of_gain([base], [own], [own], "wer").seeds == [1] and share_of_gain(
+        [base], [own], [base], "wer"
+    ).seeds == [0]
+    # Worse than the base where every expert is better: below 0, also where one expert is worse than the base.
+    strange = {"ca": _counts([1] * 40), "de": _counts([3] * 40)}
+    worse = {"ca": _counts([4] * 40), "de": _counts([3] * 40)}
+    assert share_of_gain([base], [strange], [worse], "wer").seeds == [pytest.approx(-80 / 40)]
+    assert not np.isfinite(share_of_gain([base], [base], [merged], "wer").seeds[0])

@@ -233,18 +233,20 @@ def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
 
 
 def _normalised(results: Mapping[str, Any]) -> str:
-    rows = [["model", "normalised performance"]]
-    rows += [
-        [label, _pm(model["normalised"])]
-        for label, model in results["models"].items()
-        if not label.startswith("expert ")
-    ]
+    rows = [["model", "normalised performance", "95 %"]]
+    for label, model in results["models"].items():
+        if not label.startswith("expert "):
+            share = model["normalised"]
+            rows.append([label, _pm(share), f"{share['low']:.2f} to {share['high']:.2f}"])
+    flat = sorted({cell for model in results["models"].values() for cell in model["normalised"]["flat"]})
+    without = (
+        f" Experts that gained nothing over the base, in at least one training: {', '.join(flat)}." if flat else ""
+    )
     return (
-        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>Mean over the "
-        f"experts' languages and "
-        "the tasks of (score − base) / (own expert − base): 0 is the base, 1 is as good as a model for each "
-        "language. A "
-        "language on which the expert gained little weighs as much as one on which it gained a lot.</p>"
+        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>What the model gained over the base, "
+        "summed over the experts' languages, as a share of what each language's own expert gained; mean over the tasks. 0 is "
+        "the base, 1 is as good as a model for each language. The interval: speakers, or utterances where the speakers are not "
+        f"known, drawn within each language; the trainings as they are.{escape(without)}</p>"
     )
 
 

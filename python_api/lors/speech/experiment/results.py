@@ -7,13 +7,13 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...public import public
-from ..scoring.metrics import Statistics, paired_bootstrap
+from ..scoring.metrics import Interval, Statistics, numbered, paired_bootstrap, share_of_gain
 from .config import Config
 
 __all__ = ["METRIC", "summarise"]
@@ -44,10 +44,11 @@ class Tested:
         sums = {}
         for cell, rows in counted.items():
             bleu = None if rows[0]["bleu"] is None else np.array([row["bleu"] for row in rows])
-            sums[cell] = Statistics(np.array([r["errors"] for r in rows]), np.array([r["words"] for r in rows]), bleu)
+            errors, words = np.array([r["errors"] for r in rows]), np.array([r["words"] for r in rows])
+            sums[cell] = Statistics(errors, words, bleu, numbered([r.get("speaker") for r in rows]))
         return cls(scores, sums)
 
-    def only(self, cells: Iterable[Cell]) -> Tested:
+    def only(self, cells: Sequence[Cell]) -> Tested:
         return Tested({c: self.scores[c] for c in cells}, {c: self.statistics[c] for c in cells})
 
 
@@ -87,7 +88,7 @@ def _tested(config: Config, stages: Mapping[str, Path]) -> dict[str, dict[int, T
         runs = {seed: Tested.read(stages[f"test-expert-{language}-s{seed}"]) for seed in config.seeds}
         found[f"expert {language}"] = runs
         for seed, run in runs.items():
-            part = run.only((task, language) for task in config.tasks)
+            part = run.only([(task, language) for task in config.tasks])
             before = own.get(seed, Tested({}, {}))
             own[seed] = Tested({**before.scores, **part.scores}, {**before.statistics, **part.statistics})
     return {"base": found.pop("base"), "own expert": own, **found}
@@ -113,8 +114,7 @@ def _model(config: Config, runs: Mapping[int, Tested], tested: Mapping[str, Mapp
             values = [_group(run, task, languages) for run in runs.values()] if languages else [None]
             if None not in values:
                 groups[f"{task}/{group}"] = _spread([v for v in values if v is not None])
-    normalised = [_normalised(config, runs[seed], tested["base"][seed], tested["own expert"][seed]) for seed in runs]
-    return {"cells": cells, "means": groups, "normalised": _spread(normalised)}
+    return {"cells": cells, "means": groups, "normalised": _normalised(config, runs, tested)}
 
 
 def _group(run: Tested, task: str, languages: Iterable[str]) -> float | None:
@@ -124,15 +124,44 @@ def _group(run: Tested, task: str, languages: Iterable[str]) -> float | None:
     return _mean([run.scores[cell][METRIC[task]] for cell in cells])
 
 
-def _normalised(config: Config, run: Tested, base: Tested, own: Tested) -> float:
-    """Mean over the experts' cells of (score - base) / (own expert - base); 1 is as good as every single expert."""
+def _normalised(
+    config: Config, runs: Mapping[int, Tested], tested: Mapping[str, Mapping[int, Tested]]
+) -> dict[str, Any]:
+    """Mean over the tasks of what the model gained over the base, summed over the experts' languages, as a share of what
+    each language's own expert gained; 1 is as good as every single expert. `flat`: cells in which the expert gained nothing,
+    or lost; they count like any other.
+    """
+    import numpy as np
+
+    cells = [(task, language) for task in config.tasks for language in config.experts]
+    flat = {
+        "/".join(cell)
+        for cell in cells
+        for seed in runs
+        if _gain(tested["base"][seed].scores[cell], tested["own expert"][seed].scores[cell], METRIC[cell[0]]) <= 0
+    }
     shares = []
     for task in config.tasks:
-        for language in config.experts:
-            value, low, high = (t.scores[task, language][METRIC[task]] for t in (run, base, own))
-            if high != low:
-                shares.append((value - low) / (high - low))
-    return _mean(shares) if shares else float("nan")
+        base, own, model = (
+            _of_task(side, task, config.experts, runs) for side in (tested["base"], tested["own expert"], runs)
+        )
+        shares.append(share_of_gain(base, own, model, METRIC[task]))
+    means = [_mean([share.seeds[i] for share in shares]) for i in range(len(runs))]
+    low, high = Interval.ends(np.mean([share.draws for share in shares], axis=0))
+    return {**_spread(means), "low": low, "high": high, "flat": sorted(flat)}
+
+
+def _of_task(
+    side: Mapping[int, Tested], task: str, languages: Sequence[str], seeds: Iterable[int]
+) -> list[dict[str, Statistics]]:
+    """Language -> statistics, for each training."""
+    return [{language: side[seed].statistics[task, language] for language in languages} for seed in seeds]
+
+
+def _gain(base: Mapping[str, Any], own: Mapping[str, Any], metric: str) -> float:
+    """What the expert is better by."""
+    difference = float(own[metric] - base[metric])
+    return -difference if metric == "wer" else difference
 
 
 def _mean(values: list[float]) -> float:
@@ -155,10 +184,7 @@ def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> 
 
 
 def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int, Tested], task: str) -> dict[str, Any]:
-    first, second = (
-        [{language: side[seed].statistics[task, language] for language in config.experts} for seed in config.seeds]
-        for side in (runs, others)
-    )
+    first, second = (_of_task(side, task, config.experts, config.seeds) for side in (runs, others))
     metric, cells = METRIC[task], [(task, language) for language in config.experts]
     differences = [
         _mean([runs[seed].scores[cell][metric] - others[seed].scores[cell][metric] for cell in cells])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data.left_out import LeftOut
 from ..data.loading import Loaded, load_in_order, workers_for
 from ..data.utterance import Corpus, by_task, parse_tasks
 from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
-from .metrics import Interval, Score, Statistics, paired_bootstrap, score
+from .metrics import NORMALISERS, Interval, Score, Statistics, numbered, paired_bootstrap, score
 
 __all__ = ["Answer", "Decoder", "Evaluation", "Result", "compare", "evaluate", "make_room", "model_names"]
 
@@ -113,6 +113,7 @@ def evaluate(
     workers: int | None = None,
     sample_seed: int = 0,
     unusable: float = 0.01,
+    normaliser: str = "whisper",
     progress: bool = False,
 ) -> Evaluation:
     """Decodes `data` with every model, for every language and task, and scores the answers (`scoring`).
@@ -122,7 +123,7 @@ def evaluate(
     `beams` beams, without timestamps, `batch_size` utterances of like length at a time in `dtype` (float32, float16,
     bfloat16); features are computed by `workers` processes (None: none, and up to 8 for a GPU). Neither `batch_size` nor
     `workers` nor `cache`, a directory that keeps features (`Features`; None: one for this call), changes a word in float32.
-    Models are called by the name of their directory, or their path where two names agree. `progress`: a bar on stderr where
+    `normaliser` as in `metrics`: Whisper's, or "marks". Models are called by the name of their directory, or their path where two names agree. `progress`: a bar on stderr where
     that is a terminal.
 
     Rows and recordings that cannot be used, and with them their utterances of every model, are left out and listed in the
@@ -134,6 +135,8 @@ def evaluate(
     quiet()
     if dtype not in DTYPES:
         raise LorsError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    if normaliser not in NORMALISERS:
+        raise LorsError(f"normaliser: expected {' or '.join(NORMALISERS)}, got {normaliser!r}")
     torch_device(device)
     sources = [models] if isinstance(models, (str, Path)) else list(models)
     names, wanted, chosen = model_names(sources), parse_languages(languages), parse_tasks(tasks)
@@ -158,7 +161,7 @@ def evaluate(
 
         for name, source in zip(names, sources, strict=True):
             model = load_model(source, device=device, dtype=dtype)
-            decoder = Decoder.of(model, load_processor(source), home, batch_size, beams, workers, left_out)
+            decoder = Decoder.of(model, load_processor(source), home, batch_size, beams, workers, left_out, normaliser)
             for (task, _), part in parts.items():
                 results.append(decoder.result(name, part, task, decoded))
                 left_out.require_few("corpus" if isinstance(data, list) else str(data), len(corpus))
@@ -194,6 +197,7 @@ class Decoder:
     beams: int = 1
     workers: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
+    normaliser: str = "whisper"
 
     @classmethod
     def of(
@@ -205,11 +209,12 @@ class Decoder:
         beams: int = 1,
         workers: int | None = None,
         left_out: LeftOut | None = None,
+        normaliser: str = "whisper",
     ) -> Decoder:
         """home: of the features; workers None: as many as `workers_for` says."""
         features = Features(processor.feature_extractor, home)
         count = workers_for(model.device.type) if workers is None else workers
-        return cls(model, processor.tokenizer, features, batch_size, beams, count, left_out or LeftOut())
+        return cls(model, processor.tokenizer, features, batch_size, beams, count, left_out or LeftOut(), normaliser)
 
     def result(self, name: str, part: Corpus, task: str, advance: Callable[[int], None] | None = None) -> Result:
         """Decodes and scores utterances of one language (`part`) for one task."""
@@ -223,8 +228,10 @@ class Decoder:
         answers = tuple(Answer(u.id, u.reference(task) or "", said) for u, said in read)
         target = language if task == "transcribe" else "en"
         summary, statistics = score(
-            [a.reference for a in answers], [a.hypothesis for a in answers], language=target, task=task
-        )
+            [a.reference for a in answers], [a.hypothesis for a in answers], language=target, task=task,
+            kind=self.normaliser,
+        )  # fmt: skip
+        statistics = replace(statistics, speakers=numbered([u.speaker for u, _ in read]))
         audio = max(sum(duration(u.audio) for u, _ in read), 1 / SAMPLE_RATE)
         return Result(name, language, task, summary, statistics, answers, audio, seconds)
 
