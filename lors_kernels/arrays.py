@@ -29,6 +29,11 @@ def is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_numpy(x: object) -> bool:
+    """Whether it is an array all of whose entries count. numpy.ma, slow to import, is asked about subclasses alone."""
+    return type(x) is np.ndarray or isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray)
+
+
 def dtype_name(x: Array) -> str:
     return _name(x.dtype)
 
@@ -79,7 +84,7 @@ def plain(x: Any) -> Any:
     if is_torch(x):
         x = x.detach()
         return x.resolve_neg() if x.is_neg() else x
-    return np.asarray(x) if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray) else x
+    return np.asarray(x) if is_numpy(x) else x
 
 
 def check_matrix(
@@ -90,7 +95,7 @@ def check_matrix(
     if is_torch(x):
         if x.is_nested or x.layout != sys.modules["torch"].strided:
             raise TypeError(f"{name}: expected {wanted}, got a {'nested' if x.is_nested else x.layout} tensor")
-    elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+    elif not is_numpy(x):
         raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
     if dtype_name(x) not in dtypes:
         raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
