@@ -29,6 +29,11 @@ def is_torch(x: object) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_numpy(x: object) -> bool:
+    """Whether it is an array all of whose entries count. numpy.ma, slow to import, is asked about subclasses alone."""
+    return type(x) is np.ndarray or isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray)
+
+
 def dtype_name(x: Array) -> str:
     return _name(x.dtype)
 
@@ -40,7 +45,7 @@ def _name(dtype: Any) -> str:
 
 def device_of(x: Array) -> str:
     """The device type, `"cpu"` for a numpy array."""
-    return x.device.type if is_torch(x) else "cpu"  # type: ignore[union-attr]
+    return "cpu" if isinstance(x, np.ndarray) else x.device.type
 
 
 def describe(x: object) -> str:
@@ -51,23 +56,21 @@ def describe(x: object) -> str:
 
 def strides_of(x: Array) -> tuple[int, ...]:
     """Strides in elements."""
-    if is_torch(x):
-        return tuple(x.stride())  # type: ignore[union-attr]
-    return tuple(s // x.itemsize for s in x.strides)  # type: ignore[union-attr]
+    if isinstance(x, np.ndarray):
+        return tuple([s // x.itemsize for s in x.strides])
+    return tuple(x.stride())
 
 
 def byte_strides(x: Array) -> tuple[int, ...]:
-    if is_torch(x):
-        return tuple(s * x.element_size() for s in x.stride())  # type: ignore[union-attr]
-    return x.strides  # type: ignore[union-attr, return-value]
+    return x.strides if isinstance(x, np.ndarray) else tuple(s * x.element_size() for s in x.stride())
 
 
 def address_of(x: Array) -> int:
-    return x.data_ptr() if is_torch(x) else x.ctypes.data  # type: ignore[union-attr]
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data_ptr()
 
 
 def item_size(x: Array) -> int:
-    return x.element_size() if is_torch(x) else x.itemsize  # type: ignore[return-value, union-attr]
+    return x.itemsize if isinstance(x, np.ndarray) else x.element_size()
 
 
 def plain(x: Any) -> Any:
@@ -76,36 +79,44 @@ def plain(x: Any) -> Any:
     A tensor with the negation bit set holds the negative of what its memory says, so its numbers are written out. What is
     no array is left to `check_matrix`.
     """
+    if is_numpy(x):
+        return np.asarray(x)
     if is_torch(x):
         x = x.detach()
         return x.resolve_neg() if x.is_neg() else x
-    return np.asarray(x) if isinstance(x, np.ndarray) and not isinstance(x, np.ma.MaskedArray) else x
+    return x
 
 
 def check_matrix(
     x: Any, name: str, *, shape: Sequence[int | None] = (None, None), dtypes: Sequence[str] = FLOATS
 ) -> None:
     """Raises unless `x` is a matrix of the given shape (None: any size) whose rows are contiguous in memory it can read."""
-    wanted = f"a matrix {['any' if s is None else s for s in shape]} of dtype {' or '.join(dtypes)}"
-    if is_torch(x):
+    if not is_numpy(x):
+        if not is_torch(x):
+            raise TypeError(f"{name}: expected {_matrix(shape, dtypes)}, got {describe(x)}")
         if x.is_nested or x.layout != sys.modules["torch"].strided:
-            raise TypeError(f"{name}: expected {wanted}, got a {'nested' if x.is_nested else x.layout} tensor")
-    elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
+            got = "nested" if x.is_nested else x.layout
+            raise TypeError(f"{name}: expected {_matrix(shape, dtypes)}, got a {got} tensor")
     if dtype_name(x) not in dtypes:
-        raise TypeError(f"{name}: expected {wanted}, got {describe(x)}")
-    if x.ndim != 2 or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{name}: expected {wanted}, got {describe(x)}")
+        raise TypeError(f"{name}: expected {_matrix(shape, dtypes)}, got {describe(x)}")
+    if x.ndim != 2 or shape[0] not in (None, x.shape[0]) or shape[1] not in (None, x.shape[1]):
+        raise ValueError(f"{name}: expected {_matrix(shape, dtypes)}, got {describe(x)}")
     if x.shape[1] >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2**31 columns, got {describe(x)}")
     if 0 not in x.shape:
         _check_memory(x, name)
 
 
+def _matrix(shape: Sequence[int | None], dtypes: Sequence[str]) -> str:
+    return f"a matrix {['any' if s is None else s for s in shape]} of dtype {' or '.join(dtypes)}"
+
+
 def _check_memory(x: Array, name: str) -> None:
     row, column = strides_of(x)
     if column != 1 and x.shape[1] > 1 or row < x.shape[1] and x.shape[0] > 1:
         raise ValueError(f"{name}: expected contiguous rows, got strides {(row, column)} for {describe(x)}")
+    if isinstance(x, np.ndarray) and x.flags.aligned:
+        return  # numpy is asked for no address: it is slow to say it
     try:
         address = address_of(x)
     except RuntimeError as error:  # a tensor of torch.vmap, which stands for several
@@ -130,9 +141,11 @@ def check_pair(base: Any, tuned: Any) -> tuple[int, int]:
 
 
 def check_same_place(like: Array, x: Array, name: str) -> None:
+    if isinstance(like, np.ndarray) and isinstance(x, np.ndarray):
+        return
     if is_torch(like) != is_torch(x):
         raise TypeError(f"{name}: expected a {type(like).__name__} like tuned, got {describe(x)}")
-    if is_torch(x) and x.device != like.device:  # type: ignore[union-attr]
+    if x.device != like.device:  # type: ignore[union-attr]
         raise ValueError(f"{name}: expected device {like.device} like tuned, got {x.device}")  # type: ignore[union-attr]
 
 
@@ -168,7 +181,8 @@ def check_out(
     _check_writable(out, name)
     check_matrix(written, name, shape=like.shape, dtypes=dtypes)
     check_same_place(like, written, name)
-    inputs = [x for x in entrywise if x is not None and _geometry(x) != _geometry(written)]
+    near = [x for x in entrywise if x is not None and _is_near(written, x)]
+    inputs = [x for x in near if _geometry(x) != _geometry(written)]
     if any(overlap(written, x) for x in (*inputs, *others) if x is not None):
         raise ValueError(f"{name}: expected memory of its own, got {describe(out)} that overlaps an input")
     if is_torch(out):
@@ -181,7 +195,7 @@ def check_out(
 def _check_writable(out: Any, name: str) -> None:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError(f"{name}: expected memory that may be written, got a read-only {describe(out)}")
-    if not is_torch(out):
+    if isinstance(out, np.ndarray) or not is_torch(out):
         return
     import torch
 
@@ -199,14 +213,19 @@ def _geometry(x: Array) -> tuple[object, ...]:
 
 def overlap(a: Array, b: Array) -> bool:
     """Whether two checked matrices have a byte in common."""
-    if 0 in a.shape or 0 in b.shape:
-        return False
-    (a_start, a_end), (b_start, b_end) = span(a), span(b)
-    if a_end <= b_start or b_end <= a_start:
+    if 0 in a.shape or 0 in b.shape or not _is_near(a, b):
         return False
     (a_rows, a_width), (b_rows, b_width) = _rows(a), _rows(b)
     before = np.searchsorted(b_rows, a_rows + a_width) - 1  # the last row of b that begins before a row of a ends
     return bool(((before >= 0) & (b_rows[before] + b_width > a_rows)).any())
+
+
+def _is_near(a: Array, b: Array) -> bool:
+    """Whether a byte of one lies between bytes of the other."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.may_share_memory(a, b)
+    (a_start, a_end), (b_start, b_end) = span(a), span(b)
+    return a_start < b_end and b_start < a_end
 
 
 def span(x: Array) -> tuple[int, int]:

@@ -53,6 +53,7 @@ _GPU_ORDER = {
 }
 
 
+@cache
 def load(name: str) -> ModuleType:
     return import_module(_MODULES[name])
 

@@ -14,7 +14,7 @@ FAR = 2**62  # no index of an entry reaches it
 
 def check_whole(x: Any, name: str, low: int, high: int, of: str = "") -> int:
     """A whole number from `low` to `high`; `of` says what the range belongs to."""
-    if isinstance(x, bool) or not isinstance(x, Integral):
+    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, Integral)):
         raise TypeError(f"{name}: expected an integer, got {type(x).__name__} {x!r}")
     if not low <= int(x) <= high:
         raise ValueError(f"{name}: expected {low} to {high}{of}, got {x}")
@@ -23,7 +23,7 @@ def check_whole(x: Any, name: str, low: int, high: int, of: str = "") -> int:
 
 def check_number(x: Any, name: str) -> float:
     """A finite number that float32 can hold."""
-    if isinstance(x, bool) or not isinstance(x, Real):
+    if type(x) is not float and (isinstance(x, bool) or not isinstance(x, Real)):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__} {x!r}")
     if not abs(float(x)) <= LARGEST:
         raise ValueError(f"{name}: expected a finite float32 number, got {x}")

@@ -1,13 +1,14 @@
 // Radix select over the bits of |delta - L|, the residual recomputed a row at a time in L1 in every pass.
 //
-// A real delta needs one pass: the digits of a sample of rows say between which two keys the k-th largest should lie;
+// A real delta needs one pass: the digits of a sample say between which two keys the k-th largest should lie;
 // the pass counts what is above and collects what is between, a few percent, and the select is finished there. The
-// counts prove whether the guess held. If it did not (rows unlike each other, few distinct values), the digits of all
-// keys are counted from the top, 11, 10 and 10 bits in three passes. No size is assumed, so no input can overflow one,
-// and both ways end at the same key.
+// counts prove whether the guess held. If it did not (a few rows of another scale, few distinct values), the digits of
+// all keys are counted from the top, 11, 10 and 10 bits in three passes. No size is assumed, so no input can overflow
+// one, and both ways end at the same key.
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -20,7 +21,8 @@ namespace lors {
 namespace {
 
 constexpr int64_t kTaskRows = 64;
-constexpr int64_t kSample = 8192;  // entries; smaller matrices are not worth a sample
+constexpr int64_t kSample = 8192;               // entries; smaller matrices are not worth a sample
+constexpr int64_t kPiece = 32, kPieces = 2048;  // what a sample consists of: entries of a row, and how many times
 constexpr float kInfinity = __builtin_inff();
 
 struct Keys {
@@ -95,16 +97,23 @@ class Selector {
         return counts;
     }
 
-    // Two keys between which the k-th largest of all should lie, from the digits of some of the rows.
+    // Two keys between which the k-th largest of all should lie, from the digits of a sample: pieces of many rows,
+    // because rows differ in scale, and from all over them, because columns do.
     std::pair<uint32_t, uint32_t> guess(int64_t k) {
         constexpr int kShift = 17;  // 8 exponent and 6 mantissa bits: buckets 1.6 % wide
         const int64_t rows = residual_.rows(), cols = residual_.cols();
-        const int64_t step = std::max<int64_t>(1, std::min(rows / 16, rows * cols / (8 * kSample)));
+        const int64_t in_row = (cols + kPiece - 1) / kPiece, pieces = rows * in_row;
+        int64_t step = std::max<int64_t>(1, pieces / kPieces);
+        while (std::gcd(step, in_row) > 1) ++step;  // else the same columns of each row
         std::vector<uint32_t> counts(size_t{1} << (31 - kShift));
         int64_t seen = 0;
-        for (int64_t i = step / 2; i < rows; i += step, seen += cols) {
-            const uint32_t* keys = row_keys(i, scratch_.data());
-            for (int64_t j = 0; j < cols; ++j) ++counts[keys[j] >> kShift];
+        for (int64_t piece = step / 2; piece < pieces; piece += step) {
+            const int64_t from = piece % in_row * kPiece, to = std::min(cols, from + kPiece);
+            float sampled[kPiece];
+            residual_.each(piece / in_row, from, to, scratch_.data(),
+                           [&](int64_t j, Vec<float>, Vec<float>, Vec<float> r) { store(sampled + (j - from), r); });
+            for (int64_t j = 0; j < to - from; ++j) ++counts[magnitude_key(sampled[j]) >> kShift];
+            seen += to - from;
         }
         const double share = static_cast<double>(k) / (static_cast<double>(rows) * cols);
         const double slack = 3 * std::sqrt(static_cast<double>(seen) * share * (1 - share)) + 0.001 * seen + 1;

@@ -6,7 +6,9 @@ for a reader of the output that went away. A wrong option is told like a wrong i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -28,12 +30,22 @@ def run(command: typer.Typer) -> None:
     from .console import standard_streams
     from .files.signals import terminate_cleanly
 
+    atexit.register(_leave_memory)
     with one_line_errors(), terminate_cleanly(), standard_streams(), as_options(lambda: _own_options(command)):
         status = command(prog_name="lors", standalone_mode=False)
         if status == 130:  # how the library hands Ctrl-C on
             raise KeyboardInterrupt
         if status:
             raise SystemExit(status)
+
+
+def _leave_memory() -> None:
+    """What is there at the end goes with the process: the interpreter would free it one by one, a tenth of a small command.
+
+    Not under torch: Triton's bindings complain on stderr of what was not freed.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _own_options(app: typer.Typer) -> dict[str, str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,54 @@ def test_what_nobody_foresaw_is_one_line(
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err.endswith(f"error: {line}\n") and ("Traceback" in err) == whole and (whole or err.count("\n") == 1), err
+
+
+def test_a_plain_merge_loads_no_more_than_it_needs(tiny_whisper: Path, tmp_path: Path) -> None:
+    """That is most of what a small one costs: modules, validators of documents that are not read, garbage at the end."""
+    code = """
+import atexit, gc, json, sys
+from pydantic import BaseModel
+
+def kinds(of):
+    return [of, *(kind for below in of.__subclasses__() for kind in kinds(below))]
+
+def tell():
+    built = [kind.__name__ for kind in kinds(BaseModel) if kind.__module__[:4] == "lors" and kind.__pydantic_complete__]
+    print(json.dumps([sorted(sys.modules), built, gc.get_freeze_count()]))
+
+atexit.register(tell)
+from lors.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, "merge", *options(tiny_whisper), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules, built, frozen = json.loads(done.stdout.splitlines()[-1])
+    unused = {"rich", "numpy.ma", "fsspec", "torch", "huggingface_hub", "multiprocessing", "jsonschema", "optuna"}
+    assert not unused & set(modules) and "lors.merging.on_disk" in modules
+    assert "Recipe" in built and not {"AdapterConfig", "_LayoutText", "_File"} & set(
+        built
+    )  # and all of them are imported
+    assert frozen
+
+
+def test_nothing_is_said_at_the_end_under_torch() -> None:
+    """Triton's bindings, which doctor loads, complain of what is not freed."""
+    module("triton", "triton")
+    assert run("doctor", check=None).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "alone"), [("merge", True), ("inspect", True), ("--help", False), ("marge", False), ("", False)]
+)
+def test_a_command_is_made_alone(word: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors.cli import app
+
+    applications: list[Any] = []
+    monkeypatch.setattr(app, "run", applications.append)
+    monkeypatch.setattr("sys.argv", ["lors", *([word] if word else [])])
+    app.main()
+    names = [command.name for command in applications[0].registered_commands]
+    assert names == ([word] if alone else list(app.COMMANDS))
 
 
 def test_more_threads_than_the_system_allows(tiny_whisper: Path, tmp_path: Path) -> None:

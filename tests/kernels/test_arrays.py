@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -319,3 +320,24 @@ def test_numpy_matrices_are_read_as_arrays(backend: str) -> None:
     x = np.matrix(np.ones((2, 3), np.float32))
     mask = kernels.topk_mask(x, 4, backend=backend)
     assert type(mask) is np.ndarray and mask.ravel().tolist() == [True] * 4 + [False] * 2
+
+
+def test_checks_take_few_calls() -> None:
+    """They run under the interpreter's lock, for every matrix of every expert, while other threads wait for it."""
+    delta = np.arange(192, dtype=np.float32).reshape(16, 12) % 7
+    out = np.zeros_like(delta)
+    options: dict[str, Any] = {"backend": "cpu", "threads": 1}
+
+    def reduce() -> None:
+        svd = kernels.truncated_svd(None, delta, 3, **options)
+        threshold = kernels.residual_threshold(None, delta, svd.left, svd.right, 20, **options)
+        kernels.merge_update(out, None, delta, svd.left, svd.right, threshold, 0.3, **options)
+
+    reduce()  # a backend is loaded once
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        reduce()
+    finally:
+        sys.setprofile(None)
+    assert 50 < sum(event.endswith("call") for event in events) < 450

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,14 +53,35 @@ def test_real_sizes(name: str) -> None:
             check(residual, kernels.residual_threshold(base, tuned, svd.left, svd.right, k, threads=threads), k)
 
 
-def test_rows_unlike_the_sample_fall_back_to_counting_all_digits() -> None:
-    """The sampled rows say nothing about the others here: a guess from them must not be trusted."""
+@pytest.mark.parametrize("offset", range(5))
+def test_a_sample_unlike_the_rest_falls_back_to_counting_all_digits(offset: int) -> None:
+    """Every fifth piece of a row is looked at here, and for one offset is of another scale than all that is not."""
+    tuned = np.random.default_rng(0).standard_normal((4096, 64)).astype(np.float32)
+    for scale in (1e-6, 1e6):
+        unlike = tuned.copy()
+        unlike.reshape(-1, 32)[offset::5] *= np.float32(scale)
+        for k in interesting_k(tuned.size):
+            check(unlike, kernels.residual_threshold(None, unlike, k=k), k)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_and_columns_of_any_scale_need_one_pass(axis: int) -> None:
+    """Counting all digits takes seven times as long."""
     rng = np.random.default_rng(0)
-    tuned = rng.standard_normal((1024, 64)).astype(np.float32)
-    tuned[::2] *= 1e-6
-    tuned[1::4] *= 1e6
-    for k in interesting_k(tuned.size):
-        check(tuned, kernels.residual_threshold(None, tuned, k=k), k)
+    even = rng.standard_normal((1280, 1280)).astype(np.float32)
+    scales = np.exp(0.3 * rng.standard_normal(1280)).astype(np.float32)
+    uneven = even * (scales if axis else scales[:, None])
+    assert seconds(uneven) < 3 * seconds(even)
+
+
+def seconds(tuned: np.ndarray) -> float:
+    """The least of some runs, in time of this thread."""
+    taken = []
+    for _ in range(7):
+        start = time.thread_time()
+        kernels.residual_threshold(None, tuned, k=tuned.size // 5, backend="cpu", threads=1)
+        taken.append(time.thread_time() - start)
+    return min(taken)
 
 
 @given(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -15,22 +16,13 @@ from .kernels import bench, doctor, validate
 from .merge import merge, mergekit_yaml
 from .sweep import sweep
 
-app = typer.Typer(
-    name="lors",
-    help="Merge fine-tuned Whisper experts into one model: low rank plus sparse, at file speed.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def main() -> None:
     """Entry point."""
-    run(app)
+    name = next(iter(sys.argv[1:]), "")
+    run(_with({name: COMMANDS[name]}) if name in COMMANDS else app)  # of all, most of the time would go into the others
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
@@ -63,5 +55,22 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # mergekit reads its own
         "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     },
 }
-for _name, _command in COMMANDS.items():
-    app.command(_name, **_OPTIONS.get(_name, {}))(_command)
+
+
+def _with(commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+    """The application with some of its commands."""
+    made = typer.Typer(
+        name="lors",
+        help="Merge fine-tuned Whisper experts into one model: low rank plus sparse, at file speed.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback(invoke_without_command=True)(_root)
+    for name, command in commands.items():
+        made.command(name, **_OPTIONS.get(name, {}))(command)
+    return made
+
+
+app = _with(COMMANDS)

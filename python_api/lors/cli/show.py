@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import LorsError, print_lines
 
 if TYPE_CHECKING:
-    from ..engine.report import MergeReport
+    from ..engine.report import KindRow, MergeReport
 
 
 def tell_report(report: MergeReport, as_json: bool, verbose: bool = False, rehearsal: bool = False) -> None:
@@ -27,19 +28,9 @@ def tell_report(report: MergeReport, as_json: bool, verbose: bool = False, rehea
 
 def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = False) -> None:
     """The report as a table and three lines; of a rehearsal, which took no time and wrote nothing, without the last."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     rows = [row for row in report.kinds if row.decomposed]
     if rows and verbose:
-        table = Table("layer kind", *("matrices", "entries", "energy in L", "energy in S", "lost"), box=None)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            shares = (row.low_share, row.sparse_share, 1 - row.low_share - row.sparse_share)
-            table.add_row(row.kind, str(row.tensors), f"{row.entries:,}", *(f"{100 * share:.1f} %" for share in shares))
-        console.print(table)
+        _show_kinds(rows)
     elif rows:
         energy = sum(row.delta_energy for row in rows) or 1.0
         low, sparse = (sum(getattr(row, name) for row in rows) / energy for name in ("low_energy", "sparse_energy"))
@@ -58,3 +49,16 @@ def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = Fal
         f"{report.seconds:.2f} s, {report.gb_per_second:.2f} GB/s read and written, "
         f"peak memory {report.peak_memory / 1e6:.0f} MB" + (f" -> {report.out}" if report.out else "")
     )
+
+
+def _show_kinds(rows: Sequence[KindRow]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer kind", *("matrices", "entries", "energy in L", "energy in S", "lost"), box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        shares = (row.low_share, row.sparse_share, 1 - row.low_share - row.sparse_share)
+        table.add_row(row.kind, str(row.tensors), f"{row.entries:,}", *(f"{100 * share:.1f} %" for share in shares))
+    Console().print(table)

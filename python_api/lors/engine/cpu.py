@@ -43,6 +43,7 @@ OVERFLOWS = {
     "float16": (65520.0, 65504.0),
     "bfloat16": (255.5 * 2.0**120, 255 * 2.0**120),
 }
+ALL_HOLD = min(limit for limit, _ in OVERFLOWS.values())  # what is smaller fits each of them
 AHEAD = 4  # pieces whose tensors are asked for before they are needed
 
 Sink = Callable[[str, np.ndarray, int], None]  # name, values, first element
@@ -253,6 +254,8 @@ class Engine:
 
     def require_fit(self, work: Work, largest: float) -> None:
         """LorsError unless the type that is written can hold values as large as `largest`, NaN included."""
+        if largest < ALL_HOLD:  # numpy is slow to say the name of a type
+            return
         dtype = str(work.out_dtype)
         if dtype not in OVERFLOWS or largest < OVERFLOWS[dtype][0]:
             return

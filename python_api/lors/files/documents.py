@@ -26,7 +26,7 @@ T = TypeVar("T", bound="Document")
 class Document(BaseModel):
     """Fields have the types they are declared with, nothing is converted, and there are no others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
     @classmethod
     def parse(cls: type[T], text: str | bytes, where: str) -> T:

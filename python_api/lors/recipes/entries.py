@@ -17,7 +17,7 @@ DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 class Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class Target(Document):
