@@ -236,6 +236,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     with pytest.raises(LorsError, match="m.tsv:100: expected 4 columns"):
         load_corpus(path, languages="ca")
     left_out = LeftOut(share=0.02)
+    assert left_out.told() == ""
     assert len(load_corpus(path, languages="ca", left_out=left_out)) == 98
     assert [line.split(": ")[0].rsplit(":")[-1] for line in left_out.unusable] == ["100", "101"]
     assert left_out.told().startswith("left out: 2 unusable, the first: ") and left_out.longer == 0

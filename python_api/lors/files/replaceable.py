@@ -20,6 +20,7 @@ __all__ = [
     "CHECKPOINTS",
     "CORPUS",
     "EXPERT_FILE",
+    "LEFT_OUT",
     "MODEL",
     "PAGE",
     "RESULTS",
@@ -122,6 +123,7 @@ EXPERT_FILE = FileKind("an expert file", b'{"__metadata__":{"lors.expert":', 8)
 PAGE = FileKind("a page of lors", HEAD.encode())
 RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')
+LEFT_OUT = FileKind("a list of what lors left out", b'{\n "share": ')
 ANSWERS = FileKind("a file of answers of lors", b'{"id": ')
 RUN = FileKind("a file of settings of `lors finetune`", b'{\n "model": ')
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LorsError, print_lines, printable
+from .data.left_out import LeftOut
 
 if TYPE_CHECKING:
     from .scoring.evaluation import Evaluation
@@ -115,9 +116,20 @@ def finetune(
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep features in this directory; Parquet is slow to train on without.")
+    sample_seed: Annotated[int, typer.Option(*_names("sample-seed"), help="Which utterances --limit takes.")] = 0,
+    unusable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows and recordings that may be unreadable; 0: none.")
+    ] = 0.01,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            *_names("dataloader-num-workers"),
+            min=0,
+            help="Processes that compute features (default: none on cpu, up to 8 for a GPU).",
+        ),
     ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -136,11 +148,12 @@ def finetune(
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
-        device=_device(device),
+        device=_device(device), dataloader_num_workers=workers,
     )  # fmt: skip
     result = run(
         model, out, data=data, languages=language, tasks=task, training=training, dev=dev, limit=limit,
-        max_seconds=max_seconds, sequential=sequential, cache=cache, force=force, progress=True,
+        max_seconds=max_seconds, sample_seed=sample_seed, unusable=unusable, sequential=sequential, cache=cache,
+        force=force, progress=True,
     )  # fmt: skip
     if not first_process():
         return
@@ -155,6 +168,12 @@ def finetune(
     skipped = f", {result.skipped} skipped: longer than the decoder" if result.skipped else ""
     print_lines(f"{result.steps} steps{resumed} on {result.items} items{skipped}{loss}{wer}, "
           f"{result.seconds:.0f} s -> {result.path}")  # fmt: skip
+    _tell(LeftOut(longer=result.longer, unusable=list(result.unusable)))
+
+
+def _tell(left_out: LeftOut) -> None:
+    if line := left_out.told():
+        print_lines(line)
 
 
 def evaluate(
@@ -173,6 +192,17 @@ def evaluate(
         str | None, typer.Option(metavar="A,B", help="Paired bootstrap between two of the models.")
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write scores.json and every answer here.")] = None,
+    sample_seed: Annotated[int, typer.Option(help="Which utterances --limit takes.")] = 0,
+    unusable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows and recordings that may be unreadable; 0: none.")
+    ] = 0.01,
+    normaliser: Annotated[
+        str, typer.Option(help="whisper, or marks: the same, but combining marks stay (Tamil, Hindi, Thai ...).")
+    ] = "whisper",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that compute features (default: none on cpu, up to 8 for a GPU)."),
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep features in this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -193,7 +223,8 @@ def evaluate(
         make_room(out)
     evaluation = run(
         models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
-        batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, progress=True,
+        batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, workers=workers,
+        sample_seed=sample_seed, unusable=unusable, normaliser=normaliser, progress=True,
     )  # fmt: skip
     if out is not None:
         evaluation.write(out)
@@ -201,6 +232,7 @@ def evaluate(
         print(json.dumps(evaluation.rows(), indent=1))
     else:
         show_evaluation(evaluation)
+        _tell(evaluation.left_out)
     if pair is not None:
         _show_comparison(evaluation, *pair, chosen)
 
@@ -272,7 +304,9 @@ def experiment(
         str | None, typer.Option(help="Tensors not decomposed, for all methods: task_arithmetic, average or base.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the configuration's).")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time (default: one per core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Stages at a time (default: one per core; with cuda one per GPU).")
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run stages on a Ray cluster.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the stages and which are done, run nothing.")] = False,

@@ -50,6 +50,9 @@ class LeftOut:
 
     def told(self) -> str:
         """A line for people; empty where nothing was left out."""
-        parts = [f"{self.longer} recordings too long"] * (self.longer > 0)
-        parts += [f"{len(self.unusable)} unusable, the first: {self.unusable[0]}"] * (len(self.unusable) > 0)
+        parts = []
+        if self.longer:
+            parts.append(f"{self.longer} recordings too long")
+        if self.unusable:
+            parts.append(f"{len(self.unusable)} unusable, the first: {self.unusable[0]}")
         return f"left out: {'; '.join(parts)}" if parts else ""

@@ -12,6 +12,7 @@ from ...errors import print_lines, printable
 from ...files.file import write_file
 from ...files.replaceable import PAGE, RESULTS
 from ...webpage import document, escape
+from ..data.left_out import LeftOut
 from .config import Config
 from .results import METRIC, summarise
 
@@ -167,7 +168,7 @@ def _setting(results: Mapping[str, Any]) -> str:
         f"<p>Base <code>{escape(config['base'])}</code>; {speech}; experts {escape(', '.join(config['experts']))}; tasks "
         f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
         f"{sum(results['utterances'].values())} test "
-        f"answers per model, {results['dropped']} empty references dropped. Tensors that a method does not decompose: "
+        f"answers per model, {results['dropped']} empty references dropped{escape(_without(results))}. Tensors that a method does not decompose: "
         f"<code>{escape(config['rest'])}</code>. Every method was tried with "
         f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
         f"once.{words}</p>"
@@ -230,6 +231,11 @@ def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
         f'<text x="2" y="16" font-size="11">{top:.0f}</text><text x="2" y="{height}" font-size="11">0</text></svg>'
     )
     return '<div class="wrap">' + "".join(parts) + "</div>"
+
+
+def _without(results: Mapping[str, Any]) -> str:
+    told = LeftOut(**results["left_out"]).told()
+    return f", {told}" if told else ""
 
 
 def _normalised(results: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...public import public
+from ...public import public, public_text
+from ..data.left_out import LeftOut
 from ..scoring.metrics import Interval, Statistics, numbered, paired_bootstrap, share_of_gain
 from .config import Config
 
@@ -63,6 +64,7 @@ def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
         "signatures": _signatures(tested["base"]),
         "utterances": {"/".join(c): s["utterances"] for c, s in _first(tested["base"]).scores.items()},
         "dropped": sum(s["dropped"] for s in _first(tested["base"]).scores.values()),
+        "left_out": _left_out(stages["test-base"]),
         "models": {label: _model(config, runs, tested) for label, runs in tested.items()},
         "comparisons": _comparisons(config, tested),
         "grids": {label: _grid(config, label, stages) for label in config.grids},
@@ -72,6 +74,12 @@ def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
     if reference is not None:
         result["reference"] = json.loads((reference / "reference.json").read_text("utf-8"))
     return result
+
+
+def _left_out(directory: Path) -> dict[str, Any]:
+    """Of the test split; stages from before it was counted ended at the first."""
+    file = directory / "left_out.json"
+    return dict(json.loads(public_text(file.read_text("utf-8")))) if file.exists() else asdict(LeftOut())
 
 
 def _tested(config: Config, stages: Mapping[str, Path]) -> dict[str, dict[int, Tested]]:

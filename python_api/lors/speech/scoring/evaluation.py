@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import LorsError
 from ...files.file import write_file
-from ...files.replaceable import ANSWERS, SCORES, require_file
+from ...files.replaceable import ANSWERS, LEFT_OUT, SCORES, require_file
 from ...files.writing import writing
 from ...progress import bar
 from ..data.audio import SAMPLE_RATE, duration
@@ -75,7 +75,7 @@ class Evaluation:
         ]  # fmt: skip
 
     def write(self, out: Path) -> None:
-        """``scores.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance.
+        """``scores.json``, ``left_out.json``, and ``answers/<model>.<task>.<language>.jsonl`` with one line per utterance.
 
         LorsError when `out` cannot be written.
         """
@@ -87,11 +87,15 @@ class Evaluation:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_file(out / "answers" / name, text, ANSWERS)
         write_file(out / "scores.json", json.dumps(self.rows(), indent=1, ensure_ascii=False) + "\n", SCORES)
+        write_file(
+            out / "left_out.json", json.dumps(asdict(self.left_out), indent=1, ensure_ascii=False) + "\n", LEFT_OUT
+        )
 
 
 def make_room(out: Path) -> None:
     """Creates the directory that `Evaluation.write` fills; LorsError when it cannot be, or has scores of another kind."""
     require_file(out / "scores.json", SCORES, force=True)
+    require_file(out / "left_out.json", LEFT_OUT, force=True)
     with writing(out):
         (out / "answers").mkdir(parents=True, exist_ok=True)
 
