@@ -16,7 +16,7 @@
 namespace lors {
 
 constexpr int64_t kChunkRows = 128;
-constexpr int64_t kCached = 16 << 20;  // bytes of a matrix that passes find in the last cache
+constexpr int64_t kCached = 12 << 20;  // bytes of a matrix that passes find in the last cache
 
 // Rows of delta, formed on the fly.
 struct DeltaRows {
