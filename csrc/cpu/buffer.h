@@ -2,6 +2,9 @@
 #pragma once
 
 #include <stdlib.h>  // posix_memalign is of POSIX, not of C++
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdint>
 #include <cstdlib>
@@ -98,7 +101,12 @@ class Buffer {
         if (bytes_ >= BlockCache::kLarge) data_ = static_cast<T*>(BlockCache::mine().take(bytes_));
         if (data_) return;
         void* fresh = nullptr;  // not aligned_alloc: macOS has it from 10.15 on, Python's builds ask for less
-        if (posix_memalign(&fresh, 64, static_cast<size_t>(bytes_)) != 0) throw std::bad_alloc();
+        const bool huge = bytes_ >= kHuge;
+        if (posix_memalign(&fresh, huge ? kPage : 64, static_cast<size_t>(bytes_)) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+        const int64_t filled = size * static_cast<int64_t>(sizeof(T)) / kPage * kPage;
+        if (huge) madvise(fresh, static_cast<size_t>(filled), MADV_HUGEPAGE);  // a wish: may be refused
+#endif
         data_ = static_cast<T*>(fresh);
     }
     void zero() {
@@ -111,6 +119,9 @@ class Buffer {
     int64_t size() const { return size_; }
 
   private:
+    // Buffers of delta's size get huge pages, which spare address translation; smaller ones are seldom filled.
+    static constexpr int64_t kPage = 1 << 21, kHuge = 1 << 23;
+
     void release() {
         if (data_ && !(bytes_ >= BlockCache::kLarge && BlockCache::mine().keep(data_, bytes_))) std::free(data_);
         data_ = nullptr;

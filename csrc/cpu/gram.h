@@ -16,7 +16,7 @@
 namespace lors {
 
 constexpr int64_t kChunkRows = 128;
-constexpr int64_t kCached = 16 << 20;  // bytes of a matrix that passes find in the last cache
+constexpr int64_t kCached = 12 << 20;  // bytes of a matrix that passes find in the last cache
 
 // Rows of delta, formed on the fly.
 struct DeltaRows {
@@ -105,57 +105,57 @@ inline int64_t block_rows(int64_t n) {
     return std::clamp<int64_t>(196608 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 16 * 16, 16, 64);
 }
 
-// y[i, c] = sum_j a[i, j] * x[c, j], row step `step`: in float64 over strips of columns, so that terms of one sign do
-// not add up their rounding along a whole row.
-template <int W, class T>
-void exact_dots(const T* a, int64_t n, int64_t rows, const T* x, T* y, int64_t step) {
+// As `dots`, in float64 over strips of columns, so that terms of one sign do not add up their rounding along a whole
+// row.
+template <int W, bool Ahead = false, class T>
+void exact_dots(const T* a, int64_t n, int64_t rows, const T* x, T* y) {
     constexpr int64_t kStrip = 16 * kPad, kRows = 12;
     T part[kRows * W];
     for (int64_t i = 0; i < rows; i += kRows) {
         const int64_t count = std::min(kRows, rows - i);
         double sums[kRows * W] = {};
         for (int64_t j = 0; j < n; j += kStrip) {
-            dots<W>(a + i * n + j, n, count, x + j, n, std::min(kStrip, n - j), part);
+            dots<W, Ahead>(a + i * n + j, n, count, x + j, n, std::min(kStrip, n - j), part);
             for (int64_t k = 0; k < count * W; ++k) sums[k] += static_cast<double>(part[k]);
         }
-        for (int64_t k = 0; k < count * W; ++k) y[(i + k / W) * step + k % W] = static_cast<T>(sums[k]);
+        for (int64_t k = 0; k < count * W; ++k) y[i * W + k] = static_cast<T>(sums[k]);
     }
 }
 
-// z[c, :] = A.T @ (A @ x[c, :]) for an even number of vectors, and A @ x where `product` is not null.
-//   x, z     [width, padded(n)]
-//   product  [rows, width]
-template <class T, class Source>
-void gram(const Source& a, const T* x, int64_t width, T* z, T* product, int threads) {
+// z = A.T @ y for y that is had block by block: y_of(group, first, i, panel, count, y, ahead) forms rows i to i + count
+// of vectors `first` on, [count, W], from these rows of A.
+//   z  [width, padded(n)], width even; in float64 the sums of the chunks, of chunk_rows each, lose nothing
+template <class T, class Source, class Z, class Rows>
+void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows, int threads, const Rows& y_of) {
     const int64_t n = padded(a.cols()), rows = a.rows(), slab = width * n;
-    const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows, block = block_rows<T>(a.cols());
+    const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows, block = block_rows<T>(a.cols());
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
     Buffer<T> rows_buffer(workers * block * n), y_buffer(workers * block * 4);
     // One thread adds each chunk's sums as they come; several keep them apart until all are there. Same order, same
     // bits.
     Buffer<T> partial((workers > 1 ? chunks : 1) * slab);
     const bool ahead = rows * n * static_cast<int64_t>(sizeof(T)) > kCached;
-    std::fill(z, z + slab, T{});
+    std::fill(z, z + slab, Z{});
     const auto add = [&](const T* from) {
-        for (int64_t j = 0; j < slab; j += kLanes<T>) store(z + j, load(z + j) + load(from + j));
+        LORS_NO_OVERLAP
+        for (int64_t j = 0; j < slab; ++j) z[j] += static_cast<Z>(from[j]);
     };
     parallel_for(chunks, workers, [&](int64_t chunk, int worker) {
         T* sums = partial.data() + (workers > 1 ? chunk : 0) * slab;
         T* y = y_buffer.data() + worker * block * 4;
         std::fill(sums, sums + slab, T{});
-        const int64_t end = std::min(rows, (chunk + 1) * kChunkRows);
-        for (int64_t i = chunk * kChunkRows; i < end; i += block) {
+        const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
+        for (int64_t i = chunk * chunk_rows; i < end; i += block) {
             const int64_t count = std::min(block, end - i);
             const T* panel = a.fetch(i, count, rows_buffer.data() + worker * block * n);
             each_group(width, [&](auto group, int64_t first) {
                 constexpr int W = decltype(group)::value;
                 if (ahead && first == 0) {
-                    dots<W, true>(panel, n, count, x + first * n, n, n, y);
+                    y_of(group, first, i, panel, count, y, std::true_type());
                 } else {
-                    dots<W>(panel, n, count, x + first * n, n, n, y);
+                    y_of(group, first, i, panel, count, y, std::false_type());
                 }
                 accumulate<W>(panel, n, count, y, sums + first * n, n);
-                if (product) exact_dots<W>(panel, n, count, x + first * n, product + i * width + first, width);
             });
         }
         if (workers == 1) add(sums);
@@ -163,6 +163,24 @@ void gram(const Source& a, const T* x, int64_t width, T* z, T* product, int thre
     if (workers > 1) {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) add(partial.data() + chunk * slab);
     }
+}
+
+// z[c, :] = A.T @ (A @ x[c, :]) for an even number of vectors, and A @ x where `product` is not null.
+//   x, z     [width, padded(n)]
+//   product  [rows, width]
+template <class T, class Source, class Z>
+void gram(const Source& a, const T* x, int64_t width, Z* z, T* product, int threads) {
+    const int64_t n = padded(a.cols());
+    const auto multiply = [&](auto group, int64_t first, int64_t i, const T* panel, int64_t count, T* y, auto ahead) {
+        constexpr int W = decltype(group)::value;
+        constexpr bool kAhead = decltype(ahead)::value;
+        if (!product) return dots<W, kAhead>(panel, n, count, x + first * n, n, n, y);
+        exact_dots<W, kAhead>(panel, n, count, x + first * n, y);
+        for (int64_t r = 0; r < count; ++r) {
+            std::copy(&y[r * W], &y[(r + 1) * W], &product[(i + r) * width + first]);
+        }
+    };
+    transposed_product<T>(a, width, z, kChunkRows, threads, multiply);
 }
 
 }  // namespace lors

@@ -37,7 +37,7 @@ class Krylov {
 
     // One pass: projects G times the newest block, and leaves the next block, orthonormal, behind the basis.
     void expand() {
-        const int64_t old = size_, width = width_;
+        const int64_t old = size_, before = newest_, width = width_;
         Buffer<T> image(width * np_), overlaps((old + width) * width);
         gram<T>(a_, row(old), width, image.data(), static_cast<T*>(nullptr), threads_);
         std::vector<double> lengths;  // before what lies in the space is taken out
@@ -48,7 +48,10 @@ class Krylov {
         spanned_ = live_;
         for (int64_t i = 0; i < size_; ++i)
             std::fill(&t_[i * limit_ + (i < old ? old : 0)], &t_[i * limit_ + size_], 0.0);
-        for (int round = 0; round < 2; ++round) project_out(image.data(), overlaps.data());
+        // G maps a block into what it came from, itself and the next one: all but rounding goes with these two.
+        for (int64_t first : {std::max<int64_t>(0, old - before), int64_t{0}}) {
+            project_out(image.data(), first, overlaps.data());
+        }
         symmetrise(old);
         double scale = 0;
         for (int64_t i = 0; i < size_; ++i) scale = std::max(scale, t_[i * limit_ + i]);
@@ -122,18 +125,19 @@ class Krylov {
         return copy;
     }
 
-    // image -= its projection on the basis, which is added to the last columns of T.
-    void project_out(T* image, T* overlaps) {
+    // image -= its projection on the basis from row `from` on, which is added to the last columns of T.
+    void project_out(T* image, int64_t from, T* overlaps) {
+        const int64_t rows = size_ - from;
         each_group(width_, [&](auto group, int64_t first) {
             constexpr int W = decltype(group)::value;
-            dots<W>(basis_.data(), np_, size_, image + first * np_, np_, np_, overlaps);
-            for (int64_t i = 0; i < size_; ++i) {
+            dots<W>(row(from), np_, rows, image + first * np_, np_, np_, overlaps);
+            for (int64_t i = 0; i < rows; ++i) {
                 for (int64_t c = 0; c < W; ++c) {
-                    t_[i * limit_ + size_ - width_ + first + c] += static_cast<double>(overlaps[i * W + c]);
+                    t_[(from + i) * limit_ + size_ - width_ + first + c] += static_cast<double>(overlaps[i * W + c]);
                     overlaps[i * W + c] = -overlaps[i * W + c];
                 }
             }
-            accumulate<W>(basis_.data(), np_, size_, overlaps, image + first * np_, np_);
+            accumulate<W>(row(from), np_, rows, overlaps, image + first * np_, np_);
         });
     }
 

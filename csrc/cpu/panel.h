@@ -18,7 +18,7 @@ constexpr int kDotRows = kVectorBytes == 64 ? (W == 4 ? 6 : 8)
                          : W == 4           ? 2
                                             : 6;
 
-constexpr int64_t kAheadRows = 64;  // about a block of `gram`
+constexpr int64_t kAheadRows = 24;  // 60 to 120 KB
 
 // Vectors of columns that `accumulate` takes at once.
 template <int W>

@@ -33,25 +33,14 @@ inline void add_multiple(double* x, double factor, const double* y, int64_t padd
     for (int64_t j = 0; j < padded_n; j += kLanes<double>) store(x + j, load(x + j) + factor * load(y + j));
 }
 
-// Residuals of the vectors, from a product in T.
-template <class T>
-void measure_residuals(const PackedRows& a, Pairs& pairs, T* product, int threads) {
-    const int64_t np = padded(a.cols());
-    Buffer<T> v(pairs.width * np), z(pairs.width * np);
-    for (int64_t i = 0; i < v.size(); ++i) v[i] = static_cast<T>(pairs.vectors[i]);
-    gram<T>(a, v.data(), pairs.width, z.data(), product, threads);
-    if (product) {
-        pairs.theta.assign(static_cast<size_t>(pairs.width), 0.0);
-        for (int64_t i = 0; i < a.rows() * pairs.width; ++i) {
-            pairs.product[i] = static_cast<double>(product[i]);
-            pairs.theta[static_cast<size_t>(i % pairs.width)] += pairs.product[i] * pairs.product[i];
-        }
-    }
+// The norms of the residuals z - theta v, z [width, np] = G v.
+inline void add_residuals(Pairs& pairs, const double* z, int64_t n) {
+    const int64_t np = padded(n);
     for (int64_t c = 0; c < pairs.count; ++c) {
         const double theta = pairs.theta[static_cast<size_t>(c)];
         double sum = 0;
-        for (int64_t j = c * np; j < c * np + a.cols(); ++j) {
-            const double entry = static_cast<double>(z[j]) - theta * pairs.vectors[j];
+        for (int64_t j = c * np; j < c * np + n; ++j) {
+            const double entry = z[j] - theta * pairs.vectors[j];
             sum += entry * entry;
         }
         pairs.rho.push_back(std::sqrt(sum));
@@ -64,11 +53,19 @@ Pairs measured(const PackedRows& a, const Krylov<T>& krylov, int64_t count, int 
     const int64_t np = padded(a.cols());
     Pairs pairs(count, a.rows(), np);
     krylov.ritz_vectors(count, pairs.vectors.data());
-    for (int64_t i = 0; i < pairs.vectors.size(); ++i) {  // as the product sees them
-        pairs.vectors[i] = static_cast<double>(static_cast<T>(pairs.vectors[i]));
+    Buffer<T> v(pairs.width * np), product(a.rows() * pairs.width);
+    Buffer<double> z(pairs.width * np);
+    for (int64_t i = 0; i < v.size(); ++i) {
+        v[i] = static_cast<T>(pairs.vectors[i]);
+        pairs.vectors[i] = static_cast<double>(v[i]);  // as the product sees them
     }
-    Buffer<T> product(a.rows() * pairs.width);
-    measure_residuals(a, pairs, product.data(), threads);
+    gram<T>(a, v.data(), pairs.width, z.data(), product.data(), threads);
+    pairs.theta.assign(static_cast<size_t>(pairs.width), 0.0);
+    for (int64_t i = 0; i < product.size(); ++i) {
+        pairs.product[i] = static_cast<double>(product[i]);
+        pairs.theta[static_cast<size_t>(i % pairs.width)] += pairs.product[i] * pairs.product[i];
+    }
+    add_residuals(pairs, z.data(), a.cols());
     for (int64_t p = 0; p < count; ++p) {
         for (int64_t q = 0; q <= p; ++q) {
             const double overlap = dot64(&pairs.vectors[p * np], &pairs.vectors[q * np], np) - (p == q);
@@ -161,7 +158,15 @@ Pairs held_apart(const PackedRows& a, const Krylov<T>& krylov, int64_t count, in
         for (int64_t i = 0; i < rows; ++i)
             std::copy(&part[i * W], &part[(i + 1) * W], &pairs.product[i * width + first]);
     });
-    measure_residuals(a, pairs, static_cast<T*>(nullptr), threads);
+    Buffer<double> z(width * np);
+    const auto formed = [&](auto group, int64_t first, int64_t i, const T*, int64_t held, T* block, auto) {
+        constexpr int W = decltype(group)::value;
+        for (int64_t k = 0; k < held * W; ++k) {
+            block[k] = static_cast<T>(pairs.product[(i + k / W) * width + first + k % W]);
+        }
+    };
+    transposed_product<T>(a, width, z.data(), kChunkRows / 4, threads, formed);
+    add_residuals(pairs, z.data(), a.cols());
     return pairs;
 }
 

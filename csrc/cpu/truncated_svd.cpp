@@ -97,19 +97,30 @@ class Search {
         const double rate = previous_ > 0 ? std::log(previous_ / alone.exact) / static_cast<double>(since_) : 0.5;
         previous_ = alone.exact;
         const int64_t alone_wait = passes_to_go(alone, rate), apart_wait = passes_to_go(apart, rate);
+        // the part of rounding in the forecast, which no pass lessens
+        const double rounded = std::sqrt(std::max(0.0, alone.bound * alone.bound - alone.exact * alone.exact));
+        const bool blurred = apart_wait < kNever && rounded > 0.7 * kErrorBound;
         // products with a vector in float32; those in float64 count double
-        const bool patient = !mixed_ && kWidth * alone_wait + rank_ <= kWidth * apart_wait + 3 * count;
+        const bool patient = !mixed_ && !blurred && kWidth * alone_wait + rank_ <= kWidth * apart_wait + 3 * count;
         wait_ = std::max<int64_t>(1, patient ? alone_wait : apart_wait);
         rounding_ = wait_ == kNever;
         if (wait_ > 1 && !last && !level) return false;
+        // if what is promised cannot be proved yet: a look costs more than a pass once the space is large
+        wait_ = std::max<int64_t>(wait_, 1 + krylov_.passes() / 32);
         if ((patient || last) && certified_alone(s)) return true;
-        if ((!patient || last) && certified_apart(s, count)) return true;
+        if ((!patient || last) && certified_apart(s)) return true;
         const bool ready = level || std::min(alone.bound, apart.bound) <= kErrorBound;
-        if (ready && !settled(s) && ++unsettled_ > 1 && krylov_.width() < kWidest && krylov_.widen()) {
-            unsettled_ = 0;
-            wait_ = std::max<int64_t>(2, krylov_.passes() / 2);
-        }
+        if (ready && !settled(s)) widen();
         return false;
+    }
+
+    // A value may have more copies than the block is wide; or its pair has not converged, which a few passes show.
+    void widen() {
+        if (unsettled_ == 0) unsettled_ = krylov_.passes();
+        if (krylov_.passes() <= unsettled_ + krylov_.passes() / 12) return;
+        if (krylov_.width() >= kWidest || !krylov_.widen()) return;
+        unsettled_ = 0;
+        wait_ = std::max<int64_t>(2, krylov_.passes() / 2);
     }
 
     // How many of the wanted pairs matter: what the others hold is not worth telling apart.
@@ -156,19 +167,23 @@ class Search {
         return false;
     }
 
-    // By at least `count` pairs, held apart in float64.
-    bool certified_apart(const Spectrum& s, int64_t count) {
-        for (count = std::max(count, rank_ + 1); count < reach(s); ++count) {
+    // By as few pairs as do, held apart in float64. Where rounding keeps them from the bound, more pairs may do later.
+    bool certified_apart(const Spectrum& s) {
+        bool failed = false, later = false;
+        for (int64_t count = rank_ + 1; count < reach(s); ++count) {
+            if (excess_ * forecast(s, count).bound > kErrorBound) continue;
             const std::optional<Cut> cut = s.cut(count);
             const double expected = cut ? bound(s.theta, s.residual, *cut) : 1;
-            if (expected > 0.8 * kErrorBound) continue;
+            later = later || excess_ * expected > kErrorBound;
+            if (excess_ * expected > kErrorBound) continue;
             Pairs pairs = held_apart(a_, krylov_, count, threads_);
             measured_ += 2;
             const double error = bound(pairs.theta, pairs.rho, *cut, pairs.turn);
             if (error <= kErrorBound) return accept(std::move(pairs), error, true);
-            rounding_ = bound(s.theta, s.rho, *cut) <= 0.5 * error;
-            return false;
+            excess_ = std::max(excess_, error / expected);
+            failed = failed || bound(s.theta, s.rho, *cut) <= 0.5 * error;
         }
+        if (failed) rounding_ = !later;
         return false;
     }
 
@@ -250,7 +265,8 @@ class Search {
     int64_t since_ = 0;                    // passes since the last
     double previous_ = 0;                  // forecast at the last
     int64_t try_all_ = 0, try_level_ = 0;  // passes before which what failed is not tried again
-    int unsettled_ = 0;                    // looks at which a value may have had more copies
+    int unsettled_ = 0;                    // passes since which a value may have more copies
+    double excess_ = 1.25;                 // what may be measured of pairs held apart, relative to what is expected
     bool mixed_ = false;                   // rounding keeps the wanted pairs alone from the bound
     bool rounding_ = false;                // and those held apart
     int measured_ = 0;
