@@ -27,7 +27,8 @@ EXTRA = 12  # Ritz pairs beyond the wanted ones that are looked at
 CAPTURED = 4e-6  # of delta's norm: what L may leave out for L = delta to hold
 # Rounding of products with G and of the orthogonalisation: of what lies near an eigenvalue, relative to its geometric mean
 # with theta_1 (three tf32 terms on tensor cores included); and of anything, relative to theta_1 (`orthonormalise` adds that).
-ROUNDING = {"torch.float32": (2e-7, 1e-9), "torch.float64": (2e-16, 2e-13)}
+# Last, that of the Ritz values themselves, which may mix what was rounded at the height of theta_1.
+ROUNDING = {"torch.float32": (2e-7, 1e-9, 5e-8), "torch.float64": (2e-16, 2e-13, 2e-13)}
 TINY = 1e-300
 
 
@@ -40,7 +41,7 @@ class Spectrum:
     ends: Tensor  # [A, w, s]: residuals in terms of the next block
     starts: int  # the first so many basis vectors were drawn at random
     n: int
-    rounding: tuple[float, float]
+    rounding: tuple[float, float, float]
 
     def __post_init__(self) -> None:
         self.rho = self.ends.norm(dim=1)
@@ -53,9 +54,17 @@ class Spectrum:
         return Spectrum(theta, vectors, ends, self.starts, self.n, self.rounding)
 
     def noise(self, value: Tensor) -> Tensor:
-        """What rounding does to an eigenvalue or a residual near `value` [A, L]."""
+        """What rounding does to a residual near `value` [A, L]."""
         first = self.theta[:, :1].clamp_min(0)
         return self.rounding[0] * (first * value.clamp_min(0)).sqrt() + self.rounding[1] * first
+
+    def blur(self, value: Tensor) -> Tensor:
+        """What it does to a Ritz value."""
+        return self.noise(value) + self.rounding[2] * self.theta[:, :1].clamp_min(0)
+
+    def above(self, value: Tensor) -> Tensor:
+        """Where a Ritz value of this size may lie without rounding, at most."""
+        return value + 2 * self.blur(value)
 
     def unseen(self, value: Tensor, found: Tensor) -> Tensor:
         """[A, L]: the probability that the start had too little of an eigenvector of this value [A, L], besides those of
@@ -110,7 +119,7 @@ class Spectrum:
         following = self.theta.gather(1, count.unsqueeze(1)).clamp_min(0)
         last = self.theta.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
         uppers = following + (last - following) * following.new_tensor([1 / 16, 1 / 4, 1 / 2])
-        above = uppers + 2 * self.noise(uppers)
+        above = self.above(uppers)
         free = (above < last) & (self.unseen(uppers, count) <= UNSEEN)
         return settled & free.any(1), above.gather(1, free.double().argmax(1, keepdim=True)).squeeze(1)
 

@@ -133,6 +133,8 @@ def dense_claim(
         return 0.0, True
     rounding = DENSE_ROUNDING * values[0] ** power
     if rank < len(values) and last - following <= EQUAL * last and rank * last**2 > (1e-6 * kept) ** 2:
+        if squared and rounding > 0.1 * EQUAL * last**2:
+            return math.inf, True  # squares this small do not tell
         rest = math.fsum(s * s for s in values[rank:])
         return (2 * rank * rounding * last ** (2 - power) + (FACTORS * kept) ** 2) / rest, False
     turned = 0.0

@@ -6,7 +6,7 @@
 namespace lors {
 
 Spectrum::Spectrum(const Eigen& ritz, int64_t starts, const double* below, int64_t width, int64_t n,
-                   double (*noise)(double, double), bool complete)
+                   double (*noise)(double, double), double blur, bool complete)
     : theta(ritz.values.data(), ritz.values.data() + ritz.values.size()),
       rho(theta.size()),
       residual(theta.size()),
@@ -14,6 +14,7 @@ Spectrum::Spectrum(const Eigen& ritz, int64_t starts, const double* below, int64
       width_(width),
       n_(n),
       noise_(noise),
+      blur_(blur),
       complete_(complete),
       first_(theta.size() * static_cast<size_t>(starts)),
       ends_(theta.size() * static_cast<size_t>(width)),
@@ -86,7 +87,6 @@ double Spectrum::unseen(double lambda, int64_t found) const {
 std::optional<Cut> Spectrum::cut(int64_t count) const {
     if (count >= size()) return std::nullopt;
     const double last = theta[static_cast<size_t>(count - 1)], next = std::max(0.0, theta[static_cast<size_t>(count)]);
-    const auto above = [&](double value) { return value + 2 * noise(value); };
     if (complete_) return above(next) < last ? std::optional(Cut{count, above(next)}) : std::nullopt;
     for (int64_t i = 0; i < count; ++i) {
         if (unseen(theta[static_cast<size_t>(i)], count) > kUnseen) return std::nullopt;

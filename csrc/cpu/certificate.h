@@ -33,6 +33,10 @@ template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 1e-7 : 2e-16;
 template <class T>
 constexpr double kGround = sizeof(T) == 4 ? 1e-9 : 1e-17;
+// The same of the Ritz values themselves, which may mix what was rounded at the height of theta_1: several times what
+// was measured, on clusters far below it.
+template <class T>
+constexpr double kBlur = sizeof(T) == 4 ? 5e-8 : 1e-16;
 template <class T>
 double noise_near(double lambda, double first) {
     return kRounding<T> * std::sqrt(std::max(0.0, lambda) * first) + kGround<T> * first;
@@ -50,7 +54,7 @@ class Spectrum {
     //   below  [width, width], B: next block = image @ inverse(below)
     // complete: the basis spans the whole space of n dimensions.
     Spectrum(const Eigen& ritz, int64_t starts, const double* below, int64_t width, int64_t n,
-             double (*noise)(double, double), bool complete);
+             double (*noise)(double, double), double blur, bool complete);
 
     int64_t size() const { return static_cast<int64_t>(theta.size()); }
 
@@ -61,7 +65,10 @@ class Spectrum {
     // Whether the first `count` Ritz values are all that there is above some value; the lowest that could be shown.
     std::optional<Cut> cut(int64_t count) const;
 
-    // What rounding does to an eigenvalue or a residual near `lambda`.
+    // Where a Ritz value of this size may lie without rounding, at most.
+    double above(double value) const { return value + 2 * blur(value); }
+
+    // What rounding does to a residual near `lambda`.
     double noise(double lambda) const { return noise_(lambda, std::max(0.0, theta[0])); }
 
     std::vector<double> theta, rho;  // Ritz values, largest first, and the norms of their residuals in T
@@ -69,7 +76,11 @@ class Spectrum {
 
   private:
     int64_t starts_, width_, n_;
+    // What it does to a Ritz value.
+    double blur(double lambda) const { return noise(lambda) + blur_ * std::max(0.0, theta[0]); }
+
     double (*noise_)(double lambda, double first);
+    double blur_;
     bool complete_;
     std::vector<double> first_;  // [size, starts]: entries in the start vectors
     std::vector<double> ends_;   // [size, width]: residual in terms of the next block

@@ -83,7 +83,8 @@ class Krylov {
         const int64_t starts = static_cast<int64_t>(entries.size());
         for (int64_t i = size_ - newest_; i < size_; ++i) entries.push_back(i);
         Buffer<double> t = projection();
-        return Spectrum(eigh(t.data(), size_, entries), starts, below_.data(), newest_, n_, noise_near<T>, complete());
+        return Spectrum(eigh(t.data(), size_, entries), starts, below_.data(), newest_, n_, noise_near<T>, kBlur<T>,
+                        complete());
     }
 
     // The first `count` Ritz vectors as rows of v [count, np]. Summed in float64: sums of a hundred float32 terms would

@@ -218,6 +218,8 @@ class Search {
         if (rest < 100 * cancellation() * energy) return false;
         const double slack = std::min(0.5 * kEnergyBound * rest / rank,
                                       kEqual * last - (last - pairs.theta[static_cast<size_t>(rank_)]));
+        // rounding may have mixed those that are not held apart with those that are
+        if (reach(s) < s.size() && s.above(s.theta[static_cast<size_t>(reach(s))]) > last + slack) return false;
         const auto above = [&](double value) {
             return std::count_if(pairs.theta.begin(), pairs.theta.end(), [&](double theta) { return theta > value; });
         };

@@ -474,6 +474,8 @@ class _Driver:
             upper = last + slack
             count, found = ((theta > x.unsqueeze(1)).sum(1) for x in (upper, last * (1 - EQUAL)))
             clear = s.unseen(torch.maximum(s.theta[:, :rank], upper.unsqueeze(1)), found).amax(1) <= UNSEEN
+            if m < s.theta.shape[1]:  # rounding may have mixed those that are not held apart with those that are
+                clear &= s.above(s.theta[:, m : m + 1]).squeeze(1) <= upper
             lost = energy_bound(theta, rho, count, upper) + slack * rank
             level = (last - following <= EQUAL * last) & clear & (lost <= ENERGY_BOUND * rest)
             level &= (left > CAPTURED) & (rest > 100 * cancellation * energy)

@@ -196,9 +196,15 @@ CASES = _table()
 
 @cache
 def hard_spectra() -> tuple[Case, ...]:
-    """One matrix of each class that has fooled a solver, large enough for the batched driver to iterate."""
+    """One matrix of each class that has fooled a solver, large enough for the batched driver to iterate; and more copies of
+    each value than its blocks are wide, for those who would not ask whether there are more.
+    """
     cases = (hard_case(kind, seed=0, smallest=200, largest=260) for kind in KINDS)
-    return tuple(Case(f"hard {c.kind}", constant_bits(c.delta), c.rank, exact=True, hard=True) for c in cases)
+    block = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    copies = Case(
+        "hard many copies", constant_bits(np.kron(np.eye(40, dtype=np.float32), block)), 18, exact=True, hard=True
+    )
+    return (*(Case(f"hard {c.kind}", constant_bits(c.delta), c.rank, exact=True, hard=True) for c in cases), copies)
 
 
 @cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from lors_kernels.backends import cpu
 from lors_kernels.testing.cases import CASES, DTYPES, Case, by_name
 from lors_kernels.testing.numerics import LOW_RANK_ERROR, delta_of, judge_claim, judge_low_rank
 from lors_kernels.testing.spectra import from_spectrum, hard_case, hard_cases, orthonormal
-from lors_kernels.types import FactorOverflowError
+from lors_kernels.types import FactorOverflowError, dense_claim
 
 
 def low_rank(svd: kernels.TruncatedSVD) -> np.ndarray:
@@ -107,6 +108,31 @@ def test_copies_that_a_block_cannot_find_are_not_missed() -> None:
     svd = kernels.truncated_svd(None, delta, 8, backend="cpu")
     verdict = judge_claim(delta, svd.left, svd.right, svd.residual, svd.unique)
     assert verdict.ok and svd.unique and verdict.error < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(116, 12), (102, 43), (300, 200)])
+def test_a_cluster_far_below_the_first_values(shape: tuple[int, int]) -> None:
+    """Ritz values of the cluster are off by what was rounded at the height of the first: no cut among them can be trusted."""
+    m, n = shape
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        depth, width = 10 ** rng.uniform(-4, -2), 10 ** rng.uniform(-5.5, -5)
+        sigma = np.concatenate([[2.0, 1.8, 1.2, 0.9], depth * (1 + width * rng.random(n - 4))])
+        delta = from_spectrum(rng, m, n, np.sort(sigma)[::-1]).astype(np.float32)
+        svd = kernels.truncated_svd(None, delta, 5, seed=seed, backend="cpu")
+        verdict = judge_claim(delta, svd.left, svd.right, svd.residual, svd.unique)
+        assert verdict.ok, f"seed {seed}, cluster at {depth:.0e}: {svd.method}: {verdict}"
+
+
+def test_squares_too_small_to_tell_values_apart_are_not_called_equal() -> None:
+    """sigma_4 and sigma_5 differ by 3e-6 and are 1e-5 of the first: their squares differ by less than float64 rounds."""
+    rng = np.random.default_rng(5)
+    sigma = np.concatenate([[2.0], 2e-5 * (1 - 3e-6 * np.arange(44))])
+    delta = from_spectrum(rng, 160, 45, sigma).astype(np.float32)
+    svd = kernels.truncated_svd(None, delta, 4, backend="cpu")
+    verdict = judge_claim(delta, svd.left, svd.right, svd.residual, svd.unique)
+    assert verdict.ok, f"{svd.method}: {verdict}"
+    assert dense_claim([1.0, 1e-5, 1e-5 * (1 - 1e-8)], 2, 10, squared=True) == (math.inf, True)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -188,7 +188,7 @@ def space(values: torch.Tensor, width: int, passes: int, seed: int = 0) -> Spect
     theta, vectors = torch.linalg.eigh(inner.T @ (values.unsqueeze(1) * inner))
     theta, vectors = theta.flip(0), vectors.flip(1)
     ends = below @ vectors[-width:]
-    return Spectrum(*(x.unsqueeze(0) for x in (theta, vectors, ends)), width, n, (2e-16, 2e-13))
+    return Spectrum(*(x.unsqueeze(0) for x in (theta, vectors, ends)), width, n, (2e-16, 2e-13, 2e-13))
 
 
 def test_what_lies_beyond_the_cut_is_bounded_from_above() -> None:

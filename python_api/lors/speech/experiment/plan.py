@@ -164,7 +164,7 @@ class _Plan:
             "data": self.data("train", *(["dev"] if training.eval_steps else [])),
             "languages": languages,
             "tasks": self.config.tasks,
-            "training": asdict(training),
+            "training": training.record(),
             "sequential": sequential,
         }
         version = _FINETUNE_VERSION if training.gradient_accumulation_steps == 1 else _ACCUMULATED_VERSION
@@ -236,7 +236,7 @@ def _finetune(
         base,
         out / "model",
         data=_load(data, inputs, languages, "train", LeftOut(_UNUSABLE)),
-        dev=_load(data, inputs, languages, "dev", LeftOut(_UNUSABLE)) if training["eval_steps"] else None,
+        dev=_load(data, inputs, languages, "dev", LeftOut(_UNUSABLE)) if training.get("eval_steps") else None,
         unusable=_UNUSABLE,
         languages=languages,
         tasks=tasks,

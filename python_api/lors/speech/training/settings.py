@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...files.writing import replacing
 __all__ = ["TRAIN", "Training", "write_json"]
 
 TRAIN = ("all", "matrices", "lora")
+BEST = ("wer", "bleu", "loss")
 SCHEDULERS = (  # those that need no further settings
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
@@ -21,6 +22,13 @@ _POSITIVE = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps"),
     *("early_stopping_patience", "lora_rank", "lora_alpha"),
 )
+
+
+_LATER = {
+    *("dataloader_num_workers", "metric_for_best_model", "optim", "fp16", "label_smoothing_factor", "dropout"),
+    *("apply_spec_augment", "freeze_encoder", "report_to"),
+}
+_ELSEWHERE = {"device", "dataloader_num_workers", "report_to"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,14 @@ class Training:
     seed: int = 0
     device: str = "cpu"
     dataloader_num_workers: int | None = None  # processes that compute features; None: none on cpu, up to 8 for a GPU
+    metric_for_best_model: str = "wer"  # on dev: "wer", "bleu" (of translation) or "loss"
+    optim: str = "adamw_torch_fused"  # also adamw_bnb_8bit, adafactor ...
+    fp16: bool = False
+    label_smoothing_factor: float = 0.0
+    dropout: float = 0.0
+    apply_spec_augment: bool = False  # hides a twentieth of the frames, as the configuration of the model says
+    freeze_encoder: bool = False
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb ...
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
@@ -64,6 +80,21 @@ class Training:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
                 raise LorsError(f"{name}: expected a positive number, got {value!r}")
+        for name in ("label_smoothing_factor", "dropout"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 <= value < 1):
+                raise LorsError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+        if self.metric_for_best_model not in BEST:
+            known = nearest(self.metric_for_best_model, BEST)
+            raise LorsError(
+                f"metric_for_best_model: expected {', '.join(BEST)}, got {self.metric_for_best_model!r}{known}"
+            )
+        if self.fp16 and (self.bf16 or self.device == "cpu"):
+            raise LorsError(f"fp16: expected a GPU and no bf16, got device {self.device!r}, bf16 {self.bf16}")
+        if self.freeze_encoder and self.train != "all":
+            raise LorsError(
+                f"freeze_encoder: expected train 'all', got {self.train!r}, which says itself what is trained"
+            )
         if self.lr_scheduler_type not in SCHEDULERS:
             known = nearest(self.lr_scheduler_type, SCHEDULERS)
             raise LorsError(f"lr_scheduler_type: no {self.lr_scheduler_type!r}{known}")
@@ -73,9 +104,14 @@ class Training:
         if self.device not in ("cpu", "cuda"):
             raise LorsError(f"device: training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}")
 
+    def record(self) -> dict[str, Any]:
+        """All of it; of what was added after the first release only what is not the default, so that keys of stages stay."""
+        later = {f.name: f.default for f in fields(self) if f.name in _LATER}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on: a run may continue on another device, or with more workers."""
-        return {k: v for k, v in asdict(self).items() if k not in ("device", "dataloader_num_workers")}
+        """What the trained weights depend on: a run may continue on another device, with more workers, told elsewhere."""
+        return {k: v for k, v in self.record().items() if k not in _ELSEWHERE}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
