@@ -187,7 +187,7 @@ def test_early_stopping_goes_on_counting(tmp_path: Path, recordings: Path, monke
 
     whole = run("whole")
     assert whole.steps == 3
-    for owner, method, call in ((trainer._DevSet, "wer", 3), (trainer.Job, "_save", 1)):
+    for owner, method, call in ((trainer._DevSet, "scores", 3), (trainer.Job, "_save", 1)):
         _cut(monkeypatch, owner, method, call)
         with pytest.raises(Cut):
             run(method)
@@ -464,6 +464,48 @@ def test_dev_is_shared_by_the_processes(tmp_path: Path, recordings: Path) -> Non
     record = _two_processes(tmp_path / "ca", recordings, "--eval-steps", "4", "--learning-rate", "4e-4")
     (want,) = evaluate(tmp_path / "ca", data=recordings, languages="ca", split="dev").results
     assert record["dev_wer"] == pytest.approx(want.score.wer)
+
+
+def test_what_regularises_changes_the_training_and_not_the_configuration(tmp_path: Path, recordings: Path) -> None:
+    def run(name: str, **options: Any) -> dict[str, np.ndarray]:
+        training = replace(SHORT, max_steps=2, per_device_train_batch_size=4, **options)
+        finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training)
+        return _weights(tmp_path / name)
+
+    plain = run("plain")
+    config = (tmp_path / "plain" / "config.json").read_text()
+    options: dict[str, Any] = {"label_smoothing_factor": 0.1, "dropout": 0.2, "apply_spec_augment": True}
+    for name, value in options.items():
+        changed = run(name, **{name: value})
+        assert not np.array_equal(
+            changed["model.decoder.layers.0.fc1.weight"], plain["model.decoder.layers.0.fc1.weight"]
+        )
+        assert (tmp_path / name / "config.json").read_text() == config, name
+    frozen, before = run("frozen", freeze_encoder=True), _weights(SHIPPED["tiny"])
+    moved = {name for name in before if not np.array_equal(before[name], frozen[name])}
+    assert moved and not any(name.startswith("model.encoder") for name in moved)
+
+
+def test_bleu_as_the_criterion(tmp_path: Path, recordings: Path) -> None:
+    training = replace(SHORT, max_steps=2, eval_steps=1, metric_for_best_model="bleu")
+    tasks = ("transcribe", "translate")
+    done = finetune("tiny", tmp_path / "x", data=recordings, languages="ca", tasks=tasks, training=training, limit=16)
+    assert done.steps == 2 and done.dev_wer is not None
+    for wrong in ({"tasks": ("transcribe",)}, {"training": replace(training, eval_steps=None)}):
+        with pytest.raises(
+            LorsError, match="bleu is of translation on dev: expected the task translate and eval_steps"
+        ):
+            finetune(
+                "tiny",
+                tmp_path / "y",
+                **{**dict(data=recordings, languages="ca", tasks=tasks, training=training), **wrong},
+            )
+    with pytest.raises(LorsError, match="metric_for_best_model: expected wer, bleu, got 'loss'"):
+        replace(training, metric_for_best_model="loss")
+    with pytest.raises(LorsError, match="dropout: expected a number from 0 to below 1, got 1"):
+        replace(training, dropout=1)
+    with pytest.raises(LorsError, match="freeze_encoder: expected train 'all', got 'lora'"):
+        replace(training, freeze_encoder=True, train="lora")
 
 
 def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) -> None:

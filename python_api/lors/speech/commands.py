@@ -114,6 +114,13 @@ def finetune(
         bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    best: Annotated[str, typer.Option(*_names("metric-for-best-model"), help="On dev: wer, or bleu.")] = "wer",
+    smoothing: Annotated[float, typer.Option(*_names("label-smoothing-factor"), min=0)] = 0.0,
+    dropout: Annotated[float, typer.Option(min=0, help="While training.")] = 0.0,
+    augment: Annotated[
+        bool, typer.Option(*_names("apply-spec-augment"), help="Hide parts of the features while training.")
+    ] = False,
+    freeze_encoder: Annotated[bool, typer.Option(*_names("freeze-encoder"), help="Train the decoder only.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")] = None,
     seed: Annotated[int, typer.Option(help="Of order and initialisation.")] = 0,
     sample_seed: Annotated[int, typer.Option(*_names("sample-seed"), help="Which utterances --limit takes.")] = 0,
@@ -148,7 +155,8 @@ def finetune(
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
-        device=_device(device), dataloader_num_workers=workers,
+        device=_device(device), dataloader_num_workers=workers, metric_for_best_model=best,
+        label_smoothing_factor=smoothing, dropout=dropout, apply_spec_augment=augment, freeze_encoder=freeze_encoder,
     )  # fmt: skip
     result = run(
         model, out, data=data, languages=language, tasks=task, training=training, dev=dev, limit=limit,

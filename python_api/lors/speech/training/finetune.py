@@ -94,6 +94,10 @@ def finetune(
     quiet()
     training, wanted, chosen = training or Training(), parse_languages(languages), parse_tasks(tasks)
     torch_device(training.device)
+    if training.metric_for_best_model == "bleu" and (training.eval_steps is None or "translate" not in chosen):
+        raise LorsError(
+            "metric_for_best_model: bleu is of translation on dev: expected the task translate and eval_steps"
+        )
     require_languages(model, wanted)
     left_out = LeftOut(unusable)
     corpus = load_corpus(

@@ -13,7 +13,7 @@ from ...files.writing import replacing
 __all__ = ["TRAIN", "Training", "write_json"]
 
 TRAIN = ("all", "matrices", "lora")
-BEST = ("wer", "bleu", "loss")
+BEST = ("wer", "bleu")
 SCHEDULERS = (  # those that need no further settings
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
@@ -25,10 +25,10 @@ _POSITIVE = (
 
 
 _LATER = {
-    *("dataloader_num_workers", "metric_for_best_model", "optim", "fp16", "label_smoothing_factor", "dropout"),
-    *("apply_spec_augment", "freeze_encoder", "report_to"),
+    *("dataloader_num_workers", "metric_for_best_model", "label_smoothing_factor", "dropout"),
+    *("apply_spec_augment", "freeze_encoder"),
 }
-_ELSEWHERE = {"device", "dataloader_num_workers", "report_to"}
+_ELSEWHERE = {"device", "dataloader_num_workers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,11 @@ class Training:
     seed: int = 0
     device: str = "cpu"
     dataloader_num_workers: int | None = None  # processes that compute features; None: none on cpu, up to 8 for a GPU
-    metric_for_best_model: str = "wer"  # on dev: "wer", "bleu" (of translation) or "loss"
-    optim: str = "adamw_torch_fused"  # also adamw_bnb_8bit, adafactor ...
-    fp16: bool = False
+    metric_for_best_model: str = "wer"  # on dev: "wer", or "bleu" of translation
     label_smoothing_factor: float = 0.0
     dropout: float = 0.0
     apply_spec_augment: bool = False  # hides a twentieth of the frames, as the configuration of the model says
     freeze_encoder: bool = False
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb ...
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
@@ -89,8 +86,6 @@ class Training:
             raise LorsError(
                 f"metric_for_best_model: expected {', '.join(BEST)}, got {self.metric_for_best_model!r}{known}"
             )
-        if self.fp16 and (self.bf16 or self.device == "cpu"):
-            raise LorsError(f"fp16: expected a GPU and no bf16, got device {self.device!r}, bf16 {self.bf16}")
         if self.freeze_encoder and self.train != "all":
             raise LorsError(
                 f"freeze_encoder: expected train 'all', got {self.train!r}, which says itself what is trained"
@@ -110,7 +105,7 @@ class Training:
         return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
     def identity(self) -> dict[str, Any]:
-        """What the trained weights depend on: a run may continue on another device, with more workers, told elsewhere."""
+        """What the trained weights depend on: a run may continue on another device, or with more workers."""
         return {k: v for k, v in self.record().items() if k not in _ELSEWHERE}
 
 

@@ -86,6 +86,7 @@ class Job:
         began = time.monotonic()
         set_seed(self.training.seed)
         processor, model = load_processor(self.source), load_model(self.source)
+        augment = model.config.apply_spec_augment  # as the model came; what is trained with is a setting
         features, longest = Features(processor.feature_extractor, self.features), model.config.max_target_positions
         data = _Dataset.build(self.corpus, self.tasks, processor.tokenizer, longest, features, self.left_out)
         checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
@@ -110,7 +111,7 @@ class Job:
         )
         if trainer.is_world_process_zero():
             with _full_disk(self.target):
-                self._save(trainer.accelerator.unwrap_model(trainer.model), processor)
+                self._save(trainer.accelerator.unwrap_model(trainer.model), processor, augment)
         self.left_out.note(gather_object(self.left_out.unusable))
         trainer.accelerator.wait_for_everyone()
         return record
@@ -125,11 +126,11 @@ class Job:
                 trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         return int(trainer.state.global_step), trainer.mean_loss()
 
-    def _save(self, model: Any, processor: Any) -> None:
+    def _save(self, model: Any, processor: Any, augment: bool) -> None:
         if self.training.train == "lora":
             model.save_pretrained(self.target / "adapter")
             model = model.merge_and_unload()
-        model.config.use_cache = True
+        model.config.use_cache, model.config.apply_spec_augment = True, augment
         model.save_pretrained(self.target)
         processor.tokenizer.set_prefix_tokens(language="english", task="transcribe", predict_timestamps=False)
         processor.save_pretrained(self.target)
@@ -153,6 +154,7 @@ class _Trainer(Seq2SeqTrainer):
     """The loss of a step as one batch would have it, and dev WER the way `evaluate` measures it."""
 
     dev: _DevSet
+    smoothing: float
     seen: Tensor  # [2]: sum of the cross-entropies, and of how many tokens, in this process
 
     def compute_loss(
@@ -169,7 +171,10 @@ class _Trainer(Seq2SeqTrainer):
         labels, config = inputs["labels"], self.accelerator.unwrap_model(model).config
         spoken = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         outputs = model(input_features=inputs["input_features"], decoder_input_ids=spoken)
-        mean, count = cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()), labels.ne(-100).sum()
+        mean, count = (
+            cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), label_smoothing=self.smoothing),
+            labels.ne(-100).sum(),
+        )
         self.seen += torch.stack([mean.detach() * count, count]).double()
         loss = mean * (count / num_items_in_batch) * self.accelerator.num_processes  # whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
@@ -180,7 +185,8 @@ class _Trainer(Seq2SeqTrainer):
         return float(total / count)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        metrics = {"eval_wer": self.dev.wer(self.accelerator.unwrap_model(self.model).eval(), self.accelerator)}
+        scores = self.dev.scores(self.accelerator.unwrap_model(self.model).eval(), self.accelerator)
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -199,6 +205,7 @@ def _trainer(
         data_collator=_collate,
     )
     trainer.model_accepts_loss_kwargs = True  # `num_items_in_batch` is counted, and the loss taken to be divided by it
+    trainer.smoothing = training.label_smoothing_factor
     trainer.dev, trainer.seen = dev, torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     if training.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
@@ -230,8 +237,8 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         eval_strategy="steps" if evaluating else "no",
         eval_steps=t.eval_steps,
         load_best_model_at_end=evaluating,
-        metric_for_best_model="wer",
-        greater_is_better=False,
+        metric_for_best_model=t.metric_for_best_model,
+        greater_is_better=t.metric_for_best_model == "bleu",
         bf16=t.bf16,
         seed=t.seed,
         data_seed=t.seed,
@@ -305,6 +312,13 @@ def _trainable(model: Any, training: Training) -> Any:
         chosen = decomposed(shapes, config=model.config.to_dict())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
+    if training.freeze_encoder:
+        model.freeze_encoder()
+    # Of the modules, not of the configuration, which is saved with the model.
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = training.dropout
+    model.config.apply_spec_augment = training.apply_spec_augment
     if training.gradient_checkpointing:
         model.config.use_cache = False
         model.enable_input_require_grads()
@@ -394,15 +408,17 @@ class _DevSet:
         ]
         return cls(parts, *rest)
 
-    def wer(self, model: Any, accelerator: Any) -> float:
-        """Mean of WER over languages and tasks."""
+    def scores(self, model: Any, accelerator: Any) -> dict[str, float]:
+        """`wer`, mean over languages and tasks; `bleu`, mean over the languages that are translated, if any."""
         decoder = Decoder.of(model, self.processor, self.home, workers=self.workers, left_out=self.left_out)
-        scores = []
+        found = []
         for task, language, part in self.parts:
             mine = range(accelerator.process_index, len(part), accelerator.num_processes)
             texts = decoder.transcribe([part[i] for i in mine], task)[0] if mine else []
             said = dict(gather_object(list(zip(mine, texts, strict=True))))
             answers = [(u.reference(task) or "", said[i]) for i, u in enumerate(part) if said[i] is not None]
             target = language if task == "transcribe" else "en"
-            scores.append(score(*map(list, zip(*answers, strict=True)), language=target, task=task)[0].wer)
-        return sum(scores) / len(scores)
+            found.append(score(*map(list, zip(*answers, strict=True)), language=target, task=task)[0])
+        bleu = [one.bleu for one in found if one.bleu is not None]
+        means = {"wer": sum(one.wer for one in found) / len(found)}
+        return means | ({"bleu": sum(bleu) / len(bleu)} if bleu else {})
