@@ -33,8 +33,8 @@ template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 1e-7 : 2e-16;
 template <class T>
 constexpr double kGround = sizeof(T) == 4 ? 1e-9 : 1e-17;
-// The same of the Ritz values themselves, which may mix what was rounded at the height of theta_1: several times what
-// was measured, on clusters far below it.
+// The same of the Ritz values themselves, which may mix what was rounded at the height of theta_1. Twice it, which
+// `above` adds, is more than was seen on clusters far below it.
 template <class T>
 constexpr double kBlur = sizeof(T) == 4 ? 5e-8 : 1e-16;
 template <class T>

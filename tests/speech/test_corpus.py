@@ -244,6 +244,16 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         LorsError, match=r"m.tsv: expected at most 1 % of 100 rows .* got 2; the first: .*m.tsv:100: exp"
     ):
         load_corpus(path, languages="ca", left_out=LeftOut(share=0.01))
+    # Rows of a large table are not held against a small sample of it, nor against the next table.
+    left_out = LeftOut(share=0.02)
+    assert len(load_corpus(path, languages="ca", limit=5, left_out=left_out)) == 5
+    left_out.require_few("sample", 5)
+    (tmp_path / "small.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "x", "language": "ca"}))
+    assert len(load_corpus(tmp_path / "small.jsonl", languages="ca", left_out=left_out)) == 1
+    assert len(left_out.unusable) == 2
+    left_out.note(["a clip"])
+    with pytest.raises(LorsError, match="of 5 rows and recordings .* got 1; the first: a clip"):
+        left_out.require_few("sample", 5)
     lines = [json.dumps({"audio": f"{i}.wav", "text": "x", "language": "ca"}) for i in range(99)]
     (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"audio": ']))
     left_out = LeftOut(share=0.01)

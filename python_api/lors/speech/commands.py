@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LorsError, print_lines, printable
-from .data.left_out import LeftOut
+from .data.left_out import SHARE, LeftOut
 
 if TYPE_CHECKING:
     from .scoring.evaluation import Evaluation
@@ -126,7 +126,7 @@ def finetune(
     sample_seed: Annotated[int, typer.Option(*_names("sample-seed"), help="Which utterances --limit takes.")] = 0,
     unusable: Annotated[
         float, typer.Option(min=0, max=1, help="Share of rows and recordings that may be unreadable; 0: none.")
-    ] = 0.01,
+    ] = SHARE,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -203,7 +203,7 @@ def evaluate(
     sample_seed: Annotated[int, typer.Option(help="Which utterances --limit takes.")] = 0,
     unusable: Annotated[
         float, typer.Option(min=0, max=1, help="Share of rows and recordings that may be unreadable; 0: none.")
-    ] = 0.01,
+    ] = SHARE,
     normaliser: Annotated[
         str, typer.Option(help="whisper, or marks: the same, but combining marks stay (Tamil, Hindi, Thai ...).")
     ] = "whisper",

@@ -50,6 +50,7 @@ def load_corpus(
     if limit is not None and limit < 1:
         raise LorsError(f"{name}: expected a limit of at least 1, got {limit}")
     left_out = LeftOut() if left_out is None else left_out
+    left_out.accept()
     corpus: Corpus = []
     total = 0
     for language, utterances in _by_language(source, parse_languages(languages), split, left_out):
@@ -61,7 +62,8 @@ def load_corpus(
             left_out.require_few(name, total)
             raise LorsError(f"{name}: expected utterances of {language!r}{of}{within}, got none")
         corpus += chosen
-    left_out.require_few(name, total + len(left_out.unusable))
+    left_out.require_few(name, total + len(left_out.unusable) - left_out.accepted)
+    left_out.accept()
     return _unique(corpus, name)
 
 

@@ -2,7 +2,7 @@
 
 Features are rounded to float16 whether they were kept or not (log-mel values lie in [-1, 2], an error of 5e-4 at most),
 so a run that finds them and one that computes them decode the same words. What follows a recording in the model's window
-is one value, and is kept once: of 960 kB for 30 s of 128 bins, a recording of 5 s takes 160.
+is one value, and is kept once: of 768 kB for 128 bins, a recording of 5 s takes about 130.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Loaded", "load_in_order", "workers_for"]
 
-_MOST_WORKERS = 8  # a GPU that decodes a hundred recordings a second is kept busy by three (25 ms each)
+_MOST_WORKERS = 8
 _WINDOW = 8  # batches
 
 

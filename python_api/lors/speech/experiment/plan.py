@@ -19,7 +19,7 @@ from ...files.digest import sha256_file
 from ...files.replaceable import PAGE, RESULTS, require_file
 from ..data.corpus import corpus_digest, is_kind, load_corpus
 from ..data.domain import SPLITS
-from ..data.left_out import LeftOut
+from ..data.left_out import SHARE, LeftOut
 from ..data.utterance import Corpus, by_task
 from ..model.whisper import gpus, quiet, require_languages, resolve_model
 from ..scoring.evaluation import Decoder
@@ -31,7 +31,6 @@ __all__ = ["build_stages", "run_experiment"]
 
 _RESTS = ("task_arithmetic", "average", "base")
 _FINETUNE_VERSION = 2  # 2: the encoder's positions are frozen
-_UNUSABLE = 0.01  # share of rows and recordings that a stage may go without
 _ACCUMULATED_VERSION = 3  # 3: where batches accumulate, a step's loss is the mean over all their tokens
 
 
@@ -235,9 +234,9 @@ def _finetune(
     finetune(
         base,
         out / "model",
-        data=_load(data, inputs, languages, "train", LeftOut(_UNUSABLE)),
-        dev=_load(data, inputs, languages, "dev", LeftOut(_UNUSABLE)) if training.get("eval_steps") else None,
-        unusable=_UNUSABLE,
+        data=_load(data, inputs, languages, "train", LeftOut(SHARE)),
+        dev=_load(data, inputs, languages, "dev", LeftOut(SHARE)) if training.get("eval_steps") else None,
+        unusable=SHARE,
         languages=languages,
         tasks=tasks,
         training=Training(**training),
@@ -270,7 +269,7 @@ def _test_model(
 
     trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
     source = str(trained) if model is None else model
-    left_out = LeftOut(_UNUSABLE)
+    left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "test", left_out)
     network, processor = load_model(source, device=device, dtype=dtype), load_processor(source)
     decoder = Decoder.of(network, processor, _features(out), batch_size, left_out=left_out)
@@ -287,7 +286,7 @@ def _search(
     from .variants import weights
 
     merger = Merger.load(base, inputs, device, dtype)
-    left_out = LeftOut(_UNUSABLE)
+    left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "dev", left_out)
     decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
 
@@ -331,7 +330,7 @@ def _test_merge(
     )
     search = next(path for name, path in inputs.items() if name.startswith("dev-"))
     setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
-    left_out = LeftOut(_UNUSABLE)
+    left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "test", left_out)
     decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
     merger.holding(weights(merger, method, setting))

@@ -18,7 +18,7 @@ from ..data.audio import SAMPLE_RATE, duration
 from ..data.corpus import load_corpus
 from ..data.features import Features, kept_in
 from ..data.languages import parse_languages
-from ..data.left_out import LeftOut
+from ..data.left_out import SHARE, LeftOut
 from ..data.loading import Loaded, load_in_order, workers_for
 from ..data.utterance import Corpus, by_task, parse_tasks
 from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
@@ -116,7 +116,7 @@ def evaluate(
     cache: str | Path | None = None,
     workers: int | None = None,
     sample_seed: int = 0,
-    unusable: float = 0.01,
+    unusable: float = SHARE,
     normaliser: str = "whisper",
     progress: bool = False,
 ) -> Evaluation:

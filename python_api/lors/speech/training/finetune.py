@@ -24,7 +24,7 @@ from ...files.writing import writing
 from ...public import public
 from ..data.corpus import load_corpus
 from ..data.languages import parse_languages
-from ..data.left_out import LeftOut
+from ..data.left_out import SHARE, LeftOut
 from ..data.utterance import Corpus, parse_tasks
 from ..model.whisper import local_model, quiet, require_languages, torch_device
 from .settings import Training, write_json
@@ -65,7 +65,7 @@ def finetune(
     limit: int | None = None,
     max_seconds: float | None = None,
     sample_seed: int = 0,
-    unusable: float = 0.01,
+    unusable: float = SHARE,
     sequential: bool = False,
     cache: str | Path | None = None,
     force: bool = False,
