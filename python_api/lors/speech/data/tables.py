@@ -50,11 +50,9 @@ def tsv_rows(
             if len(set(header)) != len(header):
                 raise LorsError(f"{path}: expected columns of different names, got {found}")
             for row in reader:
-                whole = not (None in row or None in row.values())
-                with left_out.unless_unusable():
-                    if not whole:
-                        raise LorsError(f"{path}:{reader.line_num}: expected {len(header)} columns, got another number")
-                if whole:
+                if None in row or None in row.values():
+                    left_out.note([f"{path}:{reader.line_num}: expected {len(header)} columns, got another number"])
+                else:
                     yield reader.line_num, row
         except csv.Error as error:
             raise LorsError(f"{path}:{reader.line_num}: expected a row of a table: {error}") from error

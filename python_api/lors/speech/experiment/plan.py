@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,12 @@ class _Plan:
 
     config: Config
     identity: str
+    digests: dict[str, str] = field(default_factory=dict)  # of the rows of a split, once they were read
 
     @property
     def of_kind(self) -> bool:
         """The corpus is KIND:PLACE, whose rows `_identity` has not seen as it sees a manifest."""
         return self.config.data.source is not None and is_kind(self.config.data.source)
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        return {}
 
     def rows(self, split: str) -> str:
         """Digest of the rows of the split, in the languages that it is read in."""
