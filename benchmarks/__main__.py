@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import table
 from .errors import BenchmarkError
-from .generate import DTYPES, Spec, generate
+from .generate import DELTAS, DTYPES, Spec, generate
 from .machine import ROOT
 from .results import Results
 from .run_operation import OPERATIONS
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", choices=SIZES, default="small")
     made.add_argument("--experts", type=int, default=5)
     made.add_argument("--dtype", choices=DTYPES, default="float32")
-    made.add_argument("--deltas", choices=("powerlaw", "flat"), default="powerlaw")
+    made.add_argument("--deltas", choices=DELTAS, default="powerlaw")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("-o", "--out", type=Path, default=ROOT / "bench-data")
     parts.add_parser("counts", help="machine code and calls of the GPU backends, counted without a GPU")
