@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := dev
+WORKERS := 2
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,7 +17,7 @@ demo-merge: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(MODELS)
 
 test: $(VENV)/.installed espeak chromium
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all

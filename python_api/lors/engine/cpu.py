@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
+from lors_kernels.lors_delta import add_lors_delta
 
 from ..errors import LorsError
 from ..experts.factors import Factors
@@ -218,19 +219,13 @@ class Engine:
         self, expert: Source, work: Work, total: np.ndarray, base: Any, tuned: np.ndarray, r: Reduction
     ) -> Outcome:
         """total += weight * (L + S) of one expert's matrix."""
-        options: dict[str, Any] = {"backend": self.backend, "threads": 1}
-        svd, left, right, threshold = None, None, None, KEEP_ALL
+        rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
+        known = self.cached(expert.name, work.name, rank) if rank and self.cached is not None else None
         try:
-            rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
-            if rank and self.cached is not None and (known := self.cached(expert.name, work.name, rank)):
-                left, right = known
-            elif rank:
-                svd = lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **options)
-                left, right = svd.left, svd.right
-            if r.density < 1:
-                k = int(r.density * tuned.size)
-                threshold = lors_kernels.residual_threshold(base, tuned, left, right, k, **options) if k else KEEP_NONE
-            stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
+            stats, svd = add_lors_delta(
+                total, base, tuned, rank, r.density, r.weight,
+                factors=known, seed=self.seed, backend=self.backend, threads=1,
+            )  # fmt: skip
         except NonFiniteError:
             raise self.blame(expert, work) from None
         except FactorOverflowError as error:

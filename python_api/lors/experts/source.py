@@ -41,11 +41,12 @@ class Slot:
     def array(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
         """A flat array of `count` elements, 64-byte aligned, contents undefined."""
         nbytes = count * dtype.itemsize
-        if self._bytes.size < nbytes + 64:
+        if self._bytes.size < nbytes:
             self._bytes = np.empty(0, np.uint8)  # let the old one go first
-            self._bytes = np.empty(nbytes + 64, np.uint8)
-        skip = -self._bytes.ctypes.data % 64
-        return self._bytes[skip : skip + nbytes].view(dtype)
+            whole = np.empty(nbytes + 64, np.uint8)
+            skip = -whole.ctypes.data % 64
+            self._bytes = whole[skip : skip + nbytes]
+        return self._bytes[:nbytes].view(dtype)
 
 
 @dataclass(frozen=True)

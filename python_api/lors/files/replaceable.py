@@ -40,8 +40,8 @@ class Kind:
     """The entries of a directory, as regular expressions of their relative paths; a directory's path ends in "/"."""
 
     called: str
-    entries: re.Pattern[str]
-    telling: re.Pattern[str] | None = None  # at least one such entry must be there
+    entries: str
+    telling: str | None = None  # at least one such entry must be there
 
 
 _WEIGHTS = r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.pt"
@@ -54,20 +54,18 @@ _BESIDE = (
 
 MODEL = Kind(
     "a checkpoint",
-    re.compile(
-        rf"{_WEIGHTS}|{_CONFIG}|{_BESIDE}|adapter/((adapter_model\.(safetensors|bin)|adapter_config\.json|README\.md)?)"
-    ),
-    re.compile(rf"{_WEIGHTS}|{_CONFIG}"),
+    rf"{_WEIGHTS}|{_CONFIG}|{_BESIDE}|adapter/((adapter_model\.(safetensors|bin)|adapter_config\.json|README\.md)?)",
+    rf"{_WEIGHTS}|{_CONFIG}",
 )
 # `lors synth`: manifest.tsv and <language>/<language>-<split>-<number>.<format>
 CORPUS = Kind(
     "a corpus of `lors synth`",
-    re.compile(r"manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?", re.ASCII),
+    r"(?a)manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?",
 )
 # `lors finetune`: OUT.checkpoints, whose directories are transformers' own
 CHECKPOINTS = Kind(
     "checkpoints of `lors finetune`",
-    re.compile(r"run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|features/.*|\d+-[\w-]+/.*", re.DOTALL),
+    r"(?s)run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|features/.*|\d+-[\w-]+/.*",
 )
 
 
@@ -81,7 +79,7 @@ def objection_to(entries: Collection[str], kind: Kind = MODEL) -> str | None:
     only = f"--force replaces only {kind.called} or an empty directory"
     if odd := _odd(entries, kind):
         return f"{only}, and {odd!r} is no part of one"
-    if entries and kind.telling is not None and not any(map(kind.telling.fullmatch, entries)):
+    if entries and kind.telling is not None and not any(re.fullmatch(kind.telling, name) for name in entries):
         return f"{only}, and this is neither: there is no model in it"
     return None
 
@@ -92,7 +90,7 @@ def foreign(directory: Path, kind: Kind = MODEL) -> str | None:
 
 
 def _odd(entries: Iterable[str], kind: Kind) -> str | None:
-    return next((name for name in entries if not kind.entries.fullmatch(name)), None)
+    return next((name for name in entries if not re.fullmatch(kind.entries, name)), None)
 
 
 def _entries(directory: Path, kind: Kind) -> Iterator[str]:
@@ -104,7 +102,7 @@ def _entries(directory: Path, kind: Kind) -> Iterator[str]:
                 inner = entry.is_dir(follow_symlinks=False)
                 name = f"{at}{entry.name}/" if inner else f"{at}{entry.name}"
                 yield name
-                if inner and kind.entries.fullmatch(name):
+                if inner and re.fullmatch(kind.entries, name):
                     waiting.append(name)
 
 
