@@ -1,27 +1,36 @@
-"""``report.html`` and ``results.json`` of an experiment, and its tables on a terminal."""
+"""What an experiment leaves: ``report.html``, ``results.json``, the answers, tables; and its tables on a terminal."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import print_lines, printable
+from ...errors import LorsError, first_line, print_lines, printable
 from ...files.file import write_file
-from ...files.replaceable import PAGE, RESULTS
+from ...files.replaceable import ANSWERS_XZ, COMPARISONS, CSV, PAGE, RESULTS, TEX, FileKind, require_file
 from ...webpage import document, escape
 from ..data.left_out import LeftOut
+from .answers import Answers, pack
 from .config import Config
-from .results import METRIC, summarise
+from .criterion import CRITERIA, METRIC, Criterion
+from .results import summarise, summarise_again
+from .tables import comparisons_csv, latex, scores_csv
 
-__all__ = ["print_tables", "wide_console", "write_report"]
+__all__ = ["FILES", "print_tables", "score_again", "wide_console", "write_report"]
+
+FILES: dict[str, FileKind] = {
+    "results.json": RESULTS, "report.html": PAGE, "answers.jsonl.xz": ANSWERS_XZ, "scores.csv": CSV,
+    "comparisons.csv": COMPARISONS, "tables.tex": TEX,
+}  # fmt: skip
 
 _COLOURS = (  # one for each row of a comparison of all methods
     *("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276"),
     *("#7fb3d5", "#f1948a", "#7dcea0", "#c39bd3", "#f8c471", "#76d7c4", "#aeb6bf", "#4a235a"),
 )
+_ALPHA = 0.05
 _UNIT = {"transcribe": "WER, %; lower is better", "translate": "BLEU; higher is better"}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#1c2833}
@@ -34,10 +43,40 @@ td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weigh
 
 
 def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
-    """Writes both files into `root` and returns the HTML one."""
-    results = {"lors": "experiment", **summarise(config, stages)}
-    write_file(root / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n", RESULTS)
-    write_file(root / "report.html", _page(results), PAGE)
+    """Writes FILES into `root` and returns the page."""
+    return _write(root, summarise(config, stages), pack(stages))
+
+
+def score_again(source: Path, out: Path) -> Path:
+    """FILES in `out` from ``results.json`` and ``answers.jsonl.xz`` in `source`, scored anew; returns the page.
+
+    LorsError, before anything is written, where one of them is not there or not what it should be.
+    """
+    for name, kind in FILES.items():
+        require_file(out / name, kind, force=True)
+    answers = Answers.read(source / "answers.jsonl.xz")
+    try:
+        results = json.loads((source / "results.json").read_text("utf-8"))
+        summary = summarise_again(results, answers)
+    except OSError as error:
+        raise LorsError(f"cannot read {error.filename}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LorsError(f"{source / 'results.json'}: expected results of an experiment: {first_line(error)}") from error
+    return _write(out, summary, (source / "answers.jsonl.xz").read_bytes())
+
+
+def _write(root: Path, summary: Mapping[str, Any], answers: bytes) -> Path:
+    results = {"lors": "experiment", **summary}
+    contents: dict[str, str | bytes] = {
+        "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        "answers.jsonl.xz": answers,
+        "scores.csv": scores_csv(results),
+        "comparisons.csv": comparisons_csv(results),
+        "tables.tex": latex(results),
+        "report.html": _page(results),
+    }
+    for name, content in contents.items():
+        write_file(root / name, content, FILES[name])
     return root / "report.html"
 
 
@@ -87,21 +126,29 @@ def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
 
 
 def _verdicts(results: Mapping[str, Any]) -> list[str]:
-    """One sentence per comparison; it says better, worse, or that the difference may be chance."""
+    """One sentence per comparison, which says better, worse, or that the difference may be chance; choices at an edge."""
     lines = []
-    for label, task, c in _compared(results):
+    for c in results["comparisons"]:
         over_seeds = f", {_interval(c, 'seeds_')} over seeds too" if c["seeds_low"] is not None else ""
         lines.append(
-            f"{label} minus {results['config']['against']}, {task}: {c['difference']:+.2f} {c['metric'].upper()} "
-            f"{_interval(c)}{over_seeds}: {_verdict(c)}"
+            f"{c['merge']} minus {results['config']['against']}, {c['task']}{_of_group(c)}: {c['difference']:+.2f} "
+            f"{c['metric'].upper()} {_interval(c)}{over_seeds}, p {c['p_holm']:.2g} (Holm): {_verdict(c)}"
         )
-    return lines
+    return lines + [f"at the edge of what was tried: {edge}" for edge in _edges(results)]
 
 
-def _compared(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    for label, tasks in results["comparisons"].items():
-        for task, comparison in tasks.items():
-            yield label, task, comparison
+def _of_group(c: Mapping[str, Any]) -> str:
+    return " of languages without an expert" if c["group"] == "others" else ""
+
+
+def _edges(results: Mapping[str, Any]) -> list[str]:
+    """Each choice beyond which a better one may lie."""
+    return [
+        f"{label}, seed {chosen['seed']}: {name.replace('lam', 'lambda') if name == 'lam' else name} {chosen['setting'][name]}"
+        for label, grid in results["grids"].items()
+        for chosen in grid["chosen"]
+        for name in chosen["edges"]
+    ]
 
 
 def _interval(c: Mapping[str, Any], which: str = "") -> str:
@@ -109,12 +156,10 @@ def _interval(c: Mapping[str, Any], which: str = "") -> str:
 
 
 def _verdict(c: Mapping[str, Any]) -> str:
-    """Both intervals decide, where there are several seeds."""
-    low, high = c["low"], c["high"]
-    if c["seeds_low"] is not None:
-        low, high = min(low, c["seeds_low"]), max(high, c["seeds_high"])
-    better, worse = (high < 0, low > 0) if c["metric"] == "wer" else (low > 0, high < 0)
-    return "better" if better else "worse" if worse else "no difference beyond chance"
+    """After the correction for the number of comparisons."""
+    if c["p_holm"] >= _ALPHA:
+        return "no difference beyond chance"
+    return "better" if (c["difference"] < 0) == (c["metric"] == "wer") else "worse"
 
 
 def _number(value: float | None) -> str:
@@ -165,14 +210,27 @@ def _setting(results: Mapping[str, Any]) -> str:
             f"{reference['utterances']} test answers."
         )
     return (
-        f"<p>Base <code>{escape(config['base'])}</code>; {speech}; experts {escape(', '.join(config['experts']))}; tasks "
+        f"<p>Base <code>{escape(config['base'])}</code>; {speech}; experts {escape(', '.join(config['experts']))}{_each(config)}; tasks "
         f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
         f"{sum(results['utterances'].values())} test "
         f"answers per model, {results['dropped']} empty references dropped{escape(_without(results))}. Tensors that a method does not decompose: "
-        f"<code>{escape(config['rest'])}</code>. Every method was tried with "
-        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
+        f"<code>{escape(config['rest'])}</code>{_with_factor(config)}. Every method was tried with "
+        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by {_judge(results).called} went to test, "
         f"once.{words}</p>"
     )
+
+
+def _judge(results: Mapping[str, Any]) -> Criterion:
+    return CRITERIA[results["config"]["criterion"]]
+
+
+def _with_factor(config: Mapping[str, Any]) -> str:
+    factors = config["rest_lambda"]
+    return f" with a factor of its own for every method, {', '.join(map(str, factors))}" if factors else ""
+
+
+def _each(config: Mapping[str, Any]) -> str:
+    return ", one for each task" if config["experts_per"] == "language_task" else ""
 
 
 def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
@@ -260,27 +318,62 @@ def _comparisons(results: Mapping[str, Any]) -> str:
     if not results["comparisons"]:
         return ""
     several = len(results["config"]["seeds"]) > 1
-    rows = [["merge", "task", "difference", "over utterances", *["over seeds too"] * several, ""]]
-    for label, task, c in _compared(results):
+    rows = [
+        [
+            "merge",
+            "task",
+            "languages",
+            "difference",
+            "over utterances",
+            *["over seeds too"] * several,
+            "p",
+            "p (Holm)",
+            "",
+        ]
+    ]
+    for c in results["comparisons"]:
         difference = f"{c['difference']:+.2f} {c['metric'].upper()}"
         intervals = [_interval(c), _interval(c, "seeds_")] if several else [_interval(c)]
-        rows.append([label, task, difference, *intervals, _verdict(c)])
+        group = "with an expert" if c["group"] == "experts" else "without an expert"
+        rows.append(
+            [c["merge"], c["task"], group, difference, *intervals, f"{c['p']:.2g}", f"{c['p_holm']:.2g}", _verdict(c)]
+        )
     return (
         f"<h2>Against {escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "
-        "paired bootstrap, means over the experts' languages: test utterances drawn, then test utterances and seeds "
-        "drawn. A few seeds make the second a rough figure, rather too narrow than too wide.</p>"
+        "paired bootstrap, means over the languages: test utterances drawn, then test utterances and seeds "
+        "drawn. A few seeds make the second a rough figure, rather too narrow than too wide. p: from the wider of both; "
+        f"Holm's correction is for the {len(rows) - 1} comparisons of this table, and “better” and “worse” mean that it is "
+        f"below {_ALPHA}.</p>"
     )
 
 
 def _grids(results: Mapping[str, Any]) -> str:
     if not results["grids"]:
         return ""
-    rows = [["method", "setting", "dev WER", "chosen by seed"]]
+    judge = _judge(results)
+    rows = [["method", "setting", judge.called, "chosen by seed"]]
     for label, grid in results["grids"].items():
-        for record in sorted(grid["tried"], key=lambda r: r["mean"]):
+        for record in sorted(grid["tried"], key=lambda r: r["mean"], reverse=judge.higher):
             seeds = [str(c["seed"]) for c in grid["chosen"] if c["setting"] == record["setting"]]
-            rows.append([label, _words(record["setting"]), _pm(record), ", ".join(seeds)])
-    return f"<h2>What was tried on dev</h2>{_curves(results)}{_table(rows)}"
+            rows.append([label, _words(record["setting"]), _value(judge, record), ", ".join(seeds)])
+    return f"<h2>What was tried on dev</h2>{_edge_note(results)}{_curves(results)}{_table(rows)}"
+
+
+def _edge_note(results: Mapping[str, Any]) -> str:
+    edges = _edges(results)
+    said = f"lie at the edge of what was tried, and a better one may lie beyond: {'; '.join(edges)}"
+    return (
+        f"<p><strong>{len(edges)} choices {escape(said)}.</strong></p>"
+        if edges
+        else "<p>No choice lies at an edge.</p>"
+    )
+
+
+def _value(judge: Criterion, spread: Mapping[str, Any]) -> str:
+    """Shares have three digits."""
+    if not judge.relative:
+        return _pm(spread)
+    return f"{spread['mean']:.3f}" + (f" ± {spread['sd']:.3f}" if spread["sd"] is not None else "")
 
 
 def _words(setting: Mapping[str, Any]) -> str:
@@ -288,64 +381,68 @@ def _words(setting: Mapping[str, Any]) -> str:
 
 
 def _curves(results: Mapping[str, Any]) -> str:
-    """Dev WER over lambda (logarithmic), for each method the best of its other parameters at every lambda."""
-    lines = _lambda_lines(results["grids"])
+    """The criterion over lambda (logarithmic), for each method the best of its other parameters at every lambda."""
+    judge = _judge(results)
+    lines = _lambda_lines(results["grids"], max if judge.higher else min)
     if not lines:
         return ""
     points = [point for line in lines.values() for point in line]
-    (left, right), (best, worst) = ((min(v), max(v)) for v in zip(*points, strict=True))
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points, strict=True))
     width, height = 560, 300
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = math.log(x / left) / (math.log(right / left) or 1.0)
-        return 50 + (width - 70) * across, 20 + (height - 60) * (worst - y) / ((worst - best) or 1.0)
+        return 50 + (width - 70) * across, 20 + (height - 60) * (high - y) / ((high - low) or 1.0)
 
     def text(x: float, y: float, what: str, more: str = "") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11"{more}>{escape(what)}</text>'
 
-    parts = [f'<svg width="{width + 180}" height="{height}" role="img">', text(4, 12, "dev WER")]
-    parts += [text(4, 26, f"{worst:.1f}"), text(4, height - 38, f"{best:.1f}")]
+    parts = [f'<svg width="{width + 180}" height="{height}" role="img">', text(4, 12, judge.called)]
+    parts += [text(4, 26, f"{high:.3g}"), text(4, height - 38, f"{low:.3g}")]
     parts += [text(width // 2, height - 6, "lambda")]
     for row, (label, line) in enumerate(lines.items()):
         colour = _COLOURS[row % len(_COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in line:
-            title = f"<title>{escape(label)}: lambda {x}, WER {y:.2f}</title>"
+            title = f"<title>{escape(label)}: lambda {x}, {y:.4g}</title>"
             cx, cy = place(x, y)
             parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill="{colour}">{title}</circle>')
         parts.append(text(width, 30 + 16 * row, label, f' fill="{colour}"'))
     for tick in (digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)):
         if left <= tick * 1.001 and tick <= right * 1.001:
-            parts.append(text(place(tick, best)[0], height - 22, f"{tick:g}", ' text-anchor="middle"'))
+            parts.append(text(place(tick, low)[0], height - 22, f"{tick:g}", ' text-anchor="middle"'))
     return "".join([*parts, "</svg>"])
 
 
-def _lambda_lines(grids: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+def _lambda_lines(
+    grids: Mapping[str, Any], best_of: Callable[[float, float], float]
+) -> dict[str, list[tuple[float, float]]]:
     lines = {}
     for label, grid in grids.items():
         best: dict[float, float] = {}
         for record in grid["tried"]:
             lam = record["setting"].get("lam")
             if isinstance(lam, (int, float)) and lam > 0:  # no list over the depth
-                best[lam] = min(best.get(lam, math.inf), record["mean"])
+                best[lam] = best_of(best.get(lam, record["mean"]), record["mean"])
         if len(best) > 1:
             lines[label] = sorted(best.items())
     return lines
 
 
 def _rest(results: Mapping[str, Any]) -> str:
-    rows = [["method", "rest", "dev WER"]]
+    by = results["config"]["criterion"]
+    rows = [["method", "rest", _judge(results).called]]
     for label, grid in results["grids"].items():
         if grid["rest"]:
-            rows += [[label, grid["chosen"][0]["setting"]["rest"], f"{grid['chosen'][0]['wer']:.2f}"]]
-            rows += [[label, record["setting"]["rest"], f"{record['wer']:.2f}"] for record in grid["rest"]]
+            tried = [grid["chosen"][0], *grid["rest"]]
+            rows += [[label, record["setting"]["rest"], f"{record[by]:.4g}"] for record in tried]
     if len(rows) == 1:
         return ""
     return (
         f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, norms and "
         "biases merged by task arithmetic, averaged, or left at the base; each method at its best setting, first seed, "
-        "dev. Task arithmetic decomposes nothing, so there is nothing for this option to act on.</p>"
+        "dev. Methods that treat all tensors alike are not here.</p>"
     )
 
 
@@ -401,7 +498,7 @@ def _reading(results: Mapping[str, Any]) -> str:
     return (
         f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and "
         f"reference words summed over "
-        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in "
-        f"<code>stages/test-*/answers.jsonl</code>."
+        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer is in "
+        f"<code>answers.jsonl.xz</code>, from which <code>lors experiment --score-again</code> computes all of this."
         f"</li>{signatures}<li>{escape(versions)}</li></ul>"
     )
