@@ -54,10 +54,14 @@ class Data(_Section):
 
 
 class Grid(_Section):
-    """A merge method and the values tried for each of its parameters (every combination)."""
+    """A merge method and the values tried for each of its parameters (every combination).
+
+    calibrated: what speech of the languages the method has seen besides the experts, in words; None: none.
+    """
 
     method: str
     parameters: dict[str, list[Any]] = {}
+    calibrated: str | None = None
 
     @field_validator("method")
     @classmethod
@@ -66,6 +70,16 @@ class Grid(_Section):
         if method not in known:
             raise ValueError(f"unknown method {method!r}{nearest(method, known)}")
         return method
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> Grid:
+        known = (
+            [*(spec.name for spec in SPECS[self.method].parameters), "lam"] if self.method in SPECS else self.parameters
+        )
+        for name in self.parameters:
+            if name not in known:
+                raise ValueError(f"{self.method} has no parameter {name!r}{nearest(name, known)}")
+        return self
 
     def settings(self) -> list[Setting]:
         """Every combination, in the order of the lists."""
@@ -121,7 +135,7 @@ class Config(_Section):
             raise ValueError(f"languages: expected all of the experts' languages, {strangers[0]!r} is missing")
         if set(self.tasks) < set(CRITERIA[self.criterion].tasks):
             raise ValueError(f"criterion: {self.criterion!r} is of {CRITERIA[self.criterion].tasks[0]}, no task here")
-        sizes = {label: len(self.settings(label)) for label in self.grids}
+        sizes = {label: len(grid.settings()) for label, grid in self.grids.items()}
         # Equal budgets, or the method with more tries looks better than it is. A method without parameters has one.
         if len({size for size in sizes.values() if size > 1}) > 1:
             raise ValueError(f"grids: expected the same number of settings for every method, got {sizes}")

@@ -17,7 +17,7 @@ from .answers import Answers, pack
 from .config import Config
 from .criterion import CRITERIA, METRIC, Criterion
 from .results import summarise, summarise_again
-from .tables import comparisons_csv, latex, scores_csv
+from .tables import comparisons_csv, latex, named, scores_csv
 
 __all__ = ["FILES", "print_tables", "score_again", "wide_console", "write_report"]
 
@@ -121,7 +121,7 @@ def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
             _number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]
         ]
         means = [_pm(model["means"].get(f"{task}/{group}")) for group in groups]
-        rows.append([label, *cells, *means])
+        rows.append([named(results, label), *cells, *means])
     return rows
 
 
@@ -131,7 +131,7 @@ def _verdicts(results: Mapping[str, Any]) -> list[str]:
     for c in results["comparisons"]:
         over_seeds = f", {_interval(c, 'seeds_')} over seeds too" if c["seeds_low"] is not None else ""
         lines.append(
-            f"{c['merge']} minus {results['config']['against']}, {c['task']}{_of_group(c)}: {c['difference']:+.2f} "
+            f"{named(results, c['merge'])} minus {results['config']['against']}, {c['task']}{_of_group(c)}: {c['difference']:+.2f} "
             f"{c['metric'].upper()} {_interval(c)}{over_seeds}, p {c['p_holm']:.2g} (Holm): {_verdict(c)}"
         )
     return lines + [f"at the edge of what was tried: {edge}" for edge in _edges(results)]
@@ -216,7 +216,7 @@ def _setting(results: Mapping[str, Any]) -> str:
         f"answers per model, {results['dropped']} empty references dropped{escape(_without(results))}. Tensors that a method does not decompose: "
         f"<code>{escape(config['rest'])}</code>{_with_factor(config)}. Every method was tried with "
         f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by {_judge(results).called} went to test, "
-        f"once.{words}</p>"
+        f"once.{words}{escape(_calibrated(config))}</p>"
     )
 
 
@@ -229,6 +229,11 @@ def _with_factor(config: Mapping[str, Any]) -> str:
     return f" with a factor of its own for every method, {', '.join(map(str, factors))}" if factors else ""
 
 
+def _calibrated(config: Mapping[str, Any]) -> str:
+    seen = [f"{label} on {grid['calibrated']}" for label, grid in config["grids"].items() if grid["calibrated"]]
+    return f" Calibrated: {'; '.join(seen)}." if seen else ""
+
+
 def _each(config: Mapping[str, Any]) -> str:
     return ", one for each task" if config["experts_per"] == "language_task" else ""
 
@@ -238,7 +243,7 @@ def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
     chosen = set(merges)
     lines = []
     for row in rows[1:]:
-        kind = ' class="merge"' if row[0] in chosen else ""
+        kind = ' class="merge"' if row[0].removesuffix(" (calibrated)") in chosen else ""
         lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f'<div class="wrap"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
@@ -301,7 +306,7 @@ def _normalised(results: Mapping[str, Any]) -> str:
     for label, model in results["models"].items():
         if not label.startswith("expert "):
             share = model["normalised"]
-            rows.append([label, _pm(share), f"{share['low']:.2f} to {share['high']:.2f}"])
+            rows.append([named(results, label), _pm(share), f"{share['low']:.2f} to {share['high']:.2f}"])
     flat = sorted({cell for model in results["models"].values() for cell in model["normalised"]["flat"]})
     without = (
         f" Experts that gained nothing over the base, in at least one training: {', '.join(flat)}." if flat else ""
@@ -336,7 +341,16 @@ def _comparisons(results: Mapping[str, Any]) -> str:
         intervals = [_interval(c), _interval(c, "seeds_")] if several else [_interval(c)]
         group = "with an expert" if c["group"] == "experts" else "without an expert"
         rows.append(
-            [c["merge"], c["task"], group, difference, *intervals, f"{c['p']:.2g}", f"{c['p_holm']:.2g}", _verdict(c)]
+            [
+                named(results, c["merge"]),
+                c["task"],
+                group,
+                difference,
+                *intervals,
+                f"{c['p']:.2g}",
+                f"{c['p_holm']:.2g}",
+                _verdict(c),
+            ]
         )
     return (
         f"<h2>Against {escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "

@@ -9,7 +9,7 @@ from typing import Any
 
 from .criterion import METRIC
 
-__all__ = ["comparisons_csv", "latex", "scores_csv", "shown_models"]
+__all__ = ["comparisons_csv", "latex", "named", "scores_csv"]
 
 _METRICS = ("wer", "wer_raw", "cer", "bleu", "chrf")
 _SPECIAL = {
@@ -18,9 +18,10 @@ _SPECIAL = {
 }  # fmt: skip
 
 
-def shown_models(results: Mapping[str, Any]) -> list[str]:
-    """All but the single experts."""
-    return [label for label in results["models"] if not label.startswith("expert ")]
+def named(results: Mapping[str, Any], label: str) -> str:
+    """The model in a table, where a merge that saw speech of the languages is told from those that saw none."""
+    grid = results["config"]["grids"].get(label)
+    return f"{label} (calibrated)" if grid and grid["calibrated"] else label
 
 
 def scores_csv(results: Mapping[str, Any]) -> str:
@@ -72,8 +73,9 @@ def latex(results: Mapping[str, Any]) -> str:
     ]
     for task in config["tasks"]:
         rows = []
-        for label in shown_models(results):
-            model = results["models"][label]
+        for label, model in results["models"].items():
+            if label.startswith("expert "):
+                continue
             cells = [
                 _number(model["cells"].get(f"{task}/{code}", {}).get(METRIC[task])) for code in config["languages"]
             ]
@@ -87,7 +89,14 @@ def latex(results: Mapping[str, Any]) -> str:
         ]
         parts += _tabular(["model", *map(_escaped, config["languages"]), *groups], rows)
     rows = [
-        [_escaped(c["merge"]), c["task"], c["group"], f"${c['difference']:+.2f}$", *_ends(c), f"{c['p_holm']:.2g}"]
+        [
+            _escaped(named(results, c["merge"])),
+            c["task"],
+            c["group"],
+            f"${c['difference']:+.2f}$",
+            *_ends(c),
+            f"{c['p_holm']:.2g}",
+        ]
         for c in results["comparisons"]
     ]
     if rows:
