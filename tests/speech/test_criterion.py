@@ -133,11 +133,11 @@ def test_an_expert_for_each_task(tmp_path: Path) -> None:
 
 
 def test_calibrated_methods_are_named_as_such(tmp_path: Path, finished: Path) -> None:
-    from lors.speech.experiment.report import _page
+    from lors.speech.experiment.page import page as render
     from lors.speech.experiment.tables import latex
 
     results = json.loads((finished / "results.json").read_text())
     results["config"]["grids"]["lors"]["calibrated"] = "100 unlabelled utterances"
-    page = _page(results)
+    page = render(results)
     assert page.count("lors (calibrated)") >= 3 and "Calibrated: lors on 100 unlabelled utterances." in page
     assert "lors (calibrated) &" in latex(results) and "task_arithmetic (calibrated)" not in page

@@ -25,8 +25,9 @@ from lors.errors import LorsError
 from lors.speech import evaluate, run_experiment
 from lors.speech.experiment import plan
 from lors.speech.experiment.config import Grid, load_config, shipped_configs
+from lors.speech.experiment.page import page
 from lors.speech.experiment.plan import build_stages
-from lors.speech.experiment.report import _page, print_tables
+from lors.speech.experiment.report import print_tables
 from lors.speech.experiment.stages import Stage, exclusive, run_stages
 from lors.speech.model.whisper import SHIPPED
 from processes import gone, marked, unlucky, wait_for, wait_until
@@ -71,9 +72,9 @@ def test_chosen_on_dev_with_equal_budgets(results: dict[str, Any]) -> None:
 
 
 def test_report_shows_every_number(finished: Path, results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    page = (finished / "report.html").read_text()
+    shown = (finished / "report.html").read_text()
     for text in (f"{_wer(results, 'lors'):.2f}", "lambda 0.5", "paired bootstrap", "σ(r+1)/σ(r)", "<svg"):
-        assert text in page
+        assert text in shown
     print_tables(finished)
     assert f"{_wer(results, 'base'):.2f}" in capsys.readouterr().out
 
@@ -98,7 +99,7 @@ def test_no_label_is_markup(results: dict[str, Any]) -> None:
         changed["config"] |= {"rest": "base" + more, "experts": [f"{x}{more}" for x in results["config"]["experts"]]}
         changed["signatures"] = {name + more: text + more for name, text in results["signatures"].items()}
         changed["versions"] = {name + more: text + more for name, text in results["versions"].items()}
-        pages.append(_page(changed))
+        pages.append(page(changed))
     assert "<script>" not in pages[1] and "\x1b" not in pages[1] and "&lt;script&gt;" in pages[1]
     assert pages[0].count("<") == pages[1].count("<")
 

@@ -8,20 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .criterion import METRIC
+from .shown import named
 
-__all__ = ["comparisons_csv", "latex", "named", "scores_csv"]
+__all__ = ["comparisons_csv", "latex", "scores_csv"]
 
 _METRICS = ("wer", "wer_raw", "cer", "bleu", "chrf")
 _SPECIAL = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }  # fmt: skip
-
-
-def named(results: Mapping[str, Any], label: str) -> str:
-    """The model in a table, where a merge that saw speech of the languages is told from those that saw none."""
-    grid = results["config"]["grids"].get(label)
-    return f"{label} (calibrated)" if grid and grid["calibrated"] else label
 
 
 def scores_csv(results: Mapping[str, Any]) -> str:
