@@ -89,6 +89,7 @@ class Config(_Section):
     against: str = "task_arithmetic"  # the label all merges are compared with
     grids: dict[str, Grid] = {}
     batch_size: int = Field(default=64, ge=1)
+    beams: int = Field(default=1, ge=1)  # of decoding dev and test; 1: greedy
     device: str = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of decoding; merges are float32, training has bf16
 

@@ -175,9 +175,9 @@ class _Plan:
             "tasks": config.tasks,
             "batch_size": config.batch_size,
             "device": config.device,
-            **(
-                {} if config.dtype == "float32" else {"dtype": config.dtype}
-            ),  # keys from before there was a choice stay
+            # keys from before there was a choice stay
+            **({} if config.dtype == "float32" else {"dtype": config.dtype}),
+            **({} if config.beams == 1 else {"beams": config.beams}),
             **more,
         }
 
@@ -260,7 +260,7 @@ def _load(
 
 def _test_model(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
-    batch_size: int, device: str, model: str | None, dtype: str = "float32",
+    batch_size: int, device: str, model: str | None, dtype: str = "float32", beams: int = 1,
 ) -> None:  # fmt: skip
     from ..model.whisper import load_model, load_processor
 
@@ -269,14 +269,14 @@ def _test_model(
     left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "test", left_out)
     network, processor = load_model(source, device=device, dtype=dtype), load_processor(source)
-    decoder = Decoder.of(network, processor, _features(out), batch_size, left_out=left_out)
+    decoder = Decoder.of(network, processor, _features(out), batch_size, beams, left_out=left_out)
     _write_answers(out, decoder, corpus, tasks)
 
 
 def _search(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     batch_size: int, device: str, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
-    dtype: str = "float32",
+    dtype: str = "float32", beams: int = 1,
 ) -> None:  # fmt: skip
     """``grid.json``: mean dev WER of every setting; the best is first in the list of ties."""
     from .merged import Merger
@@ -285,7 +285,7 @@ def _search(
     merger = Merger.load(base, inputs, device, dtype)
     left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "dev", left_out)
-    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
+    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, beams, left_out=left_out)
 
     def tried(setting: Setting) -> Setting:
         path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
@@ -318,6 +318,7 @@ def _parts(corpus: Corpus, tasks: Sequence[str]) -> Iterator[tuple[str, Corpus]]
 def _test_merge(
     out: Path, inputs: Mapping[str, Path], *, data: Setting, languages: Sequence[str], tasks: Sequence[str],
     batch_size: int, device: str, base: str, method: str, rest: str, check_reference: bool, dtype: str = "float32",
+    beams: int = 1,
 ) -> None:  # fmt: skip
     from .merged import Merger
     from .variants import weights
@@ -329,7 +330,7 @@ def _test_merge(
     setting = json.loads((search / "grid.json").read_text("utf-8"))["best"]["setting"]
     left_out = LeftOut(SHARE)
     corpus = _load(data, inputs, languages, "test", left_out)
-    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, left_out=left_out)
+    decoder = Decoder.of(merger.network, merger.processor, _features(out), batch_size, beams, left_out=left_out)
     merger.holding(weights(merger, method, setting))
     answers = _write_answers(out, decoder, corpus, tasks)
     if check_reference:

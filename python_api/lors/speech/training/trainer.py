@@ -92,8 +92,9 @@ class Job:
         checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
         arguments = _arguments(self.training, self.scratch)
         dev = _DevSet.of(
-            self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out
-        )
+            self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out,
+            self.training.generation_num_beams,
+        )  # fmt: skip
         trainer = _trainer(_trainable(model, self.training), arguments, self.training, data, dev)
         if checkpoint is not None and checkpoint.finished:
             trainer._load_from_checkpoint(str(checkpoint.best))  # train() would take one step more
@@ -397,6 +398,7 @@ class _DevSet:
     home: Path
     workers: int
     left_out: LeftOut
+    beams: int
 
     @classmethod
     def of(cls, corpus: Corpus, tasks: Sequence[str], *rest: Any) -> _DevSet:
@@ -410,7 +412,9 @@ class _DevSet:
 
     def scores(self, model: Any, accelerator: Any) -> dict[str, float]:
         """`wer`, mean over languages and tasks; `bleu`, mean over the languages that are translated, if any."""
-        decoder = Decoder.of(model, self.processor, self.home, workers=self.workers, left_out=self.left_out)
+        decoder = Decoder.of(
+            model, self.processor, self.home, beams=self.beams, workers=self.workers, left_out=self.left_out
+        )
         found = []
         for task, language, part in self.parts:
             mine = range(accelerator.process_index, len(part), accelerator.num_processes)
