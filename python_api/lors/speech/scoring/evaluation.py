@@ -33,6 +33,7 @@ __all__ = ["Answer", "Decoder", "Evaluation", "Result", "compare", "evaluate", "
 # temperature where the answer repeats itself or is improbable. Thresholds are those of the paper; 1.35 is 2.4 by tokens.
 _WINDOWS: dict[str, Any] = {
     "return_timestamps": True,
+    "return_segments": True,
     "condition_on_prev_tokens": False,
     "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     "compression_ratio_threshold": 1.35,
@@ -278,21 +279,19 @@ class Decoder:
     def _decode(self, features: Tensor, language: str, task: str) -> list[str]:
         import torch
 
-        model = self.model
         long = features.shape[2] > self.features.extractor.nb_max_frames
+        model, options = self.model, {"language": language, "task": task, "num_beams": self.beams}
+        mel = features.to(model.device, model.dtype)
+        options["attention_mask"] = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
         with torch.inference_mode(), torch.random.fork_rng(enabled=long):
-            mel = features.to(model.device, model.dtype)
-            mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
-            if long:
-                torch.manual_seed(0)  # of the fallback, for one recording at a time: the same words whatever the order
-            tokens = model.generate(
-                mel,
-                attention_mask=mask,
-                language=language,
-                task=task,
-                num_beams=self.beams,
-                **(_WINDOWS if long else {}),
-            )
+            if not long:
+                return self._texts(model.generate(mel, **options))
+            torch.manual_seed(0)  # of the fallback, for one recording at a time: the same words whatever the order
+            segments = model.generate(mel, **options, **_WINDOWS)["segments"][0]
+        said = (text.strip() for text in self._texts([part["tokens"].tolist() for part in segments]))
+        return [" ".join(text for text in said if text)]  # Whisper begins a segment with a space, others need not
+
+    def _texts(self, tokens: Any) -> list[str]:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
