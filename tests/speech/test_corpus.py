@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
 from lors.errors import LorsError
@@ -510,6 +511,15 @@ def test_features_of_any_length_come_back_as_they_were(tmp_path: Path) -> None:
     features = Features(extractor, tmp_path / "cache")
     for audio in (*recordings, *recordings):
         assert np.array_equal(features.of(audio), log_mel(audio, extractor)), audio.name
+
+
+def test_features_are_those_of_the_library(tmp_path: Path, catalan: Corpus) -> None:
+    """Which computes the whole window: of Whisper's own size, six times the work for a recording of five seconds."""
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    silence, whole = _recordings(tmp_path, silence=0.0001, whole=30.0)
+    for audio in (*(u.audio for u in catalan[:5]), silence, whole):
+        want = extractor([read_audio(audio)], sampling_rate=16000, return_tensors="np")["input_features"][0]
+        np.testing.assert_allclose(log_mel(audio, extractor), want, atol=1e-3)
 
 
 def test_features_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,12 @@ def log_mel(audio: AudioSource, extractor: Any, longest: float = 0.0) -> NDArray
     _require_seconds(audio, duration(audio), extractor, longest)  # before it is read
     samples = read_audio(audio, max(window(extractor), longest) + _ROUNDING)
     _require_seconds(audio, len(samples) / SAMPLE_RATE, extractor, longest)
-    whole = {"truncation": False, "padding": "longest"} if len(samples) > extractor.n_samples else {}
-    mel = extractor([samples], sampling_rate=SAMPLE_RATE, return_tensors="np", **whole)["input_features"]
-    return mel[0].astype(np.float16)  # type: ignore[no-any-return]
+    # Nothing but silence follows a recording in the window: its frames are alike, and the last one computed is one of them.
+    heard = -(-(len(samples) + extractor.n_fft) // extractor.hop_length) * extractor.hop_length
+    longer = len(samples) > extractor.n_samples
+    length = {"truncation": False, "padding": "longest"} if longer else {"max_length": min(heard, extractor.n_samples)}
+    mel = extractor([samples], sampling_rate=SAMPLE_RATE, return_tensors="np", **length)["input_features"][0]
+    return _filled(mel.astype(np.float16), extractor)
 
 
 def window(extractor: Any) -> float:
@@ -96,10 +99,10 @@ class Features:
                         mel = log_mel(audio, self.extractor, self.longest)
                         self._keep(path, mel if mel.shape[1] > self.extractor.nb_max_frames else _trimmed(mel))
             kept = np.load(path)
-        missing = self.extractor.nb_max_frames - kept.shape[1]
-        if missing < 0:
-            _require_seconds(audio, -missing / 100 + window(self.extractor), self.extractor, self.longest)
-        return np.pad(kept, ((0, 0), (0, max(missing, 0))), mode="edge")
+        more = kept.shape[1] - self.extractor.nb_max_frames
+        if more > 0:
+            _require_seconds(audio, window(self.extractor) + more / 100, self.extractor, self.longest)
+        return _filled(kept, self.extractor)
 
     def held(self) -> int:
         """Bytes in the directory now."""
@@ -130,6 +133,13 @@ def kept_in(cache: str | Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lors-features-") as home:
         yield Path(home)
+
+
+def _filled(mel: NDArray[np.float16], extractor: Any) -> NDArray[np.float16]:
+    """To the frames of the window, by the last one again; a longer recording's as they are."""
+    import numpy as np
+
+    return np.pad(mel, ((0, 0), (0, max(extractor.nb_max_frames - mel.shape[1], 0))), mode="edge")
 
 
 def _trimmed(mel: NDArray[np.float16]) -> NDArray[np.float16]:
