@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "require_extra", "synth"]
 
 
+_DATA = "Manifest, covost2:DIR, common_voice:DIR, fleurs:[DIR] or datasets:NAME,KEY=VALUE (docs/speech.md)."
+
 EXTRA = ("transformers", "accelerate", "jiwer", "sacrebleu", "soundfile", "soxr", "num2words", "babel")
 
 
@@ -70,7 +72,7 @@ def finetune(
     model: Annotated[
         str, typer.Option("--model", "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
     ],
-    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    data: Annotated[str, typer.Option(help=_DATA)],
     language: Annotated[str, typer.Option(help="One code: an expert; several with commas: multi-task.")],
     out: Annotated[Path, typer.Option("-o", "--out", "--output_dir", help="Directory to write.")],
     task: Annotated[str, typer.Option(help="transcribe, translate or both.")] = "transcribe",
@@ -118,6 +120,9 @@ def finetune(
     optim: Annotated[str, typer.Option(help="adamw_torch_fused, adafactor, or adamw_8bit.")] = "adamw_torch_fused",
     report_to: Annotated[str, typer.Option(*_names("report-to"), help="none, tensorboard or wandb.")] = "none",
     best: Annotated[str, typer.Option(*_names("metric-for-best-model"), help="On dev: wer, bleu or loss.")] = "wer",
+    beams: Annotated[
+        int, typer.Option("--beams", *_names("generation-num-beams"), min=1, help="Of decoding dev; 1: greedy.")
+    ] = 1,
     smoothing: Annotated[float, typer.Option(*_names("label-smoothing-factor"), min=0)] = 0.0,
     dropout: Annotated[float, typer.Option(min=0, help="While training.")] = 0.0,
     augment: Annotated[
@@ -158,7 +163,7 @@ def finetune(
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
-        device=_device(device), dataloader_num_workers=workers, metric_for_best_model=best,
+        device=_device(device), dataloader_num_workers=workers, generation_num_beams=beams, metric_for_best_model=best,
         label_smoothing_factor=smoothing, dropout=dropout, apply_spec_augment=augment, freeze_encoder=freeze_encoder,
         fp16=fp16, optim=optim, report_to=report_to,
     )  # fmt: skip
@@ -190,7 +195,7 @@ def _tell(left_out: LeftOut) -> None:
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, tiny or tiny-early.")],
-    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    data: Annotated[str, typer.Option(help=_DATA)],
     languages: Annotated[str, typer.Option(help="Codes, separated by commas.")],
     tasks: Annotated[str, typer.Option(help="transcribe, translate or transcribe,translate.")] = "transcribe",
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",

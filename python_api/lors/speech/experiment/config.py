@@ -135,6 +135,8 @@ class Config(_Section):
             raise ValueError(f"languages: expected all of the experts' languages, {strangers[0]!r} is missing")
         if set(self.tasks) < set(CRITERIA[self.criterion].tasks):
             raise ValueError(f"criterion: {self.criterion!r} is of {CRITERIA[self.criterion].tasks[0]}, no task here")
+        if self.rest == "base" and self.rest_lambda:
+            raise ValueError("rest_lambda: expected none with rest base, which adds nothing to these tensors")
         sizes = {label: len(grid.settings()) for label, grid in self.grids.items()}
         # Equal budgets, or the method with more tries looks better than it is. A method without parameters has one.
         if len({size for size in sizes.values() if size > 1}) > 1:

@@ -23,12 +23,12 @@ SCHEDULERS = (  # those that need no further settings
 )
 _POSITIVE = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps"),
-    *("early_stopping_patience", "lora_rank", "lora_alpha"),
+    *("early_stopping_patience", "lora_rank", "lora_alpha", "generation_num_beams"),
 )
 
 _LATER = {
     *("dataloader_num_workers", "metric_for_best_model", "label_smoothing_factor", "dropout"),
-    *("apply_spec_augment", "freeze_encoder", "fp16", "optim", "report_to"),
+    *("apply_spec_augment", "freeze_encoder", "fp16", "optim", "report_to", "generation_num_beams"),
 }
 _ELSEWHERE = {"device", "dataloader_num_workers", "report_to"}
 
@@ -61,6 +61,7 @@ class Training:
     device: str = "cpu"
     dataloader_num_workers: int | None = None  # processes that compute features; None: none on cpu, up to 8 for a GPU
     metric_for_best_model: str = "wer"  # on dev: "wer", "bleu" of translation, or "loss"
+    generation_num_beams: int = 1  # on dev
     label_smoothing_factor: float = 0.0
     dropout: float = 0.0
     apply_spec_augment: bool = False  # hides a twentieth of the frames, as the configuration of the model says

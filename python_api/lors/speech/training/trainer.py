@@ -96,6 +96,7 @@ class Job:
         arguments = _arguments(self.training, self.scratch)
         dev = _DevSet.of(
             self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out,
+            self.training.generation_num_beams,
             self.training.metric_for_best_model == "loss",
         )  # fmt: skip
         trainer = _trainer(_trainable(model, self.training), arguments, self.training, data, dev)
@@ -406,6 +407,7 @@ class _DevSet:
     home: Path
     workers: int
     left_out: LeftOut
+    beams: int
     with_loss: bool
 
     @classmethod
@@ -421,7 +423,9 @@ class _DevSet:
     def scores(self, model: Any, accelerator: Any) -> dict[str, float]:
         """`wer`, mean over languages and tasks; `bleu`, mean over the languages that are translated, if any; `loss` where it
         is asked for, mean over languages and tasks."""
-        decoder = Decoder.of(model, self.processor, self.home, workers=self.workers, left_out=self.left_out)
+        decoder = Decoder.of(
+            model, self.processor, self.home, beams=self.beams, workers=self.workers, left_out=self.left_out
+        )
         found, losses = [], []
         for task, language, part in self.parts:
             mine = range(accelerator.process_index, len(part), accelerator.num_processes)
