@@ -22,6 +22,8 @@ bench: $(VENV)/.installed
 
 # torch first and alone: a range in somebody's requirements must not bring another one. Python compiles what is imported.
 $(VENV)/.demo: EXTRAS := demo
+# nvcc takes minutes, and the demonstration runs on the CPU
+$(VENV)/.demo: export LORS_BUILD_CUDA := 0
 $(VENV)/.installed: EXTRAS := dev
 $(VENV)/.demo $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)

@@ -357,9 +357,10 @@ def experiment(
     if seeds is not None:
         changes["seeds"] = _integers(seeds)
     if again:
-        if odd := [*changes, *(["data"] if data is not None else [])]:
+        others = {**changes, "data": data, "jobs": jobs, "stage": stage, "ray": ray, "list": show or None}
+        if odd := [name for name, value in others.items() if value is not None]:
             raise LorsError(
-                f"--score-again: takes nothing but a directory of results and --out, got --{odd[0].replace('_', '-')}"
+                f"--score-again: takes a directory of results and --out alone, got --{odd[0].replace('_', '-')}"
             )
         path = score_again(Path(config), out)
         print_tables(out)
