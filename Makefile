@@ -1,16 +1,15 @@
-# `make demo` and `make test` need Python >= 3.10, make and a C++ compiler; each prepares its own .venv.
+# `make demo` and `make test` need Python >= 3.10, make and a C++ compiler; each prepares .venv, with what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev
 WORKERS := 2
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo demo-merge test bench check format native sanitize aarch64 clean espeak chromium
 
-demo: $(VENV)/.installed espeak
+demo: $(VENV)/.demo espeak
 	$(BIN)/python -m lors.speech.demo demo-out
 
 demo-merge: $(VENV)/.installed
@@ -22,12 +21,16 @@ test: $(VENV)/.installed espeak chromium
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
 
-# torch first and alone: a range in somebody's requirements must not bring another one
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
+# torch first and alone: a range in somebody's requirements must not bring another one. Python compiles what is imported.
+$(VENV)/.demo: EXTRAS := demo
+# nvcc takes minutes, and the demonstration runs on the CPU
+$(VENV)/.demo: export LORS_BUILD_CUDA := 0
+$(VENV)/.installed: EXTRAS := dev
+$(VENV)/.demo $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q torch==2.13.0 numpy
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
-	touch $@
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile torch==2.13.0 numpy
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile -e '.[$(EXTRAS)]'
+	touch $(VENV)/.demo $@ # what is installed for everything serves the demonstration
 
 # Programs that some tests and the demonstration use: speech (without it the recordings in the package serve), and a
 # browser that judges the pages. Installed where that is possible; else the tests say what they go without.

@@ -58,7 +58,7 @@ HELP = {
     "integrations": "mergekit's TIES with and without our selection, and ours",
     "scaling": "time and memory by experts, rank, density, size; a plot",
     "experts": "expert files: bytes, error and time of every option",
-    "speech": "evaluation and fine-tuning, one thread",
+    "speech": "evaluation and fine-tuning, one thread; loading with worker processes",
     "all": "every part, each in a process of its own",
 }
 

@@ -118,7 +118,9 @@ MISTAKES = {
     "decimal number, or quote it if it is text",
     MERGE
     + "--param gamma=1 out": "--param gamma: unknown parameter 'gamma' of method lors; known: rank, density, weight, "
-    "lambda",
+    "lambda, rest_lambda",
+    MERGE
+    + "--rest base --rest-lambda 0.5 out": "--rest-lambda: expected no value with rest: base, which adds nothing there",
     MERGE + "--dtype int8 out": "--dtype: expected one of float32, float16, bfloat16, got 'int8'",
     MERGE
     + "--include *.weight out": "--include: '*.weight' is not a regular expression: nothing to repeat at position 0; "

@@ -117,9 +117,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lors": {"rank": 3, "density": 0.2, "weight": 1.0},
     "breadcrumbs_ties": {"weight": 0.7, "density": 0.5, "gamma": 0.1, "normalize": True},
     "slerp": {"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.4}]},
-    "svp": {"rank": 2, "weight": [0.2, 1.0], "lambda": 0.6},
+    "svp": {"rank": 2, "weight": [0.2, 1.0], "lambda": 0.6, "rest_lambda": [0.1, 0.5]},
     "magnitude_prune": {"density": [{"filter": "fc1", "value": 0.5}, {"value": 0.1}]},
-    "tsv": {"lambda": 0.5},
+    "tsv": {"lambda": 0.5, "rest_lambda": 0.7},
     "iso_c": {"lambda": 0.5},
 }
 

@@ -61,6 +61,8 @@ def test_merges_are_their_definition(method: str, family: dict[str, Path], tmp_p
     if METHODS[method].relative and METHODS[method].spec.parameter("lambda"):
         gradient = {"filter": "encoder", "value": [0.1, 0.9]}, {"value": 0.5}
         check(family, tmp_path / "depth", method, lam=list(gradient), rest="base", target={"select": "mlp"})
+        for rest in ("task_arithmetic", "average"):
+            check(family, tmp_path / rest, method, rest=rest, rest_lambda=list(gradient))
 
 
 @pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "tsv", "della"])
@@ -94,7 +96,12 @@ def lambda_counts_twice(patch: Patch) -> None:
 
 
 def the_rest_has_no_lambda(patch: Patch) -> None:
-    patch.setattr(job, "_rest", lambda rule, models, shared: [Reduction(model["weight"]) for model in models])
+    patch.setattr(job, "rest_of", lambda rule, models, shared: [Reduction(model["weight"]) for model in models])
+
+
+def the_rest_has_the_lambda_of_the_matrices(patch: Patch) -> None:
+    rest_of = job.rest_of
+    patch.setattr(job, "rest_of", lambda rule, models, shared: rest_of(rule, models, {**shared, "rest_lambda": None}))
 
 
 def nothing_is_decomposed(patch: Patch) -> None:
@@ -202,6 +209,15 @@ def test_faults_are_seen(
     fault(monkeypatch)
     with pytest.raises(LorsError, match="check: "):
         check(exact, tmp_path / "out", method)
+
+
+@pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "dare_linear", "tsv"])
+def test_a_wrong_lambda_of_the_rest_is_seen(
+    method: str, exact: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    the_rest_has_the_lambda_of_the_matrices(monkeypatch)
+    with pytest.raises(LorsError, match="check: "):
+        check(exact, tmp_path / "out", method, rest_lambda=0.3)
 
 
 def test_a_large_model_is_sampled(exact: dict[str, Path], tmp_path: Path, monkeypatch: Patch) -> None:

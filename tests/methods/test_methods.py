@@ -345,6 +345,38 @@ def test_rest_of_every_method(method: str) -> None:
         "average" if method in ("tsv", "iso_c") else "task_arithmetic",
     )
     assert all((silent[key] == merged[default][key]).all() for key in SHAPES)
+    own = {rest: ours(base, experts, method, rest=rest, rest_lambda=0.3, **settings) for rest in list(merged)[:2]}
+    for key in others:
+        deltas = {name: experts[name][key] - base[key] for name in NAMES}
+        wanted = {
+            "task_arithmetic": base[key] + 0.3 * sum(weights[name] * deltas[name] for name in NAMES),
+            "average": base[key] + 0.3 * sum(deltas.values()) / 3,
+        }
+        for rest, want in wanted.items():
+            np.testing.assert_allclose(own[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
+            assert (own[rest][chosen] == silent[chosen]).all()
+
+
+@pytest.mark.parametrize("said", [{"rest": "base"}, {"rest": "average"}, {"rest_lambda": 0.5}])
+@pytest.mark.parametrize("method", [method for method in EVERY if METHODS[method].everywhere])
+def test_what_is_said_of_the_rest_confines_a_method_to_the_projections(method: str, said: dict[str, Any]) -> None:
+    base, experts = states()
+    chosen = {"config": {"model_type": "llama"}, **parameters_of(method)}
+    merged = ours(base, experts, method, **said, **chosen)
+    want = ours(base, experts, method, target={}, **said, **chosen)
+    everywhere = ours(base, experts, method, **chosen)
+    for key in base:
+        assert (merged[key] == want[key]).all()
+        assert (merged[key] == everywhere[key]).all() == (key in list(SHAPES)[:2]), key
+
+
+def test_lambda_of_the_rest_by_name() -> None:
+    base, experts = states()
+    mu = [{"filter": "conv", "value": 0.0}, {"value": 2.0}]
+    merged = ours(base, experts, "lors", rest="average", rest_lambda=mu, config={"model_type": "llama"})
+    mean = np.mean([experts[name]["norm.weight"] - base["norm.weight"] for name in NAMES], axis=0)
+    assert (merged["conv.weight"] == base["conv.weight"]).all()
+    np.testing.assert_allclose(merged["norm.weight"], base["norm.weight"] + 2 * mean, atol=1e-6)
 
 
 # --- random numbers, chunks, backends --------------------------------------------------------------------------------
@@ -477,6 +509,11 @@ def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
         ("task_arithmetic", {"density": 0.5}, "unknown parameter 'density' of method task_arithmetic"),
         ("slerp", {"t": 0.5}, "models: expected 1 besides the base for method slerp, got 3"),
         ("linear", {"weight": 1.0, "target": {"select": "attention"}}, "treats all tensors alike, expected no target"),
+        ("linear", {"weight": 1.0, "rest": "base"}, "^rest: method linear treats all tensors alike, expected no rest$"),
+        ("linear", {"weight": 1.0, "rest_lambda": 1.0}, "unknown parameter 'rest_lambda' of method linear"),
+        ("ties", {"rest": "base", "rest_lambda": 0.5}, "rest_lambda: expected no value with rest: base"),
+        ("lors", {"rest_lambda": "much"}, "rest_lambda: expected a number, got 'much'"),
+        ("lors", {"rest_lambda": {"x": 0.5}}, "rest_lambda is one value for the whole merge"),
         ("tiess", {}, "unknown method 'tiess'.*ties"),
     ],
 )

@@ -56,8 +56,20 @@ def norm(path: Path) -> Score:
 # --- merging
 
 
-def test_every_trial_is_the_merge_of_its_recipe(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "own", "trials"),
+    [
+        ({"rest": "task_arithmetic,average,base"}, "", [12, 6, 6]),
+        ({"rest": "task_arithmetic,average", "rest_lambda": "0.5,2.0"}, "", [16, 8, 8]),
+        ({}, "rest: average\nparameters: {rest_lambda: 0.5}\ntarget: {select: mlp}\n", [4, 2, 2]),
+    ],
+)
+def test_every_trial_is_the_merge_of_its_recipe(
+    options: dict[str, str], own: str, trials: list[int], recipe: Recipe, tmp_path: Path
+) -> None:
     """Through cached factors and the shared merge at lambda 1, for each method, two at a time."""
+    if own:
+        recipe = Recipe.from_yaml(recipe.to_yaml(resolved=True) + own, SPECS)
     seen: dict[str, dict[str, np.ndarray]] = {}
     lock = threading.Lock()
 
@@ -66,10 +78,10 @@ def test_every_trial_is_the_merge_of_its_recipe(recipe: Recipe, tmp_path: Path) 
             seen[path.name] = weights(path)
         return norm(path)
 
-    options = {"rank": "1,3", "density": "0.3", "lambda": "0.2,1.0", "rest": "task_arithmetic,average,base"}
+    options = {"rank": "1,3", "density": "0.3", "lambda": "0.2,1.0", **options}
     methods = ("lors", "magnitude_prune", "task_arithmetic")
     done = sweep(recipe, options, score, tmp_path / "sweep", methods=methods, jobs=2)
-    assert [sum(t.method == m for t in done.trials) for m in methods] == [12, 6, 2]
+    assert [sum(t.method == m for t in done.trials) for m in methods] == trials
     assert all(trial.state == "complete" for trial in done.trials)
     with open_checkpoint(str(recipe.base_source)) as checkpoint:
         base = {name: checkpoint.read(name) for name in checkpoint.tensors}

@@ -35,6 +35,9 @@ def merge(
     include: Include = None,
     exclude: Exclude = None,
     rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
+    rest_lambda: Annotated[
+        float | None, typer.Option(help="Factor of the other tensors' sum or average (default: lambda, or 1).")
+    ] = None,
     backend: Backend = None,
     threads: Threads = None,
     device: Annotated[
@@ -65,7 +68,7 @@ def merge(
     lors merge --base BASE --expert ca=DIR --expert de=DIR OUT
     """
     given = {
-        "rank": rank, "density": density, "lambda": lam, "weight": pairs_of(weight, "--weight", float), **pairs_of(param, "--param", scalar)
+        "rank": rank, "density": density, "lambda": lam, "rest_lambda": rest_lambda, "weight": pairs_of(weight, "--weight", float), **pairs_of(param, "--param", scalar)
     }  # fmt: skip
     settings: dict[str, Any] = {
         "target": {"include": include or [], "exclude": exclude or []} if include or exclude else None,
@@ -130,9 +133,9 @@ def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
     keys = {
         "merge_method": "--method", "base_model": "--base", "models": "--expert", "out_dtype": "--dtype",
         "out_shard_size": "--out-shard-size", "target": "--include", "target.include": "--include",
-        "target.exclude": "--exclude",
+        "target.exclude": "--exclude", "parameters.rest_lambda": "--rest-lambda",
     }  # fmt: skip
-    keys |= {f"parameters.{name}": f"--param {name}" for name in parameters}
+    keys = {f"parameters.{name}": f"--param {name}" for name in parameters} | keys
     keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
     for index, name in enumerate(experts):
         keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}

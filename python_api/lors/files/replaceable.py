@@ -6,6 +6,7 @@ file goes when it begins as lors begins such a file.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import stat
@@ -17,8 +18,11 @@ from ..errors import LorsError
 
 __all__ = [
     "ANSWERS",
+    "ANSWERS_XZ",
     "CHECKPOINTS",
+    "COMPARISONS",
     "CORPUS",
+    "CSV",
     "EXPERT_FILE",
     "LEFT_OUT",
     "MODEL",
@@ -26,6 +30,7 @@ __all__ = [
     "RESULTS",
     "RUN",
     "SCORES",
+    "TEX",
     "FileKind",
     "Kind",
     "foreign",
@@ -108,11 +113,20 @@ def _entries(directory: Path, kind: Kind) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class FileKind:
-    """How lors begins a file of a kind: `begins` at byte `offset`."""
+    """How lors begins a file of a kind: `begins` at byte `offset`, of what it holds where it is compressed (xz)."""
 
     called: str
     begins: bytes
     offset: int = 0
+    xz: bool = False
+
+    def head(self, path: Path) -> bytes:
+        """As much of the file as tells; b"?" of one that is not compressed as it should be."""
+        with lzma.open(path) if self.xz else path.open("rb") as stream:
+            try:
+                return stream.read(self.offset + len(self.begins))
+            except (lzma.LZMAError, EOFError):
+                return b"?"
 
 
 HEAD = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="lors">'
@@ -123,6 +137,10 @@ RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')
 LEFT_OUT = FileKind("a list of what lors left out", b'{\n "share": ')
 ANSWERS = FileKind("a file of answers of lors", b'{"id": ')
+ANSWERS_XZ = FileKind("a file of answers of `lors experiment`", b'{"lors": "answers"', xz=True)
+COMPARISONS = FileKind("a table of `lors experiment`", b"merge,against,task,")
+CSV = FileKind("a table of `lors experiment`", b"model,task,language,")
+TEX = FileKind("a table of `lors experiment`", b"% lors experiment")
 RUN = FileKind("a file of settings of `lors finetune`", b'{\n "model": ')
 
 
@@ -136,8 +154,7 @@ def require_file(path: Path, kind: FileKind, force: bool) -> None:
             raise LorsError(f"{path}: expected a file to write, it is a device, a pipe or a socket")
         if not force:
             raise LorsError(f"{path}: exists already; --force replaces it")
-        with path.open("rb") as stream:
-            head = stream.read(kind.offset + len(kind.begins))
+        head = kind.head(path)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..checkpoints import layers
 from ..errors import LorsError
-from ..methods import SPECS
-from ..recipes.parameters import MethodSpec, ParameterSpec
+from ..methods import SPECS, rest_of
+from ..recipes.parameters import REQUIRED, MethodSpec, ParameterSpec
 from .peers import Swap, largest_entries, peer
 
 OLDEST = "0.1.5"
@@ -126,9 +126,10 @@ def _parameter(parameter: ParameterSpec) -> Any:
     from mergekit.merge_methods.base import ParameterSpec as TheirSpec
 
     # a rank is a float to mergekit, or else gradients over depth could not be interpolated
-    kind = {"float": float, "rank": float, "int": float, "bool": bool, "str": str}[parameter.kind]
+    kind: Any = {"float": float, "rank": float, "int": float, "bool": bool, "str": str}[parameter.kind]
     scope = Scope.SHARED if parameter.scope == "global" else Scope.NON_BASE
-    default = parameter.default if isinstance(parameter.default, (bool, int, float, str)) else MISSING
+    default = MISSING if parameter.default is REQUIRED else parameter.default
+    kind = kind if default is not None else kind | None
     return TheirSpec(parameter.name, kind, scope, default=default, description=parameter.help)
 
 
@@ -143,10 +144,10 @@ def _merge(spec: MethodSpec, group: Any, parameters: Mapping[str, Any]) -> Any:
     labels = {entry.id: f"{index}: {entry.id}" for index, entry in enumerate(entries)}
     settings = {p.name: _value(p, parameters[p.name], labels) for p in spec.parameters}
     decomposed = layers.is_projection(name, tuple(base.shape))
-    if not decomposed and spec.rest == "average":
-        settings = {"lambda": 1 / len(entries)}
-    elif not decomposed:
-        settings = {key: value for key, value in settings.items() if key in ("weight", "lambda")}
+    if not decomposed:
+        models = [{"weight": settings["weight"][label]} for label in labels.values()]
+        terms = rest_of(spec.rest, models, settings)
+        settings = {"weight": {label: term.weight for label, term in zip(labels.values(), terms, strict=True)}}
     merged = merge_state_dicts(
         {name: base.detach().cpu()},
         {labels[entry.id]: {name: entry.tensor.detach().cpu()} for entry in entries},

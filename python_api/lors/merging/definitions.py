@@ -72,10 +72,12 @@ def merged(
 
 def rest(rule: str, base: Array, experts: Sequence[Expert], models: Sequence[Parameters], shared: Parameters) -> Merged:
     """A tensor that the method does not treat."""
+    own = shared.get("rest_lambda")
+    average, arithmetic = (own, own) if own is not None else (1.0, shared.get("lambda", 1.0))
     weights = {
         "base": [0.0 for _ in models],
-        "average": [1 / len(models) for _ in models],
-        "task_arithmetic": [shared.get("lambda", 1.0) * model.get("weight", 1.0) for model in models],
+        "average": [average / len(models) for _ in models],
+        "task_arithmetic": [arithmetic * model.get("weight", 1.0) for model in models],
     }[rule]
     return added(base, experts, weights)
 

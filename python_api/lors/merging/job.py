@@ -29,7 +29,7 @@ from ..errors import LorsError, SettingError
 from ..experts.opening import kind_of, source_of
 from ..experts.source import Source
 from ..files.directory import OutputDirectory
-from ..methods import METHODS, Reduction
+from ..methods import METHODS, Reduction, rest_of
 from ..methods.operands import Combination
 from ..public import public
 from ..recipes.recipe import BASE, Recipe
@@ -210,9 +210,10 @@ def _plan(
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
             raise LorsError(f"{base.name}: tensor {name!r}: expected float32, float16 or bfloat16, got {spec.dtype}")
     matrices: set[str] = set()
-    everywhere = method.everywhere and recipe.target is None
-    if recipe.target is not None and not method.targets:
-        raise SettingError("target", f"method {recipe.merge_method} treats all tensors alike, expected no target")
+    everywhere = method.everywhere and not recipe.confined
+    if recipe.confined and not method.targets:
+        key = "target" if recipe.target is not None else "rest"
+        raise SettingError(key, f"method {recipe.merge_method} treats all tensors alike, expected no {key}")
     if not everywhere:
         selection = layers.select(base.tensors, naming, config, recipe.target)
         matrices = set(selection.names)
@@ -227,19 +228,10 @@ def _plan(
         at: dict[str, Any] = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
         shared = recipe.params_for(**at)
-        return method.treatment(models, shared) if matrix or everywhere else _rest(rest, models, shared)
+        return method.treatment(models, shared) if matrix or everywhere else rest_of(rest, models, shared)
 
     dtype = None if recipe.output_dtype is None else FLOATS[recipe.output_dtype]
     return plan(base.tensors, matrices, treatments, dtype, method.relative)
-
-
-def _rest(rule: str, models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[Reduction]:
-    """What happens to a tensor that the method does not treat."""
-    if rule == "base":
-        return []
-    if rule == "average":
-        return [Reduction(1 / len(models)) for _ in models]
-    return [Reduction(shared.get("lambda", 1.0) * model.get("weight", 1.0)) for model in models]
 
 
 def compare_specs(base: Source, expert: Source) -> None:

@@ -91,7 +91,7 @@ class _Inputs:
         models = open_models(recipe, stack)
         base, self.checkpoints = models.base, models.checkpoints
         self.base, *self.experts = models.sources
-        everywhere = self.method.everywhere and recipe.target is None
+        everywhere = self.method.everywhere and not recipe.confined
         self.treated = set(self.base.tensors)
         if not everywhere:
             self.treated = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)

@@ -23,13 +23,13 @@ from . import (
     ties,
     tsv,
 )
-from .base import Method, Reduction
+from .base import Method, Reduction, rest_of
 
 _MODULES = (
     *(linear, task_arithmetic, magnitude_prune, svp, lors, ties, dare_linear, dare_ties, della, della_linear),
     *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c),
 )
-METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD for module in _MODULES}
+METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD.complete() for module in _MODULES}
 SPECS = {name: method.spec for name, method in METHODS.items()}
 
-__all__ = ["METHODS", "SPECS", "Method", "Reduction"]
+__all__ = ["METHODS", "SPECS", "Method", "Reduction", "rest_of"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
-from ..recipes.parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import REST_LAMBDA, MethodSpec, ParameterSpec, Rest
 from .operands import Combination
 
 
@@ -34,9 +34,9 @@ class Method:
     reduce: W = W0 + sum_t reduction_t(W_t - W0), one `Reduction` per expert; each is done while its matrix is in cache.
     combine: anything that needs all experts together, a `Combination` that is given `Operands`.
 
-    everywhere: all floating tensors are treated so, unless the recipe has a `target`; else the projection matrices. The
-        other tensors follow the recipe's `rest` with the plain weights lambda * weight.
-    targets: whether the recipe may have a `target`.
+    everywhere: all floating tensors are treated so, unless the recipe has a `target` or says something of the rest; else the
+        projection matrices. The other tensors follow the recipe's `rest`, see `rest_of`.
+    targets: whether the recipe may have a `target` and a `rest`.
     relative: False sums the models themselves instead of their differences to a base.
     separable: the result is a sum of one term per expert, linear in lambda, and no term depends on the other experts
         (unless the weights are normalized): an expert can be added and taken out, and lambda changed, afterwards.
@@ -56,6 +56,11 @@ class Method:
     def on_device(self) -> bool:
         return self.combine is None or self.combines_on_device
 
+    def complete(self) -> Method:
+        """The same with the parameters that every method has."""
+        common = COMMON if self.targets else ()
+        return replace(self, spec=replace(self.spec, parameters=(*self.spec.parameters, *common)))
+
     def treatment(self, models: Sequence[Parameters], shared: Parameters) -> list[Reduction] | Combination:
         if self.combine is not None:
             return self.combine(models, shared)
@@ -63,10 +68,28 @@ class Method:
         return self.reduce(models, shared)
 
 
+def rest_of(rule: Rest, models: Sequence[Parameters], shared: Parameters) -> list[Reduction]:
+    """W = W0 + mu * sum_t w_t delta_t of a tensor that the method does not treat; "average": W0 + mu * mean_t(delta_t);
+    "base": W0. mu is `rest_lambda`, and where that is not given lambda, of an average 1."""
+    if rule == "base":
+        return []
+    factor = shared.get(REST_LAMBDA)
+    if rule == "average":
+        return [Reduction((1.0 if factor is None else factor) / len(models)) for _ in models]
+    factor = shared.get("lambda", 1.0) if factor is None else factor
+    return [Reduction(factor * model.get("weight", 1.0)) for model in models]
+
+
 WEIGHT = ParameterSpec("weight", "float", 1.0, help="factor of this expert")
 LAMBDA = ParameterSpec("lambda", "float", 1.0, scope="global", help="factor of the sum over the experts")
 RANK = ParameterSpec("rank", "rank", 7, help="singular triplets kept; below 1 a fraction of min(m, n)")
 DENSITY = ParameterSpec("density", "float", 0.2, minimum=0.0, maximum=1.0, help="share of the entries kept")
+COMMON = (
+    ParameterSpec(
+        REST_LAMBDA, "float", None, scope="global",
+        help="factor of the tensors that are not treated (default: lambda; 1 where they are averaged)",
+    ),
+)  # fmt: skip
 INT8_MASK = ParameterSpec(
     "int8_mask", "bool", False, scope="global", help="accepted for mergekit's sake: there are no masks in memory here"
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import SettingError, nearest, shown
 
-__all__ = ["REQUIRED", "Condition", "MethodSpec", "ParameterSpec", "Setting", "rank_of"]
+__all__ = ["REQUIRED", "REST_LAMBDA", "Condition", "MethodSpec", "ParameterSpec", "Setting", "rank_of"]
 
 Scalar: TypeAlias = bool | int | float | str
 Value: TypeAlias = Scalar | tuple[Scalar, ...]  # a tuple is a gradient over depth
@@ -37,13 +37,14 @@ class ParameterSpec:
     """One parameter of a method.
 
     kind: "float", "int", "bool", "str", or "rank" (an integer >= 1, or a fraction of min(m, n) below 1; see `rank_of`).
-    minimum, maximum: inclusive bounds of a number. choices: the allowed strings.
+    default: None is no value, where a method goes by something else then. minimum, maximum: inclusive bounds of a number.
+    choices: the allowed strings.
     scope: "model" may differ between experts; "global" is one value for the merge, refused under `models[i]`.
     """
 
     name: str
     kind: Literal["float", "int", "bool", "str", "rank"] = "float"
-    default: Scalar | _Required = REQUIRED
+    default: Scalar | _Required | None = REQUIRED
     minimum: float | None = None
     maximum: float | None = None
     scope: Literal["model", "global"] = "model"
@@ -84,6 +85,7 @@ class ParameterSpec:
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which weights and sums are
 
 Rest: TypeAlias = Literal["task_arithmetic", "average", "base"]
+REST_LAMBDA = "rest_lambda"  # the parameter of every method that has a rest
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..public import public
 from . import strict_yaml
 from .entries import Document, DType, ModelEntry, Target, parse_size
 from .labels import check_labels, labels_of, path_parts
-from .parameters import REQUIRED, MethodSpec, Rest, Setting
+from .parameters import REQUIRED, REST_LAMBDA, MethodSpec, Rest, Setting
 from .reading import exists, prepare
 
 __all__ = ["Recipe", "label_of", "written_beside"]
@@ -203,6 +203,10 @@ class Recipe(Document):
             for i, entry in enumerate(self.models)
         )
         bound = self.model_copy(update={"models": entries, "parameters": _checked(self.parameters, method, None)})
+        if REST_LAMBDA in bound.parameters and (self.rest or method.rest) == "base":
+            raise SettingError(
+                f"parameters.{REST_LAMBDA}", "expected no value with rest: base, which adds nothing there"
+            )
         bound._method = method
         return bound
 
@@ -252,6 +256,11 @@ class Recipe(Document):
         return tuple(self._located(entry.model) for entry in self.models)
 
     @property
+    def confined(self) -> bool:
+        """Whether a method that would treat all tensors treats the target alone: one is given, or what becomes of the rest."""
+        return self.target is not None or self.rest is not None or REST_LAMBDA in self.parameters
+
+    @property
     def output_dtype(self) -> str | None:
         """Type of the written weights: `out_dtype`, else `dtype`, else None (that of the base)."""
         return self.out_dtype or self.dtype
@@ -286,7 +295,8 @@ class Recipe(Document):
         return default
 
     def params_for(self, *, tensor: str, model: int | None = None, position: float = 0.0) -> dict[str, Any]:
-        """Every parameter of the method for one tensor: those per model for a `model`, the global ones for None.
+        """Every parameter of the method that has a value for one tensor: those per model for a `model`, the global ones for
+        None.
 
         `BASE` as the model is a base that is not listed: parameters per model, with the recipe's global values.
         """
@@ -295,7 +305,8 @@ class Recipe(Document):
         scope = "global" if model is None else "model"
         names = [spec.name for spec in self._method.parameters if spec.scope == scope]
         model = None if model == BASE else model
-        return {name: self.resolve(name, tensor=tensor, model=model, position=position) for name in names}
+        values = {name: self.resolve(name, tensor=tensor, model=model, position=position) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
     def unmatched_filters(self, tensors: Iterable[str]) -> list[str]:
         """One line for every filter that is a part of no tensor's name: it has no effect, so it is likely a mistake."""

@@ -5,6 +5,8 @@ lambda = 1, the unit, kept in float32:
 
     W(lambda) = W0 + lambda * (W(1) - W0)         (tensors that `rest: average` has averaged stay as they are)
 
+The same of rest_lambda and the tensors that the method does not treat.
+
 Such a setting costs reading two models and writing one, over the file of the setting before it: pages that are in memory
 already are written over three times as fast as new ones are made.
 """
@@ -39,13 +41,14 @@ from ..merging.job import new_report, planned
 from ..merging.on_disk import merge_recipe
 from ..merging.publish import weight_writer
 from ..methods import METHODS, SPECS, Reduction
-from ..recipes.parameters import ParameterSpec, Rest
+from ..recipes.parameters import REST_LAMBDA, ParameterSpec, Rest
 from ..recipes.recipe import Recipe
 from .inputs import BASE, Inputs
 from .score import Interrupted
 
 __all__ = ["Models", "setting_recipe"]
 
+LINEAR = ("lambda", REST_LAMBDA)  # a merge at 1 gives those at other values
 REST = ParameterSpec("rest", "str", choices=get_args(Rest), help="what becomes of the tensors that are not decomposed")
 
 
@@ -165,14 +168,15 @@ class Models:
     def _along_line(self, method: str, settings: Mapping[str, Any], out: Path) -> None:
         """W0 + lambda * (W(1) - W0)"""
         recipe = setting_recipe(self._recipe, method, settings)
-        shared = {name: value for name, value in settings.items() if name != "lambda"}
+        shared = {name: value for name, value in settings.items() if name not in LINEAR}
+        ones = {name: 1.0 for name in LINEAR if name in settings}
         with contextlib.ExitStack() as stack:
-            unit = stack.enter_context(self._unit(method, shared))
+            unit = stack.enter_context(self._unit(method, shared, ones))
             base = stack.enter_context(open_checkpoint(str(recipe.base_source), name="base"))
             whole = stack.enter_context(open_checkpoint(unit))
             sources = [source_of(checkpoint, base) for checkpoint in (base, whole)]
             report = new_report(recipe, None, self._backend, self.threads)
-            change = partial(_along, recipe, settings["lambda"])
+            change = partial(_along, recipe, settings)
             job = planned(recipe, sources, base.naming, base.config, report, change)
             for path in whole.sidecars():
                 with writing(out):
@@ -187,9 +191,10 @@ class Models:
     # --- merges at lambda = 1
 
     @contextlib.contextmanager
-    def _unit(self, method: str, shared: Mapping[str, Any]) -> Iterator[Path]:
+    def _unit(self, method: str, shared: Mapping[str, Any], ones: Mapping[str, Any]) -> Iterator[Path]:
         """The merge at lambda = 1: made by whoever comes first, there for the time of the block."""
-        key = hashlib.sha256(json.dumps([self._run, method, sorted(shared.items())]).encode()).hexdigest()[:16]
+        settings = {**shared, **ones}
+        key = hashlib.sha256(json.dumps([self._run, method, sorted(settings.items())]).encode()).hexdigest()[:16]
         path = self._home / "cache" / f"unit-{key}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
@@ -197,7 +202,6 @@ class Models:
             while not path.exists():
                 flock(lock, fcntl.LOCK_EX, path)
                 if not path.exists():
-                    settings = {**shared, "lambda": 1.0}
                     self._merge(setting_recipe(self._recipe, method, settings, out_dtype="float32"), path)
                 flock(lock, fcntl.LOCK_SH, path)  # not one step: another may forget it in between, then once more
             os.utime(path)
@@ -226,17 +230,20 @@ def _require_made_from(path: Path, inputs: Inputs, label: str) -> None:
             raise LorsError(f"{path}: decomposed from something else: {whose} has other digests; remove the file")
 
 
-def _along(recipe: Recipe, lam: float, work: Work) -> Work:
-    """The work of a merge as a way along the line from the base to the merge at lambda = 1."""
+def _along(recipe: Recipe, settings: Mapping[str, Any], work: Work) -> Work:
+    """The work of a merge as a way along the line from the base to the merge at lambda = 1 and rest_lambda = 1."""
     method = METHODS[recipe.merge_method]
-    averaged = (recipe.rest or method.spec.rest) == "average" and not (method.everywhere or work.matrix)
-    return replace(work, reductions=work.reductions and (Reduction(1.0 if averaged else lam),), matrix=False)
+    factor = settings["lambda"]
+    if not work.matrix and (recipe.confined or not method.everywhere):
+        apart = REST_LAMBDA in recipe.parameters or (recipe.rest or method.spec.rest) == "average"
+        factor = settings.get(REST_LAMBDA, 1.0 if apart else factor)
+    return replace(work, reductions=work.reductions and (Reduction(factor),), matrix=False)
 
 
 def axes(method: str) -> dict[str, ParameterSpec]:
-    """What can be varied: the method's parameters, and `rest` where there are tensors that it does not treat."""
+    """What can be varied: the method's parameters, and `rest` where a recipe may say what becomes of other tensors."""
     parameters = {spec.name: spec for spec in SPECS[method].parameters}
-    return parameters if METHODS[method].everywhere else {**parameters, REST.name: REST}
+    return {**parameters, REST.name: REST} if METHODS[method].targets else parameters
 
 
 def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out_dtype: str | None = None) -> Recipe:
@@ -252,6 +259,10 @@ def setting_recipe(recipe: Recipe, method: str, settings: Mapping[str, Any], out
         own = entry.pop("parameters", {})
         if own := {name: value for name, value in own.items() if name in known and name not in settings}:
             entry["parameters"] = own
-    if METHODS[method].everywhere:
+    if data.get("rest", SPECS[method].rest) == "base" or not METHODS[method].targets:
+        data["parameters"].pop(REST_LAMBDA, None)
+    if not METHODS[method].targets:
+        data.pop("rest", None)
+    if METHODS[method].everywhere and not ("rest" in data or REST_LAMBDA in data["parameters"]):
         data.pop("target", None)
     return Recipe.from_yaml(yaml.safe_dump(data, sort_keys=False), SPECS)
