@@ -151,6 +151,12 @@ class DeviceOperands(Operands):
 
         return values.to(torch.float32, copy=True)
 
+    def float32(self, values: Any) -> Any:
+        return values.float()
+
+    def moved(self, update: Any) -> Any:
+        return self.out(self.base()).add_(update.float().ravel())
+
     def _values(self, source: Any) -> Any:
         return source.values[self.name].reshape(-1)
 
