@@ -71,6 +71,36 @@ def polar(x: Tensor) -> Tensor:
     return u[:, there] @ v[:, there].T
 
 
+def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:
+    """(B + eps P) (S + eps I)^-1 in float64, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n].
+
+    S: symmetric without negative eigenvalues but for rounding. It is what a least-squares problem with a ridge towards P comes
+    down to. A matrix that the ridge does not make positive definite raises torch.linalg.LinAlgError. By Cholesky.
+    """
+    import torch
+
+    total = gram.double()
+    epsilon = ridge * float(total.trace()) / len(total)
+    total = total + epsilon * torch.eye(len(total), dtype=total.dtype, device=total.device)
+    right = product.double().add(goal, alpha=epsilon)
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total)).T
+
+
+def boosted(sigma: Tensor, share: float) -> Tensor:
+    """Singular values, largest first, with none below the first that brings their running sum to `share` of the whole."""
+    if not len(sigma):
+        return sigma
+    reached = sigma.cumsum(0) >= share * sigma.sum()
+    first = int(reached.nonzero()[0]) if reached.any() else len(sigma) - 1  # rounding may leave a share of 1 unreached
+    return sigma.clamp(min=float(sigma[first]))
+
+
+def boost(x: Tensor, share: float) -> Tensor:
+    """U diag(boosted(S)) V^T of x = U S V^T [m, n] float64; directions of singular value 0 (`nonzero`) stay 0."""
+    u, sigma, v = leading(x, min(x.shape))
+    return (u * boosted(sigma, share)) @ v.T
+
+
 def nonzero(sigma: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Which singular values, largest first, of a float64 matrix of this shape are more than the rounding error of computing
     them."""

@@ -60,6 +60,9 @@ def mixed_states() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         ("tsv", {"lam": 0.9, "weight": {"e0": 1.0, "e1": 0.5, "e2": 0.0}}),
         ("tsv", {"target": {"include": ["."], "exclude": [r"\.nothing"]}}),
         ("iso_c", {"lam": 0.9, "weight": {"e0": 1.0, "e1": 0.5, "e2": -0.2}}),
+        ("iso_cts", {"lam": 0.9, "common": 0.6, "weight": {"e0": 1.0, "e1": 0.5, "e2": 0.0}}),
+        ("wudi", {"lam": 0.9, "towards": "mean", "weight": {"e0": 1.0, "e1": 0.0, "e2": 0.4}}),
+        ("wudi", {"ridge": 0.1, "target": {"include": ["."], "exclude": [r"\.nothing"]}, "rest_lambda": 0.5}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

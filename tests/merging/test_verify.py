@@ -18,7 +18,19 @@ from lors.engine import cpu, work
 from lors.engine.work import Piece
 from lors.experts.decompose import decompose
 from lors.merging import job, verify
-from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
+from lors.methods import (
+    METHODS,
+    Reduction,
+    della_linear,
+    iso_c,
+    iso_cts,
+    model_stock,
+    operands,
+    slerp,
+    sparsified,
+    tsv,
+    wudi,
+)
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
 SETTINGS: dict[str, Any] = {
@@ -196,7 +208,8 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *(("tsv", scaled(tsv, "polar")), ("iso_c", scaled(iso_c, "polar"))),
+    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (tsv, iso_c, iso_cts)),
+    ("wudi", scaled(wudi, "ridge_quotient")),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]
 

@@ -17,6 +17,7 @@ import lors
 import tiny
 from helpers import module
 from lors import LorsError
+from lors.merging.definitions import Expert, merged
 from lors.methods import METHODS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
@@ -246,16 +247,88 @@ def test_directions_that_an_expert_has_not_got_are_left_out(method: str) -> None
     assert (got[5:] == 0).all() and np.linalg.norm(got[:5] - by_formula(method, base, experts)[:5]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def as_defined(method: str, experts: list[np.ndarray], **settings: Any) -> np.ndarray:
+    """The update by `definitions`, in float64."""
+    base = np.zeros(experts[0].shape)
+    parts = [Expert(str(t), x, x, x) for t, x in enumerate(x.astype(np.float64) for x in experts)]
+    defaults = {p.name: p.default for p in METHODS[method].spec.parameters if p.scope == "global"}
+    models = [{"weight": 1.0 if t else 0.7} for t in range(len(experts))]
+    return merged(method, base, parts, models, defaults | settings, "w", 0).values
+
+
+ODD: dict[str, list[np.ndarray]] = {
+    "one expert": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0)],
+    "wide": [with_spectrum((20, 30), np.geomspace(1, 0.1, 20), seed) for seed in range(3)],
+    "more experts than directions": [with_spectrum((4, 3), np.geomspace(1, 0.5, 3), seed) for seed in range(7)],
+    "twice the same": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0)] * 2,
+    "low rank": [with_spectrum((30, 20), np.geomspace(1, 0.5, 2), seed) for seed in range(3)],
+    "low rank, exactly": [np.outer(np.eye(16)[seed], np.ones(12)).astype(np.float32) for seed in range(3)],
+    "a row": [np.full((1, 9), x, np.float32) for x in (1.0, -2.0)],
+    "a column": [np.full((9, 1), x, np.float32) for x in (1.0, 2.0)],
+    "one entry": [np.full((1, 1), x, np.float32) for x in (3.0, -1.0)],
+    "one is the base": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0), np.zeros((30, 20), np.float32)],
+    "tiny": [np.float32(1e-30) * with_spectrum((30, 20), np.geomspace(1, 0.1, 20), seed) for seed in range(2)],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("method", "settings", "bound"),
+    [
+        ("iso_cts", {}, 1e-5),
+        ("iso_cts", {"common": 0.3, "lambda": 0.7}, 1e-5),
+        ("iso_cts", {"common": 1.0}, 1e-5),
+        ("wudi", {}, 2e-5),
+        ("wudi", {"towards": "mean", "ridge": 0.1}, 2e-5),
+        ("wudi", {"ridge": 10.0, "lambda": 0.6}, 2e-5),
+    ],
+)
+def test_by_definition(method: str, settings: dict[str, Any], bound: float, name: str) -> None:
+    experts = ODD[name]
+    want = as_defined(method, experts, **settings)
+    weight = {f"t{t}": 1.0 if t else 0.7 for t in range(len(experts))}
+    named = {"lam" if key == "lambda" else key: value for key, value in settings.items()}
+    got = merged_update(method, np.zeros_like(experts[0]), experts, weight=weight, **named)
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want) and np.linalg.norm(want) > 0
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("shape", [(96, 384), (384, 96), (256, 256)])
+@pytest.mark.parametrize("power", [0.3, 1.0, 2.0, 4.0])
+def test_wudi_is_as_exact_as_its_page_says(power: float, shape: tuple[int, int], ridge: float) -> None:
+    """docs/methods.md: 2^-22 n / ridge, on spectra from flat to a single direction; 1e-5 for the flat ones of trainings."""
+    experts = [with_spectrum(shape, np.arange(1, min(shape) + 1) ** -power, seed) for seed in range(3)]
+    want = as_defined("wudi", experts, ridge=ridge)
+    weight = {"t0": 0.7, "t1": 1.0, "t2": 1.0}
+    got = merged_update("wudi", np.zeros(shape, np.float32), experts, weight=weight, ridge=ridge)
+    bound = 2.0**-22 * shape[1] / ridge if power > 0.5 or ridge < 0.1 else 1e-5
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def test_a_ridge_leads_wudi_from_no_interference_to_its_goal() -> None:
+    """Experts that read different inputs do not interfere: all of each is kept. A large ridge is task arithmetic."""
+    rng = np.random.default_rng(0)
+    experts = [np.zeros((12, 12), np.float32) for _ in range(3)]
+    for t, expert in enumerate(experts):
+        expert[:, 4 * t : 4 * t + 4] = rng.standard_normal((12, 4))
+    got = merged_update("wudi", np.zeros((12, 12), np.float32), experts, towards="mean", ridge=0.01)
+    assert np.linalg.norm(got - sum(experts)) <= 0.05 * np.linalg.norm(sum(experts))
+    noise = [with_spectrum((12, 10), np.geomspace(1, 0.1, 10), seed) for seed in range(3)]
+    for towards, want in (("sum", np.sum(noise, axis=0)), ("mean", np.mean(noise, axis=0))):
+        got = merged_update("wudi", np.zeros((12, 10), np.float32), noise, towards=towards, ridge=1e6)
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi"])
 def test_experts_without_a_difference_leave_the_base(method: str) -> None:
     base, experts = states()
     merged = ours(base, {"x": base, "y": base}, method)
     assert all((merged[key] == base[key]).all() for key in base)
     alone, beside = (ours(base, {"x": experts["x"]} | more, method, rest="base") for more in ({}, {"y": base}))
     name = "model.layers.0.mlp.up_proj.weight"
-    if method == "iso_c":
+    if method in ("iso_c", "wudi"):
         assert (alone[name] == beside[name]).all(), "an expert that is the base adds nothing"
-    else:
+    elif method == "tsv":
         assert np.linalg.matrix_rank(beside[name] - base[name], tol=1e-4) == 20, "one of two has half of the triplets"
 
 
@@ -308,7 +381,7 @@ def test_rest_of_every_method(method: str) -> None:
             np.testing.assert_allclose(merged[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
     silent, default = (
         ours(base, experts, method, **settings),
-        "average" if method in ("tsv", "iso_c") else "task_arithmetic",
+        METHODS[method].spec.rest,
     )
     assert all((silent[key] == merged[default][key]).all() for key in SHAPES)
     own = {rest: ours(base, experts, method, rest=rest, rest_lambda=0.3, **settings) for rest in list(merged)[:2]}

@@ -62,6 +62,13 @@ def merged(
         return Merged(base + stock(np.stack(deltas), shared["filter_wise"]))
     if method == "tsv":
         return Merged(base + scale * task_singular_vectors([expert.exact for expert in experts], weights))
+    if method in ("iso_cts", "wudi"):
+        used = [w * e.exact for w, e in zip(weights, experts, strict=True) if w]
+        if not used:
+            return Merged(base)
+        if method == "iso_cts":
+            return Merged(base + scale * isotropic_task_specific(used, shared["common"]))
+        return Merged(base + scale * least_interference(used, shared["ridge"], shared["towards"]))
     if method == "iso_c":
         return Merged(base + scale * isotropic(sum(w * e.exact for w, e in zip(weights, experts, strict=True))))
     keys = [random_key(seed, expert.name, stream) for expert in experts]
@@ -247,3 +254,36 @@ def isotropic(total: Array) -> Array:
     u, sigma, v = np.linalg.svd(total, full_matrices=False)
     found = there(sigma, total.shape)
     return sigma.mean() * (u[:, found] @ v[found])
+
+
+def triplets(x: Array, count: int) -> tuple[Array, Array, Array]:
+    """The `count` largest singular triplets but those of value 0."""
+    u, sigma, v = np.linalg.svd(x, full_matrices=False)
+    kept = np.flatnonzero(there(sigma, x.shape))[:count]
+    return u[:, kept], sigma[kept], v[kept].T
+
+
+def isotropic_task_specific(deltas: Sequence[Array], common: float) -> Array:
+    total, least, count = np.sum(deltas, axis=0), min(deltas[0].shape), len(deltas)
+    each = min(round((least - int(common * least)) / count), least // count)
+    parts = [triplets(total, least - each * count)]
+    outside = np.eye(len(total)) - parts[0][0] @ parts[0][0].T
+    for delta in deltas:
+        u, sigma, v = triplets(outside @ delta, each)
+        kept = sigma > max(delta.shape) * 2.0**-53 * np.linalg.norm(
+            delta
+        )  # what is left over of delta, not of rounding
+        parts.append((u[:, kept], sigma[kept], v[:, kept]))
+    left, sigma, right = (np.concatenate([part[side] for part in parts], axis=-1) for side in range(3))
+    return sigma.sum() / least * (nearest_orthonormal(left) @ nearest_orthonormal(right).T)
+
+
+def least_interference(deltas: Sequence[Array], ridge: float, towards: str) -> Array:
+    goal = sum(deltas) / (len(deltas) if towards == "mean" else 1)
+    grams = [delta.T @ delta / max(np.square(delta).sum(), np.finfo(float).tiny) for delta in deltas]
+    total = sum(grams)
+    epsilon = ridge * np.trace(total) / len(total)
+    if not epsilon:  # all are the base
+        return np.zeros_like(goal)
+    inverse = np.linalg.inv(total + epsilon * np.eye(len(total)))
+    return (sum(delta @ gram for delta, gram in zip(deltas, grams, strict=True)) + epsilon * goal) @ inverse
