@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 GRAM_GAP = 1e-7
 # The eigenvectors of X^T X are good to 2^-53 over the share of its least eigenvalue: from here on to 1e-7.
 GRAM_LIMIT = 1e-9
+# Singular values that float32 entries have from their rounding alone: half a unit of each is 2^-23 of the largest at most.
+ROUNDED = 2.0**-20
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,9 +98,12 @@ def boosted(sigma: Tensor, share: float) -> Tensor:
 
 
 def boost(x: Tensor, share: float) -> Tensor:
-    """U diag(boosted(S)) V^T of x = U S V^T [m, n] float64; directions of singular value 0 (`nonzero`) stay 0."""
+    """U diag(boosted(S)) V^T of x = U S V^T [m, n] float64, whose values were rounded to float32: directions of less than
+    ROUNDED of the largest singular value are what that left, and stay as they are."""
     u, sigma, v = leading(x, min(x.shape))
-    return (u * boosted(sigma, share)) @ v.T
+    there = int((sigma > sigma[:1] * ROUNDED).sum())
+    sigma[:there] = boosted(sigma[:there], share)
+    return (u * sigma) @ v.T
 
 
 def nonzero(sigma: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,7 @@ from lors.methods import (
     tsv,
     wudi,
 )
+from lors_kernels import dense
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
 SETTINGS: dict[str, Any] = {
@@ -223,6 +224,16 @@ def test_faults_are_seen(
         check(exact, tmp_path / "out", method)
 
 
+@pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "wudi"])
+@pytest.mark.parametrize("boost", ["boost", "boost_merged"])
+def test_boosting_a_little_more_is_seen(
+    boost: str, method: str, exact: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(dense, "boosted", wrong(dense.boosted, lambda sigma: sigma * 1.01))
+    with pytest.raises(LorsError, match="check: "):
+        check(exact, tmp_path / "out", method, **{boost: 0.5})
+
+
 @pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "dare_linear", "tsv"])
 def test_a_wrong_lambda_of_the_rest_is_seen(
     method: str, exact: dict[str, Path], tmp_path: Path, monkeypatch: Patch
@@ -237,3 +248,15 @@ def test_a_large_model_is_sampled(exact: dict[str, Path], tmp_path: Path, monkey
     monkeypatch.setattr(verify, "SAMPLE", 0)
     kinds = {layers.kind(name) for name in tiny.shapes()}
     assert f", {len(kinds)} of them compared with" in check(exact, tmp_path / "out", "lors")
+
+
+BOOSTS: list[dict[str, Any]] = [{"boost": 0.5}, {"boost": {"ca": 0.7, "es": 0.6}}, {"boost_merged": 0.6}]
+BOOSTS.append({"boost": 0.7, "boost_merged": 0.4, "rest": "average", "target": {"select": "mlp"}})
+
+
+@pytest.mark.parametrize("boost", BOOSTS, ids=str)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].targets])
+def test_boosted_merges_are_their_definition(
+    method: str, boost: dict[str, Any], family: dict[str, Path], tmp_path: Path
+) -> None:
+    check(family, tmp_path / "out", method, **boost)

@@ -527,13 +527,14 @@ def test_half_precision(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("boost", [{}, {"boost": 0.5}, {"boost_merged": 0.5}], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
+def test_non_finite_values_name_the_expert(method: str, value: float, boost: dict[str, float]) -> None:
     base, experts = states()
     for key in base:
         experts["y"][key].ravel()[7] = value
     with pytest.raises(LorsError, match=r"^y: tensor '.*': expected finite values, got 1 NaN or infinite$"):
-        ours(base, experts, method, **parameters_of(method))
+        ours(base, experts, method, config={"model_type": "llama"}, **parameters_of(method), **boost)
 
 
 @pytest.mark.parametrize(
@@ -551,6 +552,9 @@ def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
         ("linear", {"weight": 1.0, "rest": "base"}, "^rest: method linear treats all tensors alike, expected no rest$"),
         ("linear", {"weight": 1.0, "rest_lambda": 1.0}, "unknown parameter 'rest_lambda' of method linear"),
         ("ties", {"rest": "base", "rest_lambda": 0.5}, "rest_lambda: expected no value with rest: base"),
+        ("lors", {"boost": 1.5}, r"boost: expected a number in \[0, 1\], got 1.5"),
+        ("tsv", {"boost_merged": {"x": 0.5}}, "boost_merged is one value for the whole merge"),
+        ("linear", {"weight": 1.0, "boost": 0.5}, "unknown parameter 'boost' of method linear"),
         ("lors", {"rest_lambda": "much"}, "rest_lambda: expected a number, got 'much'"),
         ("lors", {"rest_lambda": {"x": 0.5}}, "rest_lambda is one value for the whole merge"),
         ("tiess", {}, "unknown method 'tiess'.*ties"),
