@@ -76,7 +76,7 @@ def polar(x: Tensor) -> Tensor:
 def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:
     """(B + eps P) (S + eps I)^-1 in float64, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n].
 
-    S: symmetric without negative eigenvalues but for rounding. It is what a least-squares problem with a ridge towards P comes
+    S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares problem with a ridge towards P comes
     down to. A matrix that the ridge does not make positive definite raises torch.linalg.LinAlgError. By Cholesky.
     """
     import torch

@@ -32,6 +32,7 @@ TOWARDS = ParameterSpec(
     choices=("sum", "mean"),
     help="P: the sum of the task vectors, or their mean",
 )
+BLOCK = 512  # columns of a triangle that are computed together
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
@@ -53,7 +54,8 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
                 gram, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
             total.add_(unit, alpha=weight * norm)
             if m < n:  # delta G_t the other way round, of the smaller Gram matrix
-                gram.addmm_(unit.T, unit)
+                for start in range(0, n, BLOCK):  # the lower triangle is all that is read
+                    gram[start:, start : start + BLOCK].addmm_(unit[:, start:].T, unit[:, start : start + BLOCK])
                 product.addmm_(unit @ unit.T, unit, alpha=weight * norm)
             else:
                 own = unit.T @ unit
