@@ -118,7 +118,7 @@ MISTAKES = {
     "decimal number, or quote it if it is text",
     MERGE
     + "--param gamma=1 out": "--param gamma: unknown parameter 'gamma' of method lors; known: rank, density, weight, "
-    "lambda, rest_lambda",
+    "lambda, rest_lambda, boost, boost_merged",
     MERGE
     + "--rest base --rest-lambda 0.5 out": "--rest-lambda: expected no value with rest: base, which adds nothing there",
     MERGE + "--dtype int8 out": "--dtype: expected one of float32, float16, bfloat16, got 'int8'",

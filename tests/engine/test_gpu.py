@@ -25,6 +25,15 @@ def test_same_result_as_on_the_cpu(backend: str | None) -> None:
     close(merge(base, experts, device="cpu", backend=backend), merge(base, experts), base)
 
 
+@pytest.mark.parametrize("method", ["lors", "task_arithmetic", "wudi"])
+@pytest.mark.parametrize("boost", [{"boost": 0.5}, {"boost_merged": 0.5}], ids=str)
+def test_boosted_as_on_the_cpu(method: str, boost: dict[str, float]) -> None:
+    base, experts = states()
+    own = {"density": 1.0} if method == "lors" else {"density": None, "rank": None}
+    settings: dict[str, Any] = {"method": method, **own, **boost}
+    close(merge(base, experts, device="cpu", **settings), merge(base, experts, **settings), base)
+
+
 def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = states(experts=5)
     seen = []

@@ -122,6 +122,8 @@ COMBINED: dict[str, dict[str, Any]] = {
     "breadcrumbs": {"density": 0.6},
     "tsv": {},
     "iso_c": {},
+    "iso_cts": {"common": 0.5},
+    "wudi": {"ridge": 0.1},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from lors import LorsError
 
 module("fusion_bench", "peers")
 from fusion_bench import BaseModelPool
-from fusion_bench.method.isotropic_merging.iso_utils import iso_c
+from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
+from fusion_bench.method.wudi.wudi import wudi_merging
 
 from lors.integrations.fusion_bench import LoRSMerging
 
@@ -53,17 +55,33 @@ def merged_task_vector(function: Any, base: dict[str, Any], experts: dict[str, d
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts"])
 @pytest.mark.parametrize("source", [states, trained])
 def test_same_as_fusion_bench(source: Any, method: str, count: int) -> None:
     """FusionBench treats every matrix and averages the rest. What remains is the rounding of the weights."""
     base, experts = source(count)
-    theirs = {"tsv": compute_and_sum_svd_mem_reduction, "iso_c": iso_c}[method]
+    common_space = partial(iso_cts, common_space_fraction=0.8)
+    theirs = {"tsv": compute_and_sum_svd_mem_reduction, "iso_c": iso_c, "iso_cts": common_space}[method]
     want = merged_task_vector(theirs, base, experts)
     got = lors.merge_state_dicts(base, experts, method, target={"include": ["."]}, rest="average")
     for name in base:
         update = got[name].double() - base[name].double()
         assert (update - want[name]).norm() <= 1e-5 * want[name].norm() + 2.0**-24 * base[name].norm(), name
+
+
+def test_the_gradient_solution_of_wudi_converges_to_ours() -> None:
+    """Within 2 %: a ridge of 0.01 is left of ours. Their Adam steps have a length of 1e-5, so the differences are small."""
+    torch.manual_seed(0)
+    shapes = {"square.weight": (48, 48), "tall.weight": (60, 24)}
+    vectors = [{name: 1e-4 * torch.randn(shape).double() for name, shape in shapes.items()} for _ in range(3)]
+    experts = {f"t{t}": {name: x.float() for name, x in vector.items()} for t, vector in enumerate(vectors)}
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    ours = lors.merge_state_dicts(base, experts, "wudi", target={"include": ["."]}, ridge=0.01)
+    apart = []
+    for steps in (0, 10, 100):
+        theirs = wudi_merging(vectors, accelerator="cpu", iter_num=steps)
+        apart.append(max(float((theirs[n].detach() - ours[n]).norm() / ours[n].norm()) for n in shapes))
+    assert apart[0] > 0.5 and apart[0] > 2 * apart[1] and apart[2] < 0.02, apart
 
 
 def test_where_theirs_is_not_defined_ours_keeps_to_the_range_of_the_sum() -> None:

@@ -121,6 +121,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "magnitude_prune": {"density": [{"filter": "fc1", "value": 0.5}, {"value": 0.1}]},
     "tsv": {"lambda": 0.5, "rest_lambda": 0.7},
     "iso_c": {"lambda": 0.5},
+    "iso_cts": {"common": 0.5},
+    "wudi": {"ridge": 0.5, "towards": "mean"},
 }
 
 

@@ -100,11 +100,19 @@ def test_the_svd_of_an_adapter_is_taken_from_its_factors(tiny_whisper: Path, tmp
     assert (factors.flat(37, 1203) == factors.matrix().ravel()[37:1203]).all()
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c"])
-def test_an_adapter_has_no_directions_but_those_of_its_factors(method: str, tiny_whisper: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        *(("tsv", {}), ("iso_c", {}), ("iso_cts", {}), ("tsv", {"boost": 0.3})),
+        *(("task_arithmetic", {"boost": 0.3}), ("svp", {"rank": 4, "boost_merged": 0.3}), ("ties", {"boost": 0.3})),
+    ],
+)
+def test_an_adapter_has_no_directions_but_those_of_its_factors(
+    method: str, settings: dict[str, Any], tiny_whisper: Path, tmp_path: Path
+) -> None:
     """What rounding adds to base + B @ A would count as much as they do."""
     adapter, _ = adapted(tiny_whisper, tmp_path)
-    lors.merge(tiny_whisper / "base", {"x": adapter}, tmp_path / "out", method, durable=False)
+    lors.merge(tiny_whisper / "base", {"x": adapter}, tmp_path / "out", method, durable=False, **settings)
     name = "model.encoder.layers.0.fc1.weight"
     base, merged = whispers.load(tiny_whisper / "base")[name], whispers.load(tmp_path / "out")[name]
     sigma = np.linalg.svd(merged.astype(np.float64) - base, compute_uv=False)

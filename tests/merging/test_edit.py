@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,3 +94,30 @@ def test_an_average_cannot_be_edited(family: dict[str, Path], tmp_path: Path) ->
     made = files(family, tmp_path)
     lors.merge(family["base"], {"ca": made["ca"]}, tmp_path / "out", rest="average")
     assert "depends on the others" in refusal(edit, tmp_path / "out", made["de"])
+
+
+@pytest.mark.parametrize("boost", [{"boost": {"ca": 0.5}}, {"boost_merged": 0.5}])
+def test_a_boosted_model_cannot_be_edited(boost: dict[str, Any], family: dict[str, Path], tmp_path: Path) -> None:
+    made = files(family, tmp_path)
+    lors.merge(family["base"], {"ca": made["ca"]}, tmp_path / "out", **boost)
+    assert "boost: what it adds cannot be taken apart" in refusal(edit, tmp_path / "out", made["de"])
+
+
+@pytest.mark.parametrize("method", ["wudi", "tsv"])
+def test_methods_whose_experts_depend_on_each_other_cannot_be_edited(
+    method: str, family: dict[str, Path], tmp_path: Path
+) -> None:
+    made = files(family, tmp_path)
+    lors.merge(family["base"], {"ca": made["ca"], "es": made["es"]}, tmp_path / "out", method)
+    assert f"method {method}: one expert's share depends on the others" in refusal(edit, tmp_path / "out", made["de"])
+
+
+def test_edits_keep_the_lambda_of_the_rest(family: dict[str, Path], tmp_path: Path) -> None:
+    made = files(family, tmp_path, values="float32", remainder="float32")
+    settings = {"rest_lambda": 0.05, "lam": 0.7}
+    lors.merge(family["base"], {"ca": made["ca"]}, tmp_path / "out", **settings)
+    edit(tmp_path / "out", made["de"], durable=False)
+    experts = {name: state(family[name]) for name in ("ca", "de")}
+    want = lors.merge_state_dicts(state(family["base"]), experts, **settings)
+    for name, value in state(tmp_path / "out").items():
+        assert np.abs(value - want[name]).max() <= 2.0**-23 * np.abs(want[name]).max(), name

@@ -18,7 +18,20 @@ from lors.engine import cpu, work
 from lors.engine.work import Piece
 from lors.experts.decompose import decompose
 from lors.merging import job, verify
-from lors.methods import METHODS, Reduction, della_linear, iso_c, model_stock, operands, slerp, sparsified, tsv
+from lors.methods import (
+    METHODS,
+    Reduction,
+    della_linear,
+    iso_c,
+    iso_cts,
+    model_stock,
+    operands,
+    slerp,
+    sparsified,
+    tsv,
+    wudi,
+)
+from lors_kernels import dense
 from lors_kernels.backends import cpu as kernels
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
@@ -197,7 +210,8 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *(("tsv", scaled(tsv, "polar")), ("iso_c", scaled(iso_c, "polar"))),
+    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (tsv, iso_c, iso_cts)),
+    ("wudi", scaled(wudi, "ridge_quotient")),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]
 
@@ -209,6 +223,16 @@ def test_faults_are_seen(
     fault(monkeypatch)
     with pytest.raises(LorsError, match="check: "):
         check(exact, tmp_path / "out", method)
+
+
+@pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "wudi"])
+@pytest.mark.parametrize("boost", ["boost", "boost_merged"])
+def test_boosting_a_little_more_is_seen(
+    boost: str, method: str, exact: dict[str, Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(dense, "boosted", wrong(dense.boosted, lambda sigma: sigma * 1.01))
+    with pytest.raises(LorsError, match="check: "):
+        check(exact, tmp_path / "out", method, **{boost: 0.5})
 
 
 @pytest.mark.parametrize("method", ["lors", "task_arithmetic", "ties", "dare_linear", "tsv"])
@@ -225,3 +249,15 @@ def test_a_large_model_is_sampled(exact: dict[str, Path], tmp_path: Path, monkey
     monkeypatch.setattr(verify, "SAMPLE", 0)
     kinds = {layers.kind(name) for name in tiny.shapes()}
     assert f", {len(kinds)} of them compared with" in check(exact, tmp_path / "out", "lors")
+
+
+BOOSTS: list[dict[str, Any]] = [{"boost": 0.5}, {"boost": {"ca": 0.7, "es": 0.6}}, {"boost_merged": 0.6}]
+BOOSTS.append({"boost": 0.7, "boost_merged": 0.4, "rest": "average", "target": {"select": "mlp"}})
+
+
+@pytest.mark.parametrize("boost", BOOSTS, ids=str)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].targets])
+def test_boosted_merges_are_their_definition(
+    method: str, boost: dict[str, Any], family: dict[str, Path], tmp_path: Path
+) -> None:
+    check(family, tmp_path / "out", method, **boost)

@@ -17,11 +17,10 @@ import lors
 import tiny
 from helpers import module
 from lors import LorsError
-from lors.experts.factors import leading64
+from lors.merging.definitions import Expert, merged
 from lors.methods import METHODS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
-from lors.methods.tsv import polar
 from lors_kernels import random_key
 from lors_kernels.counter_random import random_bits
 
@@ -248,49 +247,89 @@ def test_directions_that_an_expert_has_not_got_are_left_out(method: str) -> None
     assert (got[5:] == 0).all() and np.linalg.norm(got[:5] - by_formula(method, base, experts)[:5]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_c"])
+def as_defined(method: str, experts: list[np.ndarray], **settings: Any) -> np.ndarray:
+    """The update by `definitions`, in float64."""
+    base = np.zeros(experts[0].shape)
+    parts = [Expert(str(t), x, x, x) for t, x in enumerate(x.astype(np.float64) for x in experts)]
+    defaults = {p.name: p.default for p in METHODS[method].spec.parameters if p.scope == "global"}
+    models = [{"weight": 1.0 if t else 0.7} for t in range(len(experts))]
+    return merged(method, base, parts, models, defaults | settings, "w", 0).values
+
+
+ODD: dict[str, list[np.ndarray]] = {
+    "one expert": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0)],
+    "wide": [with_spectrum((20, 30), np.geomspace(1, 0.1, 20), seed) for seed in range(3)],
+    "more experts than directions": [with_spectrum((4, 3), np.geomspace(1, 0.5, 3), seed) for seed in range(7)],
+    "twice the same": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0)] * 2,
+    "low rank": [with_spectrum((30, 20), np.geomspace(1, 0.5, 2), seed) for seed in range(3)],
+    "low rank, exactly": [np.outer(np.eye(16)[seed], np.ones(12)).astype(np.float32) for seed in range(3)],
+    "a row": [np.full((1, 9), x, np.float32) for x in (1.0, -2.0)],
+    "a column": [np.full((9, 1), x, np.float32) for x in (1.0, 2.0)],
+    "one entry": [np.full((1, 1), x, np.float32) for x in (3.0, -1.0)],
+    "one is the base": [with_spectrum((30, 20), np.geomspace(1, 0.1, 20), 0), np.zeros((30, 20), np.float32)],
+    "tiny": [np.float32(1e-30) * with_spectrum((30, 20), np.geomspace(1, 0.1, 20), seed) for seed in range(2)],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("method", "settings", "bound"),
+    [
+        ("iso_cts", {}, 1e-5),
+        ("iso_cts", {"common": 0.3, "lambda": 0.7}, 1e-5),
+        ("iso_cts", {"common": 1.0}, 1e-5),
+        ("wudi", {}, 2e-5),
+        ("wudi", {"towards": "mean", "ridge": 0.1}, 2e-5),
+        ("wudi", {"ridge": 10.0, "lambda": 0.6}, 2e-5),
+    ],
+)
+def test_by_definition(method: str, settings: dict[str, Any], bound: float, name: str) -> None:
+    experts = ODD[name]
+    want = as_defined(method, experts, **settings)
+    weight = {f"t{t}": 1.0 if t else 0.7 for t in range(len(experts))}
+    named = {"lam" if key == "lambda" else key: value for key, value in settings.items()}
+    got = merged_update(method, np.zeros_like(experts[0]), experts, weight=weight, **named)
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want) and np.linalg.norm(want) > 0
+
+
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("shape", [(96, 384), (384, 96), (256, 256)])
+@pytest.mark.parametrize("power", [0.3, 1.0, 2.0, 4.0])
+def test_wudi_is_as_exact_as_its_page_says(power: float, shape: tuple[int, int], ridge: float) -> None:
+    """docs/methods.md: 2^-22 n / ridge, on spectra from flat to a single direction; 1e-5 for the flat ones of trainings."""
+    experts = [with_spectrum(shape, np.arange(1, min(shape) + 1) ** -power, seed) for seed in range(3)]
+    want = as_defined("wudi", experts, ridge=ridge)
+    weight = {"t0": 0.7, "t1": 1.0, "t2": 1.0}
+    got = merged_update("wudi", np.zeros(shape, np.float32), experts, weight=weight, ridge=ridge)
+    bound = 2.0**-22 * shape[1] / ridge if power > 0.5 or ridge < 0.1 else 1e-5
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def test_a_ridge_leads_wudi_from_no_interference_to_its_goal() -> None:
+    """Experts that read different inputs do not interfere: all of each is kept. A large ridge is task arithmetic."""
+    rng = np.random.default_rng(0)
+    experts = [np.zeros((12, 12), np.float32) for _ in range(3)]
+    for t, expert in enumerate(experts):
+        expert[:, 4 * t : 4 * t + 4] = rng.standard_normal((12, 4))
+    got = merged_update("wudi", np.zeros((12, 12), np.float32), experts, towards="mean", ridge=0.01)
+    assert np.linalg.norm(got - sum(experts)) <= 0.05 * np.linalg.norm(sum(experts))
+    noise = [with_spectrum((12, 10), np.geomspace(1, 0.1, 10), seed) for seed in range(3)]
+    for towards, want in (("sum", np.sum(noise, axis=0)), ("mean", np.mean(noise, axis=0))):
+        got = merged_update("wudi", np.zeros((12, 10), np.float32), noise, towards=towards, ridge=1e6)
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi"])
 def test_experts_without_a_difference_leave_the_base(method: str) -> None:
     base, experts = states()
     merged = ours(base, {"x": base, "y": base}, method)
     assert all((merged[key] == base[key]).all() for key in base)
     alone, beside = (ours(base, {"x": experts["x"]} | more, method, rest="base") for more in ({}, {"y": base}))
     name = "model.layers.0.mlp.up_proj.weight"
-    if method == "iso_c":
+    if method in ("iso_c", "wudi"):
         assert (alone[name] == beside[name]).all(), "an expert that is the base adds nothing"
-    else:
+    elif method == "tsv":
         assert np.linalg.matrix_rank(beside[name] - base[name], tol=1e-4) == 20, "one of two has half of the triplets"
-
-
-def test_polar_of_badly_conditioned_and_rank_deficient_matrices() -> None:
-    rng = np.random.default_rng(0)
-    u, v = (np.linalg.qr(rng.standard_normal((30, 20)))[0] for _ in range(2))
-    sigma = np.logspace(0, -5, 20)
-    assert np.abs(polar((u * sigma) @ v.T) - u @ v.T).max() < 1e-8
-    sigma[5:] = 0
-    assert np.abs(polar((u * sigma) @ v.T) - u[:, :5] @ v[:, :5].T).max() < 1e-8
-
-
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
-@pytest.mark.parametrize(
-    ("sigma", "rank"),
-    [
-        (np.geomspace(1, 1e-7, 40), 30),
-        (np.array([1.0, *[1e-4] * 10, *[1e-4 * (1 - 1e-5)] * 29]), 11),
-        (np.arange(1, 41) ** -0.5, 8),
-        (np.array([3.0, 2.0, 1.0] + [0.0] * 37), 8),
-    ],
-    ids=["graded", "small gap", "power law", "low rank"],
-)
-def test_leading_triplets_are_exact(shape: tuple[int, int], sigma: np.ndarray, rank: int) -> None:
-    rng = np.random.default_rng(3)
-    left, right = (np.linalg.qr(rng.standard_normal((size, 40)))[0] for size in shape)
-    u, found, v = leading64((left * sigma) @ right.T, rank)
-    kept = min(rank, int((sigma > 0).sum()))
-    assert u.shape[1] == v.shape[1] == len(found) == kept
-    assert np.abs(found / sigma[:kept] - 1).max() < 1e-7
-    for vectors, truth in ((u, left), (v, right)):  # those of equal values may be turned among themselves
-        assert np.abs(vectors.T @ vectors - np.eye(kept)).max() < 1e-7
-        assert np.abs(vectors @ vectors.T - truth[:, :kept] @ truth[:, :kept].T).max() < 1e-7
 
 
 def test_attention_only() -> None:
@@ -342,7 +381,7 @@ def test_rest_of_every_method(method: str) -> None:
             np.testing.assert_allclose(merged[rest][key], want, atol=1e-6, err_msg=f"{rest}: {key}")
     silent, default = (
         ours(base, experts, method, **settings),
-        "average" if method in ("tsv", "iso_c") else "task_arithmetic",
+        METHODS[method].spec.rest,
     )
     assert all((silent[key] == merged[default][key]).all() for key in SHAPES)
     own = {rest: ours(base, experts, method, rest=rest, rest_lambda=0.3, **settings) for rest in list(merged)[:2]}
@@ -488,13 +527,14 @@ def test_half_precision(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("boost", [{}, {"boost": 0.5}, {"boost_merged": 0.5}], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
+def test_non_finite_values_name_the_expert(method: str, value: float, boost: dict[str, float]) -> None:
     base, experts = states()
     for key in base:
         experts["y"][key].ravel()[7] = value
     with pytest.raises(LorsError, match=r"^y: tensor '.*': expected finite values, got 1 NaN or infinite$"):
-        ours(base, experts, method, **parameters_of(method))
+        ours(base, experts, method, config={"model_type": "llama"}, **parameters_of(method), **boost)
 
 
 @pytest.mark.parametrize(
@@ -512,6 +552,9 @@ def test_non_finite_values_name_the_expert(method: str, value: float) -> None:
         ("linear", {"weight": 1.0, "rest": "base"}, "^rest: method linear treats all tensors alike, expected no rest$"),
         ("linear", {"weight": 1.0, "rest_lambda": 1.0}, "unknown parameter 'rest_lambda' of method linear"),
         ("ties", {"rest": "base", "rest_lambda": 0.5}, "rest_lambda: expected no value with rest: base"),
+        ("lors", {"boost": 1.5}, r"boost: expected a number in \[0, 1\], got 1.5"),
+        ("tsv", {"boost_merged": {"x": 0.5}}, "boost_merged is one value for the whole merge"),
+        ("linear", {"weight": 1.0, "boost": 0.5}, "unknown parameter 'boost' of method linear"),
         ("lors", {"rest_lambda": "much"}, "rest_lambda: expected a number, got 'much'"),
         ("lors", {"rest_lambda": {"x": 0.5}}, "rest_lambda is one value for the whole merge"),
         ("tiess", {}, "unknown method 'tiess'.*ties"),

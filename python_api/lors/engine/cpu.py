@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats, dense
 from lors_kernels.lors_delta import add_lors_delta
+from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
+from ..experts.boosted import Differences, Zeros, boosts
 from ..experts.factors import Factors
 from ..experts.source import Slot, Source
 from ..methods import Reduction
@@ -158,7 +160,7 @@ class Engine:
             bases = [None, None] if against is None else piece.views(against)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
                 outcomes.append(self._add(expert, work, w, b, t, reduction))
-        self._write(piece, worker, base, total, terms.scale)
+        self._write(piece, worker, base, self._boosted(work, total), terms.scale)
         return outcomes
 
     def _pair(
@@ -205,15 +207,42 @@ class Engine:
         """All experts together, as the method's `Combination` says."""
         assert work.combination is not None
         options: dict[str, Any] = {"backend": self.backend, "threads": 1}
+        base, experts, apart = self.base, self.experts, self.by_differences(work)
+        if apart:
+            base, experts = Zeros(self.base), [Differences(expert, self.base) for expert in self.experts]
         operands = Operands(
-            work.name, work.spec, self.base, self.experts, self.seed, options, worker.buffers,
+            work.name, work.spec, base, experts, self.seed, options, worker.buffers,
             lambda expert: self.blame(expert, work),
         )  # fmt: skip
+        whole = worker.total.array(work.spec.numel if apart else 0, np.dtype(np.float32))
         for start, values in work.combination(operands):
             if self.stop.is_set():
-                break
-            self._write(Piece(work, start, start + values.size), worker, None, values)
+                return operands.outcomes
+            if apart:
+                whole[start : start + values.size] = values
+            else:
+                self._write(Piece(work, start, start + values.size), worker, None, values)
+        if apart:
+            values = self.base.fetch(work.name, 0, work.spec.numel, worker.base)
+            self._write(Piece(work, 0, work.spec.numel), worker, values, self._boosted(work, whole))
         return operands.outcomes
+
+    def by_differences(self, work: Work) -> bool:
+        """Whether a combination is given differences instead of tensors: where one of them is boosted, or their sum, which
+        the rounding of a tensor would add to in all directions."""
+        return work.boost is not None or any(boosts(expert, work.name) for expert in self.experts)
+
+    def _boosted(self, work: Work, update: np.ndarray) -> np.ndarray:
+        """The merged difference, flat; boosted where that is asked for."""
+        if work.boost is None:
+            return update
+        import torch
+
+        if not np.isfinite(update).all():
+            self.require_fit(work, math.inf)
+        with one_torch_thread():
+            matrix = torch.from_numpy(update.reshape(work.spec.shape)).double()
+            return dense.boost(matrix, work.boost).float().numpy().ravel()  # type: ignore[no-any-return]
 
     def _add(
         self, expert: Source, work: Work, total: np.ndarray, base: Any, tuned: np.ndarray, r: Reduction

@@ -12,6 +12,7 @@ A device that runs out of memory gets smaller batches, then an error; nothing of
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats, dense
 from lors_kernels.group import MatrixGroup
 from lors_kernels.grouped import merge_update_group, operations, residual_threshold_group, truncated_svd_group
 
@@ -270,7 +271,16 @@ class DeviceRun:
             for row, new in zip(outcomes, found, strict=True):
                 row += new
         done = zip(batch, bases, totals, outcomes, strict=True)
-        return [self.store(i, add_base(total, base), row) for i, base, total, row in done]
+        return [self.store(i, add_base(self.boosted(i, total), base), row) for i, base, total, row in done]
+
+    def boosted(self, index: int, total: Any) -> Any:
+        """The merged difference, boosted where that is asked for."""
+        work = self.pieces[index].work
+        if work.boost is None:
+            return total
+        if not total.isfinite().all():
+            self.engine.require_fit(work, math.inf)
+        return dense.boost(total.double(), work.boost).float()
 
     def reduce(self, batch: Sequence[int], part: Slice, group: MatrixGroup, totals: list[Any]) -> list[list[Outcome]]:
         """totals += the slice's experts."""

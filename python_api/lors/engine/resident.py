@@ -16,10 +16,11 @@ from lors_kernels.group import MatrixGroup
 from lors_kernels.types import Consensus
 
 from ..errors import LorsError
+from ..experts.boosted import Boosted, Differences, Zeros, boosts, require_finite
 from ..experts.source import Slot, Spec, matrix_shape
-from ..methods.operands import Buffers, Chunk, Operands, Outcome
+from ..methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
 from .account import Account
-from .device import Device, numpy_dtype, to_numpy
+from .device import numpy_dtype, to_numpy
 from .gpu import Copied, DeviceRun, GpuEngine, Kind, Loaded, add_base, rounded, slices
 from .work import Piece, Work
 
@@ -63,6 +64,49 @@ class DeviceSource:
         return None
 
 
+class BoostedOnDevice(Boosted):
+    """`Boosted` of a `DeviceSource`."""
+
+    source: Any
+    base_source: Any
+
+    def matrix(self, name: str) -> Any:
+        found = self.triplets(name)
+        if found is None:
+            return self.source.matrix(name)
+        u, sigma, v = found
+        return self.base_source.matrix(name).float() + ((u * sigma) @ v.T).float()
+
+    def factors(self, name: str) -> None:
+        return None
+
+    def _delta(self, name: str) -> Any:
+        before, after = (source.matrix(name).float() for source in (self.base_source, self.source))
+        for source, values in ((self.base_source, before), (self.source, after)):
+            require_finite(source.name, name, (~values.isfinite()).sum())
+        return (after - before).double()
+
+
+class DifferencesOnDevice(Differences):
+    source: Any
+    base_source: Any
+
+    def matrix(self, name: str) -> Any:
+        known = self.source.triplets(name) if boosts(self.source, name) else None
+        if known is not None:
+            return ((known[0] * known[1]) @ known[2].T).float()
+        return self.source.matrix(name).float() - self.base_source.matrix(name).float()
+
+
+class ZerosOnDevice(Zeros):
+    def __init__(self, base: DeviceSource) -> None:
+        super().__init__(base)
+        self._base = base
+
+    def matrix(self, name: str) -> Any:
+        return self._base.matrix(name).float().new_zeros(self.tensors[name].shape)
+
+
 @dataclass
 class ResidentEngine(GpuEngine):
     """`Engine` for `DeviceSource`s: every tensor is merged where it is, same-shaped ones together; see `merged`.
@@ -80,10 +124,10 @@ class ResidentEngine(GpuEngine):
             for kind, most, batch in run.batches():
                 run.merge(kind, batch, most, None)
             for i in sorted(set(range(len(pieces))) - set(summed)):
-                self.alone(pieces[i].work, i, run.device)
+                self.alone(pieces[i].work, i, run)
         self.account.close(self.report, self.base, self.experts)
 
-    def alone(self, work: Work, index: int, device: Device) -> None:
+    def alone(self, work: Work, index: int, run: _ResidentRun) -> None:
         """A tensor that is carried over, or that the method treats by a combination of all experts."""
         assert isinstance(self.base, DeviceSource)
         if work.combination is None:
@@ -93,14 +137,20 @@ class ResidentEngine(GpuEngine):
             self.account.done(index, [])
             return
         options = {"backend": self.device_backend}
+        base: Any = self.base
+        experts, apart = list[Any](self.experts), self.by_differences(work)
+        if apart:
+            base, experts = ZerosOnDevice(base), [DifferencesOnDevice(expert, base) for expert in experts]
         operands = DeviceOperands(
-            work.name, work.spec, self.base, self.experts, self.seed, options, Buffers(),
-            lambda expert: self.blame(expert, work),
-        )  # fmt: skip
+            work.name, work.spec, base, experts, self.seed, options, Buffers(), lambda expert: self.blame(expert, work)
+        )
         parts = [values for _, values in work.combination(operands)]
         assert len(parts) == 1, "DeviceOperands hands out one chunk"
         self.account.done(index, operands.outcomes)
-        self.merged[work.name] = rounded(self, work, parts[0]).reshape(work.spec.shape)  # type: ignore[attr-defined]
+        values: Any = parts[0]
+        if apart:
+            values = add_base(run.boosted(index, values.reshape(work.spec.shape)), self.base.matrix(work.name))
+        self.merged[work.name] = rounded(self, work, values).reshape(work.spec.shape)
 
     def kind_of(self, work: Work) -> Kind:
         return super().kind_of(work)._replace(shape=matrix_shape(work.spec.shape))
@@ -128,7 +178,7 @@ class _ResidentRun(DeviceRun):
         for index, work, (_, scale, _), base, total, row in zip(
             batch, works, terms, bases, totals, outcomes, strict=True
         ):
-            merged = rounded(engine, work, add_base(total, base, scale))
+            merged = rounded(engine, work, add_base(self.boosted(index, total), base, scale))
             engine.merged[work.name] = merged.reshape(work.spec.shape)
             engine.account.done(index, row)
         return []
@@ -151,8 +201,31 @@ class DeviceOperands(Operands):
 
         return values.to(torch.float32, copy=True)
 
+    def delta(self, t: int) -> Any:
+        known = self._known(t)
+        return super().delta(t) if known is None else (known[0] * known[1]) @ known[2].T
+
+    def svd(self, t: int, rank: int) -> Any:
+        known = self._known(t)
+        if known is None:
+            return super().svd(t, rank)
+        u, sigma, v = known
+        energy, dropped = (float(part.square().sum()) for part in (sigma, sigma[rank:]))
+        self.outcomes.append(Outcome(UpdateStats(energy, dropped, 0.0, 0, 0), Certificate("factors", 0, 0.0)))
+        return u[:, :rank], sigma[:rank], v[:, :rank]
+
+    def _known(self, t: int) -> Any:
+        source: Any = getattr(self.experts[t], "source", None)
+        return source.triplets(self.name) if isinstance(source, BoostedOnDevice) else None
+
+    def float32(self, values: Any) -> Any:
+        return values.float()
+
+    def moved(self, update: Any) -> Any:
+        return self.out(self.base()).add_(update.float().ravel())
+
     def _values(self, source: Any) -> Any:
-        return source.values[self.name].reshape(-1)
+        return source.matrix(self.name).reshape(-1)
 
     def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], rule: Consensus) -> None:
         shape = matrix_shape(self.spec.shape)

@@ -28,6 +28,7 @@ class Work:
     matrix: bool  # decomposed: treated as a whole
     relative: bool = True
     combination: Combination | None = None  # instead of reductions: all experts together
+    boost: float | None = None  # of the merged difference, a matrix; see `dense.boosted`
 
     def pieces(self) -> Iterator[Piece]:
         step = max(1, self.spec.numel) if self.matrix or self.combination else SLAB

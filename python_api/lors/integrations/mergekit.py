@@ -1,7 +1,7 @@
 """mergekit: our methods in its registry, our selection under its own methods, its Whisper architecture repaired.
 
     import lors.integrations.mergekit as bridge
-    bridge.register()        # merge_method: lors | svp | magnitude_prune | tsv | iso_c in any mergekit configuration
+    bridge.register()        # merge_method: any of METHODS, in any mergekit configuration
     with bridge.accelerate():  # ties, breadcrumbs, breadcrumbs_ties: same results, without the sort
         ...
 
@@ -20,7 +20,7 @@ from ..recipes.parameters import REQUIRED, MethodSpec, ParameterSpec
 from .peers import Swap, largest_entries, peer
 
 OLDEST = "0.1.5"
-METHODS = ("lors", "svp", "magnitude_prune", "tsv", "iso_c")
+METHODS = ("lors", "svp", "magnitude_prune", "tsv", "iso_c", "iso_cts", "wudi")
 PROCESSOR_FILES = ("processor_config.json", "generation_config.json")
 
 _swap = Swap("mergekit")

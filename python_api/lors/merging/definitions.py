@@ -27,6 +27,7 @@ class Expert(NamedTuple):
     delta: Array  # W_t - W0, rounded to float32
     exact: Array  # the same, not rounded where it is known by factors
     stored: tuple[Array, Array, Array] | None = None  # of an expert file, all it knows of delta: left, right and S
+    svd: tuple[Array, Array, Array] | None = None  # of a boosted delta, in the order that it had before
 
 
 class Merged(NamedTuple):
@@ -61,7 +62,14 @@ def merged(
     if method == "model_stock":
         return Merged(base + stock(np.stack(deltas), shared["filter_wise"]))
     if method == "tsv":
-        return Merged(base + scale * task_singular_vectors([expert.exact for expert in experts], weights))
+        return Merged(base + scale * task_singular_vectors(experts, weights))
+    if method in ("iso_cts", "wudi"):
+        used = [w * e.exact for w, e in zip(weights, experts, strict=True) if w]
+        if not used:
+            return Merged(base)
+        if method == "iso_cts":
+            return Merged(base + scale * isotropic_task_specific(used, shared["common"]))
+        return Merged(base + scale * least_interference(used, shared["ridge"], shared["towards"]))
     if method == "iso_c":
         return Merged(base + scale * isotropic(sum(w * e.exact for w, e in zip(weights, experts, strict=True))))
     keys = [random_key(seed, expert.name, stream) for expert in experts]
@@ -114,7 +122,7 @@ def reduced(expert: Expert, rank: float, density: float) -> tuple[Array, Array]:
         left_over = sparse if r == left.shape[1] else delta - low
     else:
         if r:
-            u, sigma, v = np.linalg.svd(delta, full_matrices=False)
+            u, sigma, v = expert.svd or np.linalg.svd(delta, full_matrices=False)
             low = (u[:, :r] * sigma[:r]) @ v[:r]
         left_over = delta - low
     return low, np.where(largest(left_over, int(density * delta.size)), left_over, 0.0)
@@ -227,23 +235,68 @@ def nearest_orthonormal(x: Array) -> Array:
     return u[:, found] @ v[found]
 
 
-def task_singular_vectors(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
-    used = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
+def task_singular_vectors(experts: Sequence[Expert], weights: Sequence[float]) -> Array:
+    used = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight]
     lefts, sigmas, rights = [], [], []
-    for delta, weight in used:
-        u, sigma, v = np.linalg.svd(delta, full_matrices=False)
+    for expert, weight in used:
+        delta = expert.exact
+        u, sigma, v = expert.svd or np.linalg.svd(delta, full_matrices=False)
         found = there(sigma, delta.shape)
         found[int(min(delta.shape) * (1 / len(used))) :] = False  # rounded as FusionBench does
         lefts.append(u[:, found])
         sigmas.append(weight * sigma[found])
         rights.append(v[found].T)
     if not used or not sum(map(len, sigmas)):
-        return np.zeros_like(deltas[0])
+        return np.zeros_like(experts[0].exact)
     left, right = (nearest_orthonormal(np.concatenate(vectors, axis=1)) for vectors in (lefts, rights))
     return (left * np.concatenate(sigmas)) @ right.T
+
+
+def boosted(x: Array, share: float, zero: float) -> tuple[Array, Array, Array]:
+    """(u, sigma, v): of the singular values that are more than `zero` of the largest, none below the first at which their
+    running sum, largest first, reaches a share."""
+    u, sigma, v = np.linalg.svd(x, full_matrices=False)
+    large = sigma[sigma > zero * sigma[0]]
+    if len(large):
+        least = large[np.flatnonzero(np.cumsum(large) >= share * large.sum() * (1 - 1e-15))[0]]
+        sigma = np.where(sigma > zero * sigma[0], np.maximum(sigma, least), sigma)
+    return u, sigma, v
 
 
 def isotropic(total: Array) -> Array:
     u, sigma, v = np.linalg.svd(total, full_matrices=False)
     found = there(sigma, total.shape)
     return sigma.mean() * (u[:, found] @ v[found])
+
+
+def triplets(x: Array, count: int) -> tuple[Array, Array, Array]:
+    """The `count` largest singular triplets but those of value 0."""
+    u, sigma, v = np.linalg.svd(x, full_matrices=False)
+    kept = np.flatnonzero(there(sigma, x.shape))[:count]
+    return u[:, kept], sigma[kept], v[kept].T
+
+
+def isotropic_task_specific(deltas: Sequence[Array], common: float) -> Array:
+    total, least, count = np.sum(deltas, axis=0), min(deltas[0].shape), len(deltas)
+    each = min(round((least - int(common * least)) / count), least // count)
+    parts = [triplets(total, least - each * count)]
+    outside = np.eye(len(total)) - parts[0][0] @ parts[0][0].T
+    for delta in deltas:
+        u, sigma, v = triplets(outside @ delta, each)
+        kept = sigma > max(delta.shape) * 2.0**-53 * np.linalg.norm(
+            delta
+        )  # what is left over of delta, not of rounding
+        parts.append((u[:, kept], sigma[kept], v[:, kept]))
+    left, sigma, right = (np.concatenate([part[side] for part in parts], axis=-1) for side in range(3))
+    return sigma.sum() / least * (nearest_orthonormal(left) @ nearest_orthonormal(right).T)
+
+
+def least_interference(deltas: Sequence[Array], ridge: float, towards: str) -> Array:
+    goal = sum(deltas) / (len(deltas) if towards == "mean" else 1)
+    grams = [delta.T @ delta / max(np.square(delta).sum(), np.finfo(float).tiny) for delta in deltas]
+    total = sum(grams)
+    epsilon = ridge * np.trace(total) / len(total)
+    if not epsilon:  # all are the base
+        return np.zeros_like(goal)
+    inverse = np.linalg.inv(total + epsilon * np.eye(len(total)))
+    return (sum(delta @ gram for delta, gram in zip(deltas, grams, strict=True)) + epsilon * goal) @ inverse

@@ -120,6 +120,8 @@ def _bound(data: Mapping[str, Any]) -> Any:
     from ..recipes.recipe import Recipe
 
     recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
+    if recipe.boosted:
+        raise LorsError("boost: what it adds cannot be taken apart: merge again instead of editing")
     if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe):
         rule = "rest: average" if _separable(recipe) else f"method {recipe.merge_method}"
         raise LorsError(f"{rule}: one expert's share depends on the others: merge again instead of editing")

@@ -72,7 +72,7 @@ def _merge_resident(
 ) -> dict[str, Any]:
     """`merge_state_dicts` of tensors that stay on their device."""
     from ..engine.device import parse_devices
-    from ..engine.resident import DeviceSource, ResidentEngine
+    from ..engine.resident import BoostedOnDevice, DeviceSource, ResidentEngine
 
     if device is not None and parse_devices(device) != [place]:
         raise SettingError("device", f"expected {place}, where the tensors are, or None, got {device!r}")
@@ -83,7 +83,9 @@ def _merge_resident(
         compare_specs(sources[0], source)
     report = MergeReport(recipe.merge_method, "", None, [], threads=1)  # on_devices names the backend
     job = planned(recipe, sources, layers.naming(states[0][1]), config, report)
-    resident = on_devices(job.engine(lambda *_: None), place, device_memory, backend, ResidentEngine)
+    resident = on_devices(
+        job.engine(lambda *_: None, boosted=BoostedOnDevice), place, device_memory, backend, ResidentEngine
+    )
     resident.run(job.works)
     return {work.name: resident.merged[work.name] for work in job.works}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,14 @@ from ..engine.cpu import Engine, Sink
 from ..engine.report import MergeReport
 from ..engine.work import Work, plan
 from ..errors import LorsError, SettingError
+from ..experts.boosted import Boosted
 from ..experts.opening import kind_of, source_of
 from ..experts.source import Source
 from ..files.directory import OutputDirectory
 from ..methods import METHODS, Reduction, rest_of
 from ..methods.operands import Combination
 from ..public import public
+from ..recipes.parameters import BOOST, BOOST_MERGED
 from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
@@ -59,9 +61,13 @@ class Job:
     sources: Sequence[Source]  # the base first
     works: list[Work]
     report: MergeReport
+    shares: Sequence[Mapping[str, float]]  # per expert: which of its matrices are boosted, and how far
 
-    def engine(self, sink: Sink, progress: Progress | None = None) -> Engine:
-        base, experts = self.sources[0], self.sources[1:]
+    def engine(self, sink: Sink, progress: Progress | None = None, boosted: type[Boosted] = Boosted) -> Engine:
+        base, *experts = self.sources
+        for index, share in enumerate(self.shares):
+            if share:
+                experts[index] = boosted(experts[index], base, share)
         report = self.report
         engine = Engine(base, experts, sink, report, report.backend, report.threads, self.recipe.seed)
         if progress is not None:
@@ -109,7 +115,7 @@ def prepare(
     report.notices += notices
     inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return DirectoryJob(recipe, models.sources, job.works, report, models, beside, output, carried)
+    return DirectoryJob(recipe, models.sources, job.works, report, job.shares, models, beside, output, carried)
 
 
 def planned(
@@ -118,12 +124,14 @@ def planned(
     naming: str,
     config: Mapping[str, Any] | None,
     report: MergeReport,
-    change: Callable[[Work], Work] = lambda work: work,
+    change: Callable[[Work], Work] | None = None,
 ) -> Job:
     """The job of a recipe. change: makes of the work for the recipe's models that for `sources`, where they are others."""
-    works = [change(work) for work in _plan(recipe, sources[0], naming, config, report)]
-    _require_parts(sources[1:], works, report)
-    return Job(recipe, sources, works, report)
+    works, shares = _plan(recipe, sources[0], naming, config, report)
+    if change is not None:
+        works, shares = [replace(change(work), boost=None) for work in works], []
+    _require_parts(sources[1:], works, shares or [{} for _ in sources[1:]], report)
+    return Job(recipe, sources, works, report, shares)
 
 
 def new_report(recipe: Recipe, out: str | None, backend: str | None, threads: int | None) -> MergeReport:
@@ -185,26 +193,30 @@ def _open_source(recipe: Recipe, model: int) -> Checkpoint:
         raise recipe.missing(model, error.reason) from error
 
 
-def _require_parts(experts: Sequence[Source], works: Sequence[Work], report: MergeReport) -> None:
+def _require_parts(
+    experts: Sequence[Source], works: Sequence[Work], shares: Sequence[Mapping[str, float]], report: MergeReport
+) -> None:
     """LorsError unless every expert file holds what is asked of it."""
     for index, source in enumerate(experts):
         if (parts := source.parts) is None:
             continue
         partly = approximated = False
         for work in works:
-            if work.reductions and (reduction := work.reductions[index]).weight:
+            boosted = work.name in shares[index]
+            if not boosted and work.reductions and (reduction := work.reductions[index]).weight:
                 parts.require(work.name, work.matrix, reduction.rank, reduction.density)
                 smaller = work.matrix and parts.approximates(work.name, reduction.rank, reduction.density)
                 approximated = approximated or smaller
             asked = work.reductions[index].weight if work.reductions else 0
-            whole = work.combination is not None or (bool(asked) and not work.matrix)
+            whole = work.combination is not None or boosted or (bool(asked) and not work.matrix)
             partly = partly or (whole and parts.stands_in(work.name))
         report.notices += parts.notices(partly, approximated)
 
 
 def _plan(
     recipe: Recipe, base: Source, naming: str, config: Mapping[str, Any] | None, report: MergeReport
-) -> list[Work]:
+) -> tuple[list[Work], list[dict[str, float]]]:
+    """All work, and per expert the shares to which its matrices are boosted."""
     method = METHODS[recipe.merge_method]
     for name, spec in base.tensors.items():
         if not spec.floating and np.dtype(spec.dtype).kind not in "iub":
@@ -214,7 +226,7 @@ def _plan(
     if recipe.confined and not method.targets:
         key = "target" if recipe.target is not None else "rest"
         raise SettingError(key, f"method {recipe.merge_method} treats all tensors alike, expected no {key}")
-    if not everywhere:
+    if not everywhere or recipe.boosted:
         selection = layers.select(base.tensors, naming, config, recipe.target)
         matrices = set(selection.names)
         if selection.notice:
@@ -223,15 +235,22 @@ def _plan(
     depth = layers.positions(base.tensors)
     indices = recipe.experts if method.relative else recipe.inputs
     rest = recipe.rest or method.spec.rest
+    shares: list[dict[str, float]] = [{} for _ in indices]
+    merged: dict[str, float | None] = {}
 
     def treatments(name: str, matrix: bool) -> list[Reduction] | Combination:
         at: dict[str, Any] = {"tensor": name, "position": depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
         shared = recipe.params_for(**at)
+        if matrix:
+            for share, model in zip(shares, models, strict=True):
+                share |= {name: model[BOOST]} if BOOST in model else {}
+            merged[name] = shared.get(BOOST_MERGED)
         return method.treatment(models, shared) if matrix or everywhere else rest_of(rest, models, shared)
 
     dtype = None if recipe.output_dtype is None else FLOATS[recipe.output_dtype]
-    return plan(base.tensors, matrices, treatments, dtype, method.relative)
+    works = plan(base.tensors, matrices, treatments, dtype, method.relative)
+    return [replace(work, boost=merged.get(work.name)) for work in works], shares
 
 
 def compare_specs(base: Source, expert: Source) -> None:

@@ -20,6 +20,7 @@ from ..errors import LorsError
 from ..experts.opening import kind_of
 from ..experts.source import Slot, Source
 from ..methods import METHODS
+from ..recipes.parameters import BOOST, BOOST_MERGED
 from ..recipes.recipe import Recipe
 from . import definitions
 from .definitions import Expert, Merged
@@ -28,13 +29,14 @@ from .job import open_models
 # Two decompositions agree to about 1e-6 of the largest entry of the update, and then an entry or two at the selection's
 # threshold fall on the other side of it. So nearly all entries must agree closely, and a few may not.
 ENTRY_ERROR = 2e-5  # of the update's largest entry
+ENTRY_ERRORS = {"wudi": 2e-3}  # float32 sums over the ridge: docs/methods.md
 FLIPS = 1e-4  # share of the entries, besides two per expert
 SUM_ERROR = 8 * 2.0**-24  # of an entry: a few roundings in float32 before the one to the written type
 
 
-def disagreements(got: np.ndarray, want: np.ndarray, base: np.ndarray) -> int:
+def disagreements(got: np.ndarray, want: np.ndarray, base: np.ndarray, entry_error: float = ENTRY_ERROR) -> int:
     """How many entries of a merged tensor, in the type that was written, differ by more than rounding; others in float64."""
-    error = ENTRY_ERROR * np.abs(want - base).max(initial=0.0) + SUM_ERROR * np.abs(want)
+    error = entry_error * np.abs(want - base).max(initial=0.0) + SUM_ERROR * np.abs(want)
     with np.errstate(over="ignore"):
         # rounding keeps the order: what lies between two numbers lies between them when they are rounded
         least, most = ((want + side).astype(np.float32).astype(got.dtype) for side in (-error, error))
@@ -93,8 +95,11 @@ class _Inputs:
         self.base, *self.experts = models.sources
         everywhere = self.method.everywhere and not recipe.confined
         self.treated = set(self.base.tensors)
+        self.boosted = set[str]()
+        if not everywhere or recipe.boosted:
+            self.boosted = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)
         if not everywhere:
-            self.treated = set(layers.select(self.base.tensors, base.naming, base.config, recipe.target).names)
+            self.treated = self.boosted
         self.depth = layers.positions(self.base.tensors)
         # of expert files and adapters the report counts what they store
         stored = any(kind_of(expert) != "checkpoint" for expert in models.experts)
@@ -116,18 +121,28 @@ class _Inputs:
         recipe, indices = self.recipe, self.recipe.experts if self.method.relative else self.recipe.inputs
         at: dict[str, Any] = {"tensor": name, "position": self.depth[name]}
         models = [recipe.params_for(model=index, **at) for index in indices]
-        shared, experts = recipe.params_for(**at), [self._expert(source, name, base) for source in self.experts]
+        shared = recipe.params_for(**at)
+        shares = [model.get(BOOST) if name in self.boosted else None for model in models]
+        experts = [self._expert(source, name, base, share) for source, share in zip(self.experts, shares, strict=True)]
         if name not in self.treated:
             rule = recipe.rest or self.method.spec.rest
             return definitions.rest(rule, base.astype(np.float64), experts, models, shared)
         method = recipe.merge_method
-        return definitions.merged(method, base.astype(np.float64), experts, models, shared, name, recipe.seed)
+        merged = definitions.merged(method, base.astype(np.float64), experts, models, shared, name, recipe.seed)
+        if name not in self.boosted or (share := shared.get(BOOST_MERGED)) is None:
+            return merged
+        u, sigma, v = definitions.boosted(merged.values - base, share, 2.0**-20)
+        return merged._replace(values=base + (u * sigma) @ v)
 
-    def _expert(self, source: Source, name: str, base: np.ndarray) -> Expert:
+    def _expert(self, source: Source, name: str, base: np.ndarray, share: float | None) -> Expert:
         values = self.read(source, name)
         delta = (values.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
         factors = source.factors(name)
         exact = delta if factors is None else factors.exact().reshape(delta.shape)
+        if share is not None:
+            svd = definitions.boosted(exact, share, max(exact.shape) * 2.0**-53)
+            exact = (svd[0] * svd[1]) @ svd[2]
+            return Expert(source.name, base + exact, exact.astype(np.float32).astype(np.float64), exact, svd=svd)
         stored = None if source.parts is None else source.parts.stored(name)
         return Expert(source.name, values.astype(np.float64), delta, exact, stored)
 
@@ -157,7 +172,8 @@ def _compare(name: str, merged: Checkpoint, want: np.ndarray, inputs: _Inputs) -
     if np.array_equal(want, base):  # carried over
         wrong, allowed = int(np.count_nonzero(got != base.astype(dtype))), 0
     else:
-        wrong = disagreements(got, want, base.astype(np.float64))
+        accuracy = ENTRY_ERRORS.get(inputs.recipe.merge_method, ENTRY_ERROR)
+        wrong = disagreements(got, want, base.astype(np.float64), accuracy)
         allowed = allowed_disagreements(want.size, len(inputs.experts))
     if wrong > allowed:
         method = inputs.recipe.merge_method

@@ -13,6 +13,7 @@ from . import (
     della,
     della_linear,
     iso_c,
+    iso_cts,
     linear,
     lors,
     magnitude_prune,
@@ -22,12 +23,13 @@ from . import (
     task_arithmetic,
     ties,
     tsv,
+    wudi,
 )
 from .base import Method, Reduction, rest_of
 
 _MODULES = (
     *(linear, task_arithmetic, magnitude_prune, svp, lors, ties, dare_linear, dare_ties, della, della_linear),
-    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c),
+    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c, iso_cts, wudi),
 )
 METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD.complete() for module in _MODULES}
 SPECS = {name: method.spec for name, method in METHODS.items()}

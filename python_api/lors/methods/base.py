@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
-from ..recipes.parameters import REST_LAMBDA, MethodSpec, ParameterSpec, Rest
+from ..recipes.parameters import BOOST, BOOST_MERGED, REST_LAMBDA, MethodSpec, ParameterSpec, Rest
 from .operands import Combination
 
 
@@ -88,6 +88,13 @@ COMMON = (
     ParameterSpec(
         REST_LAMBDA, "float", None, scope="global",
         help="factor of the tensors that are not treated (default: lambda; 1 where they are averaged)",
+    ),
+    ParameterSpec(
+        BOOST, "float", None, minimum=0.0, maximum=1.0,
+        help="of this expert's matrices: no singular value below the one at which their sum reaches this share",
+    ),
+    ParameterSpec(
+        BOOST_MERGED, "float", None, minimum=0.0, maximum=1.0, scope="global", help="the same of the merged difference",
     ),
 )  # fmt: skip
 INT8_MASK = ParameterSpec(

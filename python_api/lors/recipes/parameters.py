@@ -15,7 +15,17 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import SettingError, nearest, shown
 
-__all__ = ["REQUIRED", "REST_LAMBDA", "Condition", "MethodSpec", "ParameterSpec", "Setting", "rank_of"]
+__all__ = [
+    "BOOST",
+    "BOOST_MERGED",
+    "REQUIRED",
+    "REST_LAMBDA",
+    "Condition",
+    "MethodSpec",
+    "ParameterSpec",
+    "Setting",
+    "rank_of",
+]
 
 Scalar: TypeAlias = bool | int | float | str
 Value: TypeAlias = Scalar | tuple[Scalar, ...]  # a tuple is a gradient over depth
@@ -85,7 +95,8 @@ class ParameterSpec:
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which weights and sums are
 
 Rest: TypeAlias = Literal["task_arithmetic", "average", "base"]
-REST_LAMBDA = "rest_lambda"  # the parameter of every method that has a rest
+# Parameters of every method that has a target.
+REST_LAMBDA, BOOST, BOOST_MERGED = "rest_lambda", "boost", "boost_merged"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..public import public
 from . import strict_yaml
 from .entries import Document, DType, ModelEntry, Target, parse_size
 from .labels import check_labels, labels_of, path_parts
-from .parameters import REQUIRED, REST_LAMBDA, MethodSpec, Rest, Setting
+from .parameters import BOOST, BOOST_MERGED, REQUIRED, REST_LAMBDA, MethodSpec, Rest, Setting
 from .reading import exists, prepare
 
 __all__ = ["Recipe", "label_of", "written_beside"]
@@ -259,6 +259,13 @@ class Recipe(Document):
     def confined(self) -> bool:
         """Whether a method that would treat all tensors treats the target alone: one is given, or what becomes of the rest."""
         return self.target is not None or self.rest is not None or REST_LAMBDA in self.parameters
+
+    @property
+    def boosted(self) -> bool:
+        """Whether matrices of the target are boosted, of experts or of the merge."""
+        return BOOST_MERGED in self.parameters or any(
+            BOOST in parameters for parameters in (self.parameters, *(entry.parameters for entry in self.models))
+        )
 
     @property
     def output_dtype(self) -> str | None:
