@@ -109,7 +109,19 @@ def _web(root: Path, six: Six) -> str:
     return f"{root}"
 
 
+def _csv(root: Path, six: Six) -> str:
+    """Paths in a table, which name no type."""
+    rows = ["path,text,language"]
+    for i, (text, samples) in enumerate(six):
+        (root / f"{i}.flac").write_bytes(_encoded(samples))
+        rows.append(f"{root / f'{i}.flac'},{text},{LANGUAGES[i]}")
+    (root / "tables").mkdir()
+    (root / "tables" / "train.csv").write_text("\n".join(rows) + "\n", "utf-8")
+    return f"{root / 'tables'}"
+
+
 SHAPES = {
+    "csv": _csv,
     "parquet": _parquet,
     "parquet file": _parquet_file,
     "saved": _saved,
@@ -252,6 +264,13 @@ def test_a_digest_sees_every_row(tmp_path: Path, six: Six) -> None:
     assert digest([(six[0][0], six[0][1][:-800]), *six[1:]]) != first
     assert digest([six[0], (six[1][0] + "!", six[1][1]), *six[2:]]) == first, "of another language"
     assert digest(six, ",streaming=3") != first
+
+
+def test_samples_that_are_not_encoded(tmp_path: Path, six: Six) -> None:
+    sounds = [{"array": samples.tolist(), "sampling_rate": 16000} for _, samples in six]
+    datasets.Dataset.from_dict({"audio": sounds, "text": ["x"] * 6}).to_parquet(str(tmp_path / "t.parquet"))
+    with pytest.raises(LorsError, match="t.parquet: expected encoded recordings or paths in 'audio': "):
+        load_corpus(f"datasets:{tmp_path / 't.parquet'},language=ca", languages="ca")
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

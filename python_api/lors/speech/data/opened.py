@@ -64,7 +64,7 @@ class RowAudio:
         return 0.0, None
 
     def _sound(self) -> bytes | AudioFile:
-        sound = self.table[self.row][self.column] or {}
+        sound = _bytes_or_path(self.table[self.row][self.column])
         if sound.get("bytes"):
             return bytes(sound["bytes"])
         if sound.get("path"):
@@ -97,7 +97,7 @@ def by_datasets(place: str, language: str, split: str, left_out: LeftOut) -> Ite
             f"{', '.join(table.column_names or columns.values())}"
         )
     if streaming:
-        table = _kept(table, columns, language, streaming)
+        table = _kept(where, table, columns, language, streaming)
     for audio, _, cells in rows(where, table, columns):
         if "language" in cells and spoken_code(str(cells["language"])) != language:
             continue
@@ -126,18 +126,19 @@ def opened(where: str, path: str, config: str | None = None, **more: Any) -> Any
 
 def rows(where: str, table: Any, columns: Mapping[str, str]) -> Iterator[tuple[RowAudio, str | None, dict[str, Any]]]:
     """(recording, name of its file, what the other columns hold) of each row; no sound is read."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     audio = columns["audio"]
-    if getattr(table.features[audio], "decode", None):
-        table = table.cast_column(audio, require("datasets").Audio(decode=False))
+    table = _encoded(where, table, audio)
     others = {held: name for held, name in columns.items() if held != "audio"}
     labels = {held: table.features[name] for held, name in others.items() if name in table.features}
     number = 0
     for batch in table.with_format("arrow").iter(_BATCH):
         sound = batch[audio]
-        sizes = pc.binary_length(pc.struct_field(sound, "bytes")).to_pylist()
-        files = pc.struct_field(sound, "path").to_pylist()
+        inside = pa.types.is_struct(sound.type)  # else a path
+        sizes = pc.binary_length(pc.struct_field(sound, "bytes")).to_pylist() if inside else [None] * len(sound)
+        files = (pc.struct_field(sound, "path") if inside else sound).to_pylist()
         texts = batch.select(list({_top(name, batch.column_names) for name in others.values()})).to_pylist()
         for size, file, row in zip(sizes, files, texts, strict=True):
             cells = {held: _cell(row, name) for held, name in others.items()}
@@ -246,14 +247,28 @@ def _as_it_is(value: Any) -> dict[str, Any]:
     return {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": str(value)}
 
 
-def _kept(stream: Any, columns: Mapping[str, str], language: str, count: int) -> Any:
+def _encoded(where: str, table: Any, column: str) -> Any:
+    """With the recordings as bytes or paths, whatever the library would make of them."""
+    if type((table.features or {}).get(column)).__name__ in ("Value", "NoneType"):
+        return table  # paths already, or a stream that makes nothing of them
+    try:
+        return table.cast_column(column, require("datasets").Audio(decode=False))
+    except Exception as error:  # of pyarrow and the library
+        said = first_line(_innermost(error))
+        raise LorsError(f"{where}: expected encoded recordings or paths in {column!r}: {said}") from error
+
+
+def _kept(where: str, stream: Any, columns: Mapping[str, str], language: str, count: int) -> Any:
     """The first `count` rows of the language, as a table on the disk: the library's cache, which knows them again."""
     datasets = require("datasets")
     text, sound = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({name: sound if held == "audio" else text for held, name in columns.items()})
-    if getattr((stream.features or {}).get(columns["audio"]), "decode", None):
-        stream = stream.cast_column(columns["audio"], datasets.Audio(decode=False))
-    options = {"stream": stream, "columns": dict(columns), "language": language, "count": count}
+    options = {
+        "stream": _encoded(where, stream, columns["audio"]),
+        "columns": dict(columns),
+        "language": language,
+        "count": count,
+    }
     return datasets.Dataset.from_generator(_first, features=features, gen_kwargs=options)
 
 
@@ -269,9 +284,14 @@ def _first(stream: Any, columns: Mapping[str, str], language: str, count: int) -
                 return
 
 
-def _fetched(sound: dict[str, Any] | None) -> dict[str, Any] | None:
+def _bytes_or_path(sound: dict[str, Any] | str | None) -> dict[str, Any]:
+    return {"path": sound} if isinstance(sound, str) else sound or {}
+
+
+def _fetched(cell: dict[str, Any] | str | None) -> dict[str, Any]:
     """With the bytes of a recording that is not on this machine."""
-    if sound is None or sound.get("bytes") or not sound.get("path") or os.path.isfile(sound["path"]):
+    sound = {"bytes": None, "path": None} | _bytes_or_path(cell)
+    if sound["bytes"] or not sound["path"] or os.path.isfile(sound["path"]):
         return sound
     with require("fsspec").open(sound["path"]) as stream:
         return {"bytes": stream.read(), "path": os.path.basename(sound["path"])}
