@@ -205,6 +205,7 @@ def test_a_language_in_the_name(tmp_path: Path, six: Six, mark: str, name: str) 
     labels = datasets.ClassLabel(names=["German", "Swedish"])
     table.cast_column("locale", labels).to_parquet(str(tmp_path / name / "train-00000-of-00001.parquet"))
     assert len(load_corpus(f"datasets:{tmp_path}/{name}", languages="sv")) == 6, "and one that is numbered"
+    assert len(load_corpus(f"datasets:{tmp_path}/{name},streaming=9", languages="sv")) == 6
 
 
 def test_splits(tmp_path: Path, six: Six) -> None:
@@ -281,12 +282,18 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         load_corpus(f"datasets:{tmp_path}", languages="ca")
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_one_line(tmp_path: Path, catalan: Corpus) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "cut.tar").write_bytes(b"no archive")
     for place in ("cut.parquet", "cut.tar", "absent.parquet", "absent", "."):
         with pytest.raises(LorsError, match=r"datasets:.*: cannot be opened by datasets: ") as error:
             load_corpus(f"datasets:{tmp_path}/{place}", languages="ca")
+        assert "\n" not in str(error.value)
+    _web(tmp_path, [(u.text, read_audio(u.audio)) for u in catalan[:6]])
+    (tmp_path / "train-00001.tar").write_bytes((tmp_path / "train-00001.tar").read_bytes()[:3000])
+    for streaming, said in (("", "opened"), (",streaming=9", "read")):
+        with pytest.raises(LorsError, match=f"cannot be {said} by datasets: ") as error:
+            load_corpus(f"datasets:{tmp_path}/train-*.tar{streaming}", languages="ca")
         assert "\n" not in str(error.value)
     assert datasets.Audio.encode_example.__module__ == "datasets.features.audio", "the library is as it was"
 
