@@ -541,10 +541,10 @@ def test_features_are_computed_by_one_of_those_who_ask(tmp_path: Path, monkeypat
     recordings = _recordings(tmp_path, a=1.0, b=0.5, c=0.7)
     computed: list[str] = []
 
-    def slow(audio: AudioFile, extractor: Any) -> Any:
+    def slow(audio: AudioFile, extractor: Any, longest: float) -> Any:
         computed.append(audio.name)
         time.sleep(0.1)
-        return log_mel(audio, extractor)
+        return log_mel(audio, extractor, longest)
 
     monkeypatch.setattr(features_module, "log_mel", slow)
     askers = [Features(extractor, tmp_path / "cache") for _ in range(4)]
