@@ -56,6 +56,7 @@ def test_codes() -> None:
     ]
     known = {code for code in WHISPER_LANGUAGES if _has_fleurs(code)}
     assert len(known) == 83 and {"eu", "sq", "la"}.isdisjoint(known), "of FLEURS's 102 Whisper speaks 83"
+    assert fleurs_code("ast") == "ast_es" and fleurs_code("nso") == "nso_za", "the others too"
     assert spoken_code("Swedish") == spoken_code("sv-SE") == "sv" and language_name("sv") == "swedish"
     with pytest.raises(LorsError, match="at least one code"):
         parse_languages(" , ")
