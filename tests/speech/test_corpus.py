@@ -515,7 +515,7 @@ def test_features_of_any_length_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_features_are_those_of_the_library(tmp_path: Path, catalan: Corpus) -> None:
-    """Which computes the whole window: of Whisper's own size, six times the work for a recording of five seconds."""
+    """Which computes the whole window, silence too."""
     extractor = WhisperFeatureExtractor(feature_size=128)
     silence, whole = _recordings(tmp_path, silence=0.0001, whole=30.0)
     for audio in (*(u.audio for u in catalan[:5]), silence, whole):
