@@ -56,6 +56,7 @@ def test_codes() -> None:
     ]
     known = {code for code in WHISPER_LANGUAGES if _has_fleurs(code)}
     assert len(known) == 83 and {"eu", "sq", "la"}.isdisjoint(known), "of FLEURS's 102 Whisper speaks 83"
+    assert fleurs_code("ast") == "ast_es" and fleurs_code("nso") == "nso_za", "the others too"
     assert spoken_code("Swedish") == spoken_code("sv-SE") == "sv" and language_name("sv") == "swedish"
     with pytest.raises(LorsError, match="at least one code"):
         parse_languages(" , ")
@@ -514,7 +515,7 @@ def test_features_of_any_length_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_features_are_those_of_the_library(tmp_path: Path, catalan: Corpus) -> None:
-    """Which computes the whole window: of Whisper's own size, six times the work for a recording of five seconds."""
+    """Which computes the whole window, silence too."""
     extractor = WhisperFeatureExtractor(feature_size=128)
     silence, whole = _recordings(tmp_path, silence=0.0001, whole=30.0)
     for audio in (*(u.audio for u in catalan[:5]), silence, whole):
@@ -541,10 +542,10 @@ def test_features_are_computed_by_one_of_those_who_ask(tmp_path: Path, monkeypat
     recordings = _recordings(tmp_path, a=1.0, b=0.5, c=0.7)
     computed: list[str] = []
 
-    def slow(audio: AudioFile, extractor: Any) -> Any:
+    def slow(audio: AudioFile, extractor: Any, longest: float) -> Any:
         computed.append(audio.name)
         time.sleep(0.1)
-        return log_mel(audio, extractor)
+        return log_mel(audio, extractor, longest)
 
     monkeypatch.setattr(features_module, "log_mel", slow)
     askers = [Features(extractor, tmp_path / "cache") for _ in range(4)]

@@ -18,7 +18,7 @@ import soundfile
 from lors.errors import LorsError
 from lors.speech.data import opened as opened_module
 from lors.speech.data.audio import AudioFile, read_audio
-from lors.speech.data.corpus import corpus_digest, load_corpus
+from lors.speech.data.corpus import corpus_digest, is_kind, load_corpus
 from lors.speech.data.left_out import LeftOut
 from lors.speech.data.utterance import Corpus
 from lors.speech.scoring.evaluation import evaluate
@@ -109,7 +109,19 @@ def _web(root: Path, six: Six) -> str:
     return f"{root}"
 
 
+def _csv(root: Path, six: Six) -> str:
+    """Paths in a table, which name no type."""
+    rows = ["path,text,language"]
+    for i, (text, samples) in enumerate(six):
+        (root / f"{i}.flac").write_bytes(_encoded(samples))
+        rows.append(f"{root / f'{i}.flac'},{text},{LANGUAGES[i]}")
+    (root / "tables").mkdir()
+    (root / "tables" / "train.csv").write_text("\n".join(rows) + "\n", "utf-8")
+    return f"{root / 'tables'}"
+
+
 SHAPES = {
+    "csv": _csv,
     "parquet": _parquet,
     "parquet file": _parquet_file,
     "saved": _saved,
@@ -185,13 +197,15 @@ def test_columns_are_found_or_named(tmp_path: Path, six: Six) -> None:
 def test_a_language_in_the_name(tmp_path: Path, six: Six, mark: str, name: str) -> None:
     """Corpora with a configuration, or a directory, for each language: their rows need not say theirs."""
     (tmp_path / name).mkdir()
+    _table(six, locale=["Dalarna"] * 6).to_parquet(str(tmp_path / name / "train-00000-of-00001.parquet"))
+    assert len(load_corpus(f"datasets:{tmp_path}/{{{mark}}}", languages="sv")) == 6, "whatever a column says"
     table = _table(six, locale=["Swedish"] * 6)
     table.to_parquet(str(tmp_path / name / "train-00000-of-00001.parquet"))
-    assert len(load_corpus(f"datasets:{tmp_path}/{{{mark}}}", languages="sv")) == 6
     assert len(load_corpus(f"datasets:{tmp_path}/{name}", languages="sv")) == 6, "an English name in a column"
     labels = datasets.ClassLabel(names=["German", "Swedish"])
     table.cast_column("locale", labels).to_parquet(str(tmp_path / name / "train-00000-of-00001.parquet"))
     assert len(load_corpus(f"datasets:{tmp_path}/{name}", languages="sv")) == 6, "and one that is numbered"
+    assert len(load_corpus(f"datasets:{tmp_path}/{name},streaming=9", languages="sv")) == 6
 
 
 def test_splits(tmp_path: Path, six: Six) -> None:
@@ -241,6 +255,7 @@ def test_samples_are_seeded_and_spread_over_speakers(tmp_path: Path, six: Six) -
 
 def test_a_digest_sees_every_row(tmp_path: Path, six: Six) -> None:
     source = f"datasets:{tmp_path / 't.parquet'}"
+    assert is_kind(source), "so that an experiment asks for its rows"
 
     def digest(six: Six, options: str = "") -> str:
         _table(six).to_parquet(str(tmp_path / "t.parquet"))
@@ -254,18 +269,31 @@ def test_a_digest_sees_every_row(tmp_path: Path, six: Six) -> None:
     assert digest(six, ",streaming=3") != first
 
 
+def test_samples_that_are_not_encoded(tmp_path: Path, six: Six) -> None:
+    sounds = [{"array": samples.tolist(), "sampling_rate": 16000} for _, samples in six]
+    datasets.Dataset.from_dict({"audio": sounds, "text": ["x"] * 6}).to_parquet(str(tmp_path / "t.parquet"))
+    with pytest.raises(LorsError, match="t.parquet: expected encoded recordings or paths in 'audio': "):
+        load_corpus(f"datasets:{tmp_path / 't.parquet'},language=ca", languages="ca")
+
+
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(LorsError, match=r"speech needs datasets: pip install 'lors-merging\[speech\]'"):
         load_corpus(f"datasets:{tmp_path}", languages="ca")
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_one_line(tmp_path: Path, catalan: Corpus) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     (tmp_path / "cut.tar").write_bytes(b"no archive")
     for place in ("cut.parquet", "cut.tar", "absent.parquet", "absent", "."):
         with pytest.raises(LorsError, match=r"datasets:.*: cannot be opened by datasets: ") as error:
             load_corpus(f"datasets:{tmp_path}/{place}", languages="ca")
+        assert "\n" not in str(error.value)
+    _web(tmp_path, [(u.text, read_audio(u.audio)) for u in catalan[:6]])
+    (tmp_path / "train-00001.tar").write_bytes((tmp_path / "train-00001.tar").read_bytes()[:3000])
+    for streaming, said in (("", "opened"), (",streaming=9", "read")):
+        with pytest.raises(LorsError, match=f"cannot be {said} by datasets: ") as error:
+            load_corpus(f"datasets:{tmp_path}/train-*.tar{streaming}", languages="ca")
         assert "\n" not in str(error.value)
     assert datasets.Audio.encode_example.__module__ == "datasets.features.audio", "the library is as it was"
 

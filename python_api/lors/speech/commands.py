@@ -307,7 +307,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
         signature = f"; {rows[0].score.bleu_signature}" if task == "translate" else ""
         print_lines(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
-              f"real-time factor {speed:.4f}{signature}")  # fmt: skip
+              f"normaliser {rows[0].score.normaliser}, real-time factor {speed:.4f}{signature}")  # fmt: skip
 
 
 def experiment(

@@ -46,7 +46,9 @@ def _sentences(place: str, language: str, split: str, left_out: LeftOut, *, soun
             yield from _of_tsv(home, split, left_out, sound)
             return
     if language != "en":
-        raise LorsError(f"{place}: expected {code}/{stems[0]}-*.parquet or {code}/{split}.tsv, got neither")
+        raise LorsError(
+            f"{place or 'google/fleurs'}: expected {code}/{stems[0]}-*.parquet or {code}/{split}.tsv, got neither"
+        )
 
 
 def _of_parquet(files: list[Path], left_out: LeftOut, sound: bool) -> Iterator[_Sentence]:

@@ -64,7 +64,7 @@ class RowAudio:
         return 0.0, None
 
     def _sound(self) -> bytes | AudioFile:
-        sound = self.table[self.row][self.column] or {}
+        sound = _bytes_or_path(self.table[self.row][self.column])
         if sound.get("bytes"):
             return bytes(sound["bytes"])
         if sound.get("path"):
@@ -97,7 +97,7 @@ def by_datasets(place: str, language: str, split: str, left_out: LeftOut) -> Ite
             f"{', '.join(table.column_names or columns.values())}"
         )
     if streaming:
-        table = _kept(table, columns, language, streaming)
+        table = _kept(where, table, columns, language, streaming)
     for audio, _, cells in rows(where, table, columns):
         if "language" in cells and spoken_code(str(cells["language"])) != language:
             continue
@@ -115,35 +115,29 @@ def opened(where: str, path: str, config: str | None = None, **more: Any) -> Any
     datasets = require("datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    try:
-        with _undecoded():
-            if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
-                return datasets.load_from_disk(path)
-            return datasets.load_dataset(path, config, **more)
-    except Exception as error:  # of the network, of formats, of its own: from several libraries
-        raise LorsError(f"{where}: cannot be opened by datasets: {first_line(_innermost(error))}") from error
+    with _told(f"{where}: cannot be opened by datasets"), _undecoded():
+        if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return datasets.load_from_disk(path)
+        return datasets.load_dataset(path, config, **more)
 
 
 def rows(where: str, table: Any, columns: Mapping[str, str]) -> Iterator[tuple[RowAudio, str | None, dict[str, Any]]]:
     """(recording, name of its file, what the other columns hold) of each row; no sound is read."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     audio = columns["audio"]
-    if getattr(table.features[audio], "decode", None):
-        table = table.cast_column(audio, require("datasets").Audio(decode=False))
+    table = _encoded(where, table, audio)
     others = {held: name for held, name in columns.items() if held != "audio"}
-    labels = {held: table.features[name] for held, name in others.items() if name in table.features}
     number = 0
     for batch in table.with_format("arrow").iter(_BATCH):
         sound = batch[audio]
-        sizes = pc.binary_length(pc.struct_field(sound, "bytes")).to_pylist()
-        files = pc.struct_field(sound, "path").to_pylist()
+        inside = pa.types.is_struct(sound.type)  # else a path
+        sizes = pc.binary_length(pc.struct_field(sound, "bytes")).to_pylist() if inside else [None] * len(sound)
+        files = (pc.struct_field(sound, "path") if inside else sound).to_pylist()
         texts = batch.select(list({_top(name, batch.column_names) for name in others.values()})).to_pylist()
         for size, file, row in zip(sizes, files, texts, strict=True):
-            cells = {held: _cell(row, name) for held, name in others.items()}
-            for held, label in labels.items():
-                if hasattr(label, "int2str") and cells[held] is not None:
-                    cells[held] = label.int2str(cells[held])
+            cells = {held: _cell(row, name, table.features) for held, name in others.items()}
             length = AudioFile(Path(file)).size if size is None and file else size
             yield RowAudio(f"{where}:{number}", table, audio, number, length), file and os.path.basename(file), cells
             number += 1
@@ -191,7 +185,8 @@ def _split(where: str, found: Any, split: str, options: Mapping[str, str]) -> An
 
 def _columns(where: str, table: Any, options: Mapping[str, str]) -> dict[str, str]:
     """What is held -> the name of its column; of a column of JSON the part, ``json.text``."""
-    features = table.features or dict.fromkeys(next(iter(table)))  # a stream may not know before it has begun
+    with _told(f"{where}: cannot be read by datasets"):
+        features = table.features or dict.fromkeys(next(iter(table)))  # a stream may not know before it has begun
     names = [
         *features,
         *(f"{name}.{part}" for name, kind in features.items() if isinstance(kind, dict) for part in kind),
@@ -218,11 +213,13 @@ def _top(name: str, columns: Iterable[str]) -> str:
     return name if name in columns else name.partition(".")[0]
 
 
-def _cell(row: Mapping[str, Any], name: str) -> Any:
-    if name in row:
-        return row[name]
-    top, _, part = name.partition(".")
-    return (row[top] or {}).get(part)
+def _cell(row: Mapping[str, Any], name: str, features: Mapping[str, Any] | None) -> Any:
+    """What a row holds under a name; the name of a class that is stored as a number."""
+    if name not in row:
+        top, _, part = name.partition(".")
+        return (row[top] or {}).get(part)
+    names, cell = getattr((features or {}).get(name), "names", None), row[name]
+    return names[cell] if names and isinstance(cell, int) and 0 <= cell < len(names) else cell
 
 
 # ------------------------------------------------------------------------------------------------- inside the library
@@ -246,21 +243,33 @@ def _as_it_is(value: Any) -> dict[str, Any]:
     return {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": str(value)}
 
 
-def _kept(stream: Any, columns: Mapping[str, str], language: str, count: int) -> Any:
+def _encoded(where: str, table: Any, column: str) -> Any:
+    """With the recordings as bytes or paths, whatever the library would make of them."""
+    if type((table.features or {}).get(column)).__name__ in ("Value", "NoneType"):
+        return table  # paths already, or a stream that makes nothing of them
+    with _told(f"{where}: expected encoded recordings or paths in {column!r}"):
+        return table.cast_column(column, require("datasets").Audio(decode=False))
+
+
+def _kept(where: str, stream: Any, columns: Mapping[str, str], language: str, count: int) -> Any:
     """The first `count` rows of the language, as a table on the disk: the library's cache, which knows them again."""
     datasets = require("datasets")
     text, sound = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({name: sound if held == "audio" else text for held, name in columns.items()})
-    if getattr((stream.features or {}).get(columns["audio"]), "decode", None):
-        stream = stream.cast_column(columns["audio"], datasets.Audio(decode=False))
-    options = {"stream": stream, "columns": dict(columns), "language": language, "count": count}
-    return datasets.Dataset.from_generator(_first, features=features, gen_kwargs=options)
+    options = {
+        "stream": _encoded(where, stream, columns["audio"]),
+        "columns": dict(columns),
+        "language": language,
+        "count": count,
+    }
+    with _told(f"{where}: cannot be read by datasets"):
+        return datasets.Dataset.from_generator(_first, features=features, gen_kwargs=options)
 
 
 def _first(stream: Any, columns: Mapping[str, str], language: str, count: int) -> Iterator[dict[str, Any]]:
     with _undecoded():
         for row in stream:
-            cells = {name: _cell(row, name) for name in columns.values()}
+            cells = {name: _cell(row, name, stream.features) for name in columns.values()}
             if "language" in columns and spoken_code(str(cells[columns["language"]])) != language:
                 continue
             yield {name: _fetched(cell) if name == columns["audio"] else cell for name, cell in cells.items()}
@@ -269,14 +278,26 @@ def _first(stream: Any, columns: Mapping[str, str], language: str, count: int) -
                 return
 
 
-def _fetched(sound: dict[str, Any] | None) -> dict[str, Any] | None:
+def _bytes_or_path(sound: dict[str, Any] | str | None) -> dict[str, Any]:
+    return {"path": sound} if isinstance(sound, str) else sound or {}
+
+
+def _fetched(cell: dict[str, Any] | str | None) -> dict[str, Any]:
     """With the bytes of a recording that is not on this machine."""
-    if sound is None or sound.get("bytes") or not sound.get("path") or os.path.isfile(sound["path"]):
+    sound = {"bytes": None, "path": None} | _bytes_or_path(cell)
+    if sound["bytes"] or not sound["path"] or os.path.isfile(sound["path"]):
         return sound
     with require("fsspec").open(sound["path"]) as stream:
         return {"bytes": stream.read(), "path": os.path.basename(sound["path"])}
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The library says that something went wrong; its cause says what."""
-    return error if error.__cause__ is None else _innermost(error.__cause__)
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of the network, of formats and of the library, which come from several libraries, in one line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # the library says that something went wrong; its cause says what
+        raise LorsError(f"{what}: {first_line(cause)}") from error
