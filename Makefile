@@ -21,15 +21,15 @@ test: $(VENV)/.installed espeak chromium
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
 
-# torch first and alone: a range in somebody's requirements must not bring another one. Python compiles what is imported.
+# torch first, with what lors_kernels imports: a range in somebody's requirements must not bring another one. Python compiles
+# what is imported. For the demonstration the kernels are built for this processor alone.
 $(VENV)/.demo: EXTRAS := demo
-# nvcc takes minutes, and the demonstration runs on the CPU
-$(VENV)/.demo: export LORS_BUILD_CUDA := 0
+$(VENV)/.demo: ONLY = LORS_BUILD_CUDA=0 LORS_BUILD_ISA=$$($(BIN)/python -c "from lors_kernels.backends import cpu; print(cpu.instruction_set())")
 $(VENV)/.installed: EXTRAS := dev
 $(VENV)/.demo $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile torch==2.13.0 numpy
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile -e '.[$(EXTRAS)]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile torch==2.13.0 numpy ml_dtypes
+	PIP_CONSTRAINT=constraints.txt $(ONLY) $(BIN)/pip install -q --no-compile -e '.[$(EXTRAS)]'
 	touch $(VENV)/.demo $@ # what is installed for everything serves the demonstration
 
 # Programs that some tests and the demonstration use: speech (without it the recordings in the package serve), and a

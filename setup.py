@@ -4,7 +4,7 @@ The CPU source is compiled once per instruction set into separate modules (`_cpu
 lors_kernels picks one when it first needs it. Separate modules, because inline functions of the standard library
 compiled for AVX-512 must never be merged by the linker into code that an older processor runs. Everywhere but on x86-64
 Linux there is one, `_cpu_portable`: with NEON on arm64, and on macOS without -m flags, because one compilation may be for
-both of its processors.
+both of its processors. LORS_BUILD_ISA names the only one to build, for a machine that runs it.
 
 The CUDA module (`_cuda`) is built where nvcc is found: LORS_BUILD_CUDA=auto (the default; where nvcc or the linking fails it
 warns, and the rest is installed), 0 (never) or 1 (or fail).
@@ -35,6 +35,10 @@ if PLATFORM.startswith("win"):
 FLAGS: dict[str, list[str]] = {"portable": []}
 if PLATFORM == "linux-x86_64":
     FLAGS |= {"avx2": AVX2, "avx512": AVX2 + AVX512}
+if only := os.environ.get("LORS_BUILD_ISA"):
+    if only not in FLAGS:
+        raise SystemExit(f"LORS_BUILD_ISA: expected one of {', '.join(FLAGS)}, got {only!r}")
+    FLAGS = {only: FLAGS[only]}
 COMMON = ["-O3", "-Wall", "-Wextra", "-fno-math-errno", *os.environ.get("LORS_CXXFLAGS", "").split()]
 LINK = os.environ.get("LORS_LDFLAGS", "").split()
 

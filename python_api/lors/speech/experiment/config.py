@@ -133,7 +133,7 @@ class Config(_Section):
         strangers = [language for language in self.experts if language not in self.languages]
         if strangers:
             raise ValueError(f"languages: expected all of the experts' languages, {strangers[0]!r} is missing")
-        if set(self.tasks) < set(CRITERIA[self.criterion].tasks):
+        if not set(CRITERIA[self.criterion].tasks) <= set(self.tasks):
             raise ValueError(f"criterion: {self.criterion!r} is of {CRITERIA[self.criterion].tasks[0]}, no task here")
         if self.rest == "base" and self.rest_lambda:
             raise ValueError("rest_lambda: expected none with rest base, which adds nothing to these tensors")
