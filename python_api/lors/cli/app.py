@@ -11,6 +11,7 @@ import typer
 from ..command import run
 from ..speech.commands import COMMANDS as SPEECH_COMMANDS
 from .analysis import inspect, report
+from .calibrate import calibrate
 from .experts import add, decompose, export_lora, remove
 from .kernels import bench, doctor, validate
 from .merge import merge, mergekit_yaml
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "add": add,
     "remove": remove,
     "export-lora": export_lora,
+    "calibrate": calibrate,
     "sweep": sweep,
     "report": report,
     **SPEECH_COMMANDS,
