@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 import lors
+from calibrated import statistics
 from helpers import module
 from lors import LorsError
+from lors.experts.statistics import read_statistics
 
 module("fusion_bench", "peers")
 from fusion_bench import BaseModelPool
 from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
+from fusion_bench.method.regmean.regmean import merging_with_regmean_weights
 from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 from fusion_bench.method.wudi.wudi import wudi_merging
 
@@ -82,6 +86,25 @@ def test_the_gradient_solution_of_wudi_converges_to_ours() -> None:
         theirs = wudi_merging(vectors, accelerator="cpu", iter_num=steps)
         apart.append(max(float((theirs[n].detach() - ours[n]).norm() / ours[n].norm()) for n in shapes))
     assert apart[0] > 0.5 and apart[0] > 2 * apart[1] and apart[2] < 0.02, apart
+
+
+@pytest.mark.parametrize("alpha", [0.9, 1.0])
+def test_regmean_is_theirs(alpha: float, tmp_path: Path) -> None:
+    """Of the same inputs; our file keeps correlations in float16 and a ridge of 1e-6 is added."""
+    base, experts = states(3)
+    matrices = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
+    files = statistics(tmp_path, tuple(experts), matrices)
+    read = [
+        {n.removesuffix(".weight"): torch.from_numpy(read_statistics(files[t], n, s)) for n, s in matrices.items()}
+        for t in experts
+    ]
+    lists = {name: [state[name].double() for state in experts.values()] for name in base}
+    want = merging_with_regmean_weights(lists, read, reduce_non_diagonal_ratio=alpha)
+    settings = {"statistics": files, "alpha": alpha, "ridge": 1e-6, "target": {"include": ["weight"]}}
+    got = lors.merge_state_dicts(base, experts, "regmean", **settings)
+    for name in base:
+        moved = (want[name] - base[name]).norm()
+        assert (got[name] - want[name]).norm() <= 1e-4 * moved + 2.0**-24 * base[name].norm(), name
 
 
 def test_where_theirs_is_not_defined_ours_keeps_to_the_range_of_the_sum() -> None:

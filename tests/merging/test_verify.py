@@ -12,6 +12,7 @@ import pytest
 import lors
 import lors_kernels
 import tiny
+from calibrated import statistics
 from lors import LorsError
 from lors.checkpoints import layers
 from lors.engine import cpu, work
@@ -26,6 +27,7 @@ from lors.methods import (
     iso_cts,
     model_stock,
     operands,
+    regmean,
     slerp,
     sparsified,
     tsv,
@@ -56,6 +58,8 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def check(family: dict[str, Path], out: Path, method: str, **more: Any) -> str:
     """The line of a checked merge with the settings that the method knows."""
     known = {parameter.name for parameter in METHODS[method].spec.parameters}
+    if "statistics" in known:
+        more = {"statistics": statistics(family["base"].parent, tuple(WEIGHTS), tiny.shapes())} | more
     settings = {"lam" if k == "lambda" else k: v for k, v in SETTINGS.items() if k in known}
     experts = {name: family[name] for name in (["ca"] if method == "slerp" else WEIGHTS)}
     report = lors.merge(family["base"], experts, out, method, durable=False, check=True, **{**settings, **more})
@@ -211,7 +215,7 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
     *((method.METHOD.spec.name, scaled(method, "polar")) for method in (tsv, iso_c, iso_cts)),
-    ("wudi", scaled(wudi, "ridge_quotient")),
+    *(("wudi", scaled(wudi, "ridge_quotient")), ("regmean", scaled(regmean, "ridge_quotient"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import re
 import shutil
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,10 +18,12 @@ import pytest
 
 import lors
 import tiny
+from calibrated import mean_square, statistics
 from helpers import module
 from lors import LorsError
+from lors.experts.statistics import write_statistics
 from lors.merging.definitions import Expert, merged
-from lors.methods import METHODS, operands
+from lors.methods import METHODS, SPECS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
 from lors_kernels import random_key
@@ -319,6 +324,50 @@ def test_a_ridge_leads_wudi_from_no_interference_to_its_goal() -> None:
         assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("settings", [{}, {"alpha": 1.0}, {"alpha": 0.0, "ridge": 0.5}, {"lambda": 0.5}], ids=str)
+def test_regmean_by_definition(settings: dict[str, Any]) -> None:
+    base, experts = states()
+    named = {"lam" if key == "lambda" else key: value for key, value in settings.items()}
+    got = ours(base, experts, "regmean", config={"model_type": "llama"}, **parameters_of("regmean"), **named)
+    defaults = {p.name: p.default for p in METHODS["regmean"].spec.parameters if p.scope == "global"}
+    models = [{"weight": WEIGHTS[name], "statistics": made_up()[name]} for name in NAMES]
+    for key in list(SHAPES)[:2]:
+        deltas = [experts[name][key].astype(np.float64) - base[key] for name in NAMES]
+        parts = [Expert(name, base[key] + delta, delta, delta) for name, delta in zip(NAMES, deltas, strict=True)]
+        want = merged("regmean", base[key].astype(np.float64), parts, models, defaults | settings, key, 0).values
+        assert np.linalg.norm(got[key] - want) <= 1e-6 * np.linalg.norm(want - base[key]) + 1e-7 * np.linalg.norm(want)
+
+
+def test_regmean_gives_each_expert_its_own_inputs_back(tmp_path: Path) -> None:
+    """Experts that read different inputs: the merged matrix does what each does, and its unread columns are the mean."""
+    rng = np.random.default_rng(0)
+    experts = [rng.standard_normal((9, 8)).astype(np.float32) for _ in range(2)]
+    files = {}
+    for t in range(2):
+        mean = np.zeros((8, 8))
+        mean[3 * t : 3 * t + 3, 3 * t : 3 * t + 3] = mean_square(3, t)
+        write_statistics(tmp_path / f"t{t}", f"t{t}", "", {"q_proj.weight": "x"}, {"x": mean})
+        files[f"t{t}"] = str(tmp_path / f"t{t}")
+    got = merged_update("regmean", np.zeros((9, 8), np.float32), experts, statistics=files, ridge=1e-6)
+    assert np.abs(got[:, :3] - experts[0][:, :3]).max() < 1e-3 and np.abs(got[:, 3:6] - experts[1][:, 3:6]).max() < 1e-3
+    assert np.abs(got[:, 6:] - np.mean(experts, axis=0)[:, 6:]).max() < 1e-5
+
+
+def test_a_recipe_finds_its_statistics_from_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = states()
+    for name, state in {"base": base, **experts}.items():
+        tiny.write(tmp_path / "in" / name, state)
+    statistics(tmp_path / "in", NAMES, SHAPES)
+    models = "".join(f"- model: {name}\n  parameters: {{statistics: {name}.stats.safetensors}}\n" for name in NAMES)
+    recipe = f"merge_method: regmean\nbase_model: base\ntarget: {{include: proj}}\nmodels:\n{models}"
+    (tmp_path / "in" / "r.yml").write_text(recipe)
+    for recipe_file, out in (("in/r.yml", "out"), ("out/lors_recipe.yml", "elsewhere/again")):
+        monkeypatch.chdir(tmp_path if out == "out" else "/")
+        lors.merge_recipe(lors.Recipe.load(tmp_path / recipe_file, SPECS), tmp_path / out, durable=False, check=True)
+    first, again = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "elsewhere/again"))
+    assert first == again
+
+
 @pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi"])
 def test_experts_without_a_difference_leave_the_base(method: str) -> None:
     base, experts = states()
@@ -351,9 +400,21 @@ def test_attention_only() -> None:
 EVERY = sorted(set(METHODS) - {"linear", "slerp"})
 
 
+LARGE = {"model.layers.0.self_attn.q_proj.weight": (512, 512)}
+
+
+@functools.cache
+def made_up(large: bool = False) -> dict[str, str]:
+    """Files of statistics for the experts of `states`, or of `large`."""
+    root = Path(tempfile.mkdtemp(prefix="lors-test-"))
+    atexit.register(shutil.rmtree, root)
+    return statistics(root, tuple(f"x{t}" for t in range(6)), LARGE) if large else statistics(root, NAMES, SHAPES)
+
+
 def parameters_of(method: str) -> dict[str, Any]:
     known = {p.name for p in METHODS[method].spec.parameters}
-    return {key: value for key, value in {"density": 0.4, "rank": 3, "weight": WEIGHTS}.items() if key in known}
+    settings = {"density": 0.4, "rank": 3, "weight": WEIGHTS, "statistics": made_up()}
+    return {key: value for key, value in settings.items() if key in known}
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -470,10 +531,14 @@ def test_memory_does_not_depend_on_the_number_of_experts(
     monkeypatch.setattr(operands, "STRIP", 1 << 17)
     monkeypatch.setattr("lors.methods.della_linear.ROWS", 1 << 15)
     settings = {key: value for key, value in parameters_of(method).items() if key != "weight"}
+    if "statistics" in settings:
+        made_up(large=True)
 
     def peak(count: int) -> int:
         experts = {f"x{t}": large / f"x{t}" for t in range(count)}
         out = tmp_path / str(count)
+        if "statistics" in settings:
+            settings["statistics"] = {name: made_up(large=True)[name] for name in experts}
         tracemalloc.start()
         lors.merge(large / "base", experts, out, method, threads=1, durable=False, **settings)
         found = tracemalloc.get_traced_memory()[1]
@@ -552,6 +617,9 @@ def test_non_finite_values_name_the_expert(method: str, value: float, boost: dic
         ("linear", {"weight": 1.0, "rest": "base"}, "^rest: method linear treats all tensors alike, expected no rest$"),
         ("linear", {"weight": 1.0, "rest_lambda": 1.0}, "unknown parameter 'rest_lambda' of method linear"),
         ("ties", {"rest": "base", "rest_lambda": 0.5}, "rest_lambda: expected no value with rest: base"),
+        ("regmean", {}, r"statistics: missing for tensor .* of x, and statistics has no default"),
+        ("regmean", {"statistics": {"x": 3, "y": "f", "z": "f"}}, "statistics: expected the path of a file, got 3"),
+        ("regmean", {"statistics": "/nowhere"}, "^/nowhere: expected a file of statistics, there is none$"),
         ("lors", {"boost": 1.5}, r"boost: expected a number in \[0, 1\], got 1.5"),
         ("tsv", {"boost_merged": {"x": 0.5}}, "boost_merged is one value for the whole merge"),
         ("linear", {"weight": 1.0, "boost": 0.5}, "unknown parameter 'boost' of method linear"),

@@ -23,12 +23,15 @@ def merge(
     base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
     expert: Annotated[list[str] | None, typer.Option(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="lors, task_arithmetic, linear, svp, magnitude_prune ... (default: lors)")
+        str | None, typer.Option(help="lors, task_arithmetic, ties, tsv, iso_cts, wudi ... (default: lors)")
     ] = None,
     rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
     density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
     lam: Annotated[float | None, typer.Option("--lambda", help="Factor of the sum over the experts.")] = None,
     weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
+    statistics: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="What `lors calibrate` wrote for an expert; repeat.")
+    ] = None,
     param: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
     ] = None,
@@ -68,7 +71,8 @@ def merge(
     lors merge --base BASE --expert ca=DIR --expert de=DIR OUT
     """
     given = {
-        "rank": rank, "density": density, "lambda": lam, "rest_lambda": rest_lambda, "weight": pairs_of(weight, "--weight", float), **pairs_of(param, "--param", scalar)
+        "rank": rank, "density": density, "lambda": lam, "rest_lambda": rest_lambda, "weight": pairs_of(weight, "--weight", float),
+        "statistics": pairs_of(statistics, "--statistics", str), **pairs_of(param, "--param", scalar)
     }  # fmt: skip
     settings: dict[str, Any] = {
         "target": {"include": include or [], "exclude": exclude or []} if include or exclude else None,
@@ -139,6 +143,7 @@ def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
     keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
     for index, name in enumerate(experts):
         keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}
+        keys |= {f"models[{index}].parameters.statistics": f"--statistics {name}"}
         keys |= {f"models[{index}].parameters.weight": f"--weight {name}", f"models[{index}].name": f"--expert {name}"}
     return keys
 

@@ -132,6 +132,7 @@ class FileKind:
 HEAD = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="lors">'
 
 EXPERT_FILE = FileKind("an expert file", b'{"__metadata__":{"lors.expert":', 8)
+STATISTICS = FileKind("a file of statistics", b'{"__metadata__":{"lors.statistics":', 8)
 PAGE = FileKind("a page of lors", HEAD.encode())
 RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')

@@ -1,7 +1,7 @@
 """Every method by its definition in docs/methods.md, one tensor at a time, in float64 numpy: what `verify` compares with.
 
 Written to be read, not to be fast: full SVDs, whole tensors, all experts at once. Nothing of the engine, the methods' modules
-or the kernels is used but `random_bits` and `random_key`, which define the random numbers.
+or the kernels is used but `random_bits` and `random_key`, which define the random numbers, and what reads statistics.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 from lors_kernels import random_key
 from lors_kernels.counter_random import random_bits
+
+from ..experts.statistics import read_statistics
 
 Parameters = Mapping[str, Any]
 Array = np.ndarray
@@ -63,6 +65,10 @@ def merged(
         return Merged(base + stock(np.stack(deltas), shared["filter_wise"]))
     if method == "tsv":
         return Merged(base + scale * task_singular_vectors(experts, weights))
+    if method == "regmean":
+        used = [w * e.exact for w, e in zip(weights, experts, strict=True) if w]
+        read = [read_statistics(m["statistics"], stream, base.shape) for m, w in zip(models, weights, strict=True) if w]
+        return Merged(base + scale * nearest_outputs(used, read, shared["alpha"], shared["ridge"]) if used else base)
     if method in ("iso_cts", "wudi"):
         used = [w * e.exact for w, e in zip(weights, experts, strict=True) if w]
         if not used:
@@ -300,3 +306,11 @@ def least_interference(deltas: Sequence[Array], ridge: float, towards: str) -> A
         return np.zeros_like(goal)
     inverse = np.linalg.inv(total + epsilon * np.eye(len(total)))
     return (sum(delta @ gram for delta, gram in zip(deltas, grams, strict=True)) + epsilon * goal) @ inverse
+
+
+def nearest_outputs(deltas: Sequence[Array], means: Sequence[Array], alpha: float, ridge: float) -> Array:
+    shrunk = [np.where(np.eye(len(mean)) > 0, mean, alpha * mean) for mean in means]
+    total = np.sum(shrunk, axis=0)
+    epsilon = ridge * np.trace(total) / len(total)
+    wanted = sum(delta @ mean for delta, mean in zip(deltas, shrunk, strict=True)) + epsilon * np.mean(deltas, axis=0)
+    return np.linalg.solve(total + epsilon * np.eye(len(total)), wanted.T).T

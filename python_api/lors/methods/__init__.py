@@ -18,6 +18,7 @@ from . import (
     lors,
     magnitude_prune,
     model_stock,
+    regmean,
     slerp,
     svp,
     task_arithmetic,
@@ -29,7 +30,7 @@ from .base import Method, Reduction, rest_of
 
 _MODULES = (
     *(linear, task_arithmetic, magnitude_prune, svp, lors, ties, dare_linear, dare_ties, della, della_linear),
-    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c, iso_cts, wudi),
+    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c, iso_cts, wudi, regmean),
 )
 METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD.complete() for module in _MODULES}
 SPECS = {name: method.spec for name, method in METHODS.items()}

@@ -46,14 +46,15 @@ REQUIRED = _Required()  # the default of a parameter that has none
 class ParameterSpec:
     """One parameter of a method.
 
-    kind: "float", "int", "bool", "str", or "rank" (an integer >= 1, or a fraction of min(m, n) below 1; see `rank_of`).
+    kind: "float", "int", "bool", "str", "path" (of a file, looked up as models are), or "rank" (an integer >= 1, or a fraction of
+        min(m, n) below 1; see `rank_of`).
     default: None is no value, where a method goes by something else then. minimum, maximum: inclusive bounds of a number.
     choices: the allowed strings.
     scope: "model" may differ between experts; "global" is one value for the merge, refused under `models[i]`.
     """
 
     name: str
-    kind: Literal["float", "int", "bool", "str", "rank"] = "float"
+    kind: Literal["float", "int", "bool", "str", "path", "rank"] = "float"
     default: Scalar | _Required | None = REQUIRED
     minimum: float | None = None
     maximum: float | None = None
@@ -68,6 +69,8 @@ class ParameterSpec:
             return "an integer >= 1 or a fraction of min(m, n) between 0 and 1"
         if self.kind == "bool":
             return "true or false"
+        if self.kind == "path":
+            return "the path of a file"
         if self.kind == "str":
             return "one of " + ", ".join(self.choices) if self.choices else "a string"
         noun = "a number" if self.kind == "float" else "an integer"
@@ -181,6 +184,7 @@ _CHECKS: dict[str, Callable[[ParameterSpec, object], Scalar | None]] = {
     "rank": _check_rank,
     "bool": _check_bool,
     "str": _check_str,
+    "path": lambda spec, value: value if isinstance(value, str) and value else None,
 }
 
 
@@ -228,6 +232,16 @@ class Setting:
                 for i, c in enumerate(self.conditions)
             )
         )
+
+    def mapped(self, change: Callable[[str], str]) -> Setting:
+        """The same setting with every text changed."""
+
+        def one(value: Value) -> Value:
+            if isinstance(value, tuple):
+                return tuple(change(item) if isinstance(item, str) else item for item in value)
+            return change(value) if isinstance(value, str) else value
+
+        return Setting(tuple(Condition(one(c.value), c.filter) for c in self.conditions))
 
     def evaluate(self, tensor: str, position: float) -> Scalar | None:
         """Value for a tensor at a depth in [0, 1]; None if no condition matches its name."""

@@ -212,10 +212,13 @@ class Recipe(Document):
 
     def require_parameters(self) -> None:
         """LorsError unless the recipe gives each model a value of every parameter that has no default."""
-        for spec in self._method.parameters if self._method else ():
+        if self._method is None:
+            return
+        for spec in self._method.parameters:
             if spec.default is not REQUIRED or spec.name in self.parameters:
                 continue
-            for index in self.inputs:
+            weighed = self.inputs if spec.scope == "global" or self._method.base == "optional" else self.experts
+            for index in weighed:
                 if index == BASE or spec.name not in self.models[index].parameters:
                     key = "parameters" if index == BASE else f"models[{index}].parameters"
                     raise SettingError(
@@ -291,6 +294,8 @@ class Recipe(Document):
         for parameters in places:
             value = parameters[name].evaluate(tensor, position) if name in parameters else None
             if value is not None:
+                if spec is not None and spec.kind == "path":
+                    return self._located(str(value))
                 return spec.settle(value) if spec else value
         if default is REQUIRED and spec is not None:
             default = spec.default
@@ -341,7 +346,15 @@ class Recipe(Document):
         if resolved or beside is not None:
             if self.base_model is not None:
                 data["base_model"] = self._rewritten(self.base_model, beside)
-            entries = [entry.model_copy(update={"model": self._rewritten(entry.model, beside)}) for entry in entries]
+            entries = [
+                entry.model_copy(
+                    update={
+                        "model": self._rewritten(entry.model, beside),
+                        "parameters": self._with_paths(entry.parameters, beside),
+                    }
+                )
+                for entry in entries
+            ]
             renamed = zip(entries, self.labels, labels_of(entries), strict=True)
             entries = [e if new == old else e.model_copy(update={"name": old}) for e, old, new in renamed]
         data["models"] = [
@@ -351,7 +364,9 @@ class Recipe(Document):
             for entry in entries
         ]
         if self.parameters:
-            data["parameters"] = _data(self.parameters)
+            data["parameters"] = _data(
+                self._with_paths(self.parameters, beside) if resolved or beside is not None else self.parameters
+            )
         return {key: data[key] for key in type(self).model_fields if key in data}
 
     def to_yaml(self, *, resolved: bool = False, beside: str | os.PathLike[str] | None = None) -> str:
@@ -399,6 +414,16 @@ class Recipe(Document):
         except UnicodeEncodeError:
             raise LorsError(f"{path}: expected a path in UTF-8: the recipe of the result could not name it") from None
         return path
+
+    def _with_paths(
+        self, parameters: Mapping[str, Setting], beside: str | os.PathLike[str] | None
+    ) -> dict[str, Setting]:
+        """The same, with paths as `_rewritten` gives them."""
+        paths = {spec.name for spec in self._method.parameters if spec.kind == "path"} if self._method else set()
+        return {
+            name: setting.mapped(lambda text: self._rewritten(text, beside)) if name in paths else setting
+            for name, setting in parameters.items()
+        }
 
     def _is_base(self, entry: ModelEntry) -> bool:
         return self.base_model is not None and Path(entry.model) == Path(self.base_model)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
     from .data.corpus import load_corpus
     from .data.synth import synthesise
     from .data.utterance import Utterance
@@ -23,6 +24,7 @@ _EXPORTS = {
     "Trained": "training.finetune",
     "Training": "training.settings",
     "Utterance": "data.utterance",
+    "calibrate": "calibration",
     "compare": "scoring.evaluation",
     "evaluate": "scoring.evaluation",
     "finetune": "training.finetune",
@@ -36,6 +38,7 @@ __all__ = [
     "Trained",
     "Training",
     "Utterance",
+    "calibrate",
     "compare",
     "evaluate",
     "finetune",

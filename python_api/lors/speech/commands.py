@@ -163,7 +163,7 @@ def finetune(
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
-        device=_device(device), dataloader_num_workers=workers, generation_num_beams=beams, metric_for_best_model=best,
+        device=device_of(device), dataloader_num_workers=workers, generation_num_beams=beams, metric_for_best_model=best,
         label_smoothing_factor=smoothing, dropout=dropout, apply_spec_augment=augment, freeze_encoder=freeze_encoder,
         fp16=fp16, optim=optim, report_to=report_to,
     )  # fmt: skip
@@ -240,7 +240,7 @@ def evaluate(
         make_room(out)
     evaluation = run(
         models, data=data, languages=wanted, tasks=chosen, split=split, limit=limit, max_seconds=max_seconds,
-        batch_size=batch_size, beams=beams, device=_device(device), dtype=dtype, cache=cache, workers=workers,
+        batch_size=batch_size, beams=beams, device=device_of(device), dtype=dtype, cache=cache, workers=workers,
         sample_seed=sample_seed, unusable=unusable, normaliser=normaliser, progress=True,
     )  # fmt: skip
     if out is not None:
@@ -387,7 +387,7 @@ def _integers(text: str) -> list[int]:
         raise LorsError(f"--seeds: expected numbers separated by commas, got {text!r}") from None
 
 
-def _device(device: str | None) -> str:
+def device_of(device: str | None) -> str:
     if device is not None:
         return device
     import torch

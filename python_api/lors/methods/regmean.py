@@ -1,0 +1,77 @@
+"""RegMean: the matrix whose outputs are nearest to every expert's on what that expert reads (arXiv 2212.09849).
+
+    C_t = mean of x x^T over the inputs x of the layer in expert t, its entries off the diagonal times alpha
+    X = argmin sum_t E ||(X - w_t delta_t) x_t||^2 + eps ||X - P||_F^2
+      = (sum_t w_t delta_t C_t + eps P) (sum_t C_t + eps I)^-1,     eps = ridge * tr(sum_t C_t) / n
+    W = W0 + lambda * X
+
+P is the mean of w_t delta_t: it decides where the inputs never go. The C_t are those of `statistics`, files that `lors calibrate`
+writes; made with its option --plus they are those of RegMean++ (arXiv 2508.03121), from the layers of the merged model. Experts of
+weight 0 are left out. What is kept are sums, whatever the number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lors_kernels.dense import ridge_quotient
+from lors_kernels.threads import one_torch_thread
+
+from ..errors import LorsError
+from ..experts.statistics import read_statistics
+from ..recipes.parameters import MethodSpec, ParameterSpec
+from .base import LAMBDA, WEIGHT, Method
+from .operands import Combination, Operands
+
+STATISTICS = ParameterSpec("statistics", "path", help="file of `lors calibrate` for this expert")
+ALPHA = ParameterSpec(
+    "alpha", "float", 0.9, minimum=0.0, maximum=1.0, scope="global", help="factor of C's entries off the diagonal"
+)
+RIDGE = ParameterSpec(
+    "ridge", "float", 1e-4, minimum=1e-6, scope="global", help="how much weighs P, in mean eigenvalues of the sum of C"
+)
+
+
+def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
+    chosen = [(t, model["weight"], model["statistics"]) for t, model in enumerate(models) if model["weight"]]
+
+    def update(operands: Operands) -> Any:
+        import torch
+
+        gram: Any = 0.0
+        product: Any = 0.0
+        total: Any = 0.0
+        for t, weight, path in chosen:
+            delta = weight * operands.delta(t)
+            mean = torch.from_numpy(read_statistics(path, operands.name, operands.spec.shape)).to(delta.device)
+            own = shrunk(mean, shared["alpha"])
+            gram, product, total = gram + own, product + delta @ own, total + delta
+        try:
+            return shared["lambda"] * ridge_quotient(product, gram, total / len(chosen), shared["ridge"])
+        except torch.linalg.LinAlgError:
+            raise LorsError(
+                f"tensor {operands.name!r}: expected a sum of statistics that has an inverse; choose a larger ridge "
+                f"than {shared['ridge']:g}"
+            ) from None
+
+    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
+        if not chosen:
+            yield 0, operands.out(operands.base())
+            return
+        with one_torch_thread():
+            moved = operands.moved(update(operands))
+        yield 0, moved
+
+    return merge
+
+
+def shrunk(mean: Any, alpha: float) -> Any:
+    """The entries off the diagonal times alpha."""
+    return alpha * mean + (1 - alpha) * mean.diagonal().diag()
+
+
+METHOD = Method(
+    MethodSpec("regmean", (WEIGHT, STATISTICS, ALPHA, RIDGE, LAMBDA), rest="average"),
+    combine=combine, combines_on_device=True,
+)  # fmt: skip
