@@ -189,7 +189,7 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *(("tsv", scaled(tsv, "polar")), ("iso_c", scaled(iso_c, "polar"))),
+    *(("tsv", scaled(tsv, "polar_and_values")), ("iso_c", scaled(iso_c, "polar"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]
 
