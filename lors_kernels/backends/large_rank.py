@@ -54,7 +54,8 @@ def decompose(a: Tensor, rank: int, eigh: Eigh) -> Found | None:
         product[:, near] = product[:, near] @ turn
         if not theta[rank - 1] - theta[rank] > 2 * EQUAL * theta[rank - 1]:
             return None
-        bound = _bound(single_a, vectors, product, theta, rank, upper)
+        lent = _take_back(vectors, product, theta, rank)
+        bound = _bound(single_a, vectors, product, theta, rank, upper) + lent / 10
     if not bound <= ERROR_BOUND:
         return None
     order = theta[:rank].argsort(descending=True, stable=True)
@@ -75,20 +76,28 @@ def held_apart(vectors: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
     return inverse.T @ turn.flip(1), theta.flip(0)
 
 
-def _bound(a: Tensor, vectors: Tensor, product: Tensor, theta: Tensor, rank: int, upper: Tensor) -> float:
-    """On ||A V V.T - L|| / ||L||, V the first `rank` of the vectors: by what lies beyond all of them, by what those beyond the
-    cut lend to the wanted ones, and by how far these are from orthonormal."""
-    import torch
-
+def _take_back(vectors: Tensor, product: Tensor, theta: Tensor, rank: int) -> float:
+    """One step of perturbation: takes from the wanted vectors what those beyond the cut have lent them. Returns how much of L it
+    was; what it leaves is of second order."""
     wanted, extra = slice(rank), slice(rank, None)
-    kept = theta[wanted].sum()
-    skew = vectors[:, wanted].T @ vectors[:, wanted]
-    skew.diagonal().sub_(1)
-    turned = (theta[wanted] * skew.square_().sum(0)).sum() / kept
     mixed = product[:, extra].T @ product[:, wanted]
     mixed -= (vectors[:, extra].T @ vectors[:, wanted]) * theta[wanted]
-    gap = theta[wanted] - theta[extra, None]
-    lent = ((theta[wanted] + theta[rank]) * (mixed / gap).square().sum(0)).sum() / kept
+    turn = mixed / (theta[wanted] - theta[extra, None])
+    vectors[:, wanted] += vectors[:, extra] @ turn
+    product[:, wanted] += product[:, extra] @ turn
+    lent = ((theta[wanted] + theta[rank]) * turn.square().sum(0)).sum() / theta[wanted].sum()
+    return float(lent.sqrt())
+
+
+def _bound(a: Tensor, vectors: Tensor, product: Tensor, theta: Tensor, rank: int, upper: Tensor) -> float:
+    """On ||A V V.T - L|| / ||L||, V the first `rank` of the vectors: by what lies beyond all of them, and by how far they are
+    from orthonormal."""
+    import torch
+
+    wanted = slice(rank)
+    skew = vectors[:, wanted].T @ vectors[:, wanted]
+    skew.diagonal().sub_(1)
+    turned = (theta[wanted] * skew.square_().sum(0)).sum() / theta[wanted].sum()
     single = vectors.float()
     residual = a.T @ product.float() - single * theta.float()
     held = (theta > upper).sum()[None]
@@ -96,7 +105,7 @@ def _bound(a: Tensor, vectors: Tensor, product: Tensor, theta: Tensor, rank: int
     def bound() -> float:
         rho = torch.linalg.vector_norm(residual, dim=0).double()
         beyond = error_bound(theta[None], rho[None], rank, held, upper[None])[0]
-        return float(1.1 * (beyond + lent.sqrt()) + turned.sqrt())
+        return float(1.1 * beyond + turned.sqrt())
 
     first = bound()
     if first <= ERROR_BOUND:
