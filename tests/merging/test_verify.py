@@ -214,7 +214,8 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (tsv, iso_c, iso_cts)),
+    ("tsv", scaled(tsv, "polar_and_values")),
+    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (iso_c, iso_cts)),
     *(("wudi", scaled(wudi, "ridge_quotient")), ("regmean", scaled(regmean, "ridge_quotient"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]
