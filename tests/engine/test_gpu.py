@@ -14,7 +14,7 @@ import torch
 from devices import merge
 from lors.engine import gpu
 from lors.engine.device import parse_devices
-from lors.engine.gpu import DeviceRun
+from lors.engine.device_run import DeviceRun
 from lors.errors import LorsError
 from states import PREFIX, close, states
 
@@ -30,9 +30,9 @@ def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     attempt = DeviceRun.attempt
 
-    def watch(self: Any, kind: Any, batch: Any, most: int, loaded: Any) -> Any:
-        seen.append((len(batch), most))
-        return attempt(self, kind, batch, most, loaded)
+    def watch(self: Any, batch: Any) -> Any:
+        seen.append((len(batch.pieces), batch.most))
+        return attempt(self, batch)
 
     monkeypatch.setattr(DeviceRun, "attempt", watch)
     whole = merge(base, experts, device="cpu")

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from lors_kernels.arrays import is_torch
+from lors_kernels.precision import full_precision
 
 # Of the largest eigenvalue: the least gap at a cut across which a Gram matrix in float64 tells directions apart, to 1e-8.
 GRAM_GAP = 1e-7
 
 
 class Factors(NamedTuple):
-    """delta = left @ right.T."""
+    """delta = left @ right.T. Arrays, or for `matrix` tensors on a device too."""
 
-    left: np.ndarray  # [m, r] float32
-    right: np.ndarray  # [n, r] float32
+    left: Any  # [m, r] float32
+    right: Any  # [n, r] float32
 
     @property
     def rank(self) -> int:
         return int(self.left.shape[1])
 
-    def matrix(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def matrix(self, start: int = 0, stop: int | None = None) -> Any:
         """Rows [start, stop) of delta in float32."""
-        return self.left[start:stop] @ self.right.T  # type: ignore[no-any-return]
+        with full_precision() if is_torch(self.left) else nullcontext():
+            return self.left[start:stop] @ self.right.T
 
     def exact(self) -> np.ndarray:
         """delta in float64."""
@@ -32,7 +37,7 @@ class Factors(NamedTuple):
         """Row-major entries [start, stop) of delta in float32."""
         n = len(self.right)
         first = start // n
-        return self.matrix(first, -(-stop // n)).ravel()[start - first * n : stop - first * n]
+        return self.matrix(first, -(-stop // n)).ravel()[start - first * n : stop - first * n]  # type: ignore[no-any-return]
 
     def sigma(self) -> np.ndarray:
         """The singular values of delta, float64, largest first."""
