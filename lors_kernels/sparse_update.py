@@ -7,8 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import dispatch
-from .arrays import FLOATS, check_factors, check_matrix, check_out, describe, dtype_name, is_numpy
-from .arrays import is_torch, plain, strides_of
+from .arrays import (
+    FLOATS,
+    check_factors,
+    check_matrix,
+    check_out,
+    describe,
+    dtype_name,
+    is_numpy,
+    is_torch,
+    plain,
+    strides_of,
+)
 from .scalars import check_number
 from .sparse_part import SparsePart
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .scalars import check_whole
 
@@ -23,3 +26,29 @@ def thread_count(threads: int | None = None) -> int:
                 raise ValueError(f"{name}: expected a whole number from 1 to {MOST}, got {text!r}")
             return int(first)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+_lock = threading.Lock()
+_visitors = 0
+_before = 1
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Within the block torch works in the thread that calls it: the bits of a product or a decomposition depend on how many
+    work on it. The setting is the thread's, and what a thread without one starts from the process's; so concurrent blocks
+    share what the first found, and each gives it back to its own thread."""
+    import torch
+
+    global _visitors, _before
+    with _lock:
+        if not _visitors:
+            _before = torch.get_num_threads()
+        _visitors += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _visitors -= 1
+            torch.set_num_threads(_before)

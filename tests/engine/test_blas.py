@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import lors
@@ -21,15 +22,16 @@ def test_workers_have_one_blas_thread_each(monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
     polar = iso_c.polar
 
-    def watch(x: np.ndarray) -> Any:
-        seen.append(blas_threads())
+    def watch(x: torch.Tensor) -> Any:
+        seen.append(blas_threads() | {torch.get_num_threads()})
         return polar(x)
 
     monkeypatch.setattr(iso_c, "polar", watch)
     state = {f"layers.{i}.q_proj.weight": np.eye(4, dtype=np.float32) * (i + 1) for i in range(3)}
+    torch.set_num_threads(2)
     with threadpool_limits(2, user_api="blas"):
         lors.merge_state_dicts(state, {"t": state}, "iso_c", target={"include": ["."]}, threads=2)
-        assert blas_threads() == {2}, "as it was before"
+        assert blas_threads() == {2} == {torch.get_num_threads()}, "as it was before"
     assert seen == [{1}] * 3
 
 

@@ -57,6 +57,9 @@ def mixed_states() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         ("dare_ties", {"density": 0.5}),
         ("dare_linear", {"density": 0.5, "rescale": True}),
         ("breadcrumbs", {"density": 0.6, "gamma": 0.05}),
+        ("tsv", {"lam": 0.9, "weight": {"e0": 1.0, "e1": 0.5, "e2": 0.0}}),
+        ("tsv", {"target": {"include": ["."], "exclude": [r"\.nothing"]}}),
+        ("iso_c", {"lam": 0.9, "weight": {"e0": 1.0, "e1": 0.5, "e2": -0.2}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
 from helpers import require, require_backend
 from lors_kernels import thread_count
+from lors_kernels.threads import one_torch_thread
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -81,3 +84,28 @@ def test_threads_that_cannot_be_started_are_one_line() -> None:
     assert first.startswith("RuntimeError threads: expected 4000, got "), done.stdout + done.stderr
     assert "Resource temporarily unavailable" in first
     assert second == f"0 {70_000 * 16}"
+
+
+def test_blocks_of_one_torch_thread_end_with_what_there_was() -> None:
+    """However they overlap, in threads that knew nothing of torch before as well."""
+    torch.set_num_threads(2)
+    inside, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other() -> None:
+        with one_torch_thread():
+            seen.append(torch.get_num_threads())
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    with one_torch_thread():
+        thread.start()
+        assert inside.wait(20) and torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    leave.set()
+    thread.join()
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [1, 2] and torch.get_num_threads() == 2

@@ -17,11 +17,9 @@ import lors
 import tiny
 from helpers import module
 from lors import LorsError
-from lors.experts.factors import leading64
 from lors.methods import METHODS, operands
 from lors.methods.della_linear import ROWS
 from lors.methods.model_stock import interpolation
-from lors.methods.tsv import polar
 from lors_kernels import random_key
 from lors_kernels.counter_random import random_bits
 
@@ -259,38 +257,6 @@ def test_experts_without_a_difference_leave_the_base(method: str) -> None:
         assert (alone[name] == beside[name]).all(), "an expert that is the base adds nothing"
     else:
         assert np.linalg.matrix_rank(beside[name] - base[name], tol=1e-4) == 20, "one of two has half of the triplets"
-
-
-def test_polar_of_badly_conditioned_and_rank_deficient_matrices() -> None:
-    rng = np.random.default_rng(0)
-    u, v = (np.linalg.qr(rng.standard_normal((30, 20)))[0] for _ in range(2))
-    sigma = np.logspace(0, -5, 20)
-    assert np.abs(polar((u * sigma) @ v.T) - u @ v.T).max() < 1e-8
-    sigma[5:] = 0
-    assert np.abs(polar((u * sigma) @ v.T) - u[:, :5] @ v[:, :5].T).max() < 1e-8
-
-
-@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
-@pytest.mark.parametrize(
-    ("sigma", "rank"),
-    [
-        (np.geomspace(1, 1e-7, 40), 30),
-        (np.array([1.0, *[1e-4] * 10, *[1e-4 * (1 - 1e-5)] * 29]), 11),
-        (np.arange(1, 41) ** -0.5, 8),
-        (np.array([3.0, 2.0, 1.0] + [0.0] * 37), 8),
-    ],
-    ids=["graded", "small gap", "power law", "low rank"],
-)
-def test_leading_triplets_are_exact(shape: tuple[int, int], sigma: np.ndarray, rank: int) -> None:
-    rng = np.random.default_rng(3)
-    left, right = (np.linalg.qr(rng.standard_normal((size, 40)))[0] for size in shape)
-    u, found, v = leading64((left * sigma) @ right.T, rank)
-    kept = min(rank, int((sigma > 0).sum()))
-    assert u.shape[1] == v.shape[1] == len(found) == kept
-    assert np.abs(found / sigma[:kept] - 1).max() < 1e-7
-    for vectors, truth in ((u, left), (v, right)):  # those of equal values may be turned among themselves
-        assert np.abs(vectors.T @ vectors - np.eye(kept)).max() < 1e-7
-        assert np.abs(vectors @ vectors.T - truth[:, :kept] @ truth[:, :kept].T).max() < 1e-7
 
 
 def test_attention_only() -> None:

@@ -71,7 +71,13 @@ class DeviceOperands(Operands):
         return x.double()
 
     def array(self, x: np.ndarray) -> Any:
+        return self.tensor(x)
+
+    def tensor(self, x: Any) -> Any:
         return to_torch(x).to(self.device)
+
+    def moved(self, update: Any) -> Any:
+        return self.out(self.base()).add_(update.float().reshape(-1))
 
     def energy(self, x: Any) -> float:
         return float(x.double().square().sum())
@@ -82,6 +88,3 @@ class DeviceOperands(Operands):
     def products(self, x: Any) -> np.ndarray:
         wide = x.double()
         return (wide @ wide.mT).cpu().numpy()  # type: ignore[no-any-return]
-
-    def _finite(self, values: Any) -> bool:
-        return bool(values.isfinite().all())

@@ -243,7 +243,9 @@ class DeviceRun:
             bases = bases or inputs.bases
             totals = totals or [torch.zeros_like(x, dtype=torch.float32) for x in bases]
             if part.stored:
-                found = [self.add_stored(*each, part.experts[0]) for each in zip(works, inputs.tuned, totals, strict=True)]
+                found = [
+                    self.add_stored(*each, part.experts[0]) for each in zip(works, inputs.tuned, totals, strict=True)
+                ]
             else:
                 found = self.reduce(works, part, MatrixGroup(bases, inputs.tuned), totals)
             self.release(inputs)
@@ -365,7 +367,7 @@ def _mapped(change: Callable[[np.ndarray], Any], x: Any) -> Any:
     """`change` of every array in a named tuple of named tuples."""
     if isinstance(x, np.ndarray):
         return change(x)
-    return x._make(_mapped(change, field) for field in x) if isinstance(x, tuple) else x
+    return type(x)(*(_mapped(change, field) for field in x)) if isinstance(x, tuple) else x
 
 
 def _tensors(x: Any) -> Iterator[Any]:

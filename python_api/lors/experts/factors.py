@@ -10,9 +10,6 @@ import numpy as np
 from lors_kernels.arrays import is_torch
 from lors_kernels.precision import full_precision
 
-# Of the largest eigenvalue: the least gap at a cut across which a Gram matrix in float64 tells directions apart, to 1e-8.
-GRAM_GAP = 1e-7
-
 
 class Factors(NamedTuple):
     """delta = left @ right.T. Arrays, or for `matrix` tensors on a device too."""
@@ -65,40 +62,5 @@ class Factors(NamedTuple):
         """(u [m, r], sigma, v [n, r]) of delta, in float64: QR of both factors, the SVD of the small matrix between them."""
         q_left, r_left = np.linalg.qr(self.left.astype(np.float64))
         q_right, r_right = np.linalg.qr(self.right.astype(np.float64))
-        u, sigma, v = svd64(r_left @ r_right.T)
-        return q_left @ u, sigma, q_right @ v
-
-
-def svd64(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(u [m, r], sigma [r], v [n, r]) of a float64 matrix, r = min(m, n)."""
-    if x.shape[0] < x.shape[1]:  # LAPACK is faster on tall matrices
-        v, sigma, u = svd64(x.T)
-        return u, sigma, v
-    u, sigma, vh = np.linalg.svd(x, full_matrices=False)
-    return u, sigma, vh.T
-
-
-def leading64(x: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(u [m, r], sigma [r], v [n, r]): the `rank` largest singular triplets of a float64 matrix but those of value 0.
-
-    Eigenvectors of the smaller Gram matrix where the space they span is well defined by it, which takes half or a quarter
-    of the time of an SVD: its rounding, 2^-53 of the largest eigenvalue, is divided by the gap at the cut.
-    """
-    if x.shape[0] < x.shape[1]:
-        v, sigma, u = leading64(x.T, rank)
-        return u, sigma, v
-    values, vectors = np.linalg.eigh(x.T @ x)
-    beyond = values[-rank - 1] if rank < len(values) else 0.0
-    if rank and values[-rank] - beyond > GRAM_GAP * values[-1]:
-        v = vectors[:, : -rank - 1 : -1]
-        product = x @ v
-        sigma = np.linalg.norm(product, axis=0)
-        return product / sigma, sigma, v
-    u, sigma, v = svd64(x)
-    there = nonzero(sigma, x.shape)[:rank].nonzero()[0]
-    return u[:, there], sigma[there], v[:, there]
-
-
-def nonzero(sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Which singular values of a float64 matrix of this shape are more than the rounding error of computing them."""
-    return sigma > sigma.max(initial=0.0) * max(shape) * 2.0**-53  # type: ignore[no-any-return]
+        u, sigma, vh = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return q_left @ u, sigma, q_right @ vh.T

@@ -11,28 +11,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from lors_kernels.dense import polar
+from lors_kernels.threads import one_torch_thread
 
 from ..recipes.parameters import MethodSpec
 from .base import LAMBDA, WEIGHT, Method
 from .operands import Combination, Operands
-from .tsv import polar
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
-    def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
-        total = np.zeros(operands.spec.shape, np.float64)
-        for t, model in enumerate(models):
+    def update(operands: Operands) -> Any:
+        total = models[0]["weight"] * operands.delta(0)
+        for t, model in enumerate(models[1:], 1):
             total += model["weight"] * operands.delta(t)
         directions = polar(total)
         # S are the eigenvalues of the other polar factor, (U V^T)^T D, so their sum is its trace
-        mean = float(np.vdot(directions, total)) / min(total.shape)
-        out = operands.out(operands.base())
-        out += (shared["lambda"] * mean * directions).astype(np.float32).ravel()
-        yield 0, out
+        mean = float((directions * total).sum()) / min(total.shape)
+        return shared["lambda"] * mean * directions
+
+    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
+        with one_torch_thread():
+            moved = operands.moved(update(operands))
+        yield 0, moved
 
     return merge
 
 
 # as in tsv: lambda wants to be about 1
-METHOD = Method(MethodSpec("iso_c", (WEIGHT, LAMBDA), rest="average"), combine=combine)
+METHOD = Method(MethodSpec("iso_c", (WEIGHT, LAMBDA), rest="average"), combine=combine, combines_on_device=True)

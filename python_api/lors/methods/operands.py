@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import lors_kernels
-from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats
+from lors_kernels import Keep, KeepStats, NonFiniteError, Threshold, TruncatedSVD, UpdateStats, dense
 from lors_kernels.types import Consensus
 
 from ..errors import LorsError
-from ..experts.factors import leading64, nonzero
 from ..experts.source import COLUMNS, Slot, Source, Spec, matrix_shape, rows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
 BLOCK = 1 << 16  # entries of a float32 inner product; longer ones are summed in float64
@@ -167,6 +169,12 @@ class Operands:
         """What was computed beside the tensors, in their place."""
         return x
 
+    def tensor(self, x: Any) -> Tensor:
+        """An array as a tensor, in the operands' place; a tensor is one already."""
+        import torch
+
+        return torch.from_numpy(x)
+
     def energy(self, x: Any) -> float:
         """sum x^2, summed in float64."""
         return float(np.square(x).sum(dtype=np.float64))
@@ -193,35 +201,39 @@ class Operands:
         except NonFiniteError:
             raise self.blame(self.experts[t]) from None
 
-    def delta(self, t: int) -> np.ndarray:
-        """Expert t's delta as a float64 matrix: exact where it is known by factors, else formed in float32."""
+    def delta(self, t: int) -> Tensor:
+        """Expert t's delta as a float64 matrix on the operands' device: exact where it is known by factors, else formed in
+        float32."""
         factors = self.experts[t].factors(self.name)
         if factors is not None:
-            return factors.exact()
-        base, tuned = self.pair(t)
-        delta = tuned.astype(np.float32) - base.astype(np.float32)
+            return self.tensor(factors.exact())
+        base, tuned = (self.tensor(self.float32(x)) for x in self.pair(t))
+        delta = tuned - base
         self.check(t, delta)
-        return delta.astype(np.float64)  # type: ignore[no-any-return]
+        return delta.double()
 
-    def svd(self, t: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta.
-
-        Those of singular value 0 are left out. By LAPACK in float64: a method that makes weak directions as large as
-        strong ones needs each as exact as the others, and `truncated_svd` promises that of L as a whole only.
-        """
+    def svd(self, t: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of
+        value 0, each as exact as the others (`dense.leading`)."""
         factors = self.experts[t].factors(self.name)
         if factors is None:
             delta, method = self.delta(t), "svd"
-            u, sigma, v = leading64(delta, rank)
-            energy = float(np.vdot(delta, delta))
+            u, sigma, v = dense.leading(delta, rank)
+            energy = float(delta.square().sum())
         else:
-            (u, sigma, v), method = factors.svd(), "factors"
-            energy = float(np.vdot(sigma, sigma))
-            there = nonzero(sigma, (len(u), len(v)))[:rank].nonzero()[0]
-            u, sigma, v = u[:, there], sigma[there], v[:, there]
-        dropped = max(0.0, energy - float(np.vdot(sigma, sigma)))
+            (u, sigma, v), method = (self.tensor(x) for x in factors.svd()), "factors"
+            energy = float(sigma.square().sum())
+            there = int(dense.nonzero(sigma, (len(u), len(v)))[:rank].sum())
+            u, sigma, v = u[:, :there], sigma[:there], v[:, :there]
+        dropped = max(0.0, energy - float(sigma.square().sum()))
         self.outcomes.append(Outcome(UpdateStats(energy, dropped, 0.0, 0, 0), Certificate(method, 0, 0.0)))
         return u, sigma, v
+
+    def moved(self, update: Tensor) -> Any:
+        """base + update, flat, as a `Combination` yields it."""
+        out = self.out(self.base())
+        out += update.float().ravel().numpy()
+        return out
 
     def account(self, t: int, keep: Keep) -> KeepStats:
         """What `keep` keeps of expert t's delta, before anything is merged."""
@@ -274,13 +286,10 @@ class Operands:
                 self.outcomes.append(Outcome(UpdateStats(s.delta_energy, s.delta_energy, s.kept_energy, s.kept, 0)))
 
     def check(self, t: int, values: Any) -> None:
-        """Raises unless the values computed with expert t are finite."""
-        if not self._finite(values):
+        """Raises unless the values computed with expert t, in an array or a tensor, are finite."""
+        finite = np.isfinite(values) if isinstance(values, np.ndarray) else values.isfinite()
+        if not finite.all():
             raise self.blame(self.experts[t])
-
-
-    def _finite(self, values: Any) -> bool:
-        return bool(np.isfinite(values).all())
 
 
 # one tensor's merge: yields (first element, merged values in float32), all elements in order
