@@ -14,7 +14,7 @@ import torch
 from devices import merge
 from lors.engine import gpu
 from lors.engine.device import parse_devices
-from lors.engine.device_run import DeviceRun
+from lors.engine.gpu import DeviceRun
 from lors.errors import LorsError
 from states import PREFIX, close, states
 

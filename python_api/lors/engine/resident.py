@@ -18,8 +18,7 @@ from ..methods.operands import Outcome
 from .account import Account
 from .batches import Batch, Kind
 from .device import numpy_dtype, to_numpy
-from .device_run import DeviceRun, add_base, rounded
-from .gpu import GpuEngine
+from .gpu import DeviceRun, GpuEngine, add_base, rounded
 from .work import Piece, Work
 
 
