@@ -46,6 +46,7 @@ CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 CUDA_ARCHS = os.environ.get("LORS_CUDA_ARCHS", "80,90").replace(" ", "").split(",")
 CUDA_NAME = ", ".join(f"sm_{arch}" for arch in CUDA_ARCHS) + f" and PTX for newer than sm_{CUDA_ARCHS[-1]}"
 CUDA_WANTED = os.environ.get("LORS_BUILD_CUDA", "auto")
+NVCC = shutil.which("nvcc") or "nvcc"
 NVCC_SECONDS = float(os.environ.get("LORS_NVCC_SECONDS", "1800"))
 FLAGS_CUDA = ["-std=c++17", "-O3", *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS)]
 FLAGS_CUDA.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
@@ -62,7 +63,7 @@ def nvcc(arguments: list[str], seconds: float = NVCC_SECONDS) -> str:
     """What nvcc says; CompileError, in one line, where it fails or does not end. Ends what it started too."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        process = subprocess.Popen(["nvcc", *arguments], **pipes, text=True, errors="replace", start_new_session=True)
+        process = subprocess.Popen([NVCC, *arguments], **pipes, text=True, errors="replace", start_new_session=True)
     except OSError as error:
         raise CompileError(f"nvcc cannot be run: {error.strerror}") from None
     RUNNING.add(process)

@@ -176,9 +176,9 @@ def stored(family: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     [
         ("lors", {"rank": 4, "density": 0.3, "weight": WEIGHT}),
         ("lors", {"rank": 4, "density": 0.1, "lam": 0.5}),  # fewer entries than the files hold
-        ("lors", {"rank": {"ca": 2, "de": 4, "es": 0}, "density": {"ca": 0.2, "de": 0.0, "es": 0.3}}),
+        ("lors", {"rank": {"ca": 2, "de": 4, "es": 1}, "density": {"ca": 0.2, "de": 0.0, "es": 0.3}}),
         ("svp", {"rank": 4}),
-        ("task_arithmetic", {"target": {"include": ["_proj"]}, "weight": WEIGHT}),  # all that is known of delta
+        ("magnitude_prune", {"density": 0.2}),
         ("ties", {"density": 0.5, "weight": WEIGHT}),
         ("della", {"density": 0.5}),
     ],
@@ -202,6 +202,18 @@ def test_expert_files(
     assert everything
     assert_close(state(tmp_path / "gpu"), state(tmp_path / "cpu"), state(family["base"]))
     assert report.bytes_read and report.kinds
+
+
+def test_all_that_an_expert_file_knows(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = files(family, tmp_path, rank=4, density=1.0, remainder="float32", values="float32")
+    settings: dict[str, Any] = {"target": {"include": ["_proj"]}, "weight": WEIGHT}
+    lors.merge(family["base"], whole, tmp_path / "cpu", "task_arithmetic", **settings)
+    two_devices(monkeypatch)
+    report = lors.merge(family["base"], whole, tmp_path / "gpu", "task_arithmetic", device="cuda:1", **settings)
+    assert_close(state(tmp_path / "gpu"), state(tmp_path / "cpu"), state(family["base"]))
+    assert report.decomposed
 
 
 def test_expert_files_are_read_while_the_batch_before_is_computed(
