@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ import lors
 from fake_cuda import FakeCuda, Stream, late, two_devices
 from lors.engine import batches, gpu
 from lors.engine.device import Device
+from lors.engine.feed import Inputs
 from lors.engine.gpu import DeviceRun
-from lors.experts.source import MemorySource
+from lors.experts.source import MemorySource, Slot
 from states import close, states
 
 
@@ -183,6 +185,22 @@ def test_memory_of_one_stream_is_kept_for_the_other(cuda: FakeCuda, monkeypatch:
     assert uploads and {tensor.data_ptr() for tensor in uploads} <= kept
     assert downloads and all(any(t is tensor and s is stream for t, s in told) for tensor, stream in downloads)
     assert cuda.current == 0 and cuda.streams == list(cuda.defaults)
+
+
+def test_page_locked_memory_is_used_again_when_the_host_knows_that_it_has_been_read(cuda: FakeCuda) -> None:
+    """That a stream waits for the copy is not enough: a reader waits for no stream."""
+    done: list[str] = []
+
+    class Slots(list):
+        def __iadd__(self, slots: Any) -> Any:
+            done.append("handed out")
+            return super().__iadd__(slots)
+
+    run = DeviceRun(SimpleNamespace(), "cuda:0", [], [])  # type: ignore[arg-type]
+    run.device.slots = Slots()
+    event = SimpleNamespace(synchronize=lambda: done.append("read"))
+    run.release(Inputs([], [], [Slot()], event))
+    assert done == ["read", "handed out"] and len(run.device.slots) == 1
 
 
 def test_no_room_to_copy_ahead_is_no_error(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,11 @@ class DeviceRun:
 
     def batches(self) -> Iterator[Batch]:
         engine = self.engine
-        inputs = [planning.input_bytes(w, engine.sizes_of(w), len(engine.experts)) for w in self.works(self.indices)]
-        largest = min(planning.LARGEST, max(planning.LEAST, sum(inputs) // planning.BATCHES))
+        largest = planning.LARGEST
         if not self.resident:
-            largest = min(largest, host_memory() // HOST_SHARE)
+            works = self.works(self.indices)
+            inputs = sum(planning.input_bytes(w, engine.sizes_of(w), len(engine.experts)) for w in works)
+            largest = min(largest, max(planning.LEAST, inputs // planning.BATCHES), host_memory() // HOST_SHARE)
         return planning.batches(
             self.pieces, self.indices, engine.kind_of, engine.sizes_of,
             budget=self.budget(), largest=largest, resident=self.resident,
