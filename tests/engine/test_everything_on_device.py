@@ -16,8 +16,12 @@ from fake_cuda import late, two_devices
 from lors.engine import batches, gpu
 from lors.engine.cpu import Engine
 from lors.engine.gpu import DeviceRun
+from lors.engine.work import Piece, Work
 from lors.errors import LorsError
-from lors.methods import METHODS
+from lors.experts.source import Spec
+from lors.merging.on_disk import merge_recipe
+from lors.methods import METHODS, SPECS
+from lors.recipes.recipe import Recipe
 
 WEIGHT = {"ca": 1.0, "de": -0.5, "es": 0.7}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -90,7 +94,7 @@ def test_every_method_from_files_on_two_devices(
     cuda = two_devices(monkeypatch)
     compute = gpu.rounded
     monkeypatch.setattr(gpu, "rounded", lambda *arguments: late(compute(*arguments), cuda))
-    monkeypatch.setattr(batches, "LARGEST", 60_000)
+    monkeypatch.setattr(batches, "MOST", 60_000)
     report = lors.merge(base, experts, tmp_path / "gpu", method, device="cuda:0,cuda:1", **settings)
     assert_close(state(tmp_path / "gpu"), state(tmp_path / "cpu"), state(base))
     assert "on cuda:0, cuda:1" in report.backend
@@ -197,7 +201,7 @@ def test_expert_files(
     experts: dict[str, Any] = dict(stored) | ({"de": family["de"]} if mixed else {})
     lors.merge(family["base"], experts, tmp_path / "cpu", method, **settings)
     two_devices(monkeypatch)
-    monkeypatch.setattr(batches, "LARGEST", 60_000)
+    monkeypatch.setattr(batches, "MOST", 60_000)
     report = lors.merge(family["base"], experts, tmp_path / "gpu", method, device="cuda:0,cuda:1", **settings)
     assert everything
     assert_close(state(tmp_path / "gpu"), state(tmp_path / "cpu"), state(family["base"]))
@@ -312,29 +316,36 @@ def test_what_is_not_worth_a_launch_stays_on_the_cpu(family: dict[str, Path], mo
     assert len(done) < len(states["base"])
 
 
-def test_groups_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a gigabyte at least where there is so much, 8 at most, an eighth of the whole between; never more than the host
-    has room for."""
-    from lors.engine.work import Piece, Work
-    from lors.experts.source import Spec
-
+@pytest.mark.parametrize(
+    ("matrices", "host", "free", "resident", "expected"),
+    [
+        (50, 128, 1024, False, 1),  # GB: of 6.7 to be copied, the least
+        (100, 128, 1024, False, 13.4 / 8),
+        (1000, 256, 1024, False, 2),
+        (1000, 24, 1024, False, 1.5),  # what the host has room for
+        (1000, 256, 2, False, 0.8),  # what the device has room for, with the next beside it
+        (1000, 24, 1024, True, 8),  # nothing to be copied
+    ],
+)
+def test_batches_follow_memory(
+    matrices: int, host: int, free: int, resident: bool, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = (5120, 1280)
     work = Work("w", Spec(np.dtype(np.float16), shape), np.dtype(np.float16), (), True)
-    one = 2 * 5120 * 1280 * 11
+    one = work.spec.numel * 2 * 11 / (1 << 30)
+    rules = (batches.Rule(7, 0.2, True, "float16", False),) * 10
+    monkeypatch.setattr(gpu, "host_memory", lambda: host << 30)
+    monkeypatch.setattr(gpu.GpuEngine, "kind_of", lambda self, work: batches.Kind(shape, "float16", rules))
+    monkeypatch.setattr(gpu.GpuEngine, "sizes_of", lambda self, work: (2, 2))
+    run = DeviceRun.__new__(DeviceRun)
+    run.resident, run.engine = resident, gpu.GpuEngine.__new__(gpu.GpuEngine)
+    run.engine.device_memory, run.engine.experts = free << 30, [None] * 10  # type: ignore[list-item]
+    run.pieces, run.indices = [Piece(work, 0, work.spec.numel)] * matrices, range(matrices)
+    found = max(len(batch.pieces) for batch in run.batches()) * one
+    assert expected - one <= found <= expected
 
-    def largest(matrices: int, host: int, free: int = 1 << 40) -> float:
-        run = DeviceRun.__new__(DeviceRun)
-        run.engine = engine = gpu.GpuEngine.__new__(gpu.GpuEngine)
-        run.pieces, run.indices = [Piece(work, 0, work.spec.numel)] * matrices, range(matrices)
-        engine.device_memory, engine.experts = free, [None] * 10  # type: ignore[list-item]
-        rules = (batches.Rule(7, 0.2, True, "float16", False),) * 10
-        monkeypatch.setattr(gpu.GpuEngine, "kind_of", lambda self, work: batches.Kind(shape, "float16", rules))
-        monkeypatch.setattr(gpu.GpuEngine, "sizes_of", lambda self, work: (2, 2))
-        monkeypatch.setattr(gpu, "host_memory", lambda: host)
-        return max(len(batch.pieces) for batch in run.batches()) * one / (1 << 30)
 
-    assert 0.8 < largest(50, 128 << 30) <= 1  # 6.7 GB in all
-    assert 1.6 < largest(100, 128 << 30) <= 1.7  # 13.4
-    assert 7.8 < largest(1000, 256 << 30) <= 8
-    assert 1.4 < largest(1000, 24 << 30) <= 1.5
-    assert largest(1000, 256 << 30, 4 << 30) < 2
+def test_a_cluster_beside_a_device_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    recipe = Recipe.from_arguments(family["base"], {"ca": family["ca"]}, "lors", methods=SPECS)
+    with pytest.raises(LorsError, match="ray: expected no device beside it"):
+        merge_recipe(recipe, tmp_path / "out", device="cpu", ray="local")

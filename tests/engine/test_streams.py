@@ -28,10 +28,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_a_download_waits_for_what_is_computed_and_for_nothing_else(cuda: FakeCuda) -> None:
     device = Device("cuda:1")
     with device.selected():
+        computing = cuda.current_stream().queue
         tensor = late(torch.ones(3), cuda)
         host, arrived = device.download(tensor)
+        assert len(computing) == 1, "the copy is on a stream of its own"
         behind: list[int] = []
-        cuda.current_stream().queue.append(lambda: behind.append(1))
+        computing.append(lambda: behind.append(1))
         assert host.isnan().all()
     arrived()  # the current device is number 0 again
     assert (host == 1).all() and not behind
@@ -62,7 +64,7 @@ def test_a_merge_on_two_devices_reads_and_writes_nothing_too_early(
 
 
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "LARGEST", 20_000)
+    monkeypatch.setattr(batches, "MOST", 20_000)
 
 
 def test_copies_of_the_next_batch_are_under_way_while_this_one_is_computed(

@@ -10,10 +10,11 @@ from typing import NamedTuple
 from ..errors import LorsError
 from .work import Piece, Work
 
-# Of inputs, per batch. A device is busy with less; fewer batches wait less often for the host between two operations.
+# Bytes of inputs per batch. A device is busy with less; fewer batches wait less often for the host between two operations.
 LARGEST = 8 << 30
-# Copies of the first batch have nothing to hide behind, so there are about so many batches where that is enough for each.
-BATCHES, LEAST = 8, 1 << 30
+# Inputs that have to be copied: those of the first batch have nothing to hide behind, so there are about so many batches, of
+# so much at least; and page-locked memory, of two batches, takes long to get.
+BATCHES, LEAST, MOST = 8, 1 << 30, 2 << 30
 BASIS = 128  # columns of a Krylov basis to reckon with; convergence usually needs 80
 
 

@@ -49,13 +49,11 @@ class GpuEngine(Engine):
 
     device_memory: bytes to use on each device; None: 80 % of what is free.
     device_backend: kernels there (`backend` is for the rest); None: the fastest.
-    combines: whether the method's combinations work on tensors of a device.
     """
 
     devices: Sequence[str] = ("cuda:0",)
     device_memory: int | None = None
     device_backend: str | None = None
-    combines: bool = False
 
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work; matrices go to the devices, pieces of other tensors to threads as in `Engine`."""
@@ -69,7 +67,7 @@ class GpuEngine(Engine):
     def worth_it(self, work: Work) -> bool:
         """Whether a tensor goes to a device."""
         if work.combination is not None:
-            return self.combines and (work.matrix or work.spec.numel >= SMALL)
+            return work.matrix or work.spec.numel >= SMALL
         return work.matrix and any(r.weight for r in work.reductions)
 
     def shares(self, pieces: Sequence[Piece], indices: Sequence[int]) -> list[tuple[str, list[int]]]:
@@ -144,7 +142,7 @@ class DeviceRun:
         if not self.resident:
             works = self.works(self.indices)
             inputs = sum(planning.input_bytes(w, engine.sizes_of(w), len(engine.experts)) for w in works)
-            largest = min(largest, max(planning.LEAST, inputs // planning.BATCHES), host_memory() // HOST_SHARE)
+            largest = min(max(planning.LEAST, inputs // planning.BATCHES), planning.MOST, host_memory() // HOST_SHARE)
         return planning.batches(
             self.pieces, self.indices, engine.kind_of, engine.sizes_of,
             budget=self.budget(), largest=largest, resident=self.resident,

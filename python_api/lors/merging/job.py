@@ -264,6 +264,8 @@ def on_devices(
     from ..engine.gpu import GpuEngine
 
     devices = parse_devices(device)
+    if not METHODS[engine.report.method].on_device:
+        raise SettingError("device", f"method {engine.report.method} works in main memory alone, got {device!r}")
     import torch
 
     try:
@@ -274,5 +276,4 @@ def on_devices(
     return (kind or GpuEngine)(
         engine.base, engine.experts, engine.sink, engine.report, engine.backend, engine.threads, engine.seed,
         progress=engine.progress, devices=devices, device_memory=device_memory, device_backend=kernels,
-        combines=METHODS[engine.report.method].on_device,
     )  # fmt: skip

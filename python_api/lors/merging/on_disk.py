@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import FactorCache
 from ..engine.report import MergeReport, peak_memory
+from ..errors import SettingError
 from ..files.remote import is_url, placed
 from ..methods import SPECS
 from ..public import public
@@ -93,6 +94,8 @@ def merge_recipe(
     ray: "local" or a cluster's address: decompositions run there; the result has the same bits.
     """
     begun = time.perf_counter()
+    if device and ray is not None:
+        raise SettingError("ray", "expected no device beside it: what a cluster decomposes is merged on the CPU")
     with contextlib.ExitStack() as stack:
         _check_device(device)
         kernels = None if device else backend
