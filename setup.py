@@ -81,7 +81,7 @@ def nvcc(arguments: list[str], seconds: float = NVCC_SECONDS) -> str:
         if CUDA_WANTED == "1":
             print(said[-4000:])  # whoever asked for it gets all of it
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        telling = [line for line in lines if re.search(r"error|fatal|unsupported", line, re.IGNORECASE)]
+        telling = [line for line in lines if re.search(r"error|fatal|unsupported|cannot find", line, re.IGNORECASE)]
         raise CompileError(f"nvcc failed: {(telling or lines[-1:] or [f'exit code {process.returncode}'])[0][:300]}")
     return said
 
@@ -92,18 +92,21 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def find_cuda() -> Path:
-    """The toolkit's folder, after nvcc has shown that it can compile, for every architecture, and link."""
+def find_cuda() -> tuple[Path, list[str]]:
+    """The toolkit's headers and libraries, after nvcc has shown that it can compile, for every architecture, and link."""
     # nvcc may be a link or a script: it says itself where it lives
     said = nvcc(["--dryrun", "x.cu"], min(60, NVCC_SECONDS))
     home = next((Path(line.split("TOP=")[1]).resolve() for line in said.splitlines() if "TOP=" in line), None)
     if home is None:
         raise CompileError(f"expected nvcc --dryrun to name its toolkit, got {' '.join(said.split())[:300]!r}")
+    # told explicitly: where the toolkit comes as wheels, nvcc looks in lib64, which they have not got
+    libraries = sorted({str(path.parent) for path in home.glob("**/libcudart_static.a")})
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(PROBE)
-        nvcc([*FLAGS_CUDA, "-o", str(source.with_suffix("")), str(source)], min(120, NVCC_SECONDS))
-    return home
+        where = [f"-L{path}" for path in libraries]
+        nvcc([*FLAGS_CUDA, *where, "-o", str(source.with_suffix("")), str(source)], min(120, NVCC_SECONDS))
+    return home / "include", libraries
 
 
 def compile_cuda(folder: Path) -> list[str]:
@@ -177,9 +180,9 @@ class BuildExt(build_ext):
 
     def prepare_cuda(self, ext, shared):
         """Compiles the kernels, once for all Pythons that are built for in one tree."""
-        home = find_cuda()
-        ext.include_dirs.append(str(home / "include"))
-        ext.library_dirs += sorted({str(path.parent) for path in home.glob("**/libcudart_static.a")})
+        headers, libraries = find_cuda()
+        ext.include_dirs.append(str(headers))
+        ext.library_dirs += libraries
         folder = shared.parent if shared.name.startswith("temp.") else Path(self.build_temp)
         ext.extra_objects = compile_cuda(folder / f"cuda-{'-'.join(CUDA_ARCHS)}")
 

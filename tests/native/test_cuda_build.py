@@ -223,7 +223,9 @@ def test_a_compiler_that_cannot_be_run(tmp_path: Path) -> None:
 
 
 def test_kernels_are_compiled_once_for_all_pythons(tmp_path: Path) -> None:
-    """In one tree; and again for other architectures."""
+    """In one tree; and again for other architectures. nvcc is told where the runtime is: as wheels it does not find it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "libcudart_static.a").touch()
     log = f'echo "$*" >> {tmp_path}/log\n{HOME}\n{WORKS}'
     build_with_fakes(tmp_path, "1", log)
     environment = {**os.environ, "LORS_BUILD_CUDA": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -235,7 +237,10 @@ def test_kernels_are_compiled_once_for_all_pythons(tmp_path: Path) -> None:
         command += ["-t", str(tmp_path / "build" / f"temp.linux-{python}")]
         environment["LORS_CUDA_ARCHS"] = archs
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-        return (tmp_path / "log").read_text().count(" -c csrc/cuda/")
+        log = (tmp_path / "log").read_text()
+        (probe,) = [line for line in log.splitlines() if line.endswith("probe.cu")]
+        assert f"-L{tmp_path / 'elsewhere'} " in probe
+        return log.count(" -c csrc/cuda/")
 
     sources = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     assert [compiled("311", "80,90"), compiled("312", "80,90"), compiled("312", "80")] == [sources, 0, sources]
