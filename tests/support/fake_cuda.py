@@ -57,8 +57,7 @@ class Event:
 class FakeCuda(threading.local):
     """`torch.cuda` with two devices: each thread has a current one, and a current stream on each."""
 
-    defaults = tuple(Stream(f"cuda:{number}") for number in (0, 1))
-    late = True
+    defaults: tuple[Stream, Stream]
 
     def __init__(self) -> None:
         self.current, self.streams = 0, list(self.defaults)
@@ -87,6 +86,7 @@ class FakeCuda(threading.local):
 
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """torch.cuda as it is with two devices, cuda:0 and cuda:1."""
+    FakeCuda.defaults = Stream("cuda:0"), Stream("cuda:1")
     fake = FakeCuda()
     monkeypatch.setattr(Event, "cuda", fake, raising=False)
     for name, value in {
