@@ -204,7 +204,7 @@ def sparse_update(
     out: Any, mask: Any, values: Any, left: Any, right: Any, scale: float, weight: float
 ) -> tuple[float, int, int]:
     left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
-    sparse = _address(mask), _address(values), FLOATS.index(dtype_name(values)), values.size, scale
+    sparse = _address(mask), _address(values), FLOATS.index(dtype_name(values)), len(values), scale
     energy, used, bad = library().sparse_update(_matrix(out), _factors(left, right), sparse, weight)
     return energy, used, bad
 
