@@ -14,6 +14,7 @@
 
 #include "common/counter_random.h"
 #include "common/ordered_key.h"
+#include "cpu/eigh_single.h"
 #include "cpu/krylov.h"
 #include "cpu/ops.h"
 #include "cpu/rows.h"
@@ -247,23 +248,36 @@ void check_leading_eigenvectors() {
             }
         }
         std::copy(a.data(), a.data() + n * n, b.data());
+        const auto judge = [&](const double* values, const auto* vectors, double exact, double orthogonal) {
+            double residual = 0, skew = 0;
+            for (int64_t p = 0; p < count; ++p) {
+                const auto* v = vectors + p * n;
+                for (int64_t i = 0; i < n; ++i) {
+                    double sum = -values[p] * v[i];
+                    for (int64_t j = 0; j < n; ++j) sum += a[i * n + j] * v[j];
+                    residual = std::max(residual, std::fabs(sum));
+                }
+                for (int64_t q = 0; q <= p; ++q) {
+                    double sum = -(p == q);
+                    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(v[i]) * vectors[q * n + i];
+                    skew = std::max(skew, std::fabs(sum));
+                }
+            }
+            expect(residual <= exact * (1 + std::fabs(values[0])), "eigenvectors", n, kind);
+            expect(skew <= orthogonal, "orthogonal eigenvectors", n, kind);
+        };
         const lors::Eigen found = lors::eigh_leading(b.data(), n, count);
-        double residual = 0, skew = 0;
-        for (int64_t p = 0; p < count; ++p) {
-            const double* v = &found.vectors[p * n];
-            for (int64_t i = 0; i < n; ++i) {
-                double sum = -found.values[p] * v[i];
-                for (int64_t j = 0; j < n; ++j) sum += a[i * n + j] * v[j];
-                residual = std::max(residual, std::fabs(sum));
-            }
-            for (int64_t q = 0; q <= p; ++q) {
-                double sum = -(p == q);
-                for (int64_t i = 0; i < n; ++i) sum += v[i] * found.vectors[q * n + i];
-                skew = std::max(skew, std::fabs(sum));
-            }
-        }
-        expect(residual <= 1e-13 * (1 + std::fabs(found.values[0])), "eigenvectors", n, kind);
-        expect(skew <= 1e-9, "orthogonal eigenvectors", n, kind);
+        judge(found.values.data(), found.vectors.data(), 1e-13, 1e-9);
+        std::vector<float> single(a.data(), a.data() + n * n), vectors(count * n);
+        std::vector<double> values(n);
+        lors::eigh_single(single.data(), n, count, values.data(), vectors.data());
+        judge(values.data(), vectors.data(), 2e-6, 2e-6);
+    }
+    for (int64_t small : {1, 2, 15, 16, 17, 33}) {
+        std::vector<float> ones(small * small, 1), vectors(small * small);
+        std::vector<double> values(small);
+        lors::eigh_single(ones.data(), small, small, values.data(), vectors.data());
+        expect(std::fabs(values[0] - static_cast<double>(small)) <= 1e-5, "values of ones", small, small);
     }
 }
 
