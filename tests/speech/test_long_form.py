@@ -19,6 +19,7 @@ from lors.speech.data.utterance import Corpus, Utterance
 from lors.speech.experiment.config import load_config
 from lors.speech.experiment.plan import build_stages
 from lors.speech.model.whisper import load_model, load_processor
+from lors.speech.scoring import evaluation as evaluation_module
 from lors.speech.scoring.evaluation import Decoder, evaluate
 from lors.speech.training.finetune import finetune
 from lors.speech.training.settings import Training
@@ -57,7 +58,6 @@ def test_joined_recordings_are_answered_as_each_alone(tmp_path: Path, timed: Pat
     mixed = [u for pair in zip(long, catalan, strict=False) for u in pair]
 
     def answers(corpus: Corpus, **options: Any) -> dict[str, str]:
-        torch.manual_seed(len(options))  # of the caller: no matter
         (result,) = evaluate(timed, data=corpus, languages="ca", beams=beams, **options).results
         return {a.id: a.hypothesis for a in result.answers}
 
@@ -69,6 +69,23 @@ def test_joined_recordings_are_answered_as_each_alone(tmp_path: Path, timed: Pat
     whole = [together[f"long{i}"] == " ".join(alone[u.id] for u in parts) for i, parts in enumerate(groups)]
     assert sum(whole) >= 3, "with a space between the windows"
     assert answers(mixed[::-1], batch_size=5, workers=2) == together, "whatever the order and the processes"
+
+
+def test_higher_temperatures_are_seeded(
+    tmp_path: Path, timed: Path, catalan: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A threshold that no answer meets: each window is drawn, at the last temperature."""
+    long = [_joined(tmp_path, f"long{i}", catalan[i : i + 2]) for i in (0, 2)]
+
+    def answers(corpus: Corpus, seed: int) -> set[tuple[str, str]]:
+        torch.manual_seed(seed)
+        (result,) = evaluate(timed, data=corpus, languages="ca").results
+        return {(a.id, a.hypothesis) for a in result.answers}
+
+    sure = answers(long, 0)
+    monkeypatch.setitem(evaluation_module._WINDOWS, "logprob_threshold", 0.0)
+    drawn = answers(long, 1)
+    assert drawn != sure and answers(long, 2) == answers(long[::-1], 3) == drawn
 
 
 def test_beams_change_answers(catalan: Corpus) -> None:
