@@ -99,9 +99,8 @@ def test_all_that_a_command_started_ends(stubborn: list[str], tmp_path: Path, ho
     with marked([sys.executable, "-c", script], tmp_path / "log") as found:
         wait_for(tmp_path / "up")
         if how == "we are killed":
-            assert len(found.alive()) == 6 and with_argument(
-                BARE
-            )  # us, the keeper, the command, two sleeping, the daemon
+            # us, the keeper, the command, two sleeping, the daemon, which may still be forking
+            assert wait_until(lambda: len(found.alive()) == 6) and with_argument(BARE)
             found.process.kill()
         assert found.process.wait(20) == code
         assert gone(found) and not with_argument(BARE), (tmp_path / "log").read_text()
