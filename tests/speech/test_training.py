@@ -520,9 +520,15 @@ def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) ->
 
 
 def test_loss_as_the_criterion(tmp_path: Path, recordings: Path) -> None:
-    """The checkpoint with the lowest dev loss is kept, and that is the loss which `mean_loss` computes."""
+    """The checkpoint with the lowest dev loss is kept, and that is the loss which `mean_loss` computes. A learning rate that
+    grows beyond what the model bears: the last one is not the best."""
     training = Training(
-        max_steps=8, learning_rate=0.02, eval_steps=2, metric_for_best_model="loss", report_to="tensorboard"
+        max_steps=8,
+        learning_rate=0.08,
+        warmup_steps=40,
+        eval_steps=2,
+        metric_for_best_model="loss",
+        report_to="tensorboard",
     )
     finetune("tiny", tmp_path / "x", data=recordings, languages="ca", training=training)
     losses = _told(tmp_path / "x.runs" / "0-ca")["eval/loss"]
