@@ -81,11 +81,11 @@ def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) ->
     """
     import torch
 
-    total = gram.double()
+    total = gram.to(torch.float64, copy=True)
     epsilon = ridge * float(total.trace()) / len(total)
-    total = total + epsilon * torch.eye(len(total), dtype=total.dtype, device=total.device)
-    right = product.double().add(goal, alpha=epsilon)
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total)).T
+    total.diagonal().add_(epsilon)
+    right = product.to(torch.float64, copy=True).add_(goal, alpha=epsilon)
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total, out=total)).T
 
 
 def boosted(sigma: Tensor, share: float) -> Tensor:

@@ -35,9 +35,8 @@ def write_statistics(
     for key, mean in means.items():
         variance = np.diagonal(mean).astype(np.float64)
         scale = np.sqrt(np.where(variance > 0, variance, 1.0))
-        rows, columns = np.tril_indices(len(mean), -1)
         arrays[f"{key}:variance"] = variance.astype(np.float32)
-        arrays[f"{key}:lower"] = (mean[rows, columns] / scale[rows] / scale[columns]).astype(np.float16)
+        arrays[f"{key}:lower"] = (mean / scale / scale[:, None])[np.tri(len(mean), k=-1, dtype=bool)].astype(np.float16)
     with OutputFile(out, STATISTICS, force=force) as file:
         layout = [(key, array.dtype, array.shape) for key, array in arrays.items()]
         with WeightWriter(
@@ -70,8 +69,11 @@ def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarra
         variance, below = (file.read(name).astype(np.float64) for name in names)
     if not (np.isfinite(below).all() and (variance >= 0).all() and np.isfinite(variance).all()):
         raise LorsError(f"{path}: {inputs[tensor]}: expected finite values and variances of at least 0")
+    mean = np.zeros((n, n))
+    mean[np.tri(n, k=-1, dtype=bool)] = below
+    mean += mean.T
     scale = np.sqrt(variance)
-    mean = np.diag(variance)
-    rows, columns = np.tril_indices(n, -1)
-    mean[rows, columns] = mean[columns, rows] = below * scale[rows] * scale[columns]
+    mean *= scale
+    mean *= scale[:, None]
+    np.fill_diagonal(mean, variance)
     return mean

@@ -155,10 +155,19 @@ class Operands:
         factors = self.experts[t].factors(self.name)
         if factors is not None:
             return torch.from_numpy(factors.exact())
-        base, tuned = self.pair(t)
-        delta = self.float32(tuned) - self.float32(base)
+        delta = self.difference(t)
         self.check(t, delta)
         return delta.double()
+
+    def difference(self, t: int) -> Tensor:
+        """The same in float32, and whether it is finite is for the caller to `check`."""
+        import torch
+
+        factors = self.experts[t].factors(self.name)
+        if factors is not None:
+            return torch.from_numpy(factors.matrix())
+        base, tuned = self.pair(t)
+        return self.float32(tuned) - self.float32(base)
 
     def svd(self, t: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of

@@ -39,14 +39,15 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     def update(operands: Operands) -> Any:
         import torch
 
-        gram: Any = 0.0
+        gram: Any = None
         product: Any = 0.0
         total: Any = 0.0
         for t, weight, path in chosen:
             delta = weight * operands.delta(t)
             mean = torch.from_numpy(read_statistics(path, operands.name, operands.spec.shape)).to(delta.device)
-            own = shrunk(mean, shared["alpha"])
-            gram, product, total = gram + own, product + delta @ own, total + delta
+            shrink(mean, shared["alpha"])
+            product, total = product + delta @ mean, total + delta
+            gram = mean if gram is None else gram.add_(mean)
         try:
             return shared["lambda"] * ridge_quotient(product, gram, total / len(chosen), shared["ridge"])
         except torch.linalg.LinAlgError:
@@ -66,9 +67,10 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     return merge
 
 
-def shrunk(mean: Any, alpha: float) -> Any:
-    """The entries off the diagonal times alpha."""
-    return alpha * mean + (1 - alpha) * mean.diagonal().diag()
+def shrink(mean: Any, alpha: float) -> None:
+    """The entries off the diagonal times alpha, in place."""
+    variance = mean.diagonal().clone()
+    mean.mul_(alpha).diagonal().copy_(variance)
 
 
 METHOD = Method(
