@@ -112,7 +112,7 @@ def judge_chunk(
             judged.append((case.kind, ["refused"], 0.0, 0, ""))
             continue
         verdict = judge_claim(case.delta, found.left, found.right, found.residual, found.unique)
-        facts = ["dense" if found.method in ("eigh64", "svd64") else found.method]
+        facts = ["dense" if found.method in ("eigh32", "eigh64", "svd64") else found.method]
         facts += [] if found.unique else ["not unique"]
         fault = "" if verdict.ok else f"{case.kind} {case.seed}, rank {case.rank}: {found.method}: {verdict}"
         judged.append((case.kind, facts, verdict.error / (verdict.claim or 1.0), found.passes, fault))

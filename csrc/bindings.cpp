@@ -12,6 +12,7 @@ PYBIND11_MODULE(LORS_MODULE, module) {
     module.def("sparse_part", sparse_part);
     module.def("sparse_update", sparse_update);
     module.def("truncated_svd", truncated_svd);
+    module.def("eigh_single", eigh_single);
     module.def("multiply_rate", lors::multiply_rate, py::call_guard<py::gil_scoped_release>());
     module.def("bfloat16_rate", lors::bfloat16_rate, py::call_guard<py::gil_scoped_release>());
     module.def("read_rate", lors::read_rate, py::call_guard<py::gil_scoped_release>());

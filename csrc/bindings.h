@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/eigh_single.h"
 #include "cpu/ops.h"
 #include "cpu/peaks.h"
 #include "cpu/simd.h"
@@ -150,6 +151,11 @@ inline auto sparse_update(const MatrixTuple& out, const LowRankTuple& factors,
                              reinterpret_cast<const void*>(values), static_cast<lors::DType>(dtype), count, scale},
                             weight);
     return std::make_tuple(s.energy, s.used, s.non_finite);
+}
+
+inline void eigh_single(uintptr_t a, int64_t n, int64_t count, uintptr_t values, uintptr_t vectors) {
+    py::gil_scoped_release unlocked;
+    lors::eigh_single(floats(a), n, count, reinterpret_cast<double*>(values), floats(vectors));
 }
 
 }  // namespace bindings

@@ -1,13 +1,18 @@
 """Dense decompositions of float64 matrices, on whatever device they are: singular triplets and polar factors.
 
 By eigenvectors of the smaller Gram matrix where these are well defined by it, which takes a fraction of the time of an SVD;
-else by SVD. Methods that make weak directions as large as strong ones need each of them exact, which `truncated_svd` does
-not promise: it promises L as a whole.
+else by SVD. Methods that make weak directions as large as strong ones need each of them right, which `truncated_svd` does
+not promise: it promises L as a whole. Whoever can do with less than float64 says so by a tolerance: large matrices on a CPU
+are then decomposed in float32, if what is measured afterwards keeps to it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from .backends import cpu, large_rank
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +23,8 @@ GRAM_GAP = 1e-7
 GRAM_LIMIT = 1e-9
 # Singular values that float32 entries have from their rounding alone: half a unit of each is 2^-23 of the largest at most.
 ROUNDED = 2.0**-20
+LARGE = 256  # columns from which on float32 saves time
+WEAK = 64  # directions of a polar factor that float32 leaves to float64
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,17 +38,27 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, sigma, vh.T
 
 
-def leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(x: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """(u [m, r], sigma [r] largest first, v [n, r]): the `rank` largest singular triplets of x [m, n] float64, without
     those of value 0 (`nonzero`).
 
-    The rounding of a Gram matrix, 2^-53 of the largest eigenvalue, is divided by the gap at the cut.
+    tolerance: root mean square of the angles by which the directions may be turned out of the space of the true ones;
+        0 stands for what float64 gives: the rounding of a Gram matrix, 2^-53 of the largest eigenvalue, over the gap at the cut.
     """
     import torch
 
     if x.shape[0] < x.shape[1]:
-        v, sigma, u = leading(x.T, rank)
+        v, sigma, u = leading(x.T, rank, tolerance)
         return u, sigma, v
+    if rank and tolerance and _may_be_single(x):
+        scale = _scale(x)
+        found = large_rank.decompose(x * scale, rank, cpu.eigh_single)
+        if found is not None:
+            # the squared error of L is the sum of squared angles, each times two of the theta at least the last
+            angles = found.residual * math.sqrt(float(found.theta.sum() / found.theta[-1]) / rank)
+            if angles <= tolerance:
+                sigma = found.theta.sqrt()
+                return found.product / sigma, sigma / scale, found.vectors
     if rank:
         values, vectors = torch.linalg.eigh(x.T @ x)
         beyond = values[-rank - 1] if rank < len(values) else 0.0
@@ -58,26 +75,78 @@ def leading(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def polar(x: Tensor) -> Tensor:
     """X (X^T X)^(-1/2) [m, n] of X [m, n] float64, the nearest matrix with orthonormal columns (rows, where it is wide);
     directions of singular value 0 (`nonzero`) are left out."""
+    return polar_and_values(x)[0]
+
+
+def polar_and_values(x: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The polar factor, and the singular values that are not 0. tolerance: root mean square of the angles by which its columns
+    may be turned; 0 stands for what float64 gives."""
     import torch
 
     if x.shape[0] < x.shape[1]:
-        return polar(x.T).T
+        factor, sigma = polar_and_values(x.T, tolerance)
+        return factor.T, sigma
     if not x.numel():
-        return x
+        return x, x.new_empty(0)
+    if tolerance and _may_be_single(x):
+        factor, sigma, angles = _polar_single(x * _scale(x))
+        if angles <= tolerance:
+            return factor, sigma / _scale(x)
     values, vectors = torch.linalg.eigh(x.T @ x)
     if values[0] > GRAM_LIMIT * values[-1]:
         half = vectors * values**-0.25
-        return x @ (half @ half.T)
+        return x @ (half @ half.T), values.sqrt()
     u, sigma, v = svd(x)
     there = nonzero(sigma, x.shape)
-    return u[:, there] @ v[:, there].T
+    return u[:, there] @ v[:, there].T, sigma[there]
+
+
+def _polar_single(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(factor, singular values, angles) in float32: X V has orthogonal columns if V diagonalises X^T X, and with these columns
+    made unit ones, Y, the factor is Y V^T. The weakest directions, in which float32 sees nothing but its rounding, are
+    mended in float64. What Y lacks of orthonormality bounds the angles."""
+    import torch
+
+    with full_precision():
+        single = x.float()
+        vectors = cpu.eigh_single(single.T @ single, x.shape[1])[1]
+        strong, weak = vectors[:, :-WEAK], vectors[:, -WEAK:].double()
+        images, product = single @ strong, x @ weak
+        turn, theta = large_rank.held_apart(weak, product)
+        weak, product = weak @ turn, product @ turn
+        # one step of perturbation: what the weak directions are still turned by towards the strong ones
+        residual = (x.T @ product - weak * theta).float()
+        mixed = (strong.T @ residual) / (theta.float() - images.square().sum(0)[:, None])
+        images = images - product.float() @ mixed.T
+        strong, weak = strong - weak.float() @ mixed.T, weak + (strong @ mixed).double()
+        product = x @ weak
+        turn, _ = large_rank.held_apart(weak, product)
+        weak, product = weak @ turn, product @ turn
+        columns = torch.cat([images, product.float()], dim=1)
+        sigma = torch.linalg.vector_norm(columns, dim=0)
+        columns /= sigma
+        factor = columns @ torch.cat([strong, weak.float()], dim=1).T
+        skew = columns.T @ columns
+        skew.diagonal().sub_(1)
+        angles = float(torch.linalg.matrix_norm(skew)) / math.sqrt(len(sigma))
+    return factor.double(), sigma.double(), angles if math.isfinite(angles) else math.inf
+
+
+def _may_be_single(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.shape[1] >= LARGE and cpu.probe()[0]
+
+
+def _scale(x: Tensor) -> float:
+    """The power of two that brings the entries of x between -1 and 1, so that their squares are harmless in float32."""
+    return float(2.0 ** -math.frexp(float(x.abs().max()))[1])
 
 
 def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:
     """(B + eps P) (S + eps I)^-1 in float64, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n].
 
-    S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares problem with a ridge towards P comes
-    down to. A matrix that the ridge does not make positive definite raises torch.linalg.LinAlgError. By Cholesky.
+    S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares
+    problem with a ridge towards P comes down to. A matrix that the ridge does not make positive definite raises
+    torch.linalg.LinAlgError. By Cholesky.
     """
     import torch
 

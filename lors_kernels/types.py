@@ -104,7 +104,7 @@ class TruncatedSVD(NamedTuple):
     sigma: Any  # [r] float32, largest first
     passes: int  # products with delta.T @ delta
     residual: float  # bound on ||L - exact|| / ||exact||; see docs/certificate.md
-    method: str  # "krylov", "krylov64", "eigh64", "svd64", "svd"
+    method: str  # "krylov", "krylov64", "eigh32", "eigh64", "svd64", "svd"
     energy: float  # sum of delta^2
     backend: str
     unique: bool = True  # False: sigma_r = sigma_{r+1}; residual bounds the excess of ||delta - L||^2 over its minimum

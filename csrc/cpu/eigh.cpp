@@ -271,6 +271,49 @@ Eigen eigh_leading(double* a, int64_t n, int64_t count) {
     return result;
 }
 
+// The QL iteration without square roots of Pal, Walker and Kahan, block by block, from the end whose values are small.
+void tridiagonal_values(double* d, double* e, int64_t n) {
+    double scale = 0;
+    for (int64_t k = 0; k < n; ++k) scale = std::max({scale, std::fabs(d[k]), k + 1 < n ? std::fabs(e[k]) : 0.0});
+    const double least = 1e-15 * scale * 1e-15 * scale;
+    const auto negligible = [&](int64_t k) { return e[k] <= least; };
+    for (int64_t k = 0; k + 1 < n; ++k) e[k] *= e[k];
+    int64_t steps = 0;
+    for (int64_t first = 0, last; first < n; first = last + 1) {
+        last = first;
+        while (last + 1 < n && !negligible(last)) ++last;
+        if (std::fabs(d[last]) < std::fabs(d[first])) {
+            std::reverse(d + first, d + last + 1);
+            std::reverse(e + first, e + last);
+        }
+        for (int64_t low = first; low < last;) {
+            int64_t high = low;
+            while (high < last && !negligible(high)) ++high;
+            if (high == low) {
+                ++low;
+                continue;
+            }
+            if (++steps > 60 * n) throw std::runtime_error("eigh: QL iteration did not converge");
+            const double root = std::sqrt(e[low]), half = (d[low + 1] - d[low]) / (2 * root);
+            const double shift = d[low] - root / (half + std::copysign(std::sqrt(half * half + 1), half));
+            double c = 1, s = 0, gamma = d[high] - shift, p = gamma * gamma;
+            for (int64_t i = high - 1; i >= low; --i) {
+                const double square = e[i], r = p + square, before = c, gamma_before = gamma;
+                const double inverse = p > least ? r / p : 0;  // beside c, which would have to be known for 1 / c
+                if (i + 1 < high) e[i + 1] = s * r;
+                c = p / r;
+                s = square / r;
+                gamma = c * (d[i] - shift) - s * gamma_before;
+                d[i + 1] = gamma_before + (d[i] - gamma);
+                p = inverse > 0 ? gamma * gamma * inverse : before * square;
+            }
+            e[low] = s * p;
+            d[low] = shift + gamma;
+        }
+    }
+    std::sort(d, d + n, std::greater<double>());
+}
+
 Eigen eigh(double* a, int64_t n) {
     std::vector<int64_t> all(static_cast<size_t>(n));
     std::iota(all.begin(), all.end(), 0);

@@ -24,4 +24,8 @@ Eigen eigh(double* a, int64_t n);
 // orthogonal to 1e-9 only.
 Eigen eigh_leading(double* a, int64_t n, int64_t count);
 
+// d [n] becomes the eigenvalues, largest first, of the tridiagonal matrix with d on its diagonal and e [n - 1] beside
+// it, to about 1e-14 of the largest one; e is overwritten.
+void tridiagonal_values(double* d, double* e, int64_t n);
+
 }  // namespace lors

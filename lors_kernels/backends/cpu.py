@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sysconfig
@@ -11,21 +12,20 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from ..arrays import (
     FLOATS,
     address_of,
     contiguous,
     dtype_name,
-    is_torch,
     new,
     strides_of,
     to_torch,
 )
-from ..threads import thread_count
+from ..threads import one_torch_thread, thread_count
 from ..types import (
     CONTRACT,
+    DENORMAL,
+    FACTORS,
     Consensus,
     FactorOverflowError,
     Keep,
@@ -36,7 +36,7 @@ from ..types import (
     UpdateStats,
     dense_claim,
 )
-from . import built
+from . import built, large_rank
 
 NAME = "cpu"
 DEVICES = ("cpu",)
@@ -221,32 +221,53 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
     return TruncatedSVD(left, right, sigma, passes, residual, method, energy, NAME, unique)
 
 
+def eigh_single(a: Any, count: int) -> tuple[Any, Any]:
+    """(theta [n] float64, vectors [n, count] float32), largest first: all eigenvalues of the symmetric torch tensor a [n, n]
+    float32 and the first `count` eigenvectors, to 1e-6 of the largest value."""
+    import torch
+
+    n, a = len(a), a.contiguous()
+    theta, vectors = torch.empty(n, dtype=torch.float64), torch.empty(count, n)
+    library().eigh_single(a.data_ptr(), n, count, theta.data_ptr(), vectors.data_ptr())
+    return theta, vectors.T
+
+
 def _dense(base: Any, tuned: Any, left: Any, right: Any, sigma: Any) -> tuple[str, float, bool, int]:
-    """By LAPACK in float64: eigenvectors of A.T A, or where that squares too much away the SVD. Returns the method, the
-    residual, whether L is unique, and how many entries of `left` float32 cannot hold."""
-    b, t, left, right, sigma = (_as_numpy(x) for x in (base, tuned, left, right, sigma))
-    delta = (t.astype(np.float32) - (0 if b is None else b.astype(np.float32))).astype(np.float64)
-    wide, rank = delta.shape[0] < delta.shape[1], sigma.size
-    a = delta.T if wide else delta
-    theta, vectors = np.linalg.eigh(a.T @ a)
-    method, values = "eigh64", np.sqrt(np.maximum(theta[::-1], 0))
-    residual, unique = dense_claim(values, rank, left.size, squared=True)
-    if residual > CONTRACT:
-        _, values, vh = np.linalg.svd(a, full_matrices=False)
-        method, vectors = "svd64", vh[::-1].T
-        residual, unique = dense_claim(values, rank, left.size)
-    v = vectors[:, : -rank - 1 : -1]
-    product = a @ v
-    norms = np.linalg.norm(product, axis=0)
-    with np.errstate(over="ignore"):
-        sigma[:] = norms
-        left[:] = v * norms if wide else product
-        right[:] = product / np.where(norms > 0, norms, 1.0) if wide else v
-    return method, residual, unique, int(np.count_nonzero(~np.isfinite(left)))
+    """By dense solvers: eigenvectors of A.T A in float32 where that can be certified, else in float64, or where that squares
+    too much away the SVD. One thread, so that the bits are the same for any number. Returns the method, the residual, whether
+    L is unique, and how many entries of `left` float32 cannot hold."""
+    import torch
+
+    base, tuned, left, right, sigma = (to_torch(x) for x in (base, tuned, left, right, sigma))
+    with one_torch_thread():
+        delta = tuned.float() if base is None else tuned.float() - base.float()
+        wide, rank = delta.shape[0] < delta.shape[1], len(sigma)
+        a = (delta.T if wide else delta).contiguous()
+        scale = 2.0 ** -math.frexp(float(a.abs().max()))[1]
+        inside = a * scale if scale < 2.0**100 else (a.double() * scale).float()  # a scale that float32 has not got
+        found = large_rank.decompose(inside, rank, eigh_single)
+        if found is not None:
+            method, unique, vectors, product = "eigh32", True, found.vectors, found.product / scale
+            values, residual = found.theta.sqrt() / scale, found.residual
+            residual += FACTORS + DENORMAL * math.sqrt(left.numel()) / float(values.norm())
+        else:
+            method, residual, unique, vectors = _dense64(a.double(), rank, left.numel())
+            product = a.double() @ vectors
+            values = torch.linalg.vector_norm(product, dim=0)
+        sigma[:] = values
+        left[:] = vectors * values if wide else product
+        right[:] = product / torch.where(values > 0, values, 1.0) if wide else vectors
+        return method, residual, unique, int((~torch.isfinite(left)).sum())
 
 
-def _as_numpy(x: Any) -> Any:
-    if x is None or not is_torch(x):
-        return x
-    tensor = to_torch(x)
-    return tensor.float().numpy() if dtype_name(x) == "bfloat16" else tensor.numpy()
+def _dense64(a: Any, rank: int, entries: int) -> tuple[str, float, bool, Any]:
+    """(method, residual, unique, right singular vectors [n, rank]) of a [m, n] float64."""
+    import torch
+
+    theta, vectors = torch.linalg.eigh(a.T @ a)
+    residual, unique = dense_claim(theta.flip(0).clamp_min(0).sqrt().tolist(), rank, entries, squared=True)
+    if residual <= CONTRACT:
+        return "eigh64", residual, unique, vectors[:, -rank:].flip(1)
+    _, values, vh = torch.linalg.svd(a, full_matrices=False)
+    residual, unique = dense_claim(values.tolist(), rank, entries)
+    return "svd64", residual, unique, vh[:rank].T

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lors_kernels.dense import boost, boosted, leading, polar, ridge_quotient
+from lors_kernels.dense import boost, boosted, leading, polar, polar_and_values, ridge_quotient
 
 SHAPES = [(60, 40), (40, 60)]
 
@@ -110,3 +110,57 @@ def test_a_quotient_with_a_ridge(ridge: float) -> None:
         ridge_quotient(
             torch.from_numpy(product), torch.diag(torch.tensor([-1.0] * 5 + [1.0] * 7)), torch.from_numpy(goal), 0.1
         )
+
+
+# --- in float32, where a tolerance allows it --------------------------------------------------------------------------
+
+LARGE = [(340, 300), (300, 340)]
+
+
+def noise(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float().double()
+
+
+def turned(vectors: Tensor, truth: Tensor) -> float:
+    """Root mean square of the angles out of the span of `truth`."""
+    return float((vectors - truth @ (truth.T @ vectors)).norm()) / vectors.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_leading_triplets_in_float32_keep_to_the_tolerance(shape: tuple[int, int], scale: float) -> None:
+    x = scale * noise(shape)
+    exact, found, strict = leading(x, 60), leading(x, 60, 2e-5), leading(x, 60, 1e-9)
+    for side in (0, 2):
+        assert 1e-9 < turned(found[side], exact[side]) <= 2e-5, "float32 has been used"
+        assert torch.equal(strict[side], exact[side]), "which does not prove 1e-9"
+    assert (found[1] / exact[1] - 1).abs().max() < 1e-6
+
+
+def test_what_float32_cannot_prove_is_left_to_float64() -> None:
+    sigma = torch.from_numpy(np.geomspace(1, 1e-7, 300))
+    left, right = (torch.linalg.qr(noise((size, 300), size))[0] for size in (340, 301))
+    x = (left * sigma) @ right.T
+    for rank in (60, 200):
+        assert all(map(torch.equal, leading(x, rank), leading(x, rank, 2e-5)))
+    assert torch.equal(polar(x), polar_and_values(x, 5e-6)[0])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_polar_factors_in_float32_keep_to_the_tolerance(wide: bool) -> None:
+    """Of what tsv has: as many orthonormal columns of several experts as make a square."""
+    x = torch.cat([torch.linalg.qr(noise((300, 60), t))[0] for t in range(5)], dim=1)
+    x = x.T if wide else x
+    exact, values = polar_and_values(x)
+    found, also = polar_and_values(x, 5e-6)
+    error = float((found - exact).norm()) / 300**0.5
+    assert 1e-9 < error <= 5e-6
+    assert (also.sort()[0] - values.sort()[0]).abs().max() < 1e-6 and values.min() < 0.05
+
+
+@pytest.mark.parametrize("what", ["twice", "zero", "almost twice"])
+def test_polar_factors_of_too_few_directions_are_exact(what: str) -> None:
+    one = torch.linalg.qr(noise((320, 150)))[0]
+    other = {"twice": one, "zero": 0 * one, "almost twice": one + 1e-7 * noise((320, 150), 1)}[what]
+    x = torch.cat([one, other], dim=1)
+    assert torch.equal(polar(x), polar_and_values(x, 5e-6)[0])

@@ -44,6 +44,7 @@ def test_every_operation_has_its_test_and_its_benchmark(operation: str) -> None:
 
 def test_every_binding_is_one_operation_of_the_backend_and_the_reference() -> None:
     bound = set(re.findall(r'def\("(\w+)", \1\)', source("csrc/bindings.cpp")))
+    bound -= {"eigh_single"}  # a step of truncated_svd
     assert bound == COMPILED
     declared = set(re.findall(r"^\w+ (\w+)\(", source("csrc/cpu/ops.h"), re.M))
     assert bound <= declared

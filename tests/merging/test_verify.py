@@ -213,7 +213,11 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (tsv, iso_c, iso_cts)),
+    *(
+        ("tsv", scaled(tsv, "polar_and_values")),
+        ("iso_c", scaled(iso_c, "polar")),
+        ("iso_cts", scaled(iso_cts, "polar")),
+    ),
     *(("wudi", scaled(wudi, "ridge_quotient")), ("regmean", scaled(regmean, "ridge_quotient"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]

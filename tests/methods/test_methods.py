@@ -217,6 +217,22 @@ def test_by_formula_on_a_large_graded_spectrum(method: str) -> None:
     assert np.linalg.norm(merged_update(method, base, experts) - want) <= 1e-5 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-5])
+@pytest.mark.parametrize("count", [2, 5])
+def test_tsv_in_float32_is_no_worse_than_plain_float32(count: int, apart: float) -> None:
+    """Large matrices, of experts that differ in everything down to hardly anything: there float64 has to do."""
+    rng = np.random.default_rng(0)
+    shape = (300, 260)
+    common = rng.standard_normal(shape)
+    experts = [((1 - apart) * common + apart * rng.standard_normal(shape)).astype(np.float32) for _ in range(count)]
+    base = np.zeros(shape, np.float32)
+    want = by_formula("tsv", base, experts)
+    error = np.linalg.norm(merged_update("tsv", base, experts) - want) / np.linalg.norm(want)
+    assert error <= 1e-5
+    if apart == 1:
+        assert error > 1e-8, "float32 has been used"
+
+
 @pytest.mark.parametrize("method", ["tsv", "iso_c"])
 def test_by_formula_on_deltas_of_low_rank_and_rounding(method: str) -> None:
     """What a short training leaves: a few directions, and the rounding of the weights in all others."""

@@ -205,10 +205,10 @@ class DeviceOperands(Operands):
         known = self._known(t)
         return super().delta(t) if known is None else (known[0] * known[1]) @ known[2].T
 
-    def svd(self, t: int, rank: int) -> Any:
+    def svd(self, t: int, rank: int, tolerance: float = 0.0) -> Any:
         known = self._known(t)
         if known is None:
-            return super().svd(t, rank)
+            return super().svd(t, rank, tolerance)
         u, sigma, v = known
         energy, dropped = (float(part.square().sum()) for part in (sigma, sigma[rank:]))
         self.outcomes.append(Outcome(UpdateStats(energy, dropped, 0.0, 0, 0), Certificate("factors", 0, 0.0)))

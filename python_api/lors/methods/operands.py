@@ -169,15 +169,15 @@ class Operands:
         base, tuned = self.pair(t)
         return self.float32(tuned) - self.float32(base)
 
-    def svd(self, t: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def svd(self, t: int, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of
-        value 0, each as exact as the others (`dense.leading`)."""
+        value 0, each as exact as the others, and as `tolerance` asks (`dense.leading`)."""
         import torch
 
         factors = self.experts[t].factors(self.name)
         if factors is None:
             delta, method = self.delta(t), "svd"
-            u, sigma, v = dense.leading(delta, rank)
+            u, sigma, v = dense.leading(delta, rank, tolerance)
             energy = float(delta.square().sum())
         else:
             (u, sigma, v), method = (torch.from_numpy(x) for x in factors.svd()), "factors"

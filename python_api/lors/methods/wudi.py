@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lors_kernels.dense import ridge_quotient
+from lors_kernels.precision import full_precision
 from lors_kernels.threads import one_torch_thread
 
 from ..recipes.parameters import LARGEST, MethodSpec, ParameterSpec
@@ -70,7 +71,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         return shared["lambda"] * ridge_quotient(product, gram, goal, shared["ridge"])
 
     def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        with one_torch_thread():
+        with one_torch_thread(), full_precision():
             found = update(operands)
             moved = operands.out(operands.base()) if found is None else operands.moved(found)
         yield 0, moved
