@@ -21,7 +21,7 @@ from ..files.file import OutputFile
 from ..files.replaceable import STATISTICS
 from ..files.strict_json import parse
 
-__all__ = ["read_statistics", "write_statistics"]
+__all__ = ["read_statistics", "require_statistics", "write_statistics"]
 
 KEY = "lors.statistics"
 
@@ -48,10 +48,15 @@ def write_statistics(
         file.commit()
 
 
-def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
-    """C [n, n] float64 of the inputs of a tensor [m, n]; LorsError unless the file has it."""
+def require_statistics(path: str) -> None:
+    """LorsError unless there is such a file; what is in it is looked at when it is read."""
     if not Path(path).is_file():
         raise LorsError(f"{path}: expected a file of statistics, there is none")
+
+
+def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
+    """C [n, n] float64 of the inputs of a tensor [m, n]; LorsError unless the file has it."""
+    require_statistics(path)
     with open_checkpoint(path) as file:
         if KEY not in file.metadata:
             raise LorsError(f"{path}: expected statistics, as `lors calibrate` writes them")

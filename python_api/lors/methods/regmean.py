@@ -19,7 +19,7 @@ from lors_kernels.dense import ridge_quotient
 from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
-from ..experts.statistics import read_statistics
+from ..experts.statistics import read_statistics, require_statistics
 from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import LAMBDA, WEIGHT, Method
 from .operands import Combination, Operands
@@ -35,6 +35,8 @@ RIDGE = ParameterSpec(
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
     chosen = [(t, model["weight"], model["statistics"]) for t, model in enumerate(models) if model["weight"]]
+    for _, _, path in chosen:
+        require_statistics(path)
 
     def update(operands: Operands) -> Any:
         import torch
