@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .backends import cpu, large_rank
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ def leading(x: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tenso
         v, sigma, u = leading(x.T, rank, tolerance)
         return u, sigma, v
     if rank and tolerance and _may_be_single(x):
+        from .backends import cpu, large_rank
+
         scale = _scale(x)
         found = large_rank.decompose(x * scale, rank, cpu.eigh_single)
         if found is not None:
@@ -107,6 +108,8 @@ def _polar_single(x: Tensor) -> tuple[Tensor, Tensor, float]:
     mended in float64. What Y lacks of orthonormality bounds the angles."""
     import torch
 
+    from .backends import cpu, large_rank
+
     with full_precision():
         single = x.float()
         vectors = cpu.eigh_single(single.T @ single, x.shape[1])[1]
@@ -133,6 +136,8 @@ def _polar_single(x: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _may_be_single(x: Tensor) -> bool:
+    from .backends import cpu
+
     return x.device.type == "cpu" and x.shape[1] >= LARGE and cpu.probe()[0]
 
 

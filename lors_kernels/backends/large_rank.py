@@ -55,7 +55,7 @@ def decompose(a: Tensor, rank: int, eigh: Eigh) -> Found | None:
         if not theta[rank - 1] - theta[rank] > 2 * EQUAL * theta[rank - 1]:
             return None
         lent = _take_back(vectors, product, theta, rank)
-        bound = _bound(single_a, vectors, product, theta, rank, upper) + lent / 10
+        bound = _bound(single_a, vectors, product, theta, rank, upper) + lent / 5
     if not bound <= ERROR_BOUND:
         return None
     order = theta[:rank].argsort(descending=True, stable=True)
@@ -105,7 +105,7 @@ def _bound(a: Tensor, vectors: Tensor, product: Tensor, theta: Tensor, rank: int
     def bound() -> float:
         rho = torch.linalg.vector_norm(residual, dim=0).double()
         beyond = error_bound(theta[None], rho[None], rank, held, upper[None])[0]
-        return float(1.1 * beyond + turned.sqrt())
+        return float(1.25 * beyond + turned.sqrt())
 
     first = bound()
     if first <= ERROR_BOUND:
