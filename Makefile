@@ -1,32 +1,36 @@
-# `make demo` and `make test` need Python >= 3.10, make and a C++ compiler; each prepares its own .venv.
+# `make demo` and `make test` need Python >= 3.10, make and a C++ compiler; each prepares .venv, with what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev
+WORKERS := 2
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo demo-merge test bench check format native sanitize aarch64 clean espeak chromium
 
-demo: $(VENV)/.installed espeak
+demo: $(VENV)/.demo espeak
 	$(BIN)/python -m lors.speech.demo demo-out
 
 demo-merge: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(MODELS)
 
 test: $(VENV)/.installed espeak chromium
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
 
-# torch first and alone: a range in somebody's requirements must not bring another one
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
+# torch first, with what lors_kernels imports: a range in somebody's requirements must not bring another one. Python compiles
+# what is imported. For the demonstration the kernels are built for this processor alone.
+$(VENV)/.demo: EXTRAS := demo
+$(VENV)/.demo: ONLY = LORS_BUILD_CUDA=0 LORS_BUILD_ISA=$$($(BIN)/python -c "from lors_kernels.backends import cpu; print(cpu.instruction_set())")
+$(VENV)/.installed: EXTRAS := dev
+$(VENV)/.demo $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell git ls-files csrc 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q torch==2.13.0 numpy
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q -e '.[$(EXTRAS)]'
-	touch $@
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --no-compile torch==2.13.0 numpy ml_dtypes
+	PIP_CONSTRAINT=constraints.txt $(ONLY) $(BIN)/pip install -q --no-compile -e '.[$(EXTRAS)]'
+	touch $(VENV)/.demo $@ # what is installed for everything serves the demonstration
 
 # Programs that some tests and the demonstration use: speech (without it the recordings in the package serve), and a
 # browser that judges the pages. Installed where that is possible; else the tests say what they go without.

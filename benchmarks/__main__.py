@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import table
 from .errors import BenchmarkError
-from .generate import DTYPES, Spec, generate
+from .generate import DELTAS, DTYPES, Spec, generate
 from .machine import ROOT
 from .results import Results
 from .run_operation import OPERATIONS
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", choices=SIZES, default="small")
     made.add_argument("--experts", type=int, default=5)
     made.add_argument("--dtype", choices=DTYPES, default="float32")
-    made.add_argument("--deltas", choices=("powerlaw", "flat"), default="powerlaw")
+    made.add_argument("--deltas", choices=DELTAS, default="powerlaw")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("-o", "--out", type=Path, default=ROOT / "bench-data")
     parts.add_parser("counts", help="machine code and calls of the GPU backends, counted without a GPU")
@@ -58,7 +58,7 @@ HELP = {
     "integrations": "mergekit's TIES with and without our selection, and ours",
     "scaling": "time and memory by experts, rank, density, size; a plot",
     "experts": "expert files: bytes, error and time of every option",
-    "speech": "evaluation and fine-tuning, one thread",
+    "speech": "evaluation and fine-tuning, one thread; loading with worker processes",
     "all": "every part, each in a process of its own",
 }
 

@@ -188,11 +188,14 @@ def run(results: Results, data: Path, repeats: int, *, peers: bool = True) -> No
     few, many, large = (2, 3, None) if results.quick else (5, 10, "large-v3")
     scenes: list[tuple[str, Spec, int, Callable[[Scene], list[Case]]]] = [
         (f"{small} float32, {few} experts", Spec(small), few, everything),
+        (f"{small} float32, {few} experts, cut in noise", Spec(small, deltas="buried"), few, with_task_arithmetic),
         (f"{small} float32, {few} experts, flat noise", Spec(small, deltas="flat"), few, with_task_arithmetic),
         (f"{small} float32, {many} experts", Spec(small), many, with_task_arithmetic),
     ]
     if large:
         scenes.append((f"{large} float16, 3 experts", Spec(large, "float16"), 3, with_task_arithmetic))
+    # next to nothing to compute: what a command costs before and after
+    scenes.append(("micro float32, 2 experts", Spec("micro"), 2, lambda scene: ours(scene, repeats)))
     for title, spec, experts, cases in scenes:
         results.record(title, partial(run_scene, data, spec, experts, cases))
     wrong = [

@@ -3,6 +3,8 @@
 The delta of each two-dimensional weight [m, n] of an expert is
 
     powerlaw:  c * U diag(i^-0.5) V^T + noise      the spectrum of fine-tuning: few strong directions, a long tail
+    buried:    the same in 25 times the noise      a cut inside noise: two to six directions stand out, the seventh and
+                                                   the eighth singular value differ by a few thousandths
     flat:      Gaussian noise                      the worst case for a truncated SVD: no gap anywhere
 
 with orthonormal U [m, min(m, n)] and V [n, min(m, n)]: one random orthonormal basis per (length, width), whose rows
@@ -38,13 +40,14 @@ DTYPES: dict[str, tuple[str, npt.DTypeLike]] = {
     "bfloat16": ("BF16", ml_dtypes.bfloat16),
 }
 BASE_SCALE, DELTA_SCALE, NOISE_SCALE = 3e-2, 5e-4, 1e-4
+DELTAS = {"powerlaw": NOISE_SCALE, "buried": 25 * NOISE_SCALE, "flat": DELTA_SCALE}  # of a matrix -> its noise
 MARKER = "generated.json"
 VERSION = 1  # of what the numbers look like: raise it when a change here makes old files stale
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is in one generated directory; `deltas` is "powerlaw" or "flat"."""
+    """What is in one generated directory; `deltas` is one of DELTAS."""
 
     size: str
     dtype: str = "float32"
@@ -77,11 +80,13 @@ def generate(root: Path, spec: Spec, experts: int) -> Checkpoints:
     """Make what is missing of base and `experts` experts under `root`, reuse what is there, return the paths."""
     if not 1 <= experts <= len(LANGUAGES):
         raise BenchmarkError(f"experts: expected 1 to {len(LANGUAGES)}, got {experts}")
-    for value, allowed, what in ((spec.size, SIZES, "size"), (spec.dtype, DTYPES, "dtype")):
+    for value, allowed, what in (
+        (spec.size, SIZES, "size"),
+        (spec.dtype, DTYPES, "dtype"),
+        (spec.deltas, DELTAS, "deltas"),
+    ):
         if value not in allowed:
             raise BenchmarkError(f"{what}: expected one of {', '.join(allowed)}, got {value}")
-    if spec.deltas not in ("powerlaw", "flat"):
-        raise BenchmarkError(f"deltas: expected powerlaw or flat, got {spec.deltas}")
     home = root / spec.folder
     checkpoints = Checkpoints(home / "base", {name: home / name for name in LANGUAGES[:experts]})
     missing = [number for number, path in enumerate(checkpoints.directories) if not is_generated(path, spec)]
@@ -157,9 +162,9 @@ def base_tensor(seed: int, name: str, shape: tuple[int, ...]) -> Array:
 def delta_tensor(spec: Spec, number: int, name: str, shape: tuple[int, ...]) -> Array:
     generator = random(spec.seed, number, name)
     matrix = len(shape) == 2 and "embed" not in name
-    scale = DELTA_SCALE if matrix and spec.deltas == "flat" else NOISE_SCALE
+    scale = DELTAS[spec.deltas] if matrix else NOISE_SCALE
     delta: Array = generator.standard_normal(shape, dtype=np.float32) * np.float32(scale)
-    return delta + power_law(generator, *shape) if matrix and spec.deltas == "powerlaw" else delta
+    return delta + power_law(generator, *shape) if matrix and spec.deltas != "flat" else delta
 
 
 def power_law(generator: np.random.Generator, m: int, n: int) -> Array:

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .bench_merge import python_path
 from .errors import BenchmarkError
-from .machine import ROOT
+from .machine import ROOT, usable_cores
 from .results import Results
 
 OPERATIONS = (
@@ -30,7 +31,11 @@ OPERATIONS = (
 
 
 def run(results: Results, operation: str) -> None:
-    """One piece per combination of parameters; a failed check fails the part after the rest is saved."""
+    """One piece per combination of parameters, and the machine's peaks, measured first; a failed check fails the part after
+    the rest is saved."""
+    from lors_kernels.testing.peaks import cpu_peaks
+
+    results.data["peaks"] = {str(threads): asdict(cpu_peaks(threads)) for threads in {1, usable_cores()}}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         options = [f"--benchmark-json={report}", "--benchmark-disable-gc", "--benchmark-quiet", "-q", "--no-header"]
@@ -49,9 +54,9 @@ def run(results: Results, operation: str) -> None:
         raise BenchmarkError(f"bench_{operation}.py: expected every check to pass, got pytest exit code {code}")
 
 
-def key(params: dict[str, str]) -> str:
-    order = ("shape", "dtype", "cache", "deltas", "impl")
-    return ", ".join(params[name] for name in order if name in params)
+def key(params: dict[str, Any]) -> str:
+    order = ("shape", "dtype", "cache", "deltas", "rank", "impl")
+    return ", ".join(f"rank {params[name]}" if name == "rank" else params[name] for name in order if name in params)
 
 
 def convert(entry: dict[str, Any]) -> dict[str, Any]:

@@ -24,13 +24,14 @@ def render(directory: Path = RESULTS) -> str:
     sections = [
         (merge_table, "merge"),
         (compute_table, "compute"),
+        (decompositions_table, "truncated_svd"),
         (scaling_table, "scaling"),
         (integrations_table, "integrations"),
         (experts_table, "experts"),
         (speech_table, "speech"),
     ]
     blocks = [draw(found, directory) for draw, part in sections if (found := newest(part, directory))]
-    operations = {name: found for name in OPERATIONS if (found := newest(name, directory))}
+    operations = {name: found for name in OPERATIONS if name != "truncated_svd" and (found := newest(name, directory))}
     if operations:
         blocks.append(operations_table(operations))
     if not blocks:
@@ -45,7 +46,7 @@ def summary(directory: Path = RESULTS) -> str:
         raise BenchmarkError(f"{directory.name}: expected a result of `merge`, got none")
     rows = ["| files to files | time | beside `lors merge` | peak memory |", "|---|---:|---:|---:|"]
     for title, piece in found["results"].items():
-        if "failed" not in piece and "flat" not in title:
+        if "failed" not in piece and "flat" not in title and not title.startswith("micro"):
             shown = {n: run for n, run in piece["commands"].items() if not n.startswith("floor") and "first" not in n}
             rows += [f"| {title}: {name} | {cells} |" for name, cells in command_cells(shown)]
     return "\n".join([*rows, "", provenance(found, "python -m benchmarks merge")])
@@ -78,8 +79,11 @@ def merge_table(result: Result, directory: Path) -> str:
         if "failed" in piece:
             rows += [f"{title}: not measured ({piece['failed']})", ""]
             continue
-        rows += [f"| {title} | time | beside `lors merge` | peak memory |", "|---|---:|---:|---:|"]
-        rows += [f"| {name} | {cells} |" for name, cells in command_cells(piece["commands"])]
+        rows += [f"| {title} | time | beside `lors merge` | peak memory | processor |", "|---|---:|---:|---:|---:|"]
+        for name, cells in command_cells(piece["commands"]):
+            run = piece["commands"][name]
+            used = f"{sum(run[part]['median'] for part in ('user_s', 'system_s')):.3g} s" if "failed" not in run else ""
+            rows.append(f"| {name} | {cells} | {used} |")
         rows.append("")
     return "\n".join([*rows, provenance(result, "python -m benchmarks merge")])
 
@@ -175,29 +179,83 @@ def experts_table(result: Result, directory: Path) -> str:
 def operations_table(operations: dict[str, Result]) -> str:
     """Float32, cold cache, power-law deltas; the fastest plain torch form beside ours."""
     rows = ["## Kernel operations, float32, cold cache", ""]
-    rows += ["| | shape | ms | GB/s | plain torch, ms | faster |", "|---|---|---:|---:|---:|---:|"]
+    rows += ["| | shape | ms | GB/s | of the floor | plain torch, ms | faster |", "|---|---|---:|---:|---:|---:|---:|"]
     for operation, result in operations.items():
         pieces = result["results"]
         for name, piece in pieces.items():
             stem, impl = name.rsplit(", ", 1)
-            if (
-                impl != "cpu"
-                or name.startswith("tiny")
-                or ", float32" not in name
-                or ", warm" in name
-                or ", flat" in name
-            ):
+            if impl != "cpu" or not shown(name):
                 continue
-            # svd_lowrank does not compute the same thing: its error is in the result file.
-            rivals = [
-                other for key, other in pieces.items() if key.startswith(stem) and key != name and "lowrank" not in key
-            ]
+            rivals = [other for key, other in pieces.items() if key.startswith(stem) and key != name]
             best = min((rival["ms"]["median"] for rival in rivals), default=None)
             mine = piece["ms"]["median"]
             against = f"{best:.3g} | {best / mine:.1f}x" if best else "|"
             shape = "x".join(map(str, piece["shape"]))
-            rows.append(f"| `{operation}` | {shape} | {mine:.3g} | {piece['GB/s']:.1f} | {against} |")
-    return "\n".join([*rows, "", provenance(result, "python -m benchmarks gram_apply (and so on)")])
+            rows.append(
+                f"| `{operation}` | {shape} | {mine:.3g} | {piece['GB/s']:.1f} | "
+                f"{floor_share(result, piece, result['machine']['cores'])} | {against} |"
+            )
+    note = provenance(next(iter(operations.values())), "python -m benchmarks gram_apply (and so on)")
+    return "\n".join([*rows, "", FLOOR, "", note])
+
+
+FLOOR = (
+    "Of the floor: the time in which the same run's measured bandwidth would read and write the counted bytes, or its measured "
+    "peak do the multiply-adds, whichever is longer, over the time it took."
+)
+
+
+def shown(name: str) -> bool:
+    hidden = ("warm", "flat", "buried", "rank ")
+    return ", float32" in name and not name.startswith("tiny") and not any(f", {what}" in name for what in hidden)
+
+
+def floor_share(result: Result, piece: Result, threads: int) -> str:
+    """What is read comes from memory; "" in results that measured no peaks."""
+    if "peaks" not in result:
+        return ""
+    peaks = result["peaks"][str(threads)]
+    reading = piece["bytes"] / list(peaks["read"].values())[-1]
+    floor = max(reading, piece.get("flops", 0) / peaks["multiply"])
+    return f"{1e5 * floor / piece['ms']['median']:.0f} %"
+
+
+def decompositions_table(result: Result, directory: Path) -> str:
+    """One decomposition on one thread: ours, the solvers of scipy that are as right, the thin SVD."""
+    pieces = result["results"]
+    rows = ["## One decomposition of rank 7, float32, one thread", ""]
+    rows += [
+        "| shape | deltas | ms | passes | of the FMA peak | error | ARPACK | PROPACK | better of the two | thin SVD |"
+    ]
+    rows += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for name, mine in pieces.items():
+        shape, dtype, deltas, *rest = name.split(", ")
+        if dtype != "float32" or rest != ["cpu"] or shape.startswith("tiny"):
+            continue
+        took = mine["ms"]["median"]
+        rivals = [pieces.get(f"{shape}, float32, {deltas}, scipy {solver}") for solver in ("ARPACK", "PROPACK")]
+        cells = [f"{rival['ms']['median']:.3g} ({rival['error']:.0e})" if rival else "not right" for rival in rivals]
+        best = min((rival["ms"]["median"] for rival in rivals if rival), default=None)
+        thin = pieces[f"{shape}, float32, powerlaw, torch thin SVD"]["ms"]["median"]
+        share = mine["flops"] / result["peaks"]["1"]["multiply"] / took * 1e5
+        rows.append(
+            f"| {'x'.join(map(str, mine['shape']))} | {deltas} | {took:.3g} | {mine['passes']} | {share:.0f} % | {mine['error']:.0e} | "
+            f"{' | '.join(cells)} | {f'{best / took:.2g}x' if best else ''} | {thin / took:.0f}x |"
+        )
+    rows += [
+        "",
+        "| rank of 768x768 | deltas | ms | method | thin SVD, ms | of its time |",
+        "|---:|---|---:|---|---:|---:|",
+    ]
+    for name, mine in pieces.items():
+        if "rank " in name and name.endswith(", cpu"):
+            _, _, deltas, rank, _ = name.split(", ")
+            took = mine["ms"]["median"]
+            thin = pieces[name.removesuffix("cpu") + "torch thin SVD"]["ms"]["median"]
+            rows.append(
+                f"| {rank.removeprefix('rank ')} | {deltas} | {took:.3g} | {mine['method']} | {thin:.3g} | {took / thin:.2g}x |"
+            )
+    return "\n".join([*rows, "", provenance(result, "python -m benchmarks truncated-svd")])
 
 
 def seconds(spread: dict[str, float]) -> str:

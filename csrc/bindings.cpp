@@ -4,6 +4,7 @@
 PYBIND11_MODULE(LORS_MODULE, module) {
     using namespace bindings;
     module.attr("isa") = lors::kIsa;
+    module.def("address", [](const py::array& x) { return reinterpret_cast<uintptr_t>(x.data()); });
     module.def("gram_apply", gram_apply);
     module.def("residual_threshold", residual_threshold);
     module.def("merge_update", merge_update);

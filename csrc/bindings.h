@@ -2,6 +2,7 @@
 // addresses and sizes; the interpreter lock is released while C++ works.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

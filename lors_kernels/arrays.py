@@ -112,6 +112,8 @@ def _matrix(shape: Sequence[int | None], dtypes: Sequence[str]) -> str:
 
 
 def _check_memory(x: Array, name: str) -> None:
+    if isinstance(x, np.ndarray) and x.flags.c_contiguous and x.flags.aligned:
+        return  # as nearly always: numpy is slow to say strides, and an address
     row, column = strides_of(x)
     if column != 1 and x.shape[1] > 1 or row < x.shape[1] and x.shape[0] > 1:
         raise ValueError(f"{name}: expected contiguous rows, got strides {(row, column)} for {describe(x)}")

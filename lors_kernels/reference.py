@@ -195,10 +195,11 @@ def sparse_update(
 ) -> tuple[float, int, int]:
     import torch
 
-    bits = ((mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: out.numel()].bool()
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = ((mask.unsqueeze(1) >> places) & 1).flatten()[: out.numel()].bool()
     if int(bits.sum()) != len(values):
         return 0.0, int(bits.sum()), 0
-    sparse = torch.zeros(out.numel())
+    sparse = torch.zeros(out.numel(), device=out.device)
     sparse[bits] = values.float() * scale
     sparse = sparse.view(out.shape)
     low = low_rank(left, right, out)

@@ -13,6 +13,8 @@ from pathlib import Path
 # The matrices here are small, and BLAS threads that spin for each other are slower than one; before numpy is loaded.
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+# Hundreds of processes are started here; each would compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +29,32 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("lors")
+
+
+HERE = Path(__file__).parent
+# On several workers (`make test`) a file stays on one of them, and with it those that share what takes minutes to make, or
+# look for processes of a kind among all that are there. The longest come first: what is short fills the end.
+TOGETHER = {
+    "speech/test_experiment.py": "experiment and clusters",
+    "speech/test_ray_experiment.py": "experiment and clusters",
+    "speech/test_sweep.py": "experiment and clusters",
+    "merging/test_on_cluster.py": "experiment and clusters",
+    "kernels/test_cuda_emulated.py": "emulation",
+    "benchmarks/test_gpu.py": "emulation",
+    "kernels/test_triton_interpreted.py": "interpreter",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def group(item: pytest.Item) -> str:
+        path = item.path.as_posix().removeprefix(f"{HERE.as_posix()}/")
+        return TOGETHER.get(path, path)
+
+    first = list(dict.fromkeys(TOGETHER.values()))
+    items.sort(key=lambda item: first.index(group(item)) if group(item) in first else len(first))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 def pytest_configure() -> None:

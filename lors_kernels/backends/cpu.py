@@ -12,13 +12,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from ..arrays import (
     FLOATS,
-    address_of,
     contiguous,
     dtype_name,
     new,
-    strides_of,
     to_torch,
 )
 from ..threads import one_torch_thread, thread_count
@@ -102,7 +102,13 @@ def probe() -> tuple[bool, str]:
 
 def _matrix(x: Any) -> tuple[int, int, int, int, int]:
     rows, cols = x.shape
-    return address_of(x), FLOATS.index(dtype_name(x)), rows, cols, strides_of(x)[0] if rows > 1 else cols
+    stride = cols if rows < 2 else x.strides[0] // x.itemsize if isinstance(x, np.ndarray) else x.stride(0)
+    return _address(x), FLOATS.index(dtype_name(x)), rows, cols, stride
+
+
+def _address(x: Any) -> int:
+    """numpy takes long to say it."""
+    return int(library().address(x)) if isinstance(x, np.ndarray) else x.data_ptr()
 
 
 def _pair(base: Any, tuned: Any) -> tuple[tuple[int, int, int, int, int], tuple[int, int, int, int, int]]:
@@ -111,14 +117,14 @@ def _pair(base: Any, tuned: Any) -> tuple[tuple[int, int, int, int, int], tuple[
 
 
 def _factors(left: Any, right: Any) -> tuple[int, int, int]:
-    return (0, 0, 0) if left is None else (address_of(left), address_of(right), left.shape[1])
+    return (0, 0, 0) if left is None else (_address(left), _address(right), left.shape[1])
 
 
 def gram_apply(base: Any, tuned: Any, x: Any, *, side: str, threads: int | None = None) -> Any:
     x = contiguous(x)
     z = new(tuned, x.shape)
     b, t = _pair(base, tuned)
-    library().gram_apply(b, t, side == "left", address_of(x), x.shape[1], address_of(z), thread_count(threads))
+    library().gram_apply(b, t, side == "left", _address(x), x.shape[1], _address(z), thread_count(threads))
     return z
 
 
@@ -190,7 +196,7 @@ def ties_update(
 def sparse_part(base: Any, tuned: Any, left: Any, right: Any, threshold: Threshold, mask: Any, values: Any) -> int:
     left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
     b, t = _pair(base, tuned)
-    addresses = address_of(mask), address_of(values), values.size
+    addresses = _address(mask), _address(values), values.size
     return int(library().sparse_part(b, t, _factors(left, right), tuple(threshold), *addresses))
 
 
@@ -198,7 +204,7 @@ def sparse_update(
     out: Any, mask: Any, values: Any, left: Any, right: Any, scale: float, weight: float
 ) -> tuple[float, int, int]:
     left, right = (None, None) if left is None else (contiguous(left), contiguous(right))
-    sparse = address_of(mask), address_of(values), FLOATS.index(dtype_name(values)), values.size, scale
+    sparse = _address(mask), _address(values), FLOATS.index(dtype_name(values)), len(values), scale
     energy, used, bad = library().sparse_update(_matrix(out), _factors(left, right), sparse, weight)
     return energy, used, bad
 
@@ -207,7 +213,7 @@ def truncated_svd(base: Any, tuned: Any, rank: int, *, seed: int = 0, threads: i
     m, n = tuned.shape
     left, right, sigma = new(tuned, (m, rank)), new(tuned, (n, rank)), new(tuned, (rank,))
     b, t = _pair(base, tuned)
-    addresses = [address_of(x) for x in (left, right, sigma)]
+    addresses = [_address(x) for x in (left, right, sigma)]
     code, passes, residual, unique, energy, bad, overflows = library().truncated_svd(
         b, t, rank, seed, *addresses, thread_count(threads)
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..arrays import FLOATS, dtype_name
-from ..gpu_software import installed, too_old
+from ..gpu_software import driver_version, installed, too_old
 from ..group import (
     GroupKeepStats,
     GroupStats,
@@ -35,9 +35,12 @@ def probe() -> tuple[bool, str]:
     import torch
 
     arches = f"built for {cuda_module.library().arches}"
+    driver = "" if driver_version() else "no NVIDIA driver (libcuda.so.1)"
     if torch.version.cuda is None:
-        return False, f"{arches}; no device: this torch is a {'HIP' if torch.version.hip else 'CPU-only'} build"
+        kind = f"this torch is a {'HIP' if torch.version.hip else 'CPU-only'} build"
+        return False, f"{arches}; no device: {', '.join(filter(None, (driver, kind)))}"
     count, why = cuda_module.library().device_count()
+    why = driver or why
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:

@@ -59,7 +59,7 @@ class Place:
         self.device = None if not devices or "cpu" in devices else devices[0]
 
     def runs(self, operation: str, case: Case) -> bool:
-        """Stored parts live in main memory; groups that are a loop over single matrices are checked on small ones."""
+        """Stored parts have no kernels on a GPU; groups that are a loop over single matrices are checked on small ones."""
         if case.hard and "truncated_svd" not in operation:
             return False
         if operation in ("sparse_part", "sparse_update"):

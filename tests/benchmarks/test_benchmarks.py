@@ -145,7 +145,7 @@ def test_generate_refuses_what_it_cannot_make(tmp_path: Path) -> None:
     for spec, experts, message in (
         (Spec("huge"), 2, "size: expected one of .*tiny.*got huge"),
         (Spec("micro", "int8"), 2, "dtype: expected one of float32.*got int8"),
-        (Spec("micro", deltas="odd"), 2, "deltas: expected powerlaw or flat, got odd"),
+        (Spec("micro", deltas="odd"), 2, "deltas: expected one of powerlaw, buried, flat, got odd"),
         (Spec("micro"), 11, "experts: expected 1 to 10, got 11"),
     ):
         with pytest.raises(BenchmarkError, match=message):
@@ -223,7 +223,10 @@ def test_results_resume_only_the_same_measurement(tmp_path: Path) -> None:
 
 
 def run_of(seconds: float) -> dict[str, Any]:
-    return {"wall_s": spread([seconds]), "peak_rss": spread([1e9]), "repeats": 1}
+    return {
+        "wall_s": spread([seconds]), "user_s": spread([1.5 * seconds]), "system_s": spread([0.1]),
+        "peak_rss": spread([1e9]), "repeats": 1,
+    }  # fmt: skip
 
 
 def test_tables_are_rendered_and_checked(tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_tables_are_rendered_and_checked(tmp_path: Path) -> None:
     table.check(*pages, tmp_path)
     short, full = (page.read_text() for page in pages)
     assert full.startswith("before\n") and full.endswith("\nafter\n")
-    assert "| mergekit TIES | 125 s | 62x | 1.00 GB |" in full and "| as released | failed | | |" in full
+    assert "| mergekit TIES | 125 s | 62x | 1.00 GB | 188 s |" in full and "| as released | failed | | |  |" in full
     assert "| floor: read inputs | 0.5 s |" in full and "1.5 s (1 to 2)" in full
     assert "| small: mergekit TIES | 125 s | 62x | 1.00 GB |" in short and "floor" not in short and "1.5 s" not in short
     for page, text in zip(pages, (short, full), strict=True):

@@ -39,9 +39,9 @@ def test_a_small_budget_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     attempt = DeviceRun.attempt
 
-    def watch(self: Any, kind: Any, batch: Any, most: int, loaded: Any) -> Any:
-        seen.append((len(batch), most))
-        return attempt(self, kind, batch, most, loaded)
+    def watch(self: Any, batch: Any) -> Any:
+        seen.append((len(batch.pieces), batch.most))
+        return attempt(self, batch)
 
     monkeypatch.setattr(DeviceRun, "attempt", watch)
     whole = merge(base, experts, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import lors
 from devices import merge
 from lors.errors import LorsError
+from lors.methods import METHODS
 from states import PREFIX, states
 
 
@@ -103,9 +105,13 @@ def test_state_dicts_on_several_devices_are_refused() -> None:
         merge(far, {"e0": far}, device="cpu")
 
 
-def test_methods_that_need_the_host_say_so() -> None:
+def test_methods_that_need_the_host_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "slerp", replace(METHODS["slerp"], combines_on_device=False))
     base = {"a.weight": torch.ones(4, 4)}
     with pytest.raises(LorsError, match="method slerp: expected tensors in main memory, got tensors on cpu"):
+        lors.merge_state_dicts(base, {"e0": base}, "slerp", device="cpu", t=0.5)
+    base = {"a.weight": np.ones((4, 4), np.float32)}
+    with pytest.raises(LorsError, match="device: method slerp works in main memory alone, got 'cpu'"):
         lors.merge_state_dicts(base, {"e0": base}, "slerp", device="cpu", t=0.5)
 
 

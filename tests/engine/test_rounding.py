@@ -82,8 +82,6 @@ SUMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("count", [1, 3, 25])
 @pytest.mark.parametrize("method", SUMS)
 def test_weighted_sums(method: str, count: int, dtype: str, place: str) -> None:
-    if place == "resident" and method == "della_linear":
-        return  # works in main memory only, and says so
     base, experts = family(count, dtype)
     weights = {name: 0.3 * (-1) ** t * (1 + t / 7) for t, name in enumerate(experts)}
     settings = {**SUMS[method], "lam": 0.5, "weight": {name: weight / 0.5 for name, weight in weights.items()}}

@@ -19,7 +19,7 @@ import tiny
 from helpers import module, require
 from lors.checkpoints.hub import SIDECARS
 from lors.checkpoints.reader import open_checkpoint
-from lors.cli.app import app
+from lors.cli.app import application
 from lors.errors import LorsError, LorsWarning
 from lors.experts.decompose import decompose
 from lors.experts.lora import export_lora
@@ -368,7 +368,9 @@ def test_decompose_follows_a_link(family: dict[str, Path], tmp_path: Path) -> No
 
 
 def report(family: dict[str, Path], out: Path, *options: str) -> None:
-    app(["report", str(family["base"]), f"ca={family['ca']}", "-q", "-o", str(out), *options], standalone_mode=False)
+    application(["report"])(
+        ["report", str(family["base"]), f"ca={family['ca']}", "-q", "-o", str(out), *options], standalone_mode=False
+    )
 
 
 def test_report_replaces_only_reports(family: dict[str, Path], tmp_path: Path) -> None:
@@ -396,7 +398,9 @@ def test_report_replaces_only_reports(family: dict[str, Path], tmp_path: Path) -
 
 def test_report_is_refused_before_anything_is_computed(family: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{}")
-    done = CliRunner().invoke(app, ["report", "nowhere", "ca=nowhere", "-o", str(tmp_path / "r.html")])
+    done = CliRunner().invoke(
+        application(["report"]), ["report", "nowhere", "ca=nowhere", "-o", str(tmp_path / "r.html")]
+    )
     assert "r.json: exists already" in str(done.exception)
 
 
@@ -404,4 +408,6 @@ def test_a_plot_replaces_nothing(family: dict[str, Path], tmp_path: Path) -> Non
     module("matplotlib", "plot")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG mine")
     command = ["inspect", str(family["ca"]), "--base", str(family["base"]), "--plot", str(tmp_path / "photo.png")]
-    assert "photo.png: exists already" in refused(tmp_path, lambda: app(command, standalone_mode=False))
+    assert "photo.png: exists already" in refused(
+        tmp_path, lambda: application(command[:1])(command, standalone_mode=False)
+    )

@@ -10,6 +10,7 @@ import lors_kernels as kernels
 from helpers import assert_no_worse, assert_right
 from lors_kernels import NonFiniteError
 from lors_kernels.arrays import to_torch
+from lors_kernels.lors_delta import add_lors_delta
 from lors_kernels.testing import plain
 from lors_kernels.testing.cases import CASES, DTYPES, Case
 from lors_kernels.testing.numerics import LOW_RANK_ERROR
@@ -48,6 +49,28 @@ def test_against_the_definition_in_float64(m: int, n: int, rank: int, density: f
             is_low, is_whole = np.abs(found - low) <= 2 * unsure, np.abs(found - exact) <= 2 * unsure
             assert (is_whole | (rest < value + 2 * unsure)).all(), "an entry of S is missing"
             assert (is_low | (rest > value - 2 * unsure)).all(), "an entry of S is too many"
+
+
+@pytest.mark.parametrize(("rank", "density"), [(0, 0.0), (0, 0.3), (3, 0.0), (3, 0.3), (3, 1.0)])
+def test_adding_it_has_the_bits_of_its_three_steps(rank: int, density: float, backend: str) -> None:
+    rng = np.random.default_rng(4)
+    base, tuned, start = (rng.standard_normal((30, 41)).astype(np.float32) for _ in range(3))
+    options = {"backend": backend, "threads": 1}
+    left = right = None
+    if rank:
+        left, right = kernels.truncated_svd(base, tuned, rank, seed=7, **options)[:2]
+    threshold = kernels.residual_threshold(base, tuned, left, right, int(density * tuned.size), **options)
+    wanted = start.copy()
+    stats = kernels.merge_update(wanted, base, tuned, left, right, threshold, 0.7, **options)
+    found, again = start.copy(), start.copy()
+    said, svd = add_lors_delta(found, base, tuned, rank, density, 0.7, seed=7, **options)
+    known = None if left is None else (left, right)
+    assert add_lors_delta(again, base, tuned, rank, density, 0.7, factors=known, seed=8, **options) == (stats, None)
+    assert said == stats and (svd is not None) == bool(rank)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(again, wanted)
+    with pytest.raises(ValueError, match="out: expected memory of its own"):
+        add_lors_delta(start[1:], None, start[:-1], rank, density, **options)
 
 
 def test_kind_and_dtype_of_the_result(backend: str) -> None:

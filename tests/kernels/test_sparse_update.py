@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,11 +117,27 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
     assert not out.any()
 
 
-def test_torch_tensors_are_refused() -> None:
-    import torch
+def test_torch_tensors_give_what_arrays_give(backend: str) -> None:
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((rows, 2)).astype(np.float32) for rows in (4, 6))
+    wanted, got = np.ones((4, 6), np.float32), torch.ones(4, 6)
+    stats = kernels.sparse_update(wanted, PART, left, right, scale=0.5, weight=-0.3, backend=backend)
+    part = SparsePart(*map(torch.from_numpy, PART))
+    factors = torch.from_numpy(left), torch.from_numpy(right)
+    assert kernels.sparse_update(got, part, *factors, scale=0.5, weight=-0.3, backend=backend) == stats
+    np.testing.assert_array_equal(got.numpy(), wanted)
 
-    with pytest.raises(TypeError, match="out: expected a numpy array, got a torch tensor"):
-        kernels.sparse_update(torch.zeros(4, 6), PART)  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("which", ["mask", "values"])
+def test_a_part_in_another_place_is_refused(which: str, backend: str) -> None:
+    part = SparsePart(*map(torch.from_numpy, PART))._replace(**{which: getattr(PART, which)})
+    out = torch.zeros(4, 6)
+    with pytest.raises(TypeError, match=f"{which}: expected it where out is, got ndarray .* beside a Tensor"):
+        kernels.sparse_update(out, part, backend=backend)
+    far = SparsePart(*map(torch.from_numpy, PART))._replace(**{which: torch.empty(3, device="meta")})
+    with pytest.raises((TypeError, ValueError), match=f"{which}: expected"):
+        kernels.sparse_update(out, far, backend=backend)
+    assert not out.any()
 
 
 def test_what_is_not_finite_is_counted(backend: str) -> None:

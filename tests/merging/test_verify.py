@@ -34,6 +34,7 @@ from lors.methods import (
     wudi,
 )
 from lors_kernels import dense
+from lors_kernels.backends import cpu as kernels
 
 WEIGHTS = {"ca": 1.0, "de": 0.5, "es": -0.7}
 SETTINGS: dict[str, Any] = {
@@ -140,29 +141,29 @@ def a_slab_is_carried_over(patch: Patch) -> None:
 
 
 def a_triplet_is_missing(patch: Patch) -> None:
-    svd = lors_kernels.truncated_svd
-    patch.setattr(lors_kernels, "truncated_svd", lambda base, tuned, rank, **more: svd(base, tuned, rank - 1, **more))
+    svd = kernels.truncated_svd
+    patch.setattr(kernels, "truncated_svd", lambda base, tuned, rank, **more: svd(base, tuned, rank - 1, **more))
 
 
 def too_few_are_kept(patch: Patch) -> None:
-    threshold = lors_kernels.residual_threshold
+    threshold = kernels.residual_threshold
     patch.setattr(
-        lors_kernels,
+        kernels,
         "residual_threshold",
         lambda *args, **more: threshold(*args[:4], int(0.95 * args[4]), **more),
     )
 
 
 def the_kept_energy_is_wrong(patch: Patch) -> None:
-    update = wrong(lors_kernels.merge_update, lambda stats: stats._replace(kept_energy=1.01 * stats.kept_energy))
-    patch.setattr(lors_kernels, "merge_update", update)
+    update = wrong(kernels.merge_update, lambda found: [s._replace(kept_energy=1.01 * s.kept_energy) for s in found])
+    patch.setattr(kernels, "merge_update", update)
 
 
 def the_low_energy_is_wrong(patch: Patch) -> None:
     update = wrong(
-        lors_kernels.merge_update, lambda stats: stats._replace(residual_energy=0.99 * stats.residual_energy)
+        kernels.merge_update, lambda found: [s._replace(residual_energy=0.99 * s.residual_energy) for s in found]
     )
-    patch.setattr(lors_kernels, "merge_update", update)
+    patch.setattr(kernels, "merge_update", update)
 
 
 def nothing_is_trimmed(patch: Patch) -> None:
@@ -213,11 +214,8 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    *(
-        ("tsv", scaled(tsv, "polar_and_values")),
-        ("iso_c", scaled(iso_c, "polar")),
-        ("iso_cts", scaled(iso_cts, "polar")),
-    ),
+    ("tsv", scaled(tsv, "polar_and_values")),
+    *((method.METHOD.spec.name, scaled(method, "polar")) for method in (iso_c, iso_cts)),
     *(("wudi", scaled(wudi, "ridge_quotient")), ("regmean", scaled(regmean, "ridge_quotient"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),
 ]

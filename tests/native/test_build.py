@@ -74,6 +74,14 @@ def test_flags_follow_the_platform_that_is_built_for(tmp_path: Path, target: str
     assert len(compiled) == len(modules) * len(sources)
 
 
+def test_one_instruction_set_alone(tmp_path: Path) -> None:
+    done, calls = setup(tmp_path, "linux-x86_64", LORS_BUILD_ISA="avx2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name.split(".")[0] for path in (tmp_path / "lib" / "lors_kernels").iterdir()] == ["_cpu_avx2"]
+    done, _ = setup(tmp_path, "linux-aarch64", LORS_BUILD_ISA="avx2")
+    assert done.returncode and done.stderr == "LORS_BUILD_ISA: expected one of portable, got 'avx2'\n"
+
+
 def test_a_source_distribution_has_all_that_a_build_and_its_tests_need(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path]
     environment = {**os.environ, "LORS_BUILD_CUDA": "0"}  # as where no nvcc names the CUDA sources

@@ -155,49 +155,92 @@ def test_a_build_that_cannot_be_done_says_so(variables: dict[str, str], message:
     assert found.returncode and message in found.stderr
 
 
-FAKES = {
-    # what a toolkit says of itself, and then that it cannot compile
-    "nvcc": """#!/bin/sh
-case "$*" in *--dryrun*) echo "#\\$ TOP={home}" >&2; exit 0;; esac
-echo "nvcc fatal: Unsupported gpu architecture" >&2; exit 1
-""",
-    # a C++ compiler that is quick: whatever it is to write is there, and empty
-    "g++": """#!/bin/sh
-while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
-""",
+HOME = 'case "$*" in *--dryrun*) echo "#\\$ TOP={home}" >&2; exit 0;; esac'  # what a toolkit says of itself
+WORKS = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done'  # whatever is to be written is there, and empty
+# name -> (what nvcc does, the reason that is told)
+NVCC = {
+    "too old": (f"{HOME}\necho 'nvcc fatal   : Unsupported gpu architecture'; exit 1", "Unsupported gpu architecture"),
+    "another host compiler": (
+        f"{HOME}\necho 'In file included'; echo '#error -- unsupported GNU version!'; echo more; exit 1",
+        "nvcc failed: #error -- unsupported GNU version!",
+    ),
+    "says nothing": (f"{HOME}\nexit 3", "nvcc failed: exit code 3"),
+    "no toolkit": ("echo no such option", "expected nvcc --dryrun to name its toolkit, got 'no such option"),
+    "hangs at once": ("sleep 1000", "nvcc x.cu took more than 2 s"),
+    "hangs on a file": (f"{HOME}\nsleep 1000 & echo $! > {{home}}/child; wait", "probe.cu took more than 2 s"),
+    "fails on a kernel": (
+        f"{HOME}\ncase \"$*\" in *probe.cu) {WORKS};; *) echo 'x.cu(3): error: no such thing'; exit 1;; esac",
+        "nvcc failed: x.cu(3): error: no such thing",
+    ),
 }
 
 
-def build_with_fakes(tmp_path: Path, wanted: str, nvcc: str = FAKES["nvcc"]) -> subprocess.CompletedProcess[str]:
-    for name, text in {**FAKES, "nvcc": nvcc}.items():
+def build_with_fakes(tmp_path: Path, wanted: str, nvcc: str) -> subprocess.CompletedProcess[str]:
+    for name, text in {"nvcc": nvcc, "g++": WORKS}.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        program.write_text(text.replace("{home}", str(tmp_path)))
+        program.write_text(f"#!/bin/sh\n{text}\n".replace("{home}", str(tmp_path)))
         program.chmod(0o755)
     compilers = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(tmp_path / "bin" / "g++"))
-    environment = {**os.environ, **compilers, "LORS_BUILD_CUDA": wanted, "CUDA_HOME": ""}
+    environment = {**os.environ, **compilers, "LORS_BUILD_CUDA": wanted, "CUDA_HOME": "", "LORS_NVCC_SECONDS": "2"}
     environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
-    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "temp")]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_compiler_that_fails_breaks_no_install_that_did_not_ask_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", NVCC)
+def test_a_compiler_that_does_not_work_breaks_no_install_that_did_not_ask_for_it(what: str, tmp_path: Path) -> None:
+    nvcc, reason = NVCC[what]
     old = tmp_path / "lib" / "lors_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     old.parent.mkdir(parents=True)
     old.write_text("of an earlier build")
-    found = build_with_fakes(tmp_path, "auto")
+    found = build_with_fakes(tmp_path, "auto", nvcc)
     assert found.returncode == 0, found.stderr
-    assert 'building extension "lors_kernels._cuda" failed: nvcc failed on csrc/cuda/' in found.stderr + found.stdout
-    assert "Unsupported gpu architecture" in found.stderr + found.stdout
+    (line,) = [line for line in (found.stderr + found.stdout).splitlines() if line.strip()]
+    assert 'building extension "lors_kernels._cuda" failed: ' in line and reason in line
     assert not old.exists() and list(old.parent.glob("_cpu_portable*"))
-    found = build_with_fakes(tmp_path, "1")
-    assert found.returncode and "Unsupported gpu architecture" in found.stderr
+    if (child := tmp_path / "child").exists():
+        status = Path(f"/proc/{child.read_text().strip()}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text(), "what it started has ended"
 
 
-def test_a_compiler_that_does_not_say_where_it_lives(tmp_path: Path) -> None:
-    dumb = "#!/bin/sh\necho no such option >&2\n"
-    found = build_with_fakes(tmp_path, "auto", dumb)
-    assert found.returncode == 0, found.stderr
-    assert "warning: the CUDA module is not built: expected " in found.stderr and "no such option" in found.stderr
-    found = build_with_fakes(tmp_path, "1", dumb)
-    assert found.returncode and "LORS_BUILD_CUDA=1: expected " in found.stderr
+@pytest.mark.parametrize("what", ["too old", "no toolkit", "hangs on a file", "fails on a kernel"])
+def test_a_compiler_that_was_asked_for_and_does_not_work_is_an_error(what: str, tmp_path: Path) -> None:
+    nvcc, reason = NVCC[what]
+    found = build_with_fakes(tmp_path, "1", nvcc)
+    assert found.returncode and reason in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_compiler_that_cannot_be_run(tmp_path: Path) -> None:
+    (tmp_path / "nvcc").write_text("#!/nowhere\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LORS_BUILD_CUDA": "auto"}
+    code = "import runpy, sys; sys.argv[1:] = ['--name']; runpy.run_path('setup.py')['find_cuda']()"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode and "CompileError: nvcc cannot be run: No such file or directory" in found.stderr
+
+
+def test_kernels_are_compiled_once_for_all_pythons(tmp_path: Path) -> None:
+    """In one tree; and again for other architectures. nvcc is told where the runtime is: as wheels it does not find it."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "libcudart_static.a").touch()
+    log = f'echo "$*" >> {tmp_path}/log\n{HOME}\n{WORKS}'
+    build_with_fakes(tmp_path, "1", log)
+    environment = {**os.environ, "LORS_BUILD_CUDA": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment |= dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), str(tmp_path / "bin" / "g++"))
+
+    def compiled(python: str, archs: str) -> int:
+        (tmp_path / "log").write_text("")
+        command = [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path / python)]
+        command += ["-t", str(tmp_path / "build" / f"temp.linux-{python}")]
+        environment["LORS_CUDA_ARCHS"] = archs
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        log = (tmp_path / "log").read_text()
+        (probe,) = [line for line in log.splitlines() if line.endswith("probe.cu")]
+        assert f"-L{tmp_path / 'elsewhere'} " in probe
+        return log.count(" -c csrc/cuda/")
+
+    sources = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    assert [compiled("311", "80,90"), compiled("312", "80,90"), compiled("312", "80")] == [sources, 0, sources]

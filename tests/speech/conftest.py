@@ -15,8 +15,10 @@ from lors.speech.data.corpus import load_corpus
 from lors.speech.data.utterance import Corpus
 from lors.speech.demo import RECORDINGS
 
-for name in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words"):
+for name in ("transformers", "accelerate", "soundfile", "soxr", "jiwer", "sacrebleu", "babel", "num2words", "datasets"):
     module(name, "speech")
+
+import datasets
 
 # One thread: a 128-wide model is slower on two, and much slower on two that others use. Child processes too.
 os.environ.update(TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -26,6 +28,15 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def recordings() -> Path:
     return RECORDINGS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `datasets` keeps what it has opened, here and in processes of their own."""
+    home = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(home)
+    datasets.config.HF_DATASETS_CACHE = home
+    return home
 
 
 @pytest.fixture(scope="session")

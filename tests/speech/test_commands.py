@@ -31,6 +31,12 @@ def _run(*arguments: str | Path) -> str:
     return result.stdout
 
 
+def test_the_command_line_has_all_of_them() -> None:
+    from lors.cli import app
+
+    assert [name for name, module in app.COMMANDS.items() if module == "..speech.commands"] == list(COMMANDS)
+
+
 def test_importing_the_commands_is_light() -> None:
     code = "import sys, lors.speech.commands; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 import struct
@@ -15,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from transformers import WhisperFeatureExtractor
+from transformers.models.whisper.tokenization_whisper import LANGUAGES as WHISPER_LANGUAGES
 
-from helpers import module
 from lors.errors import LorsError
 from lors.speech.data import features as features_module
 from lors.speech.data.audio import AudioFile, duration, read_audio
 from lors.speech.data.corpus import corpus_digest, load_corpus
 from lors.speech.data.features import Features, log_mel
-from lors.speech.data.languages import fleurs_code, parse_languages, whisper_code
+from lors.speech.data.languages import fleurs_code, language_name, parse_languages, spoken_code, whisper_code
 from lors.speech.data.left_out import LeftOut
 from lors.speech.data.utterance import Corpus, by_task
 from lors.speech.model.whisper import load_processor
@@ -41,9 +41,23 @@ def _tone(seconds: float = 0.5, rate: int = 16000) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ languages
 
 
+def _has_fleurs(code: str) -> bool:
+    try:
+        return whisper_code(fleurs_code(code)) == code
+    except LorsError:
+        return False
+
+
 def test_codes() -> None:
     assert whisper_code("sv-SE") == whisper_code("sv_se") == "sv" and whisper_code("cmn_hans_cn") == "zh"
-    assert fleurs_code("es") == "es_419" and parse_languages("ca, sv-SE,ca") == ("ca", "sv")
+    assert parse_languages("ca, sv-SE,ca") == ("ca", "sv")
+    assert [fleurs_code(code) for code in ("es", "gl", "ko", "tl", "jw", "yue", "no", "zh")] == [
+        *("es_419", "gl_es", "ko_kr", "fil_ph", "jv_id", "yue_hant_hk", "nb_no", "cmn_hans_cn")
+    ]
+    known = {code for code in WHISPER_LANGUAGES if _has_fleurs(code)}
+    assert len(known) == 83 and {"eu", "sq", "la"}.isdisjoint(known), "of FLEURS's 102 Whisper speaks 83"
+    assert fleurs_code("ast") == "ast_es" and fleurs_code("nso") == "nso_za", "the others too"
+    assert spoken_code("Swedish") == spoken_code("sv-SE") == "sv" and language_name("sv") == "swedish"
     with pytest.raises(LorsError, match="at least one code"):
         parse_languages(" , ")
 
@@ -466,49 +480,6 @@ def test_covost_ready_split(common_voice: Path) -> None:
         load_corpus(f"covost2:{common_voice}", languages="sv", split="test")
 
 
-def test_fleurs(tmp_path: Path, catalan: Corpus) -> None:
-    pa = module("pyarrow", "speech")
-    import pyarrow.parquet as pq
-
-    def write(code: str, ids: list[int], texts: list[str]) -> None:
-        audio = []
-        for utterance in catalan[: len(ids)]:
-            stream = io.BytesIO()
-            soundfile.write(stream, read_audio(utterance.audio), 16000, format="WAV")
-            audio.append({"bytes": stream.getvalue(), "path": f"{utterance.id}.wav"})
-        (tmp_path / code).mkdir()
-        columns = {"id": ids, "raw_transcription": texts, "audio": audio, "num_samples": [1] * len(ids)}
-        pq.write_table(pa.table(columns), tmp_path / code / "validation-00000-of-00001.parquet", row_group_size=2)
-
-    write("ca_es", [7, 7, 9], [u.text for u in catalan[:3]])
-    write("en_us", [9, 11], ["Nine.", "Eleven."])
-    corpus = load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
-    assert [u.translation for u in corpus] == [None, None, "Nine."] and len({u.id for u in corpus}) == 3
-    for read, original in zip(corpus, catalan, strict=False):
-        assert read.text == original.text
-        np.testing.assert_allclose(read_audio(read.audio), np.clip(read_audio(original.audio), -1, 1), atol=2**-14)
-    with pytest.raises(LorsError, match=r"expected de_de/validation-\*.parquet, got none"):
-        load_corpus(f"fleurs:{tmp_path}", languages="de", split="dev")
-
-    def table(**columns: list[object]) -> None:
-        pq.write_table(pa.table(columns), tmp_path / "ca_es" / "validation-00000-of-00001.parquet")
-
-    # A copy without the sound, one without a sentence, one of other columns, one that is cut.
-    table(id=[7], raw_transcription=["set"], audio=[{"bytes": None, "path": "a.wav"}])
-    with pytest.raises(LorsError, match="cannot read audio ca_es/dev/7/.*: expected bytes in the column 'audio'"):
-        read_audio(load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")[0].audio)
-    table(id=[7], raw_transcription=[None], audio=[{"bytes": b"x", "path": "a.wav"}])
-    with pytest.raises(LorsError, match="parquet:0:0: expected an id and a text, got "):
-        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
-    table(id=[7], transcription=["set"])
-    with pytest.raises(LorsError, match="expected a column 'audio', got id, transcription"):
-        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
-    (tmp_path / "ca_es" / "validation-00000-of-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(LorsError, match=r"cannot read .*parquet: ") as error:
-        load_corpus(f"fleurs:{tmp_path}", languages="ca", split="dev")
-    assert "\n" not in str(error.value)
-
-
 # ------------------------------------------------------------------------------------------------------- features
 
 
@@ -543,6 +514,15 @@ def test_features_of_any_length_come_back_as_they_were(tmp_path: Path) -> None:
         assert np.array_equal(features.of(audio), log_mel(audio, extractor)), audio.name
 
 
+def test_features_are_those_of_the_library(tmp_path: Path, catalan: Corpus) -> None:
+    """Which computes the whole window, silence too."""
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    silence, whole = _recordings(tmp_path, silence=0.0001, whole=30.0)
+    for audio in (*(u.audio for u in catalan[:5]), silence, whole):
+        want = extractor([read_audio(audio)], sampling_rate=16000, return_tensors="np")["input_features"][0]
+        np.testing.assert_allclose(log_mel(audio, extractor), want, atol=1e-3)
+
+
 def test_features_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = load_processor("tiny").feature_extractor
     recordings = _recordings(tmp_path, **{f"r{i}": 1.0 + i / 100 for i in range(8)})
@@ -562,10 +542,10 @@ def test_features_are_computed_by_one_of_those_who_ask(tmp_path: Path, monkeypat
     recordings = _recordings(tmp_path, a=1.0, b=0.5, c=0.7)
     computed: list[str] = []
 
-    def slow(audio: AudioFile, extractor: Any) -> Any:
+    def slow(audio: AudioFile, extractor: Any, longest: float) -> Any:
         computed.append(audio.name)
         time.sleep(0.1)
-        return log_mel(audio, extractor)
+        return log_mel(audio, extractor, longest)
 
     monkeypatch.setattr(features_module, "log_mel", slow)
     askers = [Features(extractor, tmp_path / "cache") for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lors.errors import LorsError
 from lors.files.replaceable import objection
 from lors.speech.data.synth import synthesise
 from lors.speech.experiment.plan import run_experiment
+from lors.speech.experiment.report import FILES
 from lors.speech.scoring.evaluation import make_room
 from lors.speech.training.finetune import finetune
 from lors.speech.training.settings import Training
@@ -64,12 +66,13 @@ def test_checkpoints_do_not_go_into_a_directory_of_another_kind(tmp_path: Path, 
     assert mine.read_text() == "years of work" and not (tmp_path / "ca").exists()
 
 
-@pytest.mark.parametrize("name", ["report.html", "results.json"])
-def test_an_experiment_replaces_only_its_own_report(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("mine")
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [b"mine", lzma.compress(b"mine")])
+def test_an_experiment_replaces_only_its_own_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(LorsError, match=f"{name}: only a .* may be replaced"):
         run_experiment(cut_config(), tmp_path)
-    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / name).read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
 
 def test_scores_replace_only_scores(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import jiwer
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import sacrebleu
 from lors.errors import LorsError
 from lors.speech.scoring.metrics import (
     Statistics,
+    holm,
     metric,
     normaliser,
     numbered,
@@ -179,3 +182,46 @@ def test_a_share_of_the_gain_is_a_ratio_of_sums() -> None:
     worse = {"ca": _counts([4] * 40), "de": _counts([3] * 40)}
     assert share_of_gain([base], [strange], [worse], "wer").seeds == [pytest.approx(-80 / 40)]
     assert not np.isfinite(share_of_gain([base], [base], [merged], "wer").seeds[0])
+
+
+def test_p_is_that_of_the_normal_distribution() -> None:
+    """Of a mean of differences with a known deviation: two-sided, and the wider of the two ways to draw."""
+    rng = np.random.default_rng(4)
+    change = rng.integers(-1, 3, 400)
+    first, second = _counts((change + 2).tolist()), _counts([2] * 400)
+    interval = paired_bootstrap([{"ca": first}], [{"ca": second}], "wer", resamples=20000)
+    z = change.mean() / (change.std() / 20)
+    assert interval.p == pytest.approx(2 * NormalDist().cdf(-abs(z)), rel=0.5) and interval.p < 1e-10
+    # That the interval excludes 0 and p < 0.05 are the same, but for chance in the resamples.
+    for shift in (0.0, 0.5, 1.0, 1.5, 2.5, 3.0):
+        noise = rng.normal(0, 1, 300)
+        errors = 10 + np.rint(100 * (noise - noise.mean() + shift * noise.std() / np.sqrt(300))).astype(int) + 1000
+        one = paired_bootstrap(
+            [{"ca": _counts(errors.tolist())}], [{"ca": _counts([1010] * 300)}], "wer", resamples=4000
+        )
+        assert one.p == pytest.approx(2 * NormalDist().cdf(-shift), rel=0.25, abs=0.01)
+        assert (one.p < 0.05) == (one.low > 0)
+    same = paired_bootstrap([{"ca": first}], [{"ca": first}], "wer")
+    assert (same.difference, same.p) == (0, 1)
+    always = paired_bootstrap([{"ca": _counts([3] * 40)}], [{"ca": _counts([2] * 40)}], "wer")
+    assert always.p == 0
+    # Trainings that disagree: over utterances alone the difference would be certain.
+    two = [{"ca": _counts([3] * 40)}, {"ca": _counts([2] * 40)}], [{"ca": _counts([2] * 40)}] * 2
+    assert paired_bootstrap(*two, "wer").p > 0.1
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []
+    assert holm([0.0, 0.0, 0.02]) == pytest.approx([0, 0, 0.02])
+
+
+def test_holm_rejects_a_true_hypothesis_rarely() -> None:
+    """Five true hypotheses and one false: some true one comes out below 0.05 in 5 % of the families at most."""
+    rng = np.random.default_rng(5)
+    normal = NormalDist()
+    families = [[2 * normal.cdf(-abs(z)) for z in rng.normal(0, 1, 5)] + [1e-9] for _ in range(4000)]
+    wrong = sum(min(holm(family)[:5]) < 0.05 for family in families) / len(families)
+    uncorrected = sum(min(family[:5]) < 0.05 for family in families) / len(families)
+    assert 0.035 < wrong < 0.06 < 0.2 < uncorrected
+    assert all(holm(family)[5] < 0.05 for family in families)

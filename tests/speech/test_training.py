@@ -29,6 +29,8 @@ from lors.speech.data.audio import AudioFile
 from lors.speech.data.corpus import load_corpus
 from lors.speech.data.utterance import Corpus
 from lors.speech.model.whisper import SHIPPED, load_model, load_processor, resolve_model, torch_device
+from lors.speech.scoring.evaluation import Decoder
+from lors.speech.scoring.loss import mean_loss
 from lors.speech.training import trainer
 
 SHORT = Training(max_steps=4, learning_rate=4e-4)
@@ -500,8 +502,10 @@ def test_bleu_as_the_criterion(tmp_path: Path, recordings: Path) -> None:
                 tmp_path / "y",
                 **{**dict(data=recordings, languages="ca", tasks=tasks, training=training), **wrong},
             )
-    with pytest.raises(LorsError, match="metric_for_best_model: expected wer, bleu, got 'loss'"):
-        replace(training, metric_for_best_model="loss")
+    with pytest.raises(
+        LorsError, match="metric_for_best_model: expected wer, bleu, loss, got 'los', did you mean 'loss'"
+    ):
+        replace(training, metric_for_best_model="los")
     with pytest.raises(LorsError, match="dropout: expected a number from 0 to below 1, got 1"):
         replace(training, dropout=1)
     with pytest.raises(LorsError, match="freeze_encoder: expected train 'all', got 'lora'"):
@@ -513,3 +517,77 @@ def test_empty_references_are_not_trained_on(tmp_path: Path, catalan: Corpus) ->
     assert finetune("tiny", tmp_path / "x", data=data, languages="ca", training=replace(SHORT, max_steps=1)).items == 1
     with pytest.raises(LorsError, match="expected utterances with a reference for transcribe, got none"):
         finetune("tiny", tmp_path / "y", data=data[1:], languages="ca", training=SHORT)
+
+
+def test_loss_as_the_criterion(tmp_path: Path, recordings: Path) -> None:
+    """The checkpoint with the lowest dev loss is kept, and that is the loss which `mean_loss` computes."""
+    training = Training(
+        max_steps=8, learning_rate=0.02, eval_steps=2, metric_for_best_model="loss", report_to="tensorboard"
+    )
+    finetune("tiny", tmp_path / "x", data=recordings, languages="ca", training=training)
+    losses = _told(tmp_path / "x.runs" / "0-ca")["eval/loss"]
+    assert list(losses)[:4] == [2, 4, 6, 8] and len(set(losses.values())) == 4
+    decoder = Decoder.of(load_model(tmp_path / "x"), load_processor(tmp_path / "x"), tmp_path / "features")
+    dev = load_corpus(recordings, languages="ca", split="dev")
+    kept = mean_loss(decoder, dev, "transcribe")
+    assert kept == pytest.approx(min(losses.values()), rel=1e-5) and kept != pytest.approx(losses[8], rel=1e-3)
+    with pytest.raises(LorsError, match="metric_for_best_model: loss is that of dev: expected eval_steps, got none"):
+        finetune("tiny", tmp_path / "y", data=recordings, languages="ca", training=replace(training, eval_steps=None))
+
+
+def _told(directory: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows: curve -> step -> value."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_what_is_reported_stays_and_changes_nothing(tmp_path: Path, recordings: Path) -> None:
+    told = replace(SHORT, report_to="tensorboard")
+    for name, training in (("plain", SHORT), ("told", told)):
+        finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training)
+    plain, other = _weights(tmp_path / "plain"), _weights(tmp_path / "told")
+    assert all(np.array_equal(plain[name], other[name]) for name in plain)
+    assert "train/train_loss" in _told(tmp_path / "told.runs" / "0-ca")
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "told", "told.runs"}
+    assert told.identity() == SHORT.identity(), "a run may go on with it, or without"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"report_to": "wandb"}, "report_to: wandb needs wandb: pip install wandb"),
+        ({"report_to": "tensorboard"}, "report_to: tensorboard needs tensorboard: pip install tensorboard"),
+        ({"optim": "adamw_8bit"}, "optim: adamw_8bit needs bitsandbytes: pip install bitsandbytes"),
+    ],
+)
+def test_packages_that_are_not_installed(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("lors.speech.training.settings.find_spec", lambda name: None)
+    with pytest.raises(LorsError, match=f"^{said}$"):
+        finetune("tiny", tmp_path / "x", data=recordings, languages="ca", training=replace(SHORT, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_optimisers_and_types(tmp_path: Path, recordings: Path) -> None:
+    for name in ("adamw_torch_fused", "adafactor"):
+        training = replace(SHORT, max_steps=2, optim=name)
+        finetune("tiny", tmp_path / name, data=recordings, languages="ca", training=training, limit=20)
+    one, two = (_weights(tmp_path / name) for name in ("adamw_torch_fused", "adafactor"))
+    assert any(not np.array_equal(one[name], two[name]) for name in one)
+    for changes, said in (
+        ({"optim": "adam"}, "optim: expected adamw_torch_fused, adafactor, adamw_8bit, got 'adam'"),
+        ({"report_to": "tensorbord"}, "report_to: .*, did you mean 'tensorboard'"),
+        ({"fp16": True}, "fp16: expected a GPU and no bf16, got device 'cpu', bf16 False"),
+        (
+            {"fp16": True, "bf16": True, "device": "cuda"},
+            "fp16: expected a GPU and no bf16, got device 'cuda', bf16 True",
+        ),
+    ):
+        with pytest.raises(LorsError, match=said):
+            replace(SHORT, **changes)
+    assert trainer._arguments(replace(SHORT, optim="adafactor", report_to="tensorboard"), tmp_path).report_to == [
+        "tensorboard"
+    ]

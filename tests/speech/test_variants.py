@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lors.speech.experiment.merged import Merger
+from lors.speech.experiment.merged import Merger, with_rest
 from lors.speech.experiment.variants import weights
 from lors.speech.model.whisper import load_model, load_processor
 
@@ -50,6 +50,33 @@ def test_equal_factors_are_lors(merger: Merger) -> None:
     plain = _merged(merger, "lors", lam=0.4)
     assert _apart(plain, _merged(merger, "lors_scaled", low=0.4, sparse=0.4)) < 1e-6
     assert _apart(plain, _merged(merger, "lors_scaled", low=0.4, sparse=0.8)) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["lors_scaled", "lors_elect", "lors_energy", "lors_orthogonal"])
+def test_what_is_not_decomposed_has_a_factor_of_its_own(merger: Merger, method: str) -> None:
+    own = {
+        "lors_scaled": {"rank": 4, "low": 0.4, "sparse": 0.3},
+        "lors_elect": {"rank": 4, "lam": 0.4},
+        "lors_energy": {"energy": 0.9, "lam": 0.4},
+        "lors_orthogonal": {"low": 0.4, "sparse": 0.3},
+    }[method]
+    merged = _held(merger, method, {**own, "density": 0.2, "rest": "average", "rest_lambda": 0.7})
+    other = _held(merger, method, {**own, "density": 0.2, "rest": "average", "rest_lambda": 1.4})
+    for name, base in merger.base.items():
+        if name in merger.matrices():
+            assert torch.equal(merged[name], other[name])
+            continue
+        mean = sum(expert[name] - base for expert in merger.experts.values()) / 3
+        torch.testing.assert_close(merged[name] - base, 0.7 * mean, atol=1e-6, rtol=1e-5)
+
+
+def test_a_method_that_treats_all_tensors_has_no_rest_without_a_factor() -> None:
+    """As before there was one: `rest` alone would now confine it to the matrices."""
+    for method in ("task_arithmetic", "ties", "model_stock", "linear"):
+        assert with_rest(method, {"lam": 1, "rest": "base"}, "average") == {"lam": 1}
+    assert with_rest("ties", {"rest_lambda": 1}, "average") == {"rest_lambda": 1, "rest": "average"}
+    for method in ("lors", "tsv", "lors_energy"):
+        assert with_rest(method, {}, "average") == {"rest": "average"}
 
 
 def test_no_sparse_part_is_svp(merger: Merger) -> None:

@@ -22,6 +22,8 @@ def cut_config() -> Config:
         experts=("ca", "es"),
         languages=("ca", "es", "pt"),
         training={"max_steps": 60, "learning_rate": 4e-4, "warmup_steps": 5, "save_steps": 30},
+        rest="average",
+        rest_lambda=(0.7, 1.1),
         grids={
             "task_arithmetic": Grid(method="task_arithmetic", parameters={"lam": [0.3, 0.6]}),
             "lors": Grid(method="lors", parameters={"rank": [4], "density": [0.3], "lam": [0.5, 0.9]}),

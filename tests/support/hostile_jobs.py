@@ -22,6 +22,10 @@ def context() -> ForkServerContext:
             "lors.experts.decompose",
             "lors.sweep.run",
             "lors.cli.app",
+            "lors.cli.experts",
+            "lors.cli.merge",
+            "lors.cli.sweep",
+            "lors.experts.expert_source",
         ]
     )
     return found

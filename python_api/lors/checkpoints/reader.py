@@ -38,7 +38,6 @@ from .hub import (
 from .layers import EMBEDDING, HEAD, naming
 from .safetensors import read_safetensors_header
 from .tensor_info import TensorInfo
-from .torch_archive import read_torch_archive
 
 __all__ = ["Checkpoint", "open_checkpoint", "require_unchanged", "sha256_checkpoints"]
 
@@ -104,6 +103,8 @@ class Checkpoint:
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
         _refuse_pointer(file, stream)
         if _is_torch_archive(file, stream):
+            from .torch_archive import read_torch_archive
+
             tensors, self.dims = read_torch_archive(stream, file, index)
         else:
             tensors, metadata = read_safetensors_header(stream, file, index)

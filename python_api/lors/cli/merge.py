@@ -44,7 +44,10 @@ def merge(
     backend: Backend = None,
     threads: Threads = None,
     device: Annotated[
-        str | None, typer.Option(metavar="cuda[:N,...]", help="Decompose on GPUs; --backend then names theirs.")
+        str | None,
+        typer.Option(
+            metavar="cuda[:N,...]", help="Merge on GPUs what is worth it; --backend then names their kernels."
+        ),
     ] = None,
     device_memory: Annotated[
         float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU (default: 80 % of what is free).")

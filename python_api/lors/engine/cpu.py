@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
-from lors_kernels import KEEP_ALL, KEEP_NONE, FactorOverflowError, NonFiniteError, UpdateStats, dense
+from lors_kernels import FactorOverflowError, NonFiniteError, UpdateStats, dense
+from lors_kernels.lors_delta import add_lors_delta
 from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
@@ -59,6 +60,22 @@ class Terms(NamedTuple):
     anchor: Source
     scale: float
     experts: tuple[int, ...]
+
+
+class SplitFactors(NamedTuple):
+    """A delta that is known by factors, as a `Reduction` wants it."""
+
+    low: Factors | None  # L; None: rank 0
+    rest: Factors  # what S is selected from
+    energy: float  # sums of squares of delta and of `rest`; 0 where there is no L
+    rest_energy: float
+
+    @classmethod
+    def of(cls, factors: Factors, work: Work, reduction: Reduction) -> SplitFactors:
+        if not reduction.rank:
+            return cls(None, factors, 0.0, 0.0)
+        low, rest = factors.split(rank_of(reduction.rank, *work.spec.shape))
+        return cls(low, rest, *(float(np.square(part.sigma()).sum()) for part in (factors, rest)))
 
 
 @dataclass
@@ -158,7 +175,7 @@ class Engine:
             against, tuned = self._pair(expert, piece, base, worker)
             bases = [None, None] if against is None else piece.views(against)
             for t, b, w in zip(piece.views(tuned), bases, piece.views(total), strict=False):
-                outcomes.append(self._add(expert, work, w, b, t, reduction))
+                outcomes.append(self.add(expert, work, w, b, t, reduction, self.backend))
         self._write(piece, worker, base, self._boosted(work, total), terms.scale)
         return outcomes
 
@@ -189,17 +206,21 @@ class Engine:
         if not piece.work.matrix:
             total += np.float32(r.weight) * factors.flat(piece.start, piece.stop)
             return []
-        shape, outcomes = piece.work.spec.shape, []
-        low, remaining = factors.split(rank_of(r.rank, *shape)) if r.rank else (None, factors)
-        if remaining.rank and r.density:
-            outcomes = [
-                self._add(expert, piece.work, total.reshape(shape), None, remaining.matrix(), r._replace(rank=0))
-            ]
-        if low is not None:
-            total += np.float32(r.weight) * low.flat(0, total.size)
-            energy, rest = (float(np.square(part.sigma()).sum()) for part in (factors, remaining))
+        split = SplitFactors.of(factors, piece.work, r)
+        return self.add_split(expert, piece.work, total.reshape(piece.work.spec.shape), split, r, self.backend)
+
+    def add_split(
+        self, expert: Source, work: Work, total: Any, split: SplitFactors, r: Reduction, backend: str | None
+    ) -> list[Outcome]:
+        """total += weight * (L + S) for a matrix that may be on a device, and what is known of its delta beside it."""
+        outcomes = []
+        if split.rest.rank and r.density:
+            outcomes = [self.add(expert, work, total, None, split.rest.matrix(), r._replace(rank=0), backend)]
+        if split.low is not None:
+            total += float(np.float32(r.weight)) * split.low.matrix()
             kept = sum(outcome.stats.kept_energy for outcome in outcomes)
-            outcomes = [Outcome(UpdateStats(energy, rest, kept, 0, 0), Certificate("factors", 0, 0.0))]
+            stats = UpdateStats(split.energy, split.rest_energy, kept, 0, 0)
+            outcomes = [Outcome(stats, Certificate("factors", 0, 0.0))]
         return outcomes
 
     def _combine(self, work: Work, worker: Worker) -> list[Outcome]:
@@ -243,23 +264,17 @@ class Engine:
             matrix = torch.from_numpy(update.reshape(work.spec.shape)).double()
             return dense.boost(matrix, work.boost).float().numpy().ravel()  # type: ignore[no-any-return]
 
-    def _add(
-        self, expert: Source, work: Work, total: np.ndarray, base: Any, tuned: np.ndarray, r: Reduction
+    def add(
+        self, expert: Source, work: Work, total: Any, base: Any, tuned: Any, r: Reduction, backend: str | None
     ) -> Outcome:
         """total += weight * (L + S) of one expert's matrix."""
-        options: dict[str, Any] = {"backend": self.backend, "threads": 1}
-        svd, left, right, threshold = None, None, None, KEEP_ALL
+        rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
+        known = self.cached(expert.name, work.name, rank) if rank and self.cached is not None else None
         try:
-            rank = rank_of(r.rank, *tuned.shape) if r.rank else 0
-            if rank and self.cached is not None and (known := self.cached(expert.name, work.name, rank)):
-                left, right = known
-            elif rank:
-                svd = lors_kernels.truncated_svd(base, tuned, rank, seed=self.seed, **options)
-                left, right = svd.left, svd.right
-            if r.density < 1:
-                k = int(r.density * tuned.size)
-                threshold = lors_kernels.residual_threshold(base, tuned, left, right, k, **options) if k else KEEP_NONE
-            stats = lors_kernels.merge_update(total, base, tuned, left, right, threshold, r.weight, **options)
+            stats, svd = add_lors_delta(
+                total, base, tuned, rank, r.density, r.weight,
+                factors=known, seed=self.seed, backend=backend, threads=1,
+            )  # fmt: skip
         except NonFiniteError:
             raise self.blame(expert, work) from None
         except FactorOverflowError as error:

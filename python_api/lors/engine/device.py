@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from lors_kernels.arrays import BFLOAT16, dtype_name
+from lors_kernels.arrays import BFLOAT16, dtype_name, to_torch
 
 from ..errors import SettingError, first_line
 from ..experts.source import Slot
@@ -62,19 +63,23 @@ class PinnedSlot(Slot):
 
 
 class Device:
-    """Streams and page-locked memory of one device; on "cpu" all of it is nothing, and the rest of the code the same."""
+    """Streams and page-locked memory of one device; on "cpu" all of it is nothing, and the rest of the code the same.
+
+    Three streams: copies to the device, copies from it, and the one on which it computes, which is torch's current one. Each
+    waits for another by an event alone; the host waits where it reads or reuses memory.
+    """
 
     def __init__(self, name: str) -> None:
         import torch
 
         self.torch, self.device = torch, torch.device(name)
         self.real = self.device.type == "cuda"
-        self.copies = torch.cuda.Stream(self.device) if self.real else None
+        self.uploads, self.downloads = (torch.cuda.Stream(self.device) if self.real else None for _ in range(2))
         self.slots: list[Slot] = []
 
     def slot(self) -> Slot:
         try:
-            return self.slots.pop()  # a reader and the run itself may ask at the same time
+            return self.slots.pop()  # readers and the run itself may ask at the same time
         except IndexError:
             return PinnedSlot() if self.real else Slot()
 
@@ -82,42 +87,63 @@ class Device:
         """Makes it the thread's current device: kernels, events and page-locked memory go by that."""
         return self.torch.cuda.device(self.device) if self.real else nullcontext()
 
-    def copying(self) -> AbstractContextManager[Any]:
-        return self.torch.cuda.stream(self.copies) if self.real else nullcontext()
+    def uploading(self) -> AbstractContextManager[Any]:
+        return self.torch.cuda.stream(self.uploads) if self.real else nullcontext()
 
     def upload(self, values: np.ndarray) -> Any:
-        """A copy of `values` on the device; on the copy stream, the caller has to wait for it."""
-        from lors_kernels.arrays import to_torch
-
+        """A copy of `values` on the device, under way on the stream of uploads; see `ready`."""
         tensor = to_torch(values)
-        return tensor.to(self.device, non_blocking=True) if self.real else tensor.clone()
+        if self.uploads is None:
+            return tensor.clone()
+        with self.uploading():
+            return tensor.to(self.device, non_blocking=True)
 
-    def copied(self) -> Any:
-        """An event behind the copies so far."""
-        return self.copies.record_event() if self.copies is not None else None
+    def uploaded(self) -> Any:
+        """An event behind the uploads so far."""
+        return self.uploads.record_event() if self.uploads is not None else None
 
-    def ready(self, tensors: Sequence[Any], copied: Any) -> None:
-        """Lets the computing stream wait for the copies, though not for those of the next batch that may be under way
-        behind them, and keeps their memory from being reused before it is done."""
-        if copied is None:
+    def ready(self, tensors: Sequence[Any], uploaded: Any) -> None:
+        """Lets the computing stream wait for uploads, though not for those of the next batch that may be under way behind
+        them, and keeps their memory from being reused before it is done."""
+        if uploaded is None:
             return
         stream = self.torch.cuda.current_stream(self.device)
-        stream.wait_event(copied)
+        stream.wait_event(uploaded)
         for tensor in tensors:
             tensor.record_stream(stream)
 
-    def download(self, tensor: Any) -> Any:
-        """A host copy under way; call the second of the returned pair before reading the first."""
-        if not self.real:
+    def download(self, tensor: Any) -> tuple[Any, Any]:
+        """A host copy under way, behind what has been computed so far and beside what is computed next; call the second
+        of the pair before reading the first."""
+        if self.downloads is None:
             return tensor, lambda: None
+        computed = self.torch.cuda.current_stream(self.device).record_event()
         host = self.torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        event = self.torch.cuda.Event()
-        event.record(self.torch.cuda.current_stream(self.device))  # not that of the current device
-        return host, event.synchronize
+        with self.torch.cuda.stream(self.downloads):
+            self.downloads.wait_event(computed)
+            host.copy_(tensor, non_blocking=True)
+            arrived = self.downloads.record_event()
+        tensor.record_stream(self.downloads)
+        return host, arrived.synchronize
+
+    def free_memory(self) -> int:
+        """Bytes that nobody has taken, with those that torch keeps for reuse."""
+        cuda = self.torch.cuda
+        kept = cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
+        return int(cuda.mem_get_info(self.device)[0]) + kept
+
+    def settle(self) -> None:
+        """Waits for all uploads."""
+        if self.uploads is not None:
+            self.uploads.synchronize()
 
     def out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, self.torch.cuda.OutOfMemoryError)
+
+
+def host_memory() -> int:
+    """Bytes of main memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def to_numpy(host: Any, dtype: np.dtype[Any]) -> np.ndarray:

@@ -1,25 +1,25 @@
 """The merge engine on GPUs.
 
-From files or host memory: decomposed matrices in groups on devices, every other tensor on the CPU beside them, because it
-is read, added to and written at the speed of the files, which a detour over the bus cannot better.
+From files or host memory: matrices that are decomposed, and tensors of which a method looks at all experts together, on
+devices. Every other tensor is summed on the CPU beside them, because it is read, added to and written at the speed of the
+files, which a detour over the bus cannot better; so are small tensors, of which a launch costs more than the work.
 
-A batch is a few same-shaped matrices. Its tensors are read into page-locked memory and copied on a stream of their own, by
-a thread of their own, while the batch before is computed; merged in float32 on the device, and written behind. Experts come
-in slices that fit the budget, in their order and into the same float32 sum, so memory does not depend on how many there are.
-Of a batch with several slices the first is copied ahead. The base is added to the sum last, as in `Engine`.
-A device that runs out of memory gets smaller batches, then an error; nothing of a failed batch has been written.
+A step is a batch of same-shaped matrices with a slice of their experts, or one tensor with all of them. Several threads read
+its tensors into page-locked memory, and each is copied on the stream of uploads as soon as it is read; all that while the step
+before is computed, which waits for its own copies by an event. Results are copied back on a stream of their own, and
+written by a thread, while the next batch is computed. The experts of a batch come in slices that fit the budget, in their
+order and into the same float32 sum, so memory does not depend on how many there are. The base is added to the sum last, as in
+`Engine`. A device that runs out of memory gets smaller batches, then an error; nothing of a failed batch has been written.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,74 +28,28 @@ from lors_kernels.group import MatrixGroup
 from lors_kernels.grouped import merge_update_group, operations, residual_threshold_group, truncated_svd_group
 
 from ..errors import LorsError
-from ..experts.source import Slot
-from ..methods.operands import Certificate, Outcome
+from ..experts.source import Slot, Source, StoredPart
+from ..methods.operands import Buffers, Certificate, Outcome
 from ..recipes.parameters import rank_of
-from .cpu import Engine
-from .device import Device, to_numpy
+from . import batches as planning
+from .batches import Batch, Kind, Rule, Slice
+from .cpu import Engine, SplitFactors
+from .device import Device, host_memory, to_numpy
+from .device_operands import DeviceOperands
+from .feed import Feed, GivenUp, Inputs, Step, mapped
 from .work import Piece, Work
 
-BATCH_BYTES = 1 << 30  # of inputs per batch: larger ones gain nothing once a launch fills the device
 READERS = 4
-BASIS = 128  # columns of a Krylov basis to reckon with; convergence usually needs 80
-
-
-class Kind(NamedTuple):
-    """What the matrices of one batch have in common."""
-
-    shape: tuple[int, ...]
-    base: str  # dtype
-    rules: tuple[tuple[float, float, bool, str], ...]  # per expert: rank, density, used, dtype
-
-
-class Slice(NamedTuple):
-    """Consecutive experts with one rank, density and dtype."""
-
-    experts: tuple[int, ...]
-    rank: float
-    density: float
-
-
-class Loaded(NamedTuple):
-    """Host memory of one batch and slice: bases, and tuned by matrix and expert."""
-
-    bases: list[np.ndarray]
-    tuned: list[list[np.ndarray]]
-    slots: list[Slot]
-
-
-class Copied(NamedTuple):
-    """The same on the device, the copies under way."""
-
-    bases: list[Any]
-    tuned: list[list[Any]]
-    slots: list[Slot]  # the copies read from them
-    copied: Any  # event
-
-
-def slices(kind: Kind, most: int) -> list[Slice]:
-    """The experts in order, cut where the rule changes and at `most` experts."""
-    found = []
-    used = [(rank, density, dtype, e) for e, (rank, density, use, dtype) in enumerate(kind.rules) if use]
-    for (rank, density, _), run in groupby(used, key=lambda rule: rule[:3]):
-        experts = [rule[3] for rule in run]
-        found += [Slice(tuple(experts[i : i + most]), rank, density) for i in range(0, len(experts), most)]
-    return found
-
-
-def bytes_on_device(work: Work, shape: tuple[int, ...], experts: int, inputs: int) -> int:
-    """What one matrix with so many experts takes: inputs (twice: the next ones are copied meanwhile), sum, workspace."""
-    m, n = shape
-    workspace = experts * (min(m, n) * BASIS * 4 * 2 + BASIS * BASIS * 16 + max(m, n) * 64) if work.matrix else 0
-    return 2 * inputs + m * n * (4 + work.out_dtype.itemsize) + workspace
+HOST_SHARE = 16  # of main memory a batch takes at most one of so many parts: two are in flight, and their results
+SMALL = 1 << 16  # entries of a tensor below which the CPU is done before a device has begun
 
 
 @dataclass
 class GpuEngine(Engine):
-    """`Engine` with the decomposed matrices on `devices`.
+    """`Engine` with what is worth it on `devices`.
 
     device_memory: bytes to use on each device; None: 80 % of what is free.
-    device_backend: kernels for the matrices (`backend` is for the rest); None: the fastest.
+    device_backend: kernels there (`backend` is for the rest); None: the fastest.
     """
 
     devices: Sequence[str] = ("cuda:0",)
@@ -105,16 +59,22 @@ class GpuEngine(Engine):
     def run(self, works: Sequence[Work], also: Sequence[Callable[[], None]] = ()) -> None:
         """Does all work; matrices go to the devices, pieces of other tensors to threads as in `Engine`."""
         pieces = self.begin(works)
-        grouped = [
-            i for i, piece in enumerate(pieces) if piece.work.matrix and any(r.weight for r in piece.work.reductions)
-        ]
-        chosen = set(grouped)
-        matrices = [DeviceRun(self, name, pieces, indices).run for name, indices in self.shares(pieces, grouped)]
+        there = [i for i, piece in enumerate(pieces) if self.worth_it(piece.work)]
+        chosen = set(there)
+        matrices = [DeviceRun(self, name, pieces, indices).run for name, indices in self.shares(pieces, there)]
         others = [partial(self.do, index) for index in range(len(pieces)) if index not in chosen]
         self.carry_out([*matrices, *also, *others], self.threads + len(self.devices))
 
+    def worth_it(self, work: Work) -> bool:
+        """Whether a tensor goes to a device. What is boosted does not: an SVD of each matrix, which no GPU hurries."""
+        if self.by_differences(work):
+            return False
+        if work.combination is not None:
+            return work.matrix or work.spec.numel >= SMALL
+        return work.matrix and any(r.weight for r in work.reductions)
+
     def shares(self, pieces: Sequence[Piece], indices: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """Splits the matrices by bytes: the largest first, each to the device with the least so far."""
+        """Splits the tensors by bytes: the largest first, each to the device with the least so far."""
         loads = dict.fromkeys(self.devices, 0)
         shares: dict[str, list[int]] = {name: [] for name in self.devices}
         for i in sorted(indices, key=lambda i: (-pieces[i].work.spec.numel, i)):
@@ -124,16 +84,29 @@ class GpuEngine(Engine):
         return [(name, sorted(share)) for name, share in shares.items() if share]
 
     def kind_of(self, work: Work) -> Kind:
+        shape, dtypes = tuple(work.spec.shape), [str(e.tensors[work.name].dtype) for e in self.experts]
+        if work.combination is not None:
+            rules = tuple(Rule(0, 1.0, True, dtype, False) for dtype in dtypes)
+            return Kind(shape, str(work.spec.dtype), rules, together=True)
         terms = self.terms(work)
         rules = tuple(
-            (r.rank, r.density, t in terms.experts, str(expert.tensors[work.name].dtype))
-            for t, (expert, r) in enumerate(zip(self.experts, work.reductions, strict=True))
+            Rule(r.rank, r.density, t in terms.experts, dtype, self.stored(t, work))
+            for t, (dtype, r) in enumerate(zip(dtypes, work.reductions, strict=True))
         )
-        return Kind(tuple(work.spec.shape), str(terms.anchor.tensors[work.name].dtype), rules)
+        return Kind(shape, str(terms.anchor.tensors[work.name].dtype), rules)
+
+    def stored(self, t: int, work: Work) -> bool:
+        """Whether expert t's delta is known by parts or factors."""
+        expert = self.experts[t]
+        return expert.parts is not None or (work.relative and expert.factors(work.name) is not None)
+
+    def sizes_of(self, work: Work) -> tuple[int, int]:
+        """Bytes per entry of the base, and at most of an expert."""
+        return work.spec.dtype.itemsize, max(e.tensors[work.name].dtype.itemsize for e in self.experts)
 
 
 class DeviceRun:
-    """One device's share of the matrices."""
+    """One device's share of the tensors."""
 
     resident = False  # whether the inputs are on the device already
 
@@ -144,148 +117,170 @@ class DeviceRun:
 
     def run(self) -> None:
         with self.device.selected():
-            self.run_batches()
+            try:
+                self.run_batches()
+            except GivenUp:
+                assert self.engine.stop.is_set()
 
     def run_batches(self) -> None:
-        batches = list(self.batches())
-        with ThreadPoolExecutor(READERS) as self.readers, ThreadPoolExecutor(1) as self.writer:
-            ahead: Future[Loaded | Copied] | None = None
+        found = list(self.batches())
+        steps = [Step(b.pieces, part, number == 0) for b in found for number, part in enumerate(b.slices())]
+        pools = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        with pools[0] as self.readers, pools[1] as feeder, pools[2] as self.writer:
+            self.feed = Feed(feeder, self.load_ahead, self.release, steps)
             written: list[Future[None]] = []
-            for number, (kind, most, batch) in enumerate(batches):
+            for batch in found:
                 if self.engine.stop.is_set():
                     return
-                first = slices(kind, most)[0]
-                loaded = ahead.result() if ahead else self.load(kind, batch, first)
-                following = batches[number + 1] if number + 1 < len(batches) else None
-                if following:
-                    ahead = self.readers.submit(
-                        self.load_ahead, following[0], following[2], slices(following[0], following[1])[0]
-                    )
+                following = self.merge(batch)
                 for future in written:
                     future.result()  # at most one batch waits to be written
-                written = self.merge(kind, batch, most, loaded)
+                written = following
             for future in written:
                 future.result()
 
+    def batches(self) -> Iterator[Batch]:
+        engine = self.engine
+        largest = planning.LARGEST
+        if not self.resident:
+            works = self.works(self.indices)
+            inputs = sum(planning.input_bytes(w, engine.sizes_of(w), len(engine.experts)) for w in works)
+            largest = min(max(planning.LEAST, inputs // planning.BATCHES), planning.MOST, host_memory() // HOST_SHARE)
+        return planning.batches(
+            self.pieces, self.indices, engine.kind_of, engine.sizes_of,
+            budget=self.budget(), largest=largest, resident=self.resident,
+        )  # fmt: skip
+
     def budget(self) -> int:
-        limit = self.engine.device_memory
-        if limit is None:
-            limit = (
-                int(0.8 * self.device.torch.cuda.mem_get_info(self.device.device)[0]) if self.device.real else 1 << 30
-            )
-        return limit
+        if self.engine.device_memory is not None:
+            return self.engine.device_memory
+        return int(0.8 * self.device.free_memory()) if self.device.real else 1 << 30
 
-    def batches(self) -> Iterator[tuple[Kind, int, list[int]]]:
-        """(what they share, experts at a time, pieces) within the budget."""
-        kinds: dict[Kind, list[int]] = defaultdict(list)
-        for index in self.indices:
-            kinds[self.engine.kind_of(self.pieces[index].work)].append(index)
-        budget = self.budget()
-        for kind, indices in kinds.items():
-            work = self.pieces[indices[0]].work
-            sizes = (work.spec.dtype.itemsize, max(e.tensors[work.name].dtype.itemsize for e in self.engine.experts))
-            experts = max(1, len(self.engine.experts))
+    def works(self, indices: Sequence[int]) -> list[Work]:
+        return [self.pieces[i].work for i in indices]
 
-            def needs(count: int, work: Work = work, kind: Kind = kind, sizes: tuple[int, int] = sizes) -> int:
-                inputs = 0 if self.resident else work.spec.numel * (sizes[0] + count * sizes[1])
-                return bytes_on_device(work, kind.shape, count, inputs)
+    # --- to the device
 
-            while experts > 1 and needs(experts) > budget:
-                experts = (experts + 1) // 2
-            one = needs(experts)
-            if one > budget:
-                raise LorsError(
-                    f"device memory: expected at least {one / 1e6:.3g} MB for tensor {work.name!r}, got {budget / 1e6:.3g} MB"
-                )
-            inputs = work.spec.numel * (sizes[0] + experts * sizes[1])
-            count = max(1, min(budget // one, BATCH_BYTES // inputs))
-            for start in range(0, len(indices), count):
-                yield kind, experts, indices[start : start + count]
-
-    def load(self, kind: Kind, batch: Sequence[int], part: Slice) -> Loaded:
-        """Reads what one slice needs into page-locked memory."""
-        engine, slots = self.engine, list[Slot]()
-
-        def fetch(source: Any, index: int) -> np.ndarray:
-            work = self.pieces[index].work
-            slots.append(slot := self.device.slot())
-            return source.fetch(work.name, 0, work.spec.numel, slot).reshape(kind.shape)  # type: ignore[no-any-return]
-
-        bases = [fetch(engine.base, i) for i in batch]  # a matrix has a base: methods without one decompose nothing
-        tuned = [[fetch(engine.experts[e], i) for e in part.experts] for i in batch]
-        return Loaded(bases, tuned, slots)
-
-    def load_ahead(self, kind: Kind, batch: Sequence[int], part: Slice) -> Loaded | Copied:
-        """`load`, and the copies to the device if it has room for them now; else they wait for their turn."""
-        loaded = self.load(kind, batch, part)
+    def load_ahead(self, step: Step) -> Inputs | None:
+        """`load` if the device has room for it beside what it is working on."""
         try:
-            with self.device.selected():
-                return self.upload(loaded)
+            return self.load(step)
         except Exception as error:
             if not self.device.out_of_memory(error):
                 raise
-            return loaded
+            return None
 
-    def upload(self, loaded: Loaded, bases: Sequence[Any] = ()) -> Copied:
-        """Starts the copies; bases that are there already are not copied again."""
-        device = self.device
-        with device.copying():
-            there = list(bases) or [device.upload(x) for x in loaded.bases]
-            tuned = [[device.upload(x) for x in row] for row in loaded.tuned]
-            return Copied(there, tuned, loaded.slots, device.copied())
+    def load(self, step: Step) -> Inputs:
+        """Reads what a step needs, and starts the copies."""
+        device, engine, slots = self.device, self.engine, list[Slot]()
 
-    def merge(self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None) -> list[Future[None]]:
+        def bring(source: Source, work: Work, t: int | None) -> Any:
+            if engine.stop.is_set():
+                raise GivenUp
+            with device.selected():
+                if step.part.stored and t is not None:
+                    return mapped(device.upload, self.stored(source, work, t))
+                slots.append(slot := device.slot())
+                values = source.fetch(work.name, 0, work.spec.numel, slot)
+                return device.upload(values.reshape(work.spec.shape))
+
+        # a matrix has a base: methods without one decompose nothing
+        sources: list[tuple[Source, int | None]] = [(engine.base, None)] if step.first else []
+        there = len(sources)
+        sources += [(engine.experts[t], t) for t in step.part.experts]
+        works = self.works(step.pieces)
+        tasks = [[self.readers.submit(bring, source, work, t) for source, t in sources] for work in works]
+        wait([task for row in tasks for task in row])
+        try:
+            rows = [[task.result() for task in row] for row in tasks]
+        except BaseException:
+            device.settle()
+            device.slots += slots
+            raise
+        return Inputs([x for row in rows for x in row[:there]], [row[there:] for row in rows], slots, device.uploaded())
+
+    def stored(self, source: Source, work: Work, t: int) -> StoredPart | SplitFactors | None:
+        """What is known of expert t's delta, in main memory; None: it is zero."""
+        if source.parts is not None:
+            return source.parts.read(work.name)
+        factors = source.factors(work.name)
+        return SplitFactors.of(factors, work, work.reductions[t]) if factors is not None and factors.rank else None
+
+    def inputs(self, step: Step) -> Inputs:
+        """A step's inputs, for which the computing stream waits; those of the next are begun."""
+        found = self.feed.ready(step) or self.load(step)
+        self.feed.next(step)
+        self.device.ready(list(found.tensors()), found.uploaded)
+        return found
+
+    def release(self, inputs: Inputs) -> None:
+        """The memory that copies have read is free again; they have long been made."""
+        if inputs.uploaded is not None:
+            inputs.uploaded.synchronize()
+        self.device.slots += inputs.slots
+
+    def bring(self, source: Source, name: str, start: int, stop: int) -> Any:
+        """A part of a tensor, now."""
+        device, slot = self.device, self.device.slot()
+        values = device.upload(source.fetch(name, start, stop, slot))
+        uploaded = device.uploaded()
+        device.ready([values], uploaded)
+        self.release(Inputs([], [], [slot], uploaded))
+        return values
+
+    # --- the work
+
+    def merge(self, batch: Batch) -> list[Future[None]]:
         """Merges a batch; where memory runs out, in halves, then with fewer experts at a time."""
         try:
-            return self.attempt(kind, batch, most, loaded)
+            return self.attempt(batch)
         except Exception as error:
             if not self.device.out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
         self.device.torch.cuda.empty_cache()
-        if len(batch) > 1:
-            middle = len(batch) // 2
-            return [f for half in (batch[:middle], batch[middle:]) for f in self.merge(kind, half, most, None)]
-        if most > 1:
-            return self.merge(kind, batch, (most + 1) // 2, None)
-        work = self.pieces[batch[0]].work
-        raise LorsError(f"{self.name}: out of memory for tensor {work.name!r} {list(kind.shape)} alone: {reason}")
+        if smaller := batch.smaller():
+            return [future for part in smaller for future in self.merge(part)]
+        (work, *_), shape = self.works(batch.pieces), list(batch.kind.shape)
+        raise LorsError(f"{self.name}: out of memory for tensor {work.name!r} {shape} alone: {reason}")
 
-    def attempt(
-        self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None
-    ) -> list[Future[None]]:
-        device, torch = self.device, self.device.torch
-        outcomes: list[list[Outcome]] = [[] for _ in batch]
+    def attempt(self, batch: Batch) -> list[Future[None]]:
+        if batch.kind.together:
+            return [self.combine(batch)]
+        torch, works = self.device.torch, self.works(batch.pieces)
+        outcomes: list[list[Outcome]] = [[] for _ in works]
         totals: list[Any] = []
         bases: list[Any] = []
-        for part in slices(kind, most):
-            source = loaded or self.load(kind, batch, part)
-            loaded = None
-            there = source if isinstance(source, Copied) else self.upload(source, bases)
-            bases, tuned = there.bases, there.tuned
-            device.ready([*bases, *(x for row in tuned for x in row)], there.copied)
-            if not totals:
-                totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
-            found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)  # waits for the device: slots are free
-            device.slots += source.slots
+        for number, part in enumerate(batch.slices()):
+            inputs = self.inputs(Step(batch.pieces, part, number == 0))
+            bases = bases or inputs.bases
+            totals = totals or [torch.zeros_like(x, dtype=torch.float32) for x in bases]
+            if part.stored:
+                found = [
+                    self.add_stored(*each, part.experts[0]) for each in zip(works, inputs.tuned, totals, strict=True)
+                ]
+            else:
+                found = self.reduce(works, part, MatrixGroup(bases, inputs.tuned), totals)
+            self.release(inputs)
             for row, new in zip(outcomes, found, strict=True):
                 row += new
-        done = zip(batch, bases, totals, outcomes, strict=True)
-        return [self.store(i, add_base(self.boosted(i, total), base), row) for i, base, total, row in done]
+        done = zip(batch.pieces, works, bases, totals, outcomes, strict=True)
+        return [self.store(i, [(0, rounded(self.engine, w, add_base(t, b)))], row) for i, w, b, t, row in done]
 
-    def boosted(self, index: int, total: Any) -> Any:
-        """The merged difference, boosted where that is asked for."""
-        work = self.pieces[index].work
-        if work.boost is None:
-            return total
-        if not total.isfinite().all():
-            self.engine.require_fit(work, math.inf)
-        return dense.boost(total.double(), work.boost).float()
+    def add_stored(self, work: Work, known: Sequence[Any], total: Any, t: int) -> list[Outcome]:
+        """total += what an expert whose delta is stored in parts, or known by factors, contributes."""
+        engine, backend = self.engine, self.engine.device_backend
+        expert, reduction = engine.experts[t], work.reductions[t]
+        if known[0] is None:
+            return []
+        if expert.parts is None:
+            return engine.add_split(expert, work, total, known[0], reduction, backend)
+        options = (reduction.weight, reduction.rank, reduction.density, backend, known[0])
+        return [Outcome(expert.parts.add(work.name, 0, total.reshape(-1), *options))]
 
-    def reduce(self, batch: Sequence[int], part: Slice, group: MatrixGroup, totals: list[Any]) -> list[list[Outcome]]:
+    def reduce(self, works: Sequence[Work], part: Slice, group: MatrixGroup, totals: list[Any]) -> list[list[Outcome]]:
         """totals += the slice's experts."""
         options: dict[str, Any] = {"backend": self.engine.device_backend}
-        works = [self.pieces[i].work for i in batch]
         svd, left, right, threshold = None, None, None, None
         try:
             if part.rank:
@@ -311,15 +306,54 @@ class DeviceRun:
         i, t = divmod(p, len(part.experts))
         return self.engine.blame(self.engine.experts[part.experts[t]], works[i])
 
-    def store(self, index: int, total: Any, outcomes: list[Outcome]) -> Future[None]:
-        """Rounds one sum to the output's dtype and hands it to the writer."""
+    def boosted(self, work: Work, total: Any) -> Any:
+        """The merged difference, boosted where that is asked for."""
+        if work.boost is None:
+            return total
+        if not total.isfinite().all():
+            self.engine.require_fit(work, math.inf)
+        return dense.boost(total.double(), work.boost).float()
+
+    def combine(self, batch: Batch) -> Future[None]:
+        """A tensor of which the method looks at all experts together."""
+        (index,), (work,) = batch.pieces, self.works(batch.pieces)
+        there = None
+        if parts := batch.slices():
+            inputs = self.inputs(Step(batch.pieces, parts[0], True))
+            there = inputs.bases[0].reshape(-1), [x.reshape(-1) for x in inputs.tuned[0]]
+        operands = self.operands(work, [self.engine.base, *self.engine.experts], there)
+        merged = [(start, rounded(self.engine, work, x)) for start, x in self.combined(work, operands)]
+        if parts:
+            self.release(inputs)
+        return self.store(index, merged, operands.outcomes)
+
+    def operands(
+        self, work: Work, sources: Sequence[Source], there: tuple[Any, Sequence[Any]] | None
+    ) -> DeviceOperands:
+        engine, (base, *experts) = self.engine, sources
+        return DeviceOperands(
+            work.name, work.spec, base, experts, engine.seed, {"backend": engine.device_backend}, Buffers(),
+            lambda expert: engine.blame(expert, work), there=there, bring=self.bring, device=self.device.device,
+        )  # fmt: skip
+
+    def combined(self, work: Work, operands: DeviceOperands) -> Iterator[tuple[int, Any]]:
+        assert work.combination is not None
+        for start, values in work.combination(operands):
+            if self.engine.stop.is_set():
+                raise GivenUp
+            yield start, values
+
+    # --- from the device
+
+    def store(self, index: int, merged: Sequence[tuple[int, Any]], outcomes: list[Outcome]) -> Future[None]:
+        """Hands a tensor to the writer, in parts from their first elements on."""
         piece, engine = self.pieces[index], self.engine
-        host, arrived = self.device.download(rounded(engine, piece.work, total))
+        parts = [(start, *self.device.download(values)) for start, values in merged]
 
         def write() -> None:
-            arrived()
-            values = to_numpy(host, piece.work.out_dtype)
-            engine.sink(piece.work.name, values.reshape(-1), 0)
+            for start, host, arrived in parts:
+                arrived()
+                engine.sink(piece.work.name, to_numpy(host, piece.work.out_dtype).reshape(-1), start)
             engine.account.done(index, outcomes)
 
         return self.writer.submit(write)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import lors_kernels
-from lors_kernels import UpdateStats
 from lors_kernels.arrays import is_torch
 from lors_kernels.group import MatrixGroup
-from lors_kernels.types import Consensus
 
 from ..errors import LorsError
 from ..experts.boosted import Boosted, Differences, Zeros, boosts, require_finite
+from ..experts.factors import Factors
 from ..experts.source import Slot, Spec, matrix_shape
-from ..methods.operands import Buffers, Certificate, Chunk, Operands, Outcome
+from ..methods.operands import Outcome
 from .account import Account
+from .batches import Batch, Kind
 from .device import numpy_dtype, to_numpy
-from .gpu import Copied, DeviceRun, GpuEngine, Kind, Loaded, add_base, rounded, slices
+from .gpu import DeviceRun, GpuEngine, add_base, rounded
 from .work import Piece, Work
 
 
@@ -77,8 +76,12 @@ class BoostedOnDevice(Boosted):
         u, sigma, v = found
         return self.base_source.matrix(name).float() + ((u * sigma) @ v.T).float()
 
-    def factors(self, name: str) -> None:
-        return None
+    def factors(self, name: str) -> Factors | None:
+        found = self.triplets(name)
+        if found is None:
+            return None
+        u, sigma, v = found
+        return Factors((u * sigma).float(), v.float(), found)
 
     def _delta(self, name: str) -> Any:
         before, after = (source.matrix(name).float() for source in (self.base_source, self.source))
@@ -118,39 +121,23 @@ class ResidentEngine(GpuEngine):
         pieces = [Piece(work, 0, work.spec.numel) for work in works]
         self.merged: dict[str, Any] = {}
         self.account = Account(pieces, self.progress)
-        summed = [i for i, piece in enumerate(pieces) if any(r.weight for r in piece.work.reductions)]
-        run = _ResidentRun(self, self.devices[0], pieces, summed)
+        changed = [i for i, p in enumerate(pieces) if p.work.combination or any(r.weight for r in p.work.reductions)]
+        run = _ResidentRun(self, self.devices[0], pieces, changed)
         with run.device.selected():
-            for kind, most, batch in run.batches():
-                run.merge(kind, batch, most, None)
-            for i in sorted(set(range(len(pieces))) - set(summed)):
-                self.alone(pieces[i].work, i, run)
+            for batch in run.batches():
+                run.merge(batch)
+        for i in sorted(set(range(len(pieces))) - set(changed)):
+            self.carry_over(i, pieces[i].work)
         self.account.close(self.report, self.base, self.experts)
 
-    def alone(self, work: Work, index: int, run: _ResidentRun) -> None:
-        """A tensor that is carried over, or that the method treats by a combination of all experts."""
+    def carry_over(self, index: int, work: Work) -> None:
         assert isinstance(self.base, DeviceSource)
-        if work.combination is None:
-            value = self.base.values[work.name]
-            carried = work.spec.dtype == work.out_dtype
-            self.merged[work.name] = value.clone() if carried else rounded(self, work, value)
-            self.account.done(index, [])
-            return
-        options = {"backend": self.device_backend}
-        base: Any = self.base
-        experts, apart = list[Any](self.experts), self.by_differences(work)
-        if apart:
-            base, experts = ZerosOnDevice(base), [DifferencesOnDevice(expert, base) for expert in experts]
-        operands = DeviceOperands(
-            work.name, work.spec, base, experts, self.seed, options, Buffers(), lambda expert: self.blame(expert, work)
-        )
-        parts = [values for _, values in work.combination(operands)]
-        assert len(parts) == 1, "DeviceOperands hands out one chunk"
-        self.account.done(index, operands.outcomes)
-        values: Any = parts[0]
-        if apart:
-            values = add_base(run.boosted(index, values.reshape(work.spec.shape)), self.base.matrix(work.name))
-        self.merged[work.name] = rounded(self, work, values).reshape(work.spec.shape)
+        value = self.base.values[work.name]
+        self.merged[work.name] = value.clone() if work.spec.dtype == work.out_dtype else rounded(self, work, value)
+        self.account.done(index, [])
+
+    def stored(self, t: int, work: Work) -> bool:
+        return False
 
     def kind_of(self, work: Work) -> Kind:
         return super().kind_of(work)._replace(shape=matrix_shape(work.spec.shape))
@@ -159,81 +146,40 @@ class ResidentEngine(GpuEngine):
 class _ResidentRun(DeviceRun):
     resident = True
 
-    def attempt(
-        self, kind: Kind, batch: Sequence[int], most: int, loaded: Loaded | Copied | None
-    ) -> list[Future[None]]:
-        engine, torch = self.engine, self.device.torch
+    def attempt(self, batch: Batch) -> list[Future[None]]:
+        engine, torch, works = self.engine, self.device.torch, self.works(batch.pieces)
         assert isinstance(engine, ResidentEngine)
-        works = [self.pieces[i].work for i in batch]
-
+        if batch.kind.together:
+            return self.attempt_together(batch.pieces[0], works[0])
         terms = [engine.terms(work) for work in works]
         bases = [t.anchor.matrix(work.name) for t, work in zip(terms, works, strict=True)]  # type: ignore[attr-defined]
         totals = [torch.zeros_like(x, dtype=torch.float32) for x in bases]
-        outcomes: list[list[Outcome]] = [[] for _ in batch]
-        for part in slices(kind, most):
+        outcomes: list[list[Outcome]] = [[] for _ in works]
+        for part in batch.slices():
             tuned = [[engine.experts[e].matrix(work.name) for e in part.experts] for work in works]  # type: ignore[attr-defined]
-            found = self.reduce(batch, part, MatrixGroup(bases, tuned), totals)
+            found = self.reduce(works, part, MatrixGroup(bases, tuned), totals)
             for row, new in zip(outcomes, found, strict=True):
                 row += new
-        for index, work, (_, scale, _), base, total, row in zip(
-            batch, works, terms, bases, totals, outcomes, strict=True
-        ):
-            merged = rounded(engine, work, add_base(self.boosted(index, total), base, scale))
+        done = zip(batch.pieces, works, terms, bases, totals, outcomes, strict=True)
+        for index, work, (_, scale, _), base, total, row in done:
+            merged = rounded(engine, work, add_base(self.boosted(work, total), base, scale))
             engine.merged[work.name] = merged.reshape(work.spec.shape)
             engine.account.done(index, row)
         return []
 
-
-class DeviceOperands(Operands):
-    """`Operands` whose arrays are tensors on a device, whole: nothing has to be read in parts."""
-
-    def base(self) -> Any:
-        return self._values(self.base_source)
-
-    def tuned(self, t: int) -> Any:
-        return self._values(self.experts[t])
-
-    def chunks(self, width: int = 1) -> Iterator[Chunk]:
-        yield Chunk(0, self.base(), [self.tuned(t) for t in range(len(self.experts))])
-
-    def out(self, values: Any) -> Any:
-        import torch
-
-        return values.to(torch.float32, copy=True)
-
-    def delta(self, t: int) -> Any:
-        known = self._known(t)
-        return super().delta(t) if known is None else (known[0] * known[1]) @ known[2].T
-
-    def svd(self, t: int, rank: int, tolerance: float = 0.0) -> Any:
-        known = self._known(t)
-        if known is None:
-            return super().svd(t, rank, tolerance)
-        u, sigma, v = known
-        energy, dropped = (float(part.square().sum()) for part in (sigma, sigma[rank:]))
-        self.outcomes.append(Outcome(UpdateStats(energy, dropped, 0.0, 0, 0), Certificate("factors", 0, 0.0)))
-        return u[:, :rank], sigma[:rank], v[:, :rank]
-
-    def _known(self, t: int) -> Any:
-        source: Any = getattr(self.experts[t], "source", None)
-        return source.triplets(self.name) if isinstance(source, BoostedOnDevice) else None
-
-    def float32(self, values: Any) -> Any:
-        return values.float()
-
-    def moved(self, update: Any) -> Any:
-        return self.out(self.base()).add_(update.float().ravel())
-
-    def _values(self, source: Any) -> Any:
-        return source.matrix(self.name).reshape(-1)
-
-    def add(self, out: Any, chunk: Chunk, keep: Sequence[Any], weights: Sequence[float], rule: Consensus) -> None:
-        shape = matrix_shape(self.spec.shape)
-        base, tuned = chunk.base.reshape(shape), [x.reshape(shape) for x in chunk.tuned]
-        stats = lors_kernels.ties_update(
-            out.reshape(shape), base, tuned, keep, weights, **rule._asdict(), **self.kernels
-        )
-        for t, s in enumerate(stats):
-            if s.non_finite:
-                raise self.blame(self.experts[t])
-            self.outcomes.append(Outcome(UpdateStats(s.delta_energy, s.delta_energy, s.kept_energy, s.kept, 0)))
+    def attempt_together(self, index: int, work: Work) -> list[Future[None]]:
+        engine = self.engine
+        assert isinstance(engine, ResidentEngine) and isinstance(engine.base, DeviceSource)
+        sources: list[Any] = [engine.base, *engine.experts]
+        apart = engine.by_differences(work)
+        if apart:
+            sources = [ZerosOnDevice(engine.base), *(DifferencesOnDevice(e, engine.base) for e in engine.experts)]
+        base, *experts = (source.matrix(work.name).reshape(-1) for source in sources)
+        operands = self.operands(work, sources, (base, experts))
+        total = self.device.torch.cat([values for _, values in self.combined(work, operands)])
+        if apart:
+            origin = engine.base.matrix(work.name)
+            total = add_base(self.boosted(work, total.reshape(origin.shape)), origin)
+        engine.merged[work.name] = rounded(engine, work, total).reshape(work.spec.shape)
+        engine.account.done(index, operands.outcomes)
+        return []

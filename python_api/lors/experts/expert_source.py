@@ -12,6 +12,7 @@ import numpy as np
 
 import lors_kernels
 from lors_kernels import KEEP_ALL, KEEP_NONE, SparsePart, UpdateStats
+from lors_kernels.arrays import contiguous, is_torch, new
 
 from ..checkpoints.reader import Checkpoint, open_checkpoint
 from ..errors import LorsError
@@ -32,7 +33,7 @@ from .expert_file import (
     seal,
 )
 from .factors import Factors
-from .source import Slot, Source, Spec
+from .source import Slot, Source, Spec, StoredPart
 
 __all__ = ["ExpertSource", "open_expert"]
 
@@ -173,40 +174,54 @@ class ExpertSource:
         found = [self.layout.stored.get(f"{name}:{suffix}") for suffix in suffixes]
         return sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in found if stored)
 
+    def read(self, name: str) -> StoredPart:
+        """What the file holds of a decomposed matrix, checked."""
+        part = self._parts[name]
+        return StoredPart(*self._factors(part), *self._sparse(part))
+
     def add(
-        self, name: str, start: int, total: np.ndarray, weight: float, rank: float, density: float, backend: str | None
+        self,
+        name: str,
+        start: int,
+        total: Any,
+        weight: float,
+        rank: float,
+        density: float,
+        backend: str | None,
+        stored: StoredPart | None = None,
     ) -> UpdateStats:
         """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size].
 
-        total: float32, flat; for a matrix all of it, unless rank 0 and density 1 ask for all that is known of delta.
+        total: float32, flat; for a matrix all of it, unless rank 0 and density 1 ask for all that is known of delta. It may
+        be a tensor on a device, then with `stored` beside it.
         """
         part = self._parts[name]
         if not part.matrix:
             return self._add_rest(part, start, total, weight, backend)
         if not rank and density >= 1:
-            return self._add_known(part, start, total, weight)
+            return self._add_known(part, start, total, weight, stored)
         asked, kept = rank_of(rank, *part.shape) if rank else 0, int(density * part.numel)
-        return self._add_parts(part, total, weight, asked, kept, backend)
+        return self._add_parts(part, total, weight, asked, kept, backend, stored or self.read(name))
 
     def _add_parts(
-        self, part: Part, total: np.ndarray, weight: float, asked: int, kept: int, backend: str | None
+        self, part: Part, total: Any, weight: float, asked: int, kept: int, backend: str | None, stored: StoredPart
     ) -> UpdateStats:
         """total += weight * (L' + S') of a whole matrix, with `asked` triplets and `kept` entries."""
         name, matrix = part.name, total.reshape(part.shape)
-        left, right = self._factors(part)
-        sparse, scale = self._sparse(part)
+        left, right, sparse, scale = stored
+        plain = None if is_torch(total) else backend  # a GPU's kernels have no stored parts: plain torch there
         try:
             if asked == part.rank:
                 if kept < part.kept:
                     sparse = sparse._replace(values=_largest(sparse.values, kept))
                 found = lors_kernels.sparse_update(
-                    matrix, sparse, left, right, scale=scale, weight=weight, backend=backend
+                    matrix, sparse, left, right, scale=scale, weight=weight, backend=plain
                 )
                 non_finite, energy = found.non_finite, found.energy
             else:
-                known = np.zeros(part.shape, np.float32)
+                known = new(matrix, part.shape, zero=True)
                 non_finite = lors_kernels.sparse_update(
-                    known, sparse, left, right, scale=scale, backend=backend
+                    known, sparse, left, right, scale=scale, backend=plain
                 ).non_finite
                 energy = 0.0 if non_finite else _reduce(matrix, known, left, right, asked, kept, weight, backend)
         except ValueError as error:
@@ -215,25 +230,30 @@ class ExpertSource:
             raise LorsError(f"{self.name}: tensor {name!r}: expected finite values, got {non_finite} NaN or infinite")
         delta, residual, _ = self._energies[self._row[name]]
         if asked < part.rank and left is not None:  # the columns of left are orthogonal: their norms are sigma
-            residual += float((left[:, asked:].astype(np.float64) ** 2).sum())
+            residual += _energy(left[:, asked:])
         return UpdateStats(float(delta), float(residual), energy, kept, 0)
 
-    def _add_known(self, part: Part, start: int, total: np.ndarray, weight: float) -> UpdateStats:
+    def _add_known(self, part: Part, start: int, total: Any, weight: float, stored: StoredPart | None) -> UpdateStats:
         """total += weight * (L + S)[start : start + size]."""
-        if getattr(self._local, "name", None) != part.name:
-            self._local.matrix = None  # let the old one go first
-            self._local.name, self._local.matrix = part.name, self.update(part.name).reshape(-1)
-        known = self._local.matrix[start : start + total.size]
-        energy = float(np.vdot(known, known))
-        total += np.float32(weight) * known
-        return UpdateStats(energy, energy, energy, int(np.count_nonzero(known)), 0)
+        if stored is not None:
+            known = new(total, part.shape, zero=True)
+            self._add_parts(part, known, 1.0, part.rank, part.kept, None, stored)
+            known = known.reshape(-1)
+        else:
+            if getattr(self._local, "name", None) != part.name:
+                self._local.matrix = None  # let the old one go first
+                self._local.name, self._local.matrix = part.name, self.update(part.name).reshape(-1)
+            known = self._local.matrix[start : start + total.size]
+        energy, kept = _energy(known), int((known != 0).sum())
+        total += float(np.float32(weight)) * known
+        return UpdateStats(energy, energy, energy, kept, 0)
 
     def update(self, name: str) -> np.ndarray:
         """L + S of a decomposed matrix, or delta of another tensor, float32 in its shape."""
         part = self._parts[name]
         total = np.zeros(part.numel, np.float32)
         if part.matrix:
-            self._add_parts(part, total, 1.0, part.rank, part.kept, None)
+            self._add_parts(part, total, 1.0, part.rank, part.kept, None, self.read(name))
         else:
             for start in range(0, part.numel, CHUNK):
                 self._add_rest(part, start, total[start : start + CHUNK], 1.0, None)
@@ -342,30 +362,32 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no such tensor" if shape is None else str(list(shape))
 
 
-def _largest(values: np.ndarray, k: int) -> np.ndarray:
+def _energy(x: Any) -> float:
+    """sum x^2 in float64."""
+    wide = x.double() if is_torch(x) else x.astype(np.float64)
+    return float((wide * wide).sum())
+
+
+def _largest(values: Any, k: int) -> Any:
     """The values with all but the k largest magnitudes set to zero; of equal ones the first stay."""
-    if k == 0:
-        return np.zeros_like(values)
+    found = values.clone() if is_torch(values) else values.copy()
+    if not k:
+        found[:] = 0
+        return found
     threshold = lors_kernels.residual_threshold(None, values.reshape(1, -1), k=k, threads=1)
-    magnitude = np.abs(values.astype(np.float32))
+    magnitude = abs(values.float() if is_torch(values) else values.astype(np.float32))
     keep = magnitude > threshold.value
     keep[: threshold.cut] |= magnitude[: threshold.cut] == threshold.value
-    return np.where(keep, values, np.zeros(1, values.dtype))
+    found[~keep] = 0
+    return found
 
 
 def _reduce(
-    out: np.ndarray,
-    delta: np.ndarray,
-    left: np.ndarray | None,
-    right: np.ndarray | None,
-    rank: int,
-    k: int,
-    weight: float,
-    backend: str | None,
+    out: Any, delta: Any, left: Any, right: Any, rank: int, k: int, weight: float, backend: str | None
 ) -> float:
     """out += weight * (L' + S') of what is known of delta; returns the energy of S'."""
     options: dict[str, Any] = {"backend": backend, "threads": 1}
-    l, r = (None if not rank or x is None else np.ascontiguousarray(x[:, :rank]) for x in (left, right))
+    l, r = (None if not rank or x is None else contiguous(x[:, :rank]) for x in (left, right))
     threshold = lors_kernels.residual_threshold(None, delta, l, r, k, **options) if k else KEEP_NONE
     return float(lors_kernels.merge_update(out, None, delta, l, r, threshold, weight, **options).kept_energy)
 

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lors_kernels.arrays import is_torch
+from lors_kernels.precision import full_precision
+
 
 class Factors(NamedTuple):
-    """delta = left @ right.T."""
+    """delta = left @ right.T. Arrays, or for `matrix` tensors on a device too."""
 
-    left: np.ndarray  # [m, r] float32
-    right: np.ndarray  # [n, r] float32
-    known: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # what `svd` gives, where it is
+    left: Any  # [m, r] float32
+    right: Any  # [n, r] float32
+    known: tuple[Any, Any, Any] | None = None  # what `svd` gives, where it is
 
     @property
     def rank(self) -> int:
         return int(self.left.shape[1])
 
-    def matrix(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def matrix(self, start: int = 0, stop: int | None = None) -> Any:
         """Rows [start, stop) of delta in float32."""
-        return self.left[start:stop] @ self.right.T  # type: ignore[no-any-return]
+        with full_precision() if is_torch(self.left) else nullcontext():
+            return self.left[start:stop] @ self.right.T
 
-    def exact(self) -> np.ndarray:
+    def exact(self) -> Any:
         """delta in float64."""
+        if self.known is not None:
+            u, sigma, v = self.known
+            return (u * sigma) @ v.T
         return self.left.astype(np.float64) @ self.right.astype(np.float64).T  # type: ignore[no-any-return]
 
     def flat(self, start: int, stop: int) -> np.ndarray:
         """Row-major entries [start, stop) of delta in float32."""
         n = len(self.right)
         first = start // n
-        return self.matrix(first, -(-stop // n)).ravel()[start - first * n : stop - first * n]
+        return self.matrix(first, -(-stop // n)).ravel()[start - first * n : stop - first * n]  # type: ignore[no-any-return]
 
     def sigma(self) -> np.ndarray:
         """The singular values of delta, float64, largest first."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..checkpoints.reader import Checkpoint
-from .adapter import AdapterSource
 from .expert_file import is_expert_file
-from .expert_source import ExpertSource
 from .source import FileSource, Source
 
 
@@ -21,9 +19,13 @@ def source_of(checkpoint: Checkpoint, base: Checkpoint) -> Source:
     """What the engine reads a model from: a checkpoint, an adapter, or an expert file that was made for `base`."""
     kind, names = kind_of(checkpoint), list(base.tensors)
     if kind == "expert file":
+        from .expert_source import ExpertSource
+
         source = ExpertSource(checkpoint, FileSource(base))
         source.require_names(base)
         return source
     if kind == "adapter":
+        from .adapter import AdapterSource
+
         return AdapterSource(checkpoint, FileSource(base, names))
     return FileSource(checkpoint, names)

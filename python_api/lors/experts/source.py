@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lors_kernels import UpdateStats
+from lors_kernels import SparsePart, UpdateStats
 from lors_kernels.arrays import BFLOAT16, dtype_name, is_torch
 
 from ..checkpoints.reader import Checkpoint
@@ -18,11 +18,11 @@ from .factors import Factors
 COLUMNS = 4096
 
 
-def rows_of(flat: np.ndarray) -> list[np.ndarray]:
-    """Flat values as matrices: rows of COLUMNS entries and one shorter row."""
-    body = flat.size // COLUMNS * COLUMNS
+def rows_of(flat: Any) -> list[Any]:
+    """Flat values, an array or a tensor, as matrices: rows of COLUMNS entries and one shorter row."""
+    body = len(flat) // COLUMNS * COLUMNS
     parts = (flat[:body].reshape(-1, COLUMNS), flat[body:].reshape(1, -1))
-    return [part for part in parts if part.size]
+    return [part for part in parts if 0 not in part.shape]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -41,11 +41,12 @@ class Slot:
     def array(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
         """A flat array of `count` elements, 64-byte aligned, contents undefined."""
         nbytes = count * dtype.itemsize
-        if self._bytes.size < nbytes + 64:
+        if self._bytes.size < nbytes:
             self._bytes = np.empty(0, np.uint8)  # let the old one go first
-            self._bytes = np.empty(nbytes + 64, np.uint8)
-        skip = -self._bytes.ctypes.data % 64
-        return self._bytes[skip : skip + nbytes].view(dtype)
+            whole = np.empty(nbytes + 64, np.uint8)
+            skip = -whole.ctypes.data % 64
+            self._bytes = whole[skip : skip + nbytes]
+        return self._bytes[:nbytes].view(dtype)
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,36 @@ class Source(Protocol):
         ...
 
 
+class StoredPart(NamedTuple):
+    """L + S of a matrix as a file holds it."""
+
+    left: Any  # [m, r] float32; None: L = 0
+    right: Any  # [n, r]
+    sparse: SparsePart
+    scale: float  # of the values of S
+
+
 class Decomposed(Protocol):
     """L + S of every decomposed matrix and delta of all else, of any smaller rank and density."""
 
+    def read(self, name: str) -> StoredPart:
+        """What the file holds of a decomposed matrix, checked."""
+        ...
+
     def add(
-        self, name: str, start: int, total: np.ndarray, weight: float, rank: float, density: float, backend: str | None
+        self,
+        name: str,
+        start: int,
+        total: Any,
+        weight: float,
+        rank: float,
+        density: float,
+        backend: str | None,
+        stored: StoredPart | None = None,
     ) -> UpdateStats:
-        """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size]."""
+        """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size].
+
+        A whole matrix may be a tensor on a device, with what has been read of it (`stored`) beside it."""
         ...
 
     def update(self, name: str) -> np.ndarray:

@@ -49,8 +49,12 @@ class OutputFile:
 
     def write_text(self, text: str) -> None:
         """Writes UTF-8 text; LorsError when that fails."""
+        self.write_bytes(text.encode())
+
+    def write_bytes(self, content: bytes) -> None:
+        """LorsError when that fails."""
         with writing(self.target):
-            self.path.write_text(text, encoding="utf-8")
+            self.path.write_bytes(content)
 
     def commit(self) -> None:
         """Makes the file visible as the target, atomically."""
@@ -67,10 +71,10 @@ class OutputFile:
             note(f"{self.target}: is in place, but may not survive a power failure: {error.strerror or error}")
 
 
-def write_file(path: Path, text: str, kind: FileKind) -> None:
-    """Writes a text file in one step, over one of its kind if there is one; LorsError otherwise."""
+def write_file(path: Path, content: str | bytes, kind: FileKind) -> None:
+    """Writes a file in one step (text as UTF-8), over one of its kind if there is one; LorsError otherwise."""
     with OutputFile(path, kind, force=True) as file:
-        file.write_text(text)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
         file.commit()
 
 

@@ -309,7 +309,7 @@ def _upload(store: Store, local: Path, force: bool, kind: FileKind | None) -> No
         if LAST in before:
             store.remove([LAST])  # incomplete from here on
         store.put({name: files[name] for name in names})
-        store.remove([name for name in before if name not in files and MODEL.entries.fullmatch(name)])
+        store.remove([name for name in before if name not in files and re.fullmatch(MODEL.entries, name)])
     except BaseException:
         with contextlib.suppress(LorsError):  # the reason why writing failed is the one to tell
             store.remove([name for name in store.listing() if name in files and name not in before])

@@ -6,6 +6,7 @@ file goes when it begins as lors begins such a file.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import stat
@@ -17,8 +18,11 @@ from ..errors import LorsError
 
 __all__ = [
     "ANSWERS",
+    "ANSWERS_XZ",
     "CHECKPOINTS",
+    "COMPARISONS",
     "CORPUS",
+    "CSV",
     "EXPERT_FILE",
     "LEFT_OUT",
     "MODEL",
@@ -26,6 +30,7 @@ __all__ = [
     "RESULTS",
     "RUN",
     "SCORES",
+    "TEX",
     "FileKind",
     "Kind",
     "foreign",
@@ -40,8 +45,8 @@ class Kind:
     """The entries of a directory, as regular expressions of their relative paths; a directory's path ends in "/"."""
 
     called: str
-    entries: re.Pattern[str]
-    telling: re.Pattern[str] | None = None  # at least one such entry must be there
+    entries: str
+    telling: str | None = None  # at least one such entry must be there
 
 
 _WEIGHTS = r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.pt"
@@ -54,20 +59,18 @@ _BESIDE = (
 
 MODEL = Kind(
     "a checkpoint",
-    re.compile(
-        rf"{_WEIGHTS}|{_CONFIG}|{_BESIDE}|adapter/((adapter_model\.(safetensors|bin)|adapter_config\.json|README\.md)?)"
-    ),
-    re.compile(rf"{_WEIGHTS}|{_CONFIG}"),
+    rf"{_WEIGHTS}|{_CONFIG}|{_BESIDE}|adapter/((adapter_model\.(safetensors|bin)|adapter_config\.json|README\.md)?)",
+    rf"{_WEIGHTS}|{_CONFIG}",
 )
 # `lors synth`: manifest.tsv and <language>/<language>-<split>-<number>.<format>
 CORPUS = Kind(
     "a corpus of `lors synth`",
-    re.compile(r"manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?", re.ASCII),
+    r"(?a)manifest\.tsv|(?P<code>\w+)/((?P=code)-(train|dev|test)-\d{5,}\.(flac|wav))?",
 )
 # `lors finetune`: OUT.checkpoints, whose directories are transformers' own
 CHECKPOINTS = Kind(
     "checkpoints of `lors finetune`",
-    re.compile(r"run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|features/.*|\d+-[\w-]+/.*", re.DOTALL),
+    r"(?s)run\.json|\.run\.json\.\d+-[0-9a-f]{8}\.tmp|run\.\d+\.tmp|features/.*|\d+-[\w-]+/.*",
 )
 
 
@@ -81,7 +84,7 @@ def objection_to(entries: Collection[str], kind: Kind = MODEL) -> str | None:
     only = f"--force replaces only {kind.called} or an empty directory"
     if odd := _odd(entries, kind):
         return f"{only}, and {odd!r} is no part of one"
-    if entries and kind.telling is not None and not any(map(kind.telling.fullmatch, entries)):
+    if entries and kind.telling is not None and not any(re.fullmatch(kind.telling, name) for name in entries):
         return f"{only}, and this is neither: there is no model in it"
     return None
 
@@ -92,7 +95,7 @@ def foreign(directory: Path, kind: Kind = MODEL) -> str | None:
 
 
 def _odd(entries: Iterable[str], kind: Kind) -> str | None:
-    return next((name for name in entries if not kind.entries.fullmatch(name)), None)
+    return next((name for name in entries if not re.fullmatch(kind.entries, name)), None)
 
 
 def _entries(directory: Path, kind: Kind) -> Iterator[str]:
@@ -104,17 +107,26 @@ def _entries(directory: Path, kind: Kind) -> Iterator[str]:
                 inner = entry.is_dir(follow_symlinks=False)
                 name = f"{at}{entry.name}/" if inner else f"{at}{entry.name}"
                 yield name
-                if inner and kind.entries.fullmatch(name):
+                if inner and re.fullmatch(kind.entries, name):
                     waiting.append(name)
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """How lors begins a file of a kind: `begins` at byte `offset`."""
+    """How lors begins a file of a kind: `begins` at byte `offset`, of what it holds where it is compressed (xz)."""
 
     called: str
     begins: bytes
     offset: int = 0
+    xz: bool = False
+
+    def head(self, path: Path) -> bytes:
+        """As much of the file as tells; b"?" of one that is not compressed as it should be."""
+        with lzma.open(path) if self.xz else path.open("rb") as stream:
+            try:
+                return stream.read(self.offset + len(self.begins))
+            except (lzma.LZMAError, EOFError):
+                return b"?"
 
 
 HEAD = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="lors">'
@@ -126,6 +138,10 @@ RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')
 LEFT_OUT = FileKind("a list of what lors left out", b'{\n "share": ')
 ANSWERS = FileKind("a file of answers of lors", b'{"id": ')
+ANSWERS_XZ = FileKind("a file of answers of `lors experiment`", b'{"lors": "answers"', xz=True)
+COMPARISONS = FileKind("a table of `lors experiment`", b"merge,against,task,")
+CSV = FileKind("a table of `lors experiment`", b"model,task,language,")
+TEX = FileKind("a table of `lors experiment`", b"% lors experiment")
 RUN = FileKind("a file of settings of `lors finetune`", b'{\n "model": ')
 
 
@@ -139,8 +155,7 @@ def require_file(path: Path, kind: FileKind, force: bool) -> None:
             raise LorsError(f"{path}: expected a file to write, it is a device, a pipe or a socket")
         if not force:
             raise LorsError(f"{path}: exists already; --force replaces it")
-        with path.open("rb") as stream:
-            head = stream.read(kind.offset + len(kind.begins))
+        head = kind.head(path)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -268,17 +268,15 @@ def compare_specs(base: Source, expert: Source) -> None:
 def on_devices(
     engine: Engine, device: str, device_memory: int | None, backend: str | None, kind: type[Any] | None = None
 ) -> Any:
-    """The same engine with its matrices on GPUs (a `GpuEngine`, or `kind`); LorsError if a device or the backend is not
-    there."""
+    """The same engine on GPUs (a `GpuEngine`, or `kind`); LorsError if a device or the backend is not there."""
     from lors_kernels.dispatch import BackendUnavailable, select
 
     from ..engine.device import parse_devices
     from ..engine.gpu import GpuEngine
 
-    if files := [source.name for source in engine.experts if source.parts is not None]:
-        raise LorsError(f"--device: {files[0]}: expert files are merged on the CPU, expected checkpoints")
-
     devices = parse_devices(device)
+    if not METHODS[engine.report.method].on_device:
+        raise SettingError("device", f"method {engine.report.method} works in main memory alone, got {device!r}")
     import torch
 
     try:

@@ -18,6 +18,7 @@ from typing import Any
 from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import FactorCache
 from ..engine.report import MergeReport, peak_memory
+from ..errors import SettingError
 from ..files.remote import is_url, placed
 from ..methods import SPECS
 from ..public import public
@@ -53,8 +54,8 @@ def merge(
         method: "lors", "task_arithmetic", "ties", "tsv", ...: `docs/methods.md` has all with their formulas.
         backend: kernels to use (see `lors_kernels.available_backends`); None chooses.
         threads: None: LORS_THREADS, else OMP_NUM_THREADS, else all cores. The output has the same bits for every number.
-        device: "cuda", "cuda:1" or "cuda:0,cuda:1": decompose on GPUs, tensors split by bytes; None: the CPU. `backend` then
-            names the GPU's kernels.
+        device: "cuda", "cuda:1" or "cuda:0,cuda:1": GPUs, tensors split by bytes, for what is worth the way there
+            (`docs/gpu-notes.md`); None: the CPU. `backend` then names the GPU's kernels.
         device_memory: bytes to use on each GPU; None: 80 % of what is free.
         durable: survive a power failure right after the merge (fsync).
         check: reload the output and compare it with the definition (`verify`).
@@ -93,6 +94,8 @@ def merge_recipe(
     ray: "local" or a cluster's address: decompositions run there; the result has the same bits.
     """
     begun = time.perf_counter()
+    if device and ray is not None:
+        raise SettingError("ray", "expected no device beside it: what a cluster decomposes is merged on the CPU")
     with contextlib.ExitStack() as stack:
         _check_device(device)
         kernels = None if device else backend

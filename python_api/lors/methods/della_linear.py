@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lors_kernels import Keep
-from lors_kernels.counter_random import random_bits
+from lors_kernels.arrays import is_torch
+from lors_kernels.counter_random import random_bits, random_bits_on
 from lors_kernels.types import Consensus
 
 from ..errors import LorsError
@@ -37,28 +38,22 @@ def ranked(name: str, *, elect: bool, normalize: bool) -> Method:
         for model in models:
             _check(model["density"], model["epsilon"])
 
-        def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+        def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
             draws = [Draw(operands, t, model["density"], model["epsilon"]) for t, model in enumerate(models)]
             keep = [Keep(factor=draw.factor() if shared["rescale"] else 1.0) for draw in draws]
             rule = Consensus(elect, shared["normalize"], shared["lambda"])
             for chunk in operands.chunks(_width(operands)):
-                out, base = operands.out(chunk.base), chunk.base.astype(np.float32)
-                deltas = []
-                for draw, tuned in zip(draws, chunk.tuned, strict=True):
-                    delta = tuned.astype(np.float32) - base
-                    energy = _energy(delta)
-                    deltas.append(draw.kept(chunk.start, delta))
-                    operands.count_dropped(energy - _energy(deltas[-1]))
+                out, deltas = operands.out(chunk.base), operands.deltas(chunk)
+                for draw, delta in zip(draws, deltas, strict=True):
+                    energy = operands.energy(delta)
+                    draw.drop(chunk.start, delta)
+                    operands.count_dropped(energy - operands.energy(delta))
                 operands.add_deltas(out, chunk.start, deltas, keep, [model["weight"] for model in models], rule)
                 yield chunk.start, out
 
         return merge
 
-    return Method(spec(name, normalize, True, (EPSILON,)), combine=combine, everywhere=True)
-
-
-def _energy(x: np.ndarray) -> float:
-    return float(np.square(x).sum(dtype=np.float64))
+    return Method(spec(name, normalize, True, (EPSILON,)), combine=combine, everywhere=True, combines_on_device=True)
 
 
 def _check(density: float, epsilon: float) -> None:
@@ -82,33 +77,55 @@ class Draw:
         self._operands, self._t, self._density, self._epsilon = operands, t, density, epsilon
         self._key, self._width = stream(operands, t), max(1, _width(operands))
 
-    def kept(self, start: int, delta: np.ndarray) -> np.ndarray:
-        """Entries of the delta from `start` on, whole rows, in place with zeros for those that are dropped."""
-        self._operands.check(self._t, delta)
+    def drop(self, start: int, delta: Any) -> None:
+        """Sets to zero what is dropped of the delta's entries from `start` on, whole rows."""
         if self._density >= 1:
-            return delta
+            return
         if self._density <= 0:
             delta[:] = 0
-            return delta
+            return
         step = max(1, ROWS // self._width) * self._width
-        for first in range(0, delta.size, step):
+        for first in range(0, len(delta), step):
             part = delta[first : first + step]
-            magnitude = np.abs(part).reshape(-1, *(self._operands.spec.shape[1:] or (self._width,)))
-            limits = (_probabilities(magnitude, self._density, self._epsilon) * 2.0**32).astype(np.uint64)
-            part[random_bits(self._key, start + first, part.size) >= limits.ravel()] = 0
-        return delta
+            magnitude = abs(part).reshape(-1, *(self._operands.spec.shape[1:] or (self._width,)))
+            zero = _dropped_there if is_torch(part) else _dropped
+            part[zero(magnitude, self._density, self._epsilon, self._key, start + first)] = 0
 
     def factor(self) -> float:
         """sum |delta| / sum |kept|, what is kept grows by."""
-        before = after = 0.0
-        base, tuned = self._operands.base(), self._operands.tuned(self._t)
+        operands, before, after = self._operands, 0.0, 0.0
+        base, tuned = operands.base(), operands.tuned(self._t)
         step = max(1, ROWS // self._width) * self._width
-        for first in range(0, base.size, step):
+        for first in range(0, len(base), step):
             part = slice(first, first + step)
-            delta = tuned[part].astype(np.float32) - base[part].astype(np.float32)
-            before += float(np.abs(delta).sum(dtype=np.float64))
-            after += float(np.abs(self.kept(first, delta)).sum(dtype=np.float64))
+            delta = operands.float32(tuned[part]) - operands.float32(base[part])
+            operands.check(self._t, delta)
+            before += operands.magnitude(delta)
+            self.drop(first, delta)
+            after += operands.magnitude(delta)
         return before / after if min(before, after) >= TOO_SMALL else 1.0
+
+
+def _dropped(magnitude: np.ndarray, density: float, epsilon: float, key: int, start: int) -> np.ndarray:
+    """Which entries are dropped, flat; the first is number `start` of its tensor."""
+    limits = (_probabilities(magnitude, density, epsilon) * 2.0**32).astype(np.uint64)
+    return random_bits(key, start, magnitude.size) >= limits.ravel()  # type: ignore[no-any-return]
+
+
+def _dropped_there(magnitude: Any, density: float, epsilon: float, key: int, start: int) -> Any:
+    """`_dropped` of a tensor, where it is."""
+    import torch
+
+    count = magnitude.shape[1]
+    places = torch.arange(count, device=magnitude.device).reshape(-1, *[1] * (magnitude.ndim - 2))
+    order = magnitude.argsort(dim=1, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+    if count == 1:
+        chance = torch.full(magnitude.shape, density, dtype=torch.float64, device=magnitude.device)
+    else:
+        chance = (density - epsilon) + ranks * torch.tensor(2 * epsilon / (count - 1), dtype=torch.float64)
+    drawn = random_bits_on(magnitude.device, key, start, magnitude.numel())
+    return drawn >= (chance * 2.0**32).long().reshape(-1)
 
 
 def _probabilities(magnitude: np.ndarray, density: float, epsilon: float) -> np.ndarray:

@@ -17,21 +17,22 @@ from .base import Method
 from .operands import Chunk, Combination, Operands
 
 FILTER_WISE = ParameterSpec("filter_wise", "bool", False, scope="global", help="an interpolation of its own per row")
-BLOCK = 1 << 16  # entries of a float32 inner product; longer ones are summed in float64
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
-    def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
         width = operands.spec.shape[-1] if shared["filter_wise"] and operands.spec.shape else 0
+        # inner products between the experts' deltas: [rows, N, N] for rows of `width` entries, [1, N, N] for width 0
         products = [_products(operands, chunk, width) for chunk in operands.chunks(width or 1)]
-        gram = np.concatenate(products) if width else np.sum(products, axis=0)
-        t = interpolation(gram)  # [rows] or [1]
+        gram = np.concatenate(products) if width else np.sum(products, axis=0)[None]
+        t = interpolation(gram).astype(np.float32)  # [rows] or [1]
         for chunk in operands.chunks(width or 1):
-            out = operands.out(chunk.base)
-            mean = sum(_deltas(chunk)) / np.float32(len(models))
+            out, deltas = operands.out(chunk.base), operands.deltas(chunk)
+            mean = deltas.sum(axis=0) / len(models)
             first = chunk.start // width if width else 0
-            factor = t[first : first + out.size // width, None] if width else t[0]
-            out += (mean.reshape(-1, width or mean.size) * factor.astype(np.float32)).ravel()
+            rows = mean.reshape(-1, width or len(mean))
+            factors = t[first : first + len(rows)] if width else t
+            out += (rows * operands.array(factors[:, None])).reshape(-1)
             yield chunk.start, out
 
     return merge
@@ -49,21 +50,12 @@ def interpolation(gram: np.ndarray) -> np.ndarray:
     return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, denominator))
 
 
-def _deltas(chunk: Chunk) -> list[np.ndarray]:
-    base = chunk.base.astype(np.float32)
-    return [tuned.astype(np.float32) - base for tuned in chunk.tuned]
-
-
 def _products(operands: Operands, chunk: Chunk, width: int) -> np.ndarray:
-    """Inner products between the experts' deltas, [rows, N, N] for rows of `width` entries, [1, N, N] for width 0."""
-    deltas = np.stack(_deltas(chunk))
-    for t, delta in enumerate(deltas):
-        operands.check(t, delta)
-    if width:
-        rows = deltas.reshape(len(deltas), -1, width).swapaxes(0, 1).astype(np.float64)
-        return rows @ rows.swapaxes(1, 2)
-    blocks = range(0, deltas.shape[1], BLOCK)
-    return sum((deltas[:, i : i + BLOCK] @ deltas[:, i : i + BLOCK].T).astype(np.float64) for i in blocks)[None]  # type: ignore[no-any-return]
+    deltas = operands.deltas(chunk)
+    rows = deltas.reshape(len(deltas), -1, width).swapaxes(0, 1) if width else deltas
+    return operands.products(rows)
 
 
-METHOD = Method(MethodSpec("model_stock", (FILTER_WISE,), min_experts=2), combine=combine, everywhere=True)
+METHOD = Method(
+    MethodSpec("model_stock", (FILTER_WISE,), min_experts=2), combine=combine, everywhere=True, combines_on_device=True
+)

@@ -1,6 +1,9 @@
 """What a method sees of one tensor when it looks at all experts together: the base, the experts, and a bounded part of
 them at a time.
 
+Arrays are numpy's here. On a device they are torch's (`engine/device_operands.py`), so a method calls by a name of `Operands`
+what the two call differently, and for the rest uses what they have in common: operators, slices, `reshape`, `sum(axis=)`.
+
 A method that is no sum of per-expert `Reduction`s is a `Combination`: a generator that is given `Operands` and yields
 (first element, merged values). Memory does not depend on the number of experts: an expert is whole in memory only one
 at a time, and `chunks` gives of all of them together never more than BUDGET entries.
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BUDGET = 1 << 24  # entries of base and experts that are in memory at a time; smaller tensors are read only once
+BLOCK = 1 << 16  # entries of a float32 inner product; longer ones are summed in float64
 STRIP = 1 << 21  # the same for tensors beyond it, where nothing is gained by more than a cache holds
 
 
@@ -52,8 +56,8 @@ class Chunk(NamedTuple):
     """Elements of a tensor from `start` on, flat."""
 
     start: int
-    base: np.ndarray
-    tuned: list[np.ndarray]
+    base: Any
+    tuned: list[Any]
 
 
 @dataclass
@@ -88,28 +92,31 @@ class Operands:
         while len(self.buffers.tuned) < len(self.experts):
             self.buffers.tuned.append(Slot())
         self._fits = self.spec.numel * (len(self.experts) + 1) <= BUDGET
-        self._base: np.ndarray | None = None
-        self._held: dict[int, np.ndarray] = {}
+        self._base: Any = None
+        self._held: dict[int, Any] = {}
 
     # --- values
 
-    def base(self) -> np.ndarray:
+    def _fetch(self, source: Source, start: int, stop: int, slot: Slot) -> Any:
+        return source.fetch(self.name, start, stop, slot)
+
+    def base(self) -> Any:
         """All of the base's tensor, flat."""
         if self._base is None:
-            self._base = self.base_source.fetch(self.name, 0, self.spec.numel, self.buffers.base)
+            self._base = self._fetch(self.base_source, 0, self.spec.numel, self.buffers.base)
         return self._base
 
-    def tuned(self, t: int) -> np.ndarray:
+    def tuned(self, t: int) -> Any:
         """All of expert t's tensor, flat; valid until another expert is asked for."""
         if t in self._held:
             return self._held[t]
         slot = self.buffers.tuned[t] if self._fits else self.buffers.one
-        values = self.experts[t].fetch(self.name, 0, self.spec.numel, slot)
+        values = self._fetch(self.experts[t], 0, self.spec.numel, slot)
         if self._fits:
             self._held[t] = values
         return values
 
-    def pair(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+    def pair(self, t: int) -> tuple[Any, Any]:
         """Base and expert t as matrices: the first axis against all others, a vector as one row."""
         shape = matrix_shape(self.spec.shape)
         return self.base().reshape(shape), self.tuned(t).reshape(shape)
@@ -120,22 +127,69 @@ class Operands:
         if self._fits:
             yield Chunk(0, self.base(), [self.tuned(t) for t in range(len(self.experts))])
             return
-        unit = width if width > 1 else COLUMNS
-        step = max(1, STRIP // (len(self.experts) + 1) // unit) * unit
+        step = self._step(STRIP, width)
         for start in range(0, size, step):
             stop = min(size, start + step)
             if self._base is None:
-                base = self.base_source.fetch(self.name, start, stop, self.buffers.base)
+                base = self._fetch(self.base_source, start, stop, self.buffers.base)
             else:
                 base = self._base[start:stop]
             pairs = zip(self.experts, self.buffers.tuned, strict=False)
-            yield Chunk(start, base, [expert.fetch(self.name, start, stop, slot) for expert, slot in pairs])
+            yield Chunk(start, base, [self._fetch(expert, start, stop, slot) for expert, slot in pairs])
 
-    def out(self, values: np.ndarray) -> np.ndarray:
+    def _step(self, entries: int, width: int) -> int:
+        """Elements of each tensor in a chunk of about so many entries of all."""
+        unit = width if width > 1 else COLUMNS
+        return max(1, entries // (len(self.experts) + 1) // unit) * unit
+
+    def out(self, values: Any) -> Any:
         """A float32 copy of `values`, to be added to; valid until the next chunk."""
         total = self.buffers.out.array(values.size, np.dtype(np.float32))
         lors_kernels.apply_update(total[None], values[None], None, **self.kernels)
         return total
+
+    def deltas(self, chunk: Chunk) -> Any:
+        """[T, n] float32: of every expert, checked."""
+        base = self.float32(chunk.base)
+        found = np.empty((len(chunk.tuned), base.size), np.float32)
+        for t, tuned in enumerate(chunk.tuned):
+            np.subtract(self.float32(tuned), base, out=found[t])
+            self.check(t, found[t])
+        return found
+
+    # --- what numpy and torch call differently
+
+    def float32(self, x: Any) -> Any:
+        return x.astype(np.float32, copy=False)
+
+    def float64(self, x: Any) -> Any:
+        return x.astype(np.float64, copy=False)
+
+    def array(self, x: np.ndarray) -> Any:
+        """What was computed beside the tensors, in their place."""
+        return x
+
+    def tensor(self, x: Any) -> Tensor:
+        """An array as a tensor, in the operands' place; a tensor is one already."""
+        import torch
+
+        return torch.from_numpy(x)
+
+    def energy(self, x: Any) -> float:
+        """sum x^2, summed in float64."""
+        return float(np.square(x).sum(dtype=np.float64))
+
+    def magnitude(self, x: Any) -> float:
+        """sum |x|, summed in float64."""
+        return float(np.abs(x).sum(dtype=np.float64))
+
+    def products(self, x: Any) -> np.ndarray:
+        """[.., T, T] float64, in main memory: inner products between the rows of x [.., T, n] float32."""
+        if x.ndim > 2:
+            wide = x.astype(np.float64)
+            return wide @ wide.swapaxes(-1, -2)  # type: ignore[no-any-return]
+        blocks = [x[:, i : i + BLOCK] for i in range(0, x.shape[1], BLOCK)]
+        return sum((block @ block.T).astype(np.float64) for block in blocks)  # type: ignore[return-value]
 
     # --- kernels, with errors that name the expert
 
@@ -150,37 +204,31 @@ class Operands:
     def delta(self, t: int) -> Tensor:
         """Expert t's delta as a float64 matrix on the operands' device: exact where it is known by factors, else formed in
         float32."""
-        import torch
-
         factors = self.experts[t].factors(self.name)
         if factors is not None:
-            return torch.from_numpy(factors.exact())
+            return self.tensor(factors.exact())
         delta = self.difference(t)
         self.check(t, delta)
         return delta.double()
 
     def difference(self, t: int) -> Tensor:
         """The same in float32, and whether it is finite is for the caller to `check`."""
-        import torch
-
         factors = self.experts[t].factors(self.name)
         if factors is not None:
-            return torch.from_numpy(factors.matrix())
-        base, tuned = self.pair(t)
-        return self.float32(tuned) - self.float32(base)
+            return self.tensor(factors.matrix())
+        base, tuned = (self.tensor(self.float32(x)) for x in self.pair(t))
+        return tuned - base
 
     def svd(self, t: int, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of
         value 0, each as exact as the others, and as `tolerance` asks (`dense.leading`)."""
-        import torch
-
         factors = self.experts[t].factors(self.name)
         if factors is None:
             delta, method = self.delta(t), "svd"
             u, sigma, v = dense.leading(delta, rank, tolerance)
             energy = float(delta.square().sum())
         else:
-            (u, sigma, v), method = (torch.from_numpy(x) for x in factors.svd()), "factors"
+            (u, sigma, v), method = (self.tensor(x) for x in factors.svd()), "factors"
             energy = float(sigma.square().sum())
             there = int(dense.nonzero(sigma, (len(u), len(v)))[:rank].sum())
             u, sigma, v = u[:, :there], sigma[:there], v[:, :there]
@@ -194,12 +242,6 @@ class Operands:
         out += update.float().ravel().numpy()
         return out
 
-    def float32(self, values: Any) -> Tensor:
-        """Values of base or expert as a tensor of float32."""
-        import torch
-
-        return torch.from_numpy(values.astype(np.float32, copy=False))
-
     def account(self, t: int, keep: Keep) -> KeepStats:
         """What `keep` keeps of expert t's delta, before anything is merged."""
         base, tuned = self.pair(t)
@@ -208,17 +250,15 @@ class Operands:
             raise self.blame(self.experts[t])
         return stats
 
-    def add(
-        self, out: np.ndarray, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], rule: Consensus
-    ) -> None:
+    def add(self, out: Any, chunk: Chunk, keep: Sequence[Keep], weights: Sequence[float], rule: Consensus) -> None:
         """`ties_update` of one chunk into `out`."""
         self._update(out, chunk.start, rows_of(chunk.base), chunk.tuned, keep, weights, rule)
 
     def add_deltas(
         self,
-        out: np.ndarray,
+        out: Any,
         start: int,
-        deltas: list[np.ndarray],
+        deltas: Sequence[Any],
         keep: Sequence[Keep],
         weights: Sequence[float],
         rule: Consensus,
@@ -232,10 +272,10 @@ class Operands:
 
     def _update(
         self,
-        out: np.ndarray,
+        out: Any,
         start: int,
-        bases: Sequence[np.ndarray | None],
-        experts: Sequence[np.ndarray],
+        bases: Sequence[Any],
+        experts: Sequence[Any],
         keep: Sequence[Keep],
         weights: Sequence[float],
         rule: Consensus,
@@ -246,7 +286,7 @@ class Operands:
             base, parts = bases[part], [rows[part] for rows in tuned]
             at = rule._replace(start=start + done)._asdict()
             stats = lors_kernels.ties_update(total, base, parts, keep, weights, **at, **self.kernels)
-            done += total.size
+            done += total.shape[0] * total.shape[1]
             for t, s in enumerate(stats):
                 if s.non_finite:
                     raise self.blame(self.experts[t])
@@ -260,4 +300,4 @@ class Operands:
 
 
 # one tensor's merge: yields (first element, merged values in float32), all elements in order
-Combination = Callable[[Operands], Iterator[tuple[int, np.ndarray]]]
+Combination = Callable[[Operands], Iterator[tuple[int, Any]]]

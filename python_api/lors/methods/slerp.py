@@ -22,16 +22,16 @@ PARALLEL, TINY = 0.9995, 1e-8
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
-    def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
         products = np.zeros(3)  # base.base, expert.expert, base.expert
         for chunk in operands.chunks():
-            base, tuned = chunk.base.astype(np.float64), chunk.tuned[0].astype(np.float64)
+            base, tuned = operands.float64(chunk.base), operands.float64(chunk.tuned[0])
             operands.check(0, tuned - base)
-            products += base @ base, tuned @ tuned, base @ tuned
+            products += float(base @ base), float(tuned @ tuned), float(base @ tuned)
         first, second = factors(shared["t"], *products)
         for chunk in operands.chunks():
-            base, tuned = chunk.base.astype(np.float64), chunk.tuned[0].astype(np.float64)
-            yield chunk.start, (first * base + second * tuned).astype(np.float32)
+            base, tuned = operands.float64(chunk.base), operands.float64(chunk.tuned[0])
+            yield chunk.start, operands.float32(first * base + second * tuned)
 
     return merge
 
@@ -46,4 +46,6 @@ def factors(t: float, base: float, tuned: float, mixed: float) -> tuple[float, f
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-METHOD = Method(MethodSpec("slerp", (T,), max_experts=1), combine=combine, everywhere=True, targets=False)
+METHOD = Method(
+    MethodSpec("slerp", (T,), max_experts=1), combine=combine, everywhere=True, targets=False, combines_on_device=True
+)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lors_kernels import KEEP_NONE, Keep, keep_limit, random_key
 from lors_kernels.types import Consensus
 
@@ -40,7 +38,7 @@ def sparsified(
     """A method of this family; `normalize` and `rescale` are the defaults of its parameters."""
 
     def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
-        def merge(operands: Operands) -> Iterator[tuple[int, np.ndarray]]:
+        def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
             keep = [trim(operands, t, model) for t, model in enumerate(models)]
             if shared["rescale"]:
                 keep = [rescaled(operands, t, rule) for t, rule in enumerate(keep)]

@@ -148,8 +148,8 @@ class Reading:
         with watched(model, keys, sums, rows), torch.inference_mode():
             for batch in batches:
                 self._left_out.note(batch.unusable)
-                if batch.rows:
-                    mel = batch.mel.to(model.device, model.dtype)
+                for _, features in batch.parts:
+                    mel = features.to(model.device, model.dtype)
                     mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
                     model.generate(mel, attention_mask=mask, language=self._languages[name], task="transcribe")
                 self._done += 1

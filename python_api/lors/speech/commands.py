@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "evaluate", "experiment", "finetune", "require_extra", "synth"]
 
 
+_DATA = "Manifest, covost2:DIR, common_voice:DIR, fleurs:[DIR] or datasets:NAME,KEY=VALUE (docs/speech.md)."
+
 EXTRA = ("transformers", "accelerate", "jiwer", "sacrebleu", "soundfile", "soxr", "num2words", "babel")
 
 
@@ -70,7 +72,7 @@ def finetune(
     model: Annotated[
         str, typer.Option("--model", "--model_name_or_path", help="Directory, hub id, tiny or tiny-early.")
     ],
-    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    data: Annotated[str, typer.Option(help=_DATA)],
     language: Annotated[str, typer.Option(help="One code: an expert; several with commas: multi-task.")],
     out: Annotated[Path, typer.Option("-o", "--out", "--output_dir", help="Directory to write.")],
     task: Annotated[str, typer.Option(help="transcribe, translate or both.")] = "transcribe",
@@ -114,7 +116,13 @@ def finetune(
         bool, typer.Option(*_names("gradient-checkpointing"), help="Less memory, more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    best: Annotated[str, typer.Option(*_names("metric-for-best-model"), help="On dev: wer, or bleu.")] = "wer",
+    fp16: Annotated[bool, typer.Option("--fp16", help="Mixed precision, on GPUs without bfloat16.")] = False,
+    optim: Annotated[str, typer.Option(help="adamw_torch_fused, adafactor, or adamw_8bit.")] = "adamw_torch_fused",
+    report_to: Annotated[str, typer.Option(*_names("report-to"), help="none, tensorboard or wandb.")] = "none",
+    best: Annotated[str, typer.Option(*_names("metric-for-best-model"), help="On dev: wer, bleu or loss.")] = "wer",
+    beams: Annotated[
+        int, typer.Option("--beams", *_names("generation-num-beams"), min=1, help="Of decoding dev; 1: greedy.")
+    ] = 1,
     smoothing: Annotated[float, typer.Option(*_names("label-smoothing-factor"), min=0)] = 0.0,
     dropout: Annotated[float, typer.Option(min=0, help="While training.")] = 0.0,
     augment: Annotated[
@@ -155,8 +163,9 @@ def finetune(
         learning_rate=learning_rate, warmup_steps=warmup_steps, lr_scheduler_type=scheduler, weight_decay=weight_decay,
         save_steps=save_steps, eval_steps=eval_steps, early_stopping_patience=patience, lora_rank=lora_rank,
         lora_alpha=lora_alpha, gradient_checkpointing=gradient_checkpointing, bf16=bf16, seed=seed,
-        device=device_of(device), dataloader_num_workers=workers, metric_for_best_model=best,
+        device=device_of(device), dataloader_num_workers=workers, generation_num_beams=beams, metric_for_best_model=best,
         label_smoothing_factor=smoothing, dropout=dropout, apply_spec_augment=augment, freeze_encoder=freeze_encoder,
+        fp16=fp16, optim=optim, report_to=report_to,
     )  # fmt: skip
     result = run(
         model, out, data=data, languages=language, tasks=task, training=training, dev=dev, limit=limit,
@@ -186,7 +195,7 @@ def _tell(left_out: LeftOut) -> None:
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, tiny or tiny-early.")],
-    data: Annotated[str, typer.Option(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR].")],
+    data: Annotated[str, typer.Option(help=_DATA)],
     languages: Annotated[str, typer.Option(help="Codes, separated by commas.")],
     tasks: Annotated[str, typer.Option(help="transcribe, translate or transcribe,translate.")] = "transcribe",
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
@@ -298,11 +307,16 @@ def show_evaluation(evaluation: Evaluation) -> None:
         speed = sum(r.decode_seconds for r in rows) / sum(r.audio_seconds for r in rows)
         signature = f"; {rows[0].score.bleu_signature}" if task == "translate" else ""
         print_lines(f"{sum(r.score.utterances for r in rows)} answers, {dropped} empty references dropped, "
-              f"real-time factor {speed:.4f}{signature}")  # fmt: skip
+              f"normaliser {rows[0].score.normaliser}, real-time factor {speed:.4f}{signature}")  # fmt: skip
 
 
 def experiment(
-    config: Annotated[str, typer.Argument(help="A YAML file, or quick, clean, hard, covost-small, fleurs.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, or quick, clean, hard, covost-small, fleurs; for --score-again a directory of results."
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of all stages and the report.")],
     data: Annotated[
         str | None, typer.Option(help="Corpus for a configuration that names none: covost2:DIR ...")
@@ -311,6 +325,10 @@ def experiment(
     rest: Annotated[
         str | None, typer.Option(help="Tensors not decomposed, for all methods: task_arithmetic, average or base.")
     ] = None,
+    experts_per: Annotated[
+        str | None, typer.Option(help="language, or language_task: an expert for each task of each language.")
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="By what dev chooses: normalised, wer, bleu or loss.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: the configuration's).")] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Stages at a time (default: one per core; with cuda one per GPU).")
@@ -318,22 +336,36 @@ def experiment(
     stage: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run stages on a Ray cluster.")] = None,
     show: Annotated[bool, typer.Option("--list", help="Print the stages and which are done, run nothing.")] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--score-again", help="Scores and tables anew from the answers in CONFIG, a directory of results."
+        ),
+    ] = False,
 ) -> None:
-    """Fine-tune, merge by every method, score, compare; writes report.html and results.json.
+    """Fine-tune, merge by every method, score, compare; writes a report, results, all answers, LaTeX and CSV tables.
 
     lors experiment quick -o quick
     """
     from .experiment.config import load_config
     from .experiment.plan import build_stages, run_experiment
+    from .experiment.report import print_tables, score_again
 
     require_extra()
-    changes: dict[str, Any] = {}
+    given = {"rest": rest, "experts_per": experts_per, "criterion": criterion, "device": device}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if seeds is not None:
         changes["seeds"] = _integers(seeds)
-    if rest is not None:
-        changes["rest"] = rest
-    if device is not None:
-        changes["device"] = device
+    if again:
+        others = {**changes, "data": data, "jobs": jobs, "stage": stage, "ray": ray, "list": show or None}
+        if odd := [name for name, value in others.items() if value is not None]:
+            raise LorsError(
+                f"--score-again: takes a directory of results and --out alone, got --{odd[0].replace('_', '-')}"
+            )
+        path = score_again(Path(config), out)
+        print_tables(out)
+        print_lines(f"report: {path}")
+        return
     settings = load_config(config, **changes)
     if data is not None:
         section = settings.data.model_copy(update={"source": data, "synth": None})
@@ -344,8 +376,6 @@ def experiment(
         return
     path = run_experiment(settings, out, jobs=jobs, stage=stage, ray=ray, report=print_lines)
     if stage is None:
-        from .experiment.report import print_tables
-
         print_tables(out)
         print_lines(f"report: {path}")
 

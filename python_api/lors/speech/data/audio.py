@@ -5,7 +5,6 @@ Reading is lazy: a corpus holds sources, and samples exist only while features a
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,6 +39,9 @@ class AudioSource(Protocol):
     @property
     def span(self) -> tuple[float, float | None]: ...  # start and length in seconds; None: to the end
 
+    @property
+    def size(self) -> int | None: ...  # bytes as encoded; None where it is not there
+
 
 @dataclass(frozen=True, slots=True)
 class AudioFile:
@@ -68,26 +70,9 @@ class AudioFile:
     def span(self) -> tuple[float, float | None]:
         return self.start, self.seconds
 
-
-@dataclass(frozen=True, slots=True)
-class AudioBytes:
-    """An encoded audio file held in memory."""
-
-    name: str
-    data: bytes
-
-    def open(self) -> io.BytesIO:
-        return io.BytesIO(self.data)
-
     @property
-    def key(self) -> str:
-        import hashlib
-
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def span(self) -> tuple[float, float | None]:
-        return 0.0, None
+    def size(self) -> int | None:
+        return self.path.stat().st_size if self.path.exists() else None
 
 
 def require(module: str) -> Any:

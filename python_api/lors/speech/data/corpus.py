@@ -1,4 +1,4 @@
-"""Corpora as lists of utterances: a manifest of one's own, CoVoST 2, Common Voice, FLEURS.
+"""Corpora as lists of utterances: a manifest of one's own, CoVoST 2, Common Voice, FLEURS, whatever `datasets` opens.
 
 Loaders read the formats these corpora have on disk and nothing of the audio itself; samples are read when features are
 computed. Every loader takes Whisper's language codes and returns them.
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ...errors import LorsError, nearest
-from .audio import AudioFile, duration
+from .audio import duration
 from .common_voice import common_voice, covost2
 from .fleurs import fleurs
 from .languages import parse_languages
 from .left_out import LeftOut
 from .manifest import read_manifest
+from .opened import by_datasets
 from .utterance import Corpus, Utterance
 
 __all__ = ["corpus_digest", "is_kind", "load_corpus"]
@@ -41,8 +42,9 @@ def load_corpus(
 
     `source` is a manifest (``.tsv``, ``.jsonl``; a directory with ``manifest.tsv``), or a kind and a place:
     ``covost2:DIR`` (``DIR`` holds Common Voice's ``<code>/clips`` and CoVoST's ``covost_v2.<code>_en.<split>.tsv``, or
-    ``covost_v2.<code>_en.tsv`` with ``validated.tsv``), ``common_voice:DIR``, ``fleurs:DIR`` (Parquet) or ``fleurs:``
-    for the hub; or utterances loaded before, which are chosen from in the same way. An utterance without a split
+    ``covost_v2.<code>_en.tsv`` with ``validated.tsv``), ``common_voice:DIR`` (unpacked, or the hub's archives),
+    ``fleurs:DIR`` (Parquet, or tables and archives) or ``fleurs:`` for the hub, ``datasets:NAME,KEY=VALUE`` for what the
+    library `datasets` opens (docs/speech.md); or utterances loaded before, which are chosen from in the same way. An utterance without a split
     belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column
     or a language is missing, an id comes twice, or nothing is left.
     """
@@ -77,8 +79,9 @@ def corpus_digest(source: str | Path, *, languages: Iterable[str], split: str) -
     digest = hashlib.sha256()
     for language, utterances in _by_language(source, parse_languages(languages), split, LeftOut(share=1)):
         for u in utterances:
-            size = u.audio.path.stat().st_size if isinstance(u.audio, AudioFile) and u.audio.path.exists() else None
-            digest.update(repr((language, u.id, u.text, u.translation, u.audio.span, size)).encode("utf-8", "replace"))
+            digest.update(
+                repr((language, u.id, u.text, u.translation, u.audio.span, u.audio.size)).encode("utf-8", "replace")
+            )
     return digest.hexdigest()
 
 
@@ -154,4 +157,5 @@ _LOADERS: dict[str, Callable[[str, str, str, LeftOut], Iterable[Utterance]]] = {
     "covost2": covost2,
     "common_voice": common_voice,
     "fleurs": fleurs,
+    "datasets": by_datasets,
 }

@@ -1,112 +1,88 @@
-"""FLEURS: Parquet files, from a directory or the hub."""
+"""FLEURS: the Parquet files of the hub, or tables and archives of recordings, of a directory or fetched."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import LorsError, first_line, shown
-from .audio import AudioBytes, AudioFile
+from .audio import AudioFile, AudioSource
 from .languages import fleurs_code
 from .left_out import LeftOut
+from .opened import archived, opened, rows
+from .tables import tsv_rows
 from .utterance import Utterance
 
+__all__ = ["fleurs"]
 
-@dataclass(frozen=True, slots=True)
-class ParquetAudio:
-    """Audio bytes in one row of a Parquet file; read when opened, one row group at a time."""
+_TSV = ("id", "file_name", "raw_transcription", "transcription", "characters", "num_samples", "gender")
+_PARQUET = {"audio": "audio", "id": "id", "text": "raw_transcription"}
 
-    path: Path
-    group: int
-    row: int
-    name: str
-
-    def open(self) -> Any:
-        audio = _row_group(self.path, self.group, AudioFile(self.path).key)[self.row]
-        if not audio or not audio.get("bytes"):
-            raise LorsError(f"cannot read audio {self.name}: expected bytes in the column 'audio', got none")
-        return AudioBytes(self.name, audio["bytes"]).open()
-
-    @property
-    def key(self) -> str:
-        return f"{AudioFile(self.path).key}:{self.group}:{self.row}"
-
-    @property
-    def span(self) -> tuple[float, float | None]:
-        return 0.0, None
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    """A Parquet file; LorsError when it cannot be read as one."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise LorsError(f"FLEURS is Parquet and needs pyarrow: pip install 'lors-merging[speech]' ({error})") from error
-    try:
-        yield pq.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise LorsError(f"cannot read {path}: {first_line(error)}") from error
-
-
-@functools.lru_cache(maxsize=8)  # a group of FLEURS is tens of megabytes; a few batches lie in so many
-def _row_group(path: Path, group: int, version: str) -> list[Any]:
-    with _parquet(path) as table:
-        return list(table.read_row_group(group, columns=["audio"])["audio"].to_pylist())
+_Sentence = tuple[Any, str, str, AudioSource | None]  # id, name of the file, text, recording
 
 
 def fleurs(place: str, language: str, split: str, left_out: LeftOut) -> Iterator[Utterance]:
     """X -> English by FLEURS's sentence ids: the English split with the same id is the translation."""
-    english = {row["id"]: row["raw_transcription"] for *_, row in _fleurs_rows(place, "en", split, left_out)}
-    for path, group, index, row in _fleurs_rows(place, language, split, left_out):
-        name = f"{fleurs_code(language)}/{split}/{row['id']}/{path.name}:{group}:{index}"
-        audio = ParquetAudio(path, group, index, name)
-        yield Utterance(name, audio, row["raw_transcription"], english.get(row["id"]), language, split)
+    english = {number: text for number, _, text, _ in _sentences(place, "en", split, left_out, sound=False)}
+    code = fleurs_code(language)
+    for number, file, text, audio in _sentences(place, language, split, left_out):
+        assert audio is not None
+        yield Utterance(f"{code}/{split}/{number}/{file}", audio, text, english.get(number), language, split)
 
 
-def _fleurs_rows(
-    place: str, language: str, split: str, left_out: LeftOut
-) -> Iterator[tuple[Path, int, int, dict[str, Any]]]:
-    stem = {"dev": "validation"}.get(split, split)
-    files = _fleurs_files(place, fleurs_code(language), stem)
-    if not files and language != "en":
-        raise LorsError(f"{place}: expected {fleurs_code(language)}/{stem}-*.parquet, got none")
-    for path in files:
-        with _parquet(path) as table:
-            names = table.schema_arrow.names
-            missing = {"id", "raw_transcription", "audio"} - set(names)
-            if missing:
-                raise LorsError(f"{path}: expected a column {min(missing)!r}, got {', '.join(names)}")
-            for group in range(table.num_row_groups):
-                rows = table.read_row_group(group, columns=["id", "raw_transcription"]).to_pylist()
-                for index, row in enumerate(rows):
-                    if isinstance(row["raw_transcription"], str) and row["id"] is not None:
-                        yield path, group, index, row
-                    else:
-                        got = f"{shown(row['id'])} and {shown(row['raw_transcription'])}"
-                        left_out.note([f"{path}:{group}:{index}: expected an id and a text, got {got}"])
+def _sentences(place: str, language: str, split: str, left_out: LeftOut, *, sound: bool = True) -> Iterator[_Sentence]:
+    code, stems = fleurs_code(language), ("validation", "dev") if split == "dev" else (split,)
+    root = Path(place) if place else _of_hub(code, stems)
+    for home in (root / code, root / "data" / code, root / "parquet-data" / code):
+        files = [
+            path for stem in stems for shape in (f"{stem}-*", f"{stem}/*") for path in home.glob(f"{shape}.parquet")
+        ]
+        if files:
+            yield from _of_parquet(sorted(files), left_out, sound)
+            return
+        if (home / f"{split}.tsv").is_file():
+            yield from _of_tsv(home, split, left_out, sound)
+            return
+    if language != "en":
+        raise LorsError(
+            f"{place or 'google/fleurs'}: expected {code}/{stems[0]}-*.parquet or {code}/{split}.tsv, got neither"
+        )
 
 
-def _fleurs_files(place: str, code: str, stem: str) -> list[Path]:
-    root = Path(place) if place else _fleurs_hub(code, stem)
-    return next((found for pattern in _fleurs_patterns(code, stem) if (found := sorted(root.glob(pattern)))), [])
+def _of_parquet(files: list[Path], left_out: LeftOut, sound: bool) -> Iterator[_Sentence]:
+    where = str(files[0].parent)
+    names = [name for held, name in _PARQUET.items() if sound or held != "audio"]
+    table = opened(where, "parquet", data_files=[str(file) for file in files], columns=names, split="train")
+    for row in rows(where, table, _PARQUET) if sound else ((None, None, _renamed(row)) for row in table):
+        audio, file, cells = row
+        if isinstance(cells["text"], str) and cells["id"] is not None:
+            yield cells["id"], file or str(audio and audio.row), cells["text"], audio
+        else:
+            name = where if audio is None else audio.name
+            left_out.note([f"{name}: expected an id and a text, got {shown(cells['id'])} and {shown(cells['text'])}"])
 
 
-def _fleurs_patterns(code: str, stem: str) -> list[str]:
-    return [f"{code}/{stem}-*.parquet", f"{code}/{stem}/*.parquet"]
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    return {held: row.get(name) for held, name in _PARQUET.items()}
+
+
+def _of_tsv(home: Path, split: str, left_out: LeftOut, sound: bool) -> Iterator[_Sentence]:
+    archives = [path for path in (home / "audio" / f"{split}.tar.gz", home / f"{split}.tar.gz") if path.is_file()]
+    unpacked = next((path for path in (home / "audio" / split, home / split) if path.is_dir()), home / "audio" / split)
+    inside = archived(str(home), archives[:1]) if sound and archives and not unpacked.is_dir() else {}
+    for _, row in tsv_rows(home / f"{split}.tsv", _TSV, left_out, header=_TSV):
+        file = row["file_name"]
+        yield row["id"], file, row["raw_transcription"], inside.get(file) or AudioFile(unpacked / file)
 
 
 @functools.cache
-def _fleurs_hub(code: str, stem: str) -> Path:
+def _of_hub(code: str, stems: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    # The hub keeps a Parquet conversion of script data sets beside them, in this revision.
-    revision, patterns = "refs/convert/parquet", _fleurs_patterns(code, stem)
+    wanted = [f"parquet-data/{code}/{stem}-*.parquet" for stem in stems]
     try:
-        return Path(snapshot_download("google/fleurs", repo_type="dataset", revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download("google/fleurs", repo_type="dataset", allow_patterns=wanted))
     except Exception as error:  # network and HTTP errors come from several libraries
         raise LorsError(f"fleurs: cannot fetch google/fleurs from the hub: {first_line(error)}") from error

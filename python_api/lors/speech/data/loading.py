@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LorsError
 from .audio import duration
-from .features import Features
+from .features import Features, window
 from .utterance import Corpus
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ def workers_for(device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Features of some utterances of a corpus, and a line for each that cannot be read."""
+    """Features of some utterances of a corpus, and a line for each that cannot be read.
 
-    rows: list[int]
-    mel: Tensor  # [len(rows), bins, frames] float16
+    parts: (rows, features [len(rows), bins, frames] float16): those that fit the model's window together, longer ones alone.
+    """
+
+    parts: list[tuple[list[int], Tensor]]
     unusable: list[str]
 
 
@@ -39,11 +41,14 @@ def load_in_order(corpus: Corpus, features: Features, batch_size: int, workers: 
     """All utterances in batches of like length, sorted within a few batches that lie together on the disk."""
     from torch.utils.data import DataLoader
 
-    window, batches = _WINDOW * batch_size, list[list[int]]()
-    for start in range(0, len(corpus), window):
-        here = range(start, min(start + window, len(corpus)))
-        order = sorted(here, key=lambda row: (_seconds(corpus, row), row))
-        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    heard, batches = window(features.extractor), list[list[int]]()
+    for start in range(0, len(corpus), _WINDOW * batch_size):
+        here = range(start, min(start + _WINDOW * batch_size, len(corpus)))
+        seconds = {row: _seconds(corpus, row) for row in here}
+        order = sorted(here, key=lambda row: (seconds[row], row))
+        fitting = [row for row in order if seconds[row] <= heard]
+        batches += [fitting[i : i + batch_size] for i in range(0, len(fitting), batch_size)]
+        batches += [[row] for row in order[len(fitting) :]]
     recordings: Any = _Recordings(corpus, features)  # anything with __getitem__ will do
     yield from DataLoader(recordings, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
 
@@ -75,5 +80,8 @@ def _collate(items: Sequence[Any]) -> Loaded:
     import torch
 
     read = [(row, mel) for row, mel in items if not isinstance(mel, str)]
-    mel = torch.from_numpy(np.stack([mel for _, mel in read])) if read else torch.empty(0)
-    return Loaded([row for row, _ in read], mel, [said for _, said in items if isinstance(said, str)])
+    shortest = min((mel.shape[1] for _, mel in read), default=0)  # headers are not exact: one may be longer after all
+    together = [(row, mel) for row, mel in read if mel.shape[1] == shortest]
+    groups = [together] * bool(together) + [[one] for one in read if one[1].shape[1] != shortest]
+    parts = [([row for row, _ in group], torch.from_numpy(np.stack([mel for _, mel in group]))) for group in groups]
+    return Loaded(parts, [said for _, said in items if isinstance(said, str)])

@@ -11,12 +11,8 @@ from ...errors import LorsError, shown
 from .audio import AudioFile
 from .languages import whisper_code
 from .left_out import LeftOut
-from .tables import json_rows, tsv_rows
+from .tables import AUDIO_COLUMNS, SPEAKER_COLUMNS, TEXT_COLUMNS, json_rows, tsv_rows
 from .utterance import Utterance
-
-_AUDIO_COLUMNS = ("audio", "path", "audio_path", "file")
-_TEXT_COLUMNS = ("text", "sentence", "transcription")
-_SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 
 
 def read_manifest(path: Path, kinds: Iterable[str], left_out: LeftOut) -> Iterator[Utterance]:
@@ -36,15 +32,15 @@ def read_manifest(path: Path, kinds: Iterable[str], left_out: LeftOut) -> Iterat
 
 
 def _utterance(where: str, directory: Path, row: dict[str, Any]) -> Utterance:
-    audio = _text(where, row, *_AUDIO_COLUMNS)
+    audio = _text(where, row, *AUDIO_COLUMNS)
     return Utterance(
         id=_id(where, row) or audio,
         audio=_audio(where, directory, row, audio),
-        text=_text(where, row, *_TEXT_COLUMNS),
+        text=_text(where, row, *TEXT_COLUMNS),
         translation=_text(where, row, "translation", required=False) or None,
         language=_language(where, row),
         split=_text(where, row, "split", required=False) or None,
-        speaker=_text(where, row, *_SPEAKER_COLUMNS, required=False) or None,
+        speaker=_text(where, row, *SPEAKER_COLUMNS, required=False) or None,
     )
 
 

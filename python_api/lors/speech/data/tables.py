@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +11,10 @@ from typing import Any, TextIO
 from ...errors import LorsError, shown
 from ...files import strict_json
 from .left_out import LeftOut
+
+AUDIO_COLUMNS = ("audio", "path", "audio_path", "file", "file_name")
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_transcription", "normalized_text", "txt")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 
 _LONGEST_LINE = 1 << 20  # characters
 
@@ -36,22 +40,28 @@ def _lines(stream: TextIO, path: Path) -> Iterator[str]:
 
 
 def tsv_rows(
-    path: Path, required: Iterable[str], left_out: LeftOut, escape: str | None = None
+    path: Path,
+    required: Iterable[str],
+    left_out: LeftOut,
+    escape: str | None = None,
+    header: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, row) of a TSV file with a header. Quotes are text: corpora hold unbalanced ones."""
+    """(line, row) of a TSV file, whose first line is its header unless one is given. Quotes are text: corpora hold
+    unbalanced ones."""
     with _opened(path, newline="") as stream:
-        reader = csv.DictReader(_lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
+        lines = _lines(stream, path)
+        reader = csv.DictReader(lines, header, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
         try:
-            header = list(reader.fieldnames or [])
-            found = ", ".join(map(repr, header)) or "nothing"
+            names = list(reader.fieldnames or [])
+            found = ", ".join(map(repr, names)) or "nothing"
             for column in required:
-                if column not in header:
+                if column not in names:
                     raise LorsError(f"{path}: expected a column {column!r} between tabs, got {found}")
-            if len(set(header)) != len(header):
+            if len(set(names)) != len(names):
                 raise LorsError(f"{path}: expected columns of different names, got {found}")
             for row in reader:
                 if None in row or None in row.values():
-                    left_out.note([f"{path}:{reader.line_num}: expected {len(header)} columns, got another number"])
+                    left_out.note([f"{path}:{reader.line_num}: expected {len(names)} columns, got another number"])
                 else:
                     yield reader.line_num, row
         except csv.Error as error:

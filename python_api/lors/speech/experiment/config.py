@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,9 +13,11 @@ from ...methods import SPECS
 from ...recipes import strict_yaml
 from ..data.languages import whisper_code
 from ..training.settings import Training
+from .criterion import CRITERIA
+from .merged import has_rest
 from .variants import VARIANTS
 
-__all__ = ["Config", "Grid", "Setting", "load_config", "shipped_configs"]
+__all__ = ["Config", "Expert", "Grid", "Setting", "load_config", "shipped_configs"]
 
 _SHIPPED = Path(__file__).parent.parent / "configs"
 
@@ -52,10 +54,14 @@ class Data(_Section):
 
 
 class Grid(_Section):
-    """A merge method and the values tried for each of its parameters (every combination)."""
+    """A merge method and the values tried for each of its parameters (every combination).
+
+    calibrated: what speech of the languages the method has seen besides the experts, in words; None: none.
+    """
 
     method: str
     parameters: dict[str, list[Any]] = {}
+    calibrated: str | None = None
 
     @field_validator("method")
     @classmethod
@@ -65,10 +71,28 @@ class Grid(_Section):
             raise ValueError(f"unknown method {method!r}{nearest(method, known)}")
         return method
 
+    @model_validator(mode="after")
+    def _of_the_method(self) -> Grid:
+        known = (
+            [*(spec.name for spec in SPECS[self.method].parameters), "lam"] if self.method in SPECS else self.parameters
+        )
+        for name in self.parameters:
+            if name not in known:
+                raise ValueError(f"{self.method} has no parameter {name!r}{nearest(name, known)}")
+        return self
+
     def settings(self) -> list[Setting]:
         """Every combination, in the order of the lists."""
         names = list(self.parameters)
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*self.parameters.values())]
+
+
+class Expert(NamedTuple):
+    """What one expert is trained on."""
+
+    name: str
+    language: str
+    tasks: tuple[str, ...]
 
 
 class Config(_Section):
@@ -77,7 +101,8 @@ class Config(_Section):
     name: str
     base: str
     data: Data
-    experts: tuple[str, ...] = Field(min_length=1)
+    experts: tuple[str, ...] = Field(min_length=1)  # languages
+    experts_per: Literal["language", "language_task"] = "language"  # an expert of all tasks, or one of each
     languages: tuple[str, ...] = Field(min_length=1)
     tasks: tuple[Literal["transcribe", "translate"], ...] = ("transcribe",)
     training: dict[str, Any] = {}
@@ -85,12 +110,18 @@ class Config(_Section):
     sequential_steps: int | None = Field(default=None, ge=1)  # per language
     seeds: tuple[int, ...] = (0,)
     rest: Literal["task_arithmetic", "average", "base"] = "task_arithmetic"
+    rest_lambda: tuple[float, ...] = ()  # factors of these tensors, tried with every setting of every method
     compare_rest: bool = False  # also try the other two values, each method at its best setting, first seed
+    criterion: Literal["normalised", "wer", "bleu", "loss"] = "normalised"  # on dev, see `criterion`
     against: str = "task_arithmetic"  # the label all merges are compared with
     grids: dict[str, Grid] = {}
     batch_size: int = Field(default=64, ge=1)
     device: str = "cpu"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of decoding; merges are float32, training has bf16
+    dtype: Literal["float32", "float16", "bfloat16"] = (
+        "float32"  # of decoding; merges are float32, training has its own
+    )
+    beams: int = Field(default=1, ge=1)  # 1: greedy
+    normaliser: Literal["whisper", "marks"] = "whisper"
 
     @field_validator("experts", "languages")
     @classmethod
@@ -102,6 +133,10 @@ class Config(_Section):
         strangers = [language for language in self.experts if language not in self.languages]
         if strangers:
             raise ValueError(f"languages: expected all of the experts' languages, {strangers[0]!r} is missing")
+        if not set(CRITERIA[self.criterion].tasks) <= set(self.tasks):
+            raise ValueError(f"criterion: {self.criterion!r} is of {CRITERIA[self.criterion].tasks[0]}, no task here")
+        if self.rest == "base" and self.rest_lambda:
+            raise ValueError("rest_lambda: expected none with rest base, which adds nothing to these tensors")
         sizes = {label: len(grid.settings()) for label, grid in self.grids.items()}
         # Equal budgets, or the method with more tries looks better than it is. A method without parameters has one.
         if len({size for size in sizes.values() if size > 1}) > 1:
@@ -109,6 +144,19 @@ class Config(_Section):
         if self.grids and self.against not in self.grids:
             raise ValueError(f"against: {self.against!r} is none of the grids {', '.join(self.grids)}")
         return self
+
+    def settings(self, label: str) -> list[Setting]:
+        """All that is tried of a grid."""
+        settings = self.grids[label].settings()
+        if not self.rest_lambda or not has_rest(self.grids[label].method):
+            return settings
+        return [{**setting, "rest_lambda": factor} for setting in settings for factor in self.rest_lambda]
+
+    def trained(self) -> list[Expert]:
+        """The experts, one per language or one per language and task."""
+        if self.experts_per == "language":
+            return [Expert(language, language, self.tasks) for language in self.experts]
+        return [Expert(f"{language}-{task}", language, (task,)) for language in self.experts for task in self.tasks]
 
     def make_training(self, seed: int, **changes: Any) -> Training:
         return Training(**{**self.training, "device": self.device, "seed": seed, **changes})

@@ -9,9 +9,23 @@ from typing import Any
 
 from ...checkpoints.layers import decomposed
 from ...merging.in_memory import merge_state_dicts
+from ...methods import METHODS
 from ..model.whisper import load_model, load_processor
 
-__all__ = ["Merger"]
+__all__ = ["Merger", "has_rest", "with_rest"]
+
+
+def has_rest(method: str) -> bool:
+    """Whether it leaves tensors to a recipe's `rest`, or would; variations do."""
+    return method not in METHODS or METHODS[method].targets
+
+
+def with_rest(method: str, setting: Mapping[str, Any], rest: str) -> dict[str, Any]:
+    """The setting as a merge takes it: with this treatment of what is not decomposed, unless the method treats all tensors
+    alike and no `rest_lambda` parts them."""
+    plain = {name: value for name, value in setting.items() if name != "rest"}
+    alike = method in METHODS and METHODS[method].everywhere and "rest_lambda" not in setting
+    return plain if alike or not has_rest(method) else {**plain, "rest": rest}
 
 
 @dataclass(frozen=True)

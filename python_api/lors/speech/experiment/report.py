@@ -1,43 +1,65 @@
-"""``report.html`` and ``results.json`` of an experiment, and its tables on a terminal."""
+"""What an experiment leaves: a page, results, answers, tables; and its tables on a terminal."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import print_lines, printable
+from ...errors import LorsError, first_line, print_lines, printable
 from ...files.file import write_file
-from ...files.replaceable import PAGE, RESULTS
-from ...webpage import document, escape
-from ..data.left_out import LeftOut
+from ...files.replaceable import ANSWERS_XZ, COMPARISONS, CSV, PAGE, RESULTS, TEX, FileKind, require_file
+from .answers import Answers, pack
 from .config import Config
-from .results import METRIC, summarise
+from .page import page
+from .results import summarise, summarise_again
+from .shown import UNIT, task_table, verdicts
+from .tables import comparisons_csv, latex, scores_csv
 
-__all__ = ["print_tables", "wide_console", "write_report"]
+__all__ = ["FILES", "print_tables", "score_again", "wide_console", "write_report"]
 
-_COLOURS = (  # one for each row of a comparison of all methods
-    *("#0b62a4", "#c0392b", "#1e8449", "#8e44ad", "#b9770e", "#117a8b", "#5d6d7e", "#a93276"),
-    *("#7fb3d5", "#f1948a", "#7dcea0", "#c39bd3", "#f8c471", "#76d7c4", "#aeb6bf", "#4a235a"),
-)
-_UNIT = {"transcribe": "WER, %; lower is better", "translate": "BLEU; higher is better"}
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:68rem;margin:2rem auto;padding:0 1rem;color:#1c2833}
-table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .65rem;text-align:right;border-bottom:1px solid #e5e8e8}th{background:#f4f6f6}
-td:first-child,th:first-child{text-align:left}tr.merge td:first-child{font-weight:600}
-.note{color:#566573}svg{background:#fff;border:1px solid #e5e8e8;margin:.3rem .6rem .3rem 0}
-.wrap{overflow-x:auto}code{background:#f4f6f6;padding:0 .2rem}
-"""
+FILES: dict[str, FileKind] = {
+    "results.json": RESULTS, "report.html": PAGE, "answers.jsonl.xz": ANSWERS_XZ, "scores.csv": CSV,
+    "comparisons.csv": COMPARISONS, "tables.tex": TEX,
+}  # fmt: skip
 
 
 def write_report(config: Config, root: Path, stages: Mapping[str, Path]) -> Path:
-    """Writes both files into `root` and returns the HTML one."""
-    results = {"lors": "experiment", **summarise(config, stages)}
-    write_file(root / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n", RESULTS)
-    write_file(root / "report.html", _page(results), PAGE)
+    """Writes FILES into `root` and returns the page."""
+    return _write(root, summarise(config, stages), pack(stages))
+
+
+def score_again(source: Path, out: Path) -> Path:
+    """FILES in `out` from ``results.json`` and ``answers.jsonl.xz`` in `source`, scored anew; returns the page.
+
+    LorsError, before anything is written, where one of them is not there or not what it should be.
+    """
+    for name, kind in FILES.items():
+        require_file(out / name, kind, force=True)
+    answers = Answers.read(source / "answers.jsonl.xz")
+    try:
+        results = json.loads((source / "results.json").read_text("utf-8"))
+        summary = summarise_again(results, answers)
+    except OSError as error:
+        raise LorsError(f"cannot read {error.filename}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LorsError(f"{source / 'results.json'}: expected results of an experiment: {first_line(error)}") from error
+    return _write(out, summary, (source / "answers.jsonl.xz").read_bytes())
+
+
+def _write(root: Path, summary: Mapping[str, Any], answers: bytes) -> Path:
+    results = {"lors": "experiment", **summary}
+    contents: dict[str, str | bytes] = {
+        "results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
+        "answers.jsonl.xz": answers,
+        "scores.csv": scores_csv(results),
+        "comparisons.csv": comparisons_csv(results),
+        "tables.tex": latex(results),
+        "report.html": page(results),
+    }
+    for name, content in contents.items():
+        write_file(root / name, content, FILES[name])
     return root / "report.html"
 
 
@@ -60,348 +82,12 @@ def print_tables(root: Path) -> None:
     results = json.loads((root / "results.json").read_text("utf-8"))
     console = wide_console()
     for task in results["config"]["tasks"]:
-        header, *rows = _task_table(results, task)
-        table = Table(*header, box=None, title=f"{task}: {_UNIT[task]}", title_justify="left")
+        header, *rows = task_table(results, task)
+        table = Table(*header, box=None, title=f"{task}: {UNIT[task]}", title_justify="left")
         for column in table.columns[1:]:
             column.justify = "right"
         for row in rows:
             table.add_row(*map(printable, row))
         console.print(table)
-    for line in _verdicts(results):
+    for line in verdicts(results):
         print_lines(line)
-
-
-def _task_table(results: Mapping[str, Any], task: str) -> list[list[str]]:
-    config = results["config"]
-    groups = {"experts": "experts' mean", "others": "others' mean"}
-    if not set(config["languages"]) - set(config["experts"]):
-        del groups["others"]
-    rows = [["model", *config["languages"], *groups.values()]]
-    for label, model in results["models"].items():
-        cells = [
-            _number(model["cells"].get(f"{task}/{language}", {}).get(METRIC[task])) for language in config["languages"]
-        ]
-        means = [_pm(model["means"].get(f"{task}/{group}")) for group in groups]
-        rows.append([label, *cells, *means])
-    return rows
-
-
-def _verdicts(results: Mapping[str, Any]) -> list[str]:
-    """One sentence per comparison; it says better, worse, or that the difference may be chance."""
-    lines = []
-    for label, task, c in _compared(results):
-        over_seeds = f", {_interval(c, 'seeds_')} over seeds too" if c["seeds_low"] is not None else ""
-        lines.append(
-            f"{label} minus {results['config']['against']}, {task}: {c['difference']:+.2f} {c['metric'].upper()} "
-            f"{_interval(c)}{over_seeds}: {_verdict(c)}"
-        )
-    return lines
-
-
-def _compared(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    for label, tasks in results["comparisons"].items():
-        for task, comparison in tasks.items():
-            yield label, task, comparison
-
-
-def _interval(c: Mapping[str, Any], which: str = "") -> str:
-    return f"[{c[which + 'low']:+.2f}, {c[which + 'high']:+.2f}]"
-
-
-def _verdict(c: Mapping[str, Any]) -> str:
-    """Both intervals decide, where there are several seeds."""
-    low, high = c["low"], c["high"]
-    if c["seeds_low"] is not None:
-        low, high = min(low, c["seeds_low"]), max(high, c["seeds_high"])
-    better, worse = (high < 0, low > 0) if c["metric"] == "wer" else (low > 0, high < 0)
-    return "better" if better else "worse" if worse else "no difference beyond chance"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _pm(spread: Mapping[str, Any] | None) -> str:
-    if spread is None:
-        return "–"
-    return f"{spread['mean']:.2f}" + (f" ± {spread['sd']:.2f}" if spread["sd"] is not None else "")
-
-
-# ------------------------------------------------------------------------------------------------------------ HTML
-
-
-def _page(results: Mapping[str, Any]) -> str:
-    config = results["config"]
-    body = [
-        f"<h1>Merging experiment <em>{escape(config['name'])}</em></h1>",
-        _setting(results),
-        *(_tests(results, task) for task in config["tasks"]),
-        _normalised(results),
-        _comparisons(results),
-        _grids(results),
-        _rest(results),
-        _spectra(results),
-        _reading(results),
-    ]
-    content = "\n".join(part for part in body if part)
-    return document(f"LoRS experiment {config['name']}", _STYLE, f"<body>\n{content}\n</body>")
-
-
-def _setting(results: Mapping[str, Any]) -> str:
-    config = results["config"]
-    data = config["data"]
-    speech = (
-        f"synthetic speech (espeak-ng, condition {escape(data['synth']['condition'])}), {data['train']} training "
-        f"utterances per language"
-        if data["synth"]
-        else escape(str(data["source"]))
-    )
-    settings = {len(grid["tried"]) for grid in results["grids"].values()}
-    reference = results.get("reference")
-    words = ""
-    if reference:
-        words = (
-            f" The merge by the fast kernels and by the reference gave different words in {reference['differing']} of "
-            f"{reference['utterances']} test answers."
-        )
-    return (
-        f"<p>Base <code>{escape(config['base'])}</code>; {speech}; experts {escape(', '.join(config['experts']))}; tasks "
-        f"{', '.join(config['tasks'])}; seeds {', '.join(map(str, config['seeds']))}; "
-        f"{sum(results['utterances'].values())} test "
-        f"answers per model, {results['dropped']} empty references dropped{escape(_without(results))}. Tensors that a method does not decompose: "
-        f"<code>{escape(config['rest'])}</code>. Every method was tried with "
-        f"{' or '.join(map(str, sorted(settings)))} settings on dev, the best by mean WER went to test, "
-        f"once.{words}</p>"
-    )
-
-
-def _table(rows: Sequence[Sequence[str]], merges: Iterable[str] = ()) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    chosen = set(merges)
-    lines = []
-    for row in rows[1:]:
-        kind = ' class="merge"' if row[0] in chosen else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return f'<div class="wrap"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def _tests(results: Mapping[str, Any], task: str) -> str:
-    labels = [
-        "base",
-        "own expert",
-        *results["grids"],
-        *(n for n in ("multi_task", "sequential") if n in results["models"]),
-    ]
-    bars = _bars(results, task, labels)
-    return (
-        f"<h2>Test: {task} ({_UNIT[task]})</h2>{_table(_task_table(results, task), results['grids'])}{bars}"
-        '<p class="note">“own expert” answers each language with the expert of that language; “others” are languages '
-        "without an expert. ± is the standard deviation over seeds.</p>"
-    )
-
-
-def _bars(results: Mapping[str, Any], task: str, labels: Sequence[str]) -> str:
-    languages = results["config"]["languages"]
-    values = {
-        (label, language): results["models"][label]["cells"].get(f"{task}/{language}", {}).get(METRIC[task])
-        for label in labels
-        for language in languages
-    }
-    top = max([v for v in values.values() if v is not None] or [1.0]) or 1.0
-    bar = max(5, min(9, 1000 // (len(languages) * (len(labels) + 2))))
-    width, height = 60 + len(languages) * (len(labels) * bar + 14), 210
-    parts = [f'<svg width="{width}" height="{height + 20 + 16 * len(labels)}" role="img">']
-    for row, label in enumerate(labels):
-        y = height + 22 + 16 * row
-        parts.append(f'<rect x="10" y="{y}" width="10" height="10" fill="{_COLOURS[row % len(_COLOURS)]}"/>')
-        parts.append(f'<text x="26" y="{y + 9}" font-size="11">{escape(label)}</text>')
-    for i, language in enumerate(languages):
-        x = 40 + i * (len(labels) * bar + 14)
-        parts.append(f'<text x="{x}" y="{height + 12}" font-size="11">{escape(language)}</text>')
-        for row, label in enumerate(labels):
-            value = values[label, language]
-            if value is not None:
-                tall = (height - 20) * value / top
-                parts.append(
-                    f'<rect x="{x + row * bar}" y="{height - tall:.1f}" width="{bar - 1}" height="{tall:.1f}" '
-                    f'fill="{_COLOURS[row % len(_COLOURS)]}"><title>{escape(f"{label} {language}")}: '
-                    f"{value:.1f}</title></rect>"
-                )
-    parts.append(
-        f'<text x="2" y="16" font-size="11">{top:.0f}</text><text x="2" y="{height}" font-size="11">0</text></svg>'
-    )
-    return '<div class="wrap">' + "".join(parts) + "</div>"
-
-
-def _without(results: Mapping[str, Any]) -> str:
-    told = LeftOut(**results["left_out"]).told()
-    return f", {told}" if told else ""
-
-
-def _normalised(results: Mapping[str, Any]) -> str:
-    rows = [["model", "normalised performance", "95 %"]]
-    for label, model in results["models"].items():
-        if not label.startswith("expert "):
-            share = model["normalised"]
-            rows.append([label, _pm(share), f"{share['low']:.2f} to {share['high']:.2f}"])
-    flat = sorted({cell for model in results["models"].values() for cell in model["normalised"]["flat"]})
-    without = (
-        f" Experts that gained nothing over the base, in at least one training: {', '.join(flat)}." if flat else ""
-    )
-    return (
-        f"<h2>Normalised performance</h2>{_table(rows, results['grids'])}<p class='note'>What the model gained over the base, "
-        "summed over the experts' languages, as a share of what each language's own expert gained; mean over the tasks. 0 is "
-        "the base, 1 is as good as a model for each language. The interval: speakers, or utterances where the speakers are not "
-        f"known, drawn within each language; the trainings as they are.{escape(without)}</p>"
-    )
-
-
-def _comparisons(results: Mapping[str, Any]) -> str:
-    if not results["comparisons"]:
-        return ""
-    several = len(results["config"]["seeds"]) > 1
-    rows = [["merge", "task", "difference", "over utterances", *["over seeds too"] * several, ""]]
-    for label, task, c in _compared(results):
-        difference = f"{c['difference']:+.2f} {c['metric'].upper()}"
-        intervals = [_interval(c), _interval(c, "seeds_")] if several else [_interval(c)]
-        rows.append([label, task, difference, *intervals, _verdict(c)])
-    return (
-        f"<h2>Against {escape(results['config']['against'])}</h2>{_table(rows)}<p class='note'>95 % intervals of a "
-        "paired bootstrap, means over the experts' languages: test utterances drawn, then test utterances and seeds "
-        "drawn. A few seeds make the second a rough figure, rather too narrow than too wide.</p>"
-    )
-
-
-def _grids(results: Mapping[str, Any]) -> str:
-    if not results["grids"]:
-        return ""
-    rows = [["method", "setting", "dev WER", "chosen by seed"]]
-    for label, grid in results["grids"].items():
-        for record in sorted(grid["tried"], key=lambda r: r["mean"]):
-            seeds = [str(c["seed"]) for c in grid["chosen"] if c["setting"] == record["setting"]]
-            rows.append([label, _words(record["setting"]), _pm(record), ", ".join(seeds)])
-    return f"<h2>What was tried on dev</h2>{_curves(results)}{_table(rows)}"
-
-
-def _words(setting: Mapping[str, Any]) -> str:
-    return ", ".join(f"{'lambda' if name == 'lam' else name} {value}" for name, value in setting.items()) or "–"
-
-
-def _curves(results: Mapping[str, Any]) -> str:
-    """Dev WER over lambda (logarithmic), for each method the best of its other parameters at every lambda."""
-    lines = _lambda_lines(results["grids"])
-    if not lines:
-        return ""
-    points = [point for line in lines.values() for point in line]
-    (left, right), (best, worst) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    width, height = 560, 300
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / left) / (math.log(right / left) or 1.0)
-        return 50 + (width - 70) * across, 20 + (height - 60) * (worst - y) / ((worst - best) or 1.0)
-
-    def text(x: float, y: float, what: str, more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" font-size="11"{more}>{escape(what)}</text>'
-
-    parts = [f'<svg width="{width + 180}" height="{height}" role="img">', text(4, 12, "dev WER")]
-    parts += [text(4, 26, f"{worst:.1f}"), text(4, height - 38, f"{best:.1f}")]
-    parts += [text(width // 2, height - 6, "lambda")]
-    for row, (label, line) in enumerate(lines.items()):
-        colour = _COLOURS[row % len(_COLOURS)]
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y in line:
-            title = f"<title>{escape(label)}: lambda {x}, WER {y:.2f}</title>"
-            cx, cy = place(x, y)
-            parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3" fill="{colour}">{title}</circle>')
-        parts.append(text(width, 30 + 16 * row, label, f' fill="{colour}"'))
-    for tick in (digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)):
-        if left <= tick * 1.001 and tick <= right * 1.001:
-            parts.append(text(place(tick, best)[0], height - 22, f"{tick:g}", ' text-anchor="middle"'))
-    return "".join([*parts, "</svg>"])
-
-
-def _lambda_lines(grids: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    lines = {}
-    for label, grid in grids.items():
-        best: dict[float, float] = {}
-        for record in grid["tried"]:
-            lam = record["setting"].get("lam")
-            if isinstance(lam, (int, float)) and lam > 0:  # no list over the depth
-                best[lam] = min(best.get(lam, math.inf), record["mean"])
-        if len(best) > 1:
-            lines[label] = sorted(best.items())
-    return lines
-
-
-def _rest(results: Mapping[str, Any]) -> str:
-    rows = [["method", "rest", "dev WER"]]
-    for label, grid in results["grids"].items():
-        if grid["rest"]:
-            rows += [[label, grid["chosen"][0]["setting"]["rest"], f"{grid['chosen'][0]['wer']:.2f}"]]
-            rows += [[label, record["setting"]["rest"], f"{record['wer']:.2f}"] for record in grid["rest"]]
-    if len(rows) == 1:
-        return ""
-    return (
-        f"<h2>The tensors that are not decomposed</h2>{_table(rows)}<p class='note'>Embeddings, convolutions, norms and "
-        "biases merged by task arithmetic, averaged, or left at the base; each method at its best setting, first seed, "
-        "dev. Task arithmetic decomposes nothing, so there is nothing for this option to act on.</p>"
-    )
-
-
-def _spectra(results: Mapping[str, Any]) -> str:
-    rows: list[list[str]] = []
-    for language, s in results["spectra"].items():
-        if not rows:
-            rows.append(
-                [
-                    "expert",
-                    *(f"energy r={r}" for r in s["energy"]),
-                    *(f"σ(r+1)/σ(r) r={r}" for r in s["ratio"]),
-                    "share of |δ|² in matrices",
-                ]
-            )
-        rows.append(
-            [
-                language,
-                *(f"{v:.2f}" for v in s["energy"].values()),
-                *(f"{v:.2f}" for v in s["ratio"].values()),
-                f"{s['matrices_share']:.2f}",
-            ]
-        )
-    return (
-        f"<h2>Spectra of the task vectors</h2>{_table(rows)}<p class='note'>Share of a matrix's |δ|² in its "
-        f"first r singular "
-        "triplets and the ratio of neighbouring singular values, means over matrices; a ratio near 1 means "
-        "that rank r cuts "
-        "through a slope, not at a gap. Last column: how much of the whole |δ|² low rank and sparsity act on "
-        "at all.</p>"
-        if rows
-        else ""
-    )
-
-
-def _reading(results: Mapping[str, Any]) -> str:
-    synthetic = bool(results["config"]["data"]["synth"])
-    limits = (
-        "<p>The speech is synthetic, the vocabulary closed (dates and numbers), the model three orders of "
-        "magnitude smaller than "
-        "those in use: the experiment shows that the machinery works and how methods differ <em>here</em>, not "
-        "what they do on "
-        "real speech.</p>"
-        if synthetic
-        else ""
-    )
-    signatures = "".join(
-        f"<li>{escape(name)}: <code>{escape(text)}</code></li>" for name, text in results["signatures"].items()
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    if results["machine"]["commit"]:
-        versions += f"; summed up by commit {results['machine']['commit']}"
-    return (
-        f"<h2>How to read this</h2>{limits}<ul><li>WER: Whisper's normaliser on both sides, errors and "
-        f"reference words summed over "
-        f"the corpus; raw WER, CER, chrF++ are in <code>results.json</code>, every answer in "
-        f"<code>stages/test-*/answers.jsonl</code>."
-        f"</li>{signatures}<li>{escape(versions)}</li></ul>"
-    )

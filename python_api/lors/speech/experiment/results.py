@@ -1,27 +1,26 @@
-"""From the stages' files to the numbers of the report: ``results.json``."""
+"""From answers to the numbers of the report, ``results.json``: from the stages, or again from the answers alone."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...public import public, public_text
 from ..data.left_out import LeftOut
-from ..scoring.metrics import Interval, Statistics, numbered, paired_bootstrap, share_of_gain
+from ..scoring.metrics import Interval, Statistics, holm, numbered, paired_bootstrap, score, share_of_gain
+from .answers import Answers, Rows, read_stage
 from .config import Config
+from .criterion import METRIC
+from .spectra import spectra
+from .tried import spread, tried
 
-__all__ = ["METRIC", "summarise"]
-
-METRIC = {"transcribe": "wer", "translate": "bleu"}
-_RANKS = (1, 2, 4, 8, 16)
-_SPECTRA_MATRICES = 16  # per expert, spread over the depth: enough for a mean, seconds for a large model
+__all__ = ["summarise", "summarise_again"]
 
 Cell = tuple[str, str]  # task, language
 
@@ -35,28 +34,65 @@ class Tested:
 
     @classmethod
     def read(cls, directory: Path) -> Tested:
+        """What a stage counted when it answered."""
         import numpy as np
 
         scores = {(s["task"], s["language"]): s for s in json.loads((directory / "scores.json").read_text("utf-8"))}
-        counted: dict[Cell, list[dict[str, Any]]] = {}
-        for line in (directory / "answers.jsonl").read_text("utf-8").splitlines():
-            row = json.loads(line)
-            counted.setdefault((row["task"], row["language"]), []).append(row)
         sums = {}
-        for cell, rows in counted.items():
+        for cell, rows in _by_cell(read_stage(directory)).items():
             bleu = None if rows[0]["bleu"] is None else np.array([row["bleu"] for row in rows])
             errors, words = np.array([r["errors"] for r in rows]), np.array([r["words"] for r in rows])
             sums[cell] = Statistics(errors, words, bleu, numbered([r.get("speaker") for r in rows]))
         return cls(scores, sums)
 
+    @classmethod
+    def score(cls, rows: Rows, normaliser: str) -> Tested:
+        """The same from the answers alone."""
+        found = cls({}, {})
+        for (task, language), cell in _by_cell(rows).items():
+            summary, sums = score(
+                [row["reference"] for row in cell], [row["hypothesis"] for row in cell],
+                language=language if task == "transcribe" else "en", task=task, kind=normaliser,
+            )  # fmt: skip
+            found.scores[task, language] = asdict(summary)
+            found.statistics[task, language] = replace(sums, speakers=numbered([row.get("speaker") for row in cell]))
+        return found
+
     def only(self, cells: Sequence[Cell]) -> Tested:
         return Tested({c: self.scores[c] for c in cells}, {c: self.statistics[c] for c in cells})
 
 
+def _by_cell(rows: Rows) -> dict[Cell, Rows]:
+    cells: dict[Cell, Rows] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["language"]), []).append(row)
+    return cells
+
+
 def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
     """Everything the report shows, as plain data."""
-    tested = _tested(config, stages)
-    result = {
+    recorded = {
+        "left_out": _left_out(stages["test-base"]),
+        "grids": {label: tried(config, label, stages) for label in config.grids},
+        "spectra": spectra(config, stages),
+    }
+    reference = stages.get(f"test-lors-s{config.seeds[0]}")
+    if reference is not None:
+        recorded["reference"] = json.loads((reference / "reference.json").read_text("utf-8"))
+    return _summary(config, lambda stage: Tested.read(stages[stage]), recorded)
+
+
+def summarise_again(results: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
+    """The same from earlier results and the answers: what is computed from answers is computed again; what dev, the weights
+    and the reference said is taken over."""
+    config = Config(**results["config"])
+    recorded = {name: results[name] for name in ("left_out", "grids", "spectra", "reference") if name in results}
+    return _summary(config, lambda stage: Tested.score(answers.rows(stage), config.normaliser), recorded)
+
+
+def _summary(config: Config, read: Callable[[str], Tested], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    tested = _tested(config, read)
+    return {
         "name": config.name,
         "config": config.model_dump(mode="json") | {"base": public(config.base)},
         "versions": _versions(),
@@ -64,16 +100,10 @@ def summarise(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
         "signatures": _signatures(tested["base"]),
         "utterances": {"/".join(c): s["utterances"] for c, s in _first(tested["base"]).scores.items()},
         "dropped": sum(s["dropped"] for s in _first(tested["base"]).scores.values()),
-        "left_out": _left_out(stages["test-base"]),
         "models": {label: _model(config, runs, tested) for label, runs in tested.items()},
         "comparisons": _comparisons(config, tested),
-        "grids": {label: _grid(config, label, stages) for label in config.grids},
-        "spectra": _spectra(config, stages),
+        **recorded,
     }
-    reference = stages.get(f"test-lors-s{config.seeds[0]}")
-    if reference is not None:
-        result["reference"] = json.loads((reference / "reference.json").read_text("utf-8"))
-    return result
 
 
 def _left_out(directory: Path) -> dict[str, Any]:
@@ -82,21 +112,21 @@ def _left_out(directory: Path) -> dict[str, Any]:
     return dict(json.loads(public_text(file.read_text("utf-8")))) if file.exists() else asdict(LeftOut())
 
 
-def _tested(config: Config, stages: Mapping[str, Path]) -> dict[str, dict[int, Tested]]:
-    """label -> seed -> test results; "own expert" takes each language's answers from that language's expert."""
-    base = Tested.read(stages["test-base"])
+def _tested(config: Config, read: Callable[[str], Tested]) -> dict[str, dict[int, Tested]]:
+    """label -> seed -> test results; "own expert" takes each answer from the expert of that language (and task)."""
+    base = read("test-base")
     found: dict[str, dict[int, Tested]] = {"base": dict.fromkeys(config.seeds, base)}
     labels = [*config.grids]
     labels += ["multi_task"] * (config.multi_task_steps is not None)
     labels += ["sequential"] * (config.sequential_steps is not None)
     for label in labels:
-        found[label] = {seed: Tested.read(stages[f"test-{label}-s{seed}"]) for seed in config.seeds}
+        found[label] = {seed: read(f"test-{label}-s{seed}") for seed in config.seeds}
     own: dict[int, Tested] = {}
-    for language in config.experts:
-        runs = {seed: Tested.read(stages[f"test-expert-{language}-s{seed}"]) for seed in config.seeds}
-        found[f"expert {language}"] = runs
+    for expert in config.trained():
+        runs = {seed: read(f"test-expert-{expert.name}-s{seed}") for seed in config.seeds}
+        found[f"expert {expert.name}"] = runs
         for seed, run in runs.items():
-            part = run.only([(task, language) for task in config.tasks])
+            part = run.only([(task, expert.language) for task in expert.tasks])
             before = own.get(seed, Tested({}, {}))
             own[seed] = Tested({**before.scores, **part.scores}, {**before.statistics, **part.statistics})
     return {"base": found.pop("base"), "own expert": own, **found}
@@ -107,7 +137,6 @@ def _first(runs: Mapping[int, Tested]) -> Tested:
 
 
 def _model(config: Config, runs: Mapping[int, Tested], tested: Mapping[str, Mapping[int, Tested]]) -> dict[str, Any]:
-    others = [language for language in config.languages if language not in config.experts]
     cells = {
         "/".join(cell): {
             name: _mean([run.scores[cell][name] for run in runs.values()])
@@ -118,11 +147,17 @@ def _model(config: Config, runs: Mapping[int, Tested], tested: Mapping[str, Mapp
     }
     groups = {}
     for task in config.tasks:
-        for group, languages in (("experts", config.experts), ("others", others)):
-            values = [_group(run, task, languages) for run in runs.values()] if languages else [None]
+        for group, languages in _groups(config).items():
+            values = [_group(run, task, languages) for run in runs.values()]
             if None not in values:
-                groups[f"{task}/{group}"] = _spread([v for v in values if v is not None])
+                groups[f"{task}/{group}"] = spread([v for v in values if v is not None])
     return {"cells": cells, "means": groups, "normalised": _normalised(config, runs, tested)}
+
+
+def _groups(config: Config) -> dict[str, Sequence[str]]:
+    """The languages with an expert, and those without, if any."""
+    others = [language for language in config.languages if language not in config.experts]
+    return {"experts": config.experts} | ({"others": others} if others else {})
 
 
 def _group(run: Tested, task: str, languages: Iterable[str]) -> float | None:
@@ -156,7 +191,7 @@ def _normalised(
         shares.append(share_of_gain(base, own, model, METRIC[task]))
     means = [_mean([share.seeds[i] for share in shares]) for i in range(len(runs))]
     low, high = Interval.ends(np.mean([share.draws for share in shares], axis=0))
-    return {**_spread(means), "low": low, "high": high, "flat": sorted(flat)}
+    return {**spread(means), "low": low, "high": high, "flat": sorted(flat)}
 
 
 def _of_task(
@@ -176,47 +211,33 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"mean": _mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None, "seeds": values}
-
-
-def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> dict[str, Any]:
-    """Each merge minus `against`: intervals over utterances, over utterances and seeds, and the seeds one by one."""
-    compared = {}
+def _comparisons(config: Config, tested: Mapping[str, Mapping[int, Tested]]) -> list[dict[str, Any]]:
+    """Each merge minus `against`, for each task and group of languages: intervals over utterances, over utterances and seeds,
+    the seeds one by one, and p, also corrected for the number of all these comparisons (Holm)."""
+    rows = []
     for label in config.grids:
         if label == config.against:
             continue
-        pair = tested[label], tested[config.against]
-        compared[label] = {task: _comparison(config, *pair, task) for task in config.tasks}
-    return compared
+        for task in config.tasks:
+            for group, languages in _groups(config).items():
+                sides = tested[label], tested[config.against]
+                about = {"merge": label, "task": task, "group": group, "metric": METRIC[task]}
+                rows.append(about | _comparison(config, *sides, task, languages))
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_holm"] = p
+    return rows
 
 
-def _comparison(config: Config, runs: Mapping[int, Tested], others: Mapping[int, Tested], task: str) -> dict[str, Any]:
-    first, second = (_of_task(side, task, config.experts, config.seeds) for side in (runs, others))
-    metric, cells = METRIC[task], [(task, language) for language in config.experts]
+def _comparison(
+    config: Config, runs: Mapping[int, Tested], others: Mapping[int, Tested], task: str, languages: Sequence[str]
+) -> dict[str, Any]:
+    first, second = (_of_task(side, task, languages, config.seeds) for side in (runs, others))
+    metric, cells = METRIC[task], [(task, language) for language in languages]
     differences = [
         _mean([runs[seed].scores[cell][metric] - others[seed].scores[cell][metric] for cell in cells])
         for seed in config.seeds
     ]
-    return {
-        "metric": metric,
-        **asdict(paired_bootstrap(first, second, metric)),
-        "seeds": _spread(differences),
-    }
-
-
-def _grid(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, Any]:
-    searches = [json.loads((stages[f"dev-{label}-s{seed}"] / "grid.json").read_text("utf-8")) for seed in config.seeds]
-    tried = [
-        {"setting": records[0]["setting"], **_spread([record["wer"] for record in records])}
-        for records in zip(*(search["grid"] for search in searches), strict=True)
-    ]
-    chosen = [
-        {"seed": seed, "setting": search["best"]["setting"], "wer": search["best"]["wer"]}
-        for seed, search in zip(config.seeds, searches, strict=True)
-    ]
-    rest = [{"setting": r["setting"], "wer": r["wer"]} for r in searches[0]["rest"]]
-    return {"tried": tried, "chosen": chosen, "rest": rest}
+    return {**asdict(paired_bootstrap(first, second, metric)), "seeds": spread(differences)}
 
 
 def _signatures(runs: Mapping[int, Tested]) -> dict[str, str]:
@@ -247,33 +268,3 @@ def _commit() -> str | None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _spectra(config: Config, stages: Mapping[str, Path]) -> dict[str, Any]:
-    """Per expert of the first seed: share of |delta|^2 in r triplets, sigma_{r+1} / sigma_r, share in matrices."""
-    import numpy as np
-
-    from ...checkpoints.layers import decomposed
-    from ...checkpoints.reader import open_checkpoint
-    from ..model.whisper import resolve_model
-
-    spectra = {}
-    with open_checkpoint(resolve_model(config.base)) as base:
-        matrices = sorted(decomposed({n: t.shape for n, t in base.tensors.items()}, base.naming, base.config))
-        sampled = matrices[:: max(1, len(matrices) // _SPECTRA_MATRICES)]
-        for language in config.experts:
-            with open_checkpoint(stages[f"expert-{language}-s{config.seeds[0]}"] / "model") as expert:
-
-                def delta(name: str, expert: Any = expert) -> Any:
-                    return expert.read(name).astype(np.float32) - base.read(name).astype(np.float32)
-
-                energy = {name: float(np.square(delta(name)).sum()) for name in base.tensors}
-                values = [np.linalg.svd(delta(n).reshape(base.tensors[n].shape), compute_uv=False) for n in sampled]
-            kept = [np.cumsum(v**2) / np.sum(v**2) for v in values if v.any()]
-            ratios = [v[1:] / v[:-1] for v in values if v.any()]
-            spectra[language] = {
-                "energy": {str(r): float(np.mean([k[r - 1] for k in kept])) for r in _RANKS if r <= len(values[0])},
-                "ratio": {str(r): float(np.mean([q[r - 1] for q in ratios])) for r in _RANKS if r < len(values[0])},
-                "matrices_share": sum(energy[name] for name in matrices) / (sum(energy.values()) or 1.0),
-            }
-    return spectra

@@ -60,7 +60,14 @@ class Stage:
 
     @cached_property  # or else it takes twice as long with every stage below that two others need
     def key(self) -> str:
-        what = [self.version, self.work.__name__, self.parameters, self.identity, [stage.key for stage in self.needs]]
+        # With "_": functions of an earlier module had it, and a name that changes is no reason to do the work again.
+        what = [
+            self.version,
+            f"_{self.work.__name__}",
+            self.parameters,
+            self.identity,
+            [stage.key for stage in self.needs],
+        ]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
     def directory(self, root: Path) -> Path:

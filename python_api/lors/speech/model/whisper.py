@@ -16,7 +16,7 @@ from ...files import strict_json
 from ...files.remote import is_url
 
 __all__ = [
-    "DTYPES", "SHIPPED", "gpus", "load_model", "load_processor", "local_model", "quiet", "require_languages",
+    "DTYPES", "SHIPPED", "gpus", "has_times", "load_model", "load_processor", "local_model", "quiet", "require_languages",
     "resolve_model", "torch_device",
 ]  # fmt: skip
 
@@ -123,6 +123,12 @@ def torch_device(device: str) -> Any:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise LorsError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+def has_times(model: Any) -> bool:
+    """Whether it has tokens for times, which Whisper puts after all others: recordings beyond its window need them."""
+    last = getattr(model.generation_config, "no_timestamps_token_id", None)
+    return last is not None and last + 1 < model.config.vocab_size
 
 
 def gpus(device: str) -> list[str]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import LorsError
 from ...files.file import write_file
@@ -16,15 +16,30 @@ from ...files.writing import writing
 from ...progress import bar
 from ..data.audio import SAMPLE_RATE, duration
 from ..data.corpus import load_corpus
-from ..data.features import Features, kept_in
+from ..data.features import LONG_FORM, Features, kept_in
 from ..data.languages import parse_languages
 from ..data.left_out import SHARE, LeftOut
-from ..data.loading import Loaded, load_in_order, workers_for
+from ..data.loading import load_in_order, workers_for
 from ..data.utterance import Corpus, by_task, parse_tasks
-from ..model.whisper import DTYPES, load_model, load_processor, quiet, require_languages, torch_device
+from ..model.whisper import DTYPES, has_times, load_model, load_processor, quiet, require_languages, torch_device
 from .metrics import NORMALISERS, Interval, Score, Statistics, numbered, paired_bootstrap, score
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["Answer", "Decoder", "Evaluation", "Result", "compare", "evaluate", "make_room", "model_names"]
+
+# Whisper's own algorithm for recordings beyond the window: a window where the last one's times end, and again at a higher
+# temperature where the answer repeats itself or is improbable. Thresholds are those of the paper; 1.35 is 2.4 by tokens.
+_WINDOWS: dict[str, Any] = {
+    "return_timestamps": True,
+    "return_segments": True,
+    "condition_on_prev_tokens": False,
+    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    "compression_ratio_threshold": 1.35,
+    "logprob_threshold": -1.0,
+    "no_speech_threshold": 0.6,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +140,7 @@ def evaluate(
     `data` as for `load_corpus`, like `split` (of a corpus loaded before: all), `limit` (utterances per language, a sample
     by `sample_seed`) and `max_seconds`; `languages` and `tasks` are sequences or text with commas. Decoding is greedy, or by
     `beams` beams, without timestamps, `batch_size` utterances of like length at a time in `dtype` (float32, float16,
-    bfloat16); features are computed by `workers` processes (None: none, and up to 8 for a GPU). Neither `batch_size` nor
+    bfloat16); recordings beyond the model's window, up to an hour, one at a time by Whisper's long-form algorithm; features are computed by `workers` processes (None: none, and up to 8 for a GPU). Neither `batch_size` nor
     `workers` nor `cache`, a directory that keeps features (`Features`; None: one for this call), changes a word in float32.
     `normaliser` as in `metrics`: Whisper's, or "marks". Models are called by the name of their directory, or their path where two names agree. `progress`: a bar on stderr where
     that is a terminal.
@@ -215,8 +230,10 @@ class Decoder:
         left_out: LeftOut | None = None,
         normaliser: str = "whisper",
     ) -> Decoder:
-        """home: of the features; workers None: as many as `workers_for` says."""
-        features = Features(processor.feature_extractor, home)
+        """home: of the features; workers None: as many as `workers_for` says. Recordings beyond the model's window are
+        decoded by a model that has tokens for times."""
+        longest = LONG_FORM if has_times(model) else 0.0
+        features = Features(processor.feature_extractor, home, longest=longest)
         count = workers_for(model.device.type) if workers is None else workers
         return cls(model, processor.tokenizer, features, batch_size, beams, count, left_out or LeftOut(), normaliser)
 
@@ -250,23 +267,31 @@ class Decoder:
         seconds = 0.0
         for batch in load_in_order(part, self.features, self.batch_size, self.workers):
             self.left_out.note(batch.unusable)
-            if batch.rows:
-                began = time.perf_counter()
-                for row, text in zip(batch.rows, self._batch(batch, part[0].language, task), strict=True):
+            began = time.perf_counter()
+            for rows, mel in batch.parts:
+                for row, text in zip(rows, self._decode(mel, part[0].language, task), strict=True):
                     texts[row] = text.strip()
-                seconds += time.perf_counter() - began
+            seconds += time.perf_counter() - began
             if advance is not None:
-                advance(len(batch.rows) + len(batch.unusable))
+                advance(sum(len(rows) for rows, _ in batch.parts) + len(batch.unusable))
         return texts, seconds
 
-    def _batch(self, batch: Loaded, language: str, task: str) -> list[str]:
+    def _decode(self, features: Tensor, language: str, task: str) -> list[str]:
         import torch
 
-        model = self.model
-        with torch.inference_mode():
-            mel = batch.mel.to(model.device, model.dtype)
-            mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
-            tokens = model.generate(mel, attention_mask=mask, language=language, task=task, num_beams=self.beams)
+        long = features.shape[2] > self.features.extractor.nb_max_frames
+        model, options = self.model, {"language": language, "task": task, "num_beams": self.beams}
+        mel = features.to(model.device, model.dtype)
+        options["attention_mask"] = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
+        with torch.inference_mode(), torch.random.fork_rng(enabled=long):
+            if not long:
+                return self._texts(model.generate(mel, **options))
+            torch.manual_seed(0)  # of the fallback, for one recording at a time: the same words whatever the order
+            segments = model.generate(mel, **options, **_WINDOWS)["segments"][0]
+        said = (text.strip() for text in self._texts([part["tokens"].tolist() for part in segments]))
+        return [" ".join(text for text in said if text)]  # Whisper begins a segment with a space, others need not
+
+    def _texts(self, tokens: Any) -> list[str]:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 

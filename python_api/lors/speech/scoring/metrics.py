@@ -11,6 +11,7 @@ not count the spaces between. Raw WER splits the untouched text at white space.
 from __future__ import annotations
 
 import functools
+import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ __all__ = [
     "Interval",
     "Score",
     "Statistics",
+    "holm",
     "metric",
     "normaliser",
     "numbered",
@@ -190,6 +192,8 @@ def _bleu_tokenizer(language: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------- bootstrap
 
+_NOTHING = 1e-9  # points of WER or BLEU: sums of floats that should be 0
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -197,11 +201,14 @@ class Interval:
 
     `low`, `high`: utterances drawn, the trainings as they are. `seeds_low`, `seeds_high`: trainings drawn too; None
     with one training. With S trainings that part of the variance comes out too small by (S - 1) / S.
+    `p`: how likely a difference of this size or more would be without any, two-sided, by a normal distribution with the
+    standard deviation of the resamples, the greater of both; resamples that are counted end at two in their number.
     """
 
     difference: float
     low: float
     high: float
+    p: float
     seeds_low: float | None = None
     seeds_high: float | None = None
 
@@ -275,12 +282,30 @@ def paired_bootstrap(
             points[i] += metric(one[language], name)[0] - metric(two[language], name)[0]
             draws[i] += metric(one[language], name, weights) - metric(two[language], name, weights)
     points, draws = points / len(languages), draws / len(languages)
-    low, high = np.percentile(draws.mean(axis=0), [2.5, 97.5]).tolist()
+    difference, means = float(points.mean()), draws.mean(axis=0)
     if len(first) == 1:
-        return Interval(float(points[0]), low, high)
+        return Interval(difference, *Interval.ends(means), _p(difference, means))
     drawn = generator.integers(len(first), size=(len(first), resamples))
-    wide = np.percentile(np.take_along_axis(draws, drawn, axis=0).mean(axis=0), [2.5, 97.5]).tolist()
-    return Interval(float(points.mean()), low, high, *wide)
+    wide = np.take_along_axis(draws, drawn, axis=0).mean(axis=0)
+    return Interval(difference, *Interval.ends(means), _p(difference, means, wide), *Interval.ends(wide))
+
+
+def _p(difference: float, *draws: NDArray[np.float64]) -> float:
+    deviation = max(float(side.std()) for side in draws)
+    if abs(difference) <= _NOTHING:
+        return 1.0
+    return math.erfc(abs(difference) / deviation / math.sqrt(2)) if deviation > _NOTHING else 0.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction: rejecting what comes out below alpha rejects a true hypothesis with probability alpha at most.
+
+    Of m values, the i-th smallest (from 0) times m - i, at most 1, and no less than the one before it.
+    """
+    corrected, least = [1.0] * len(p), 0.0
+    for i, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        corrected[place] = least = max(least, min(1.0, (len(p) - i) * p[place]))
+    return corrected
 
 
 @dataclass(frozen=True, slots=True)

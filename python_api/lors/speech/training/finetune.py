@@ -81,7 +81,7 @@ def finetune(
     `unusable`. `cache`: a directory that keeps features (`Features`); else they stand beside the checkpoints. `progress`:
     lines, and on a terminal a bar, on stderr.
 
-    Checkpoints stand in ``OUT.checkpoints`` until the end; the same call continues from the last complete one, to the
+    What `training.report_to` TensorBoard is told stays in ``OUT.runs``. Checkpoints stand in ``OUT.checkpoints`` until the end; the same call continues from the last complete one, to the
     weights of a run that was not cut. Started by torchrun or ``accelerate launch`` the processes share the work; else one
     device is used. A step is per_device_train_batch_size x gradient_accumulation_steps x processes utterances, and its loss
     the mean over their tokens, however it is divided.
@@ -94,10 +94,13 @@ def finetune(
     quiet()
     training, wanted, chosen = training or Training(), parse_languages(languages), parse_tasks(tasks)
     torch_device(training.device)
+    training.require_packages()
     if training.metric_for_best_model == "bleu" and (training.eval_steps is None or "translate" not in chosen):
         raise LorsError(
             "metric_for_best_model: bleu is of translation on dev: expected the task translate and eval_steps"
         )
+    if training.metric_for_best_model == "loss" and training.eval_steps is None:
+        raise LorsError("metric_for_best_model: loss is that of dev: expected eval_steps, got none")
     require_languages(model, wanted)
     left_out = LeftOut(unusable)
     corpus = load_corpus(
@@ -120,7 +123,8 @@ def finetune(
             spoken, heard = ([u for u in side if u.language in group] for side in (corpus, held_out))
             target = output.path if group is groups[-1] else final
             shown = progress and first_process()
-            job = Job(start, place, target, spoken, heard, chosen, training, features, left_out, shown)
+            runs = scratch.with_name(f"{out.name}.runs") / place.name
+            job = Job(start, place, target, spoken, heard, chosen, training, features, left_out, shown, runs)
             records.append(_once(job, final / "record.json"))
             start = str(final)
         result = _summary(out, wanted, chosen, records, left_out)

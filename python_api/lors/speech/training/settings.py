@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,23 @@ from ...files.writing import replacing
 __all__ = ["TRAIN", "Training", "write_json"]
 
 TRAIN = ("all", "matrices", "lora")
-BEST = ("wer", "bleu")
+BEST = ("wer", "bleu", "loss")
+OPTIMISERS = {"adamw_torch_fused": None, "adafactor": None, "adamw_8bit": "bitsandbytes"}  # and what they need
+REPORTS = {"none": None, "tensorboard": "tensorboard", "wandb": "wandb"}
 SCHEDULERS = (  # those that need no further settings
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 _POSITIVE = (
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps"),
-    *("early_stopping_patience", "lora_rank", "lora_alpha"),
+    *("early_stopping_patience", "lora_rank", "lora_alpha", "generation_num_beams"),
 )
-
 
 _LATER = {
     *("dataloader_num_workers", "metric_for_best_model", "label_smoothing_factor", "dropout"),
-    *("apply_spec_augment", "freeze_encoder"),
+    *("apply_spec_augment", "freeze_encoder", "fp16", "optim", "report_to", "generation_num_beams"),
 }
-_ELSEWHERE = {"device", "dataloader_num_workers"}
+_ELSEWHERE = {"device", "dataloader_num_workers", "report_to"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,15 @@ class Training:
     seed: int = 0
     device: str = "cpu"
     dataloader_num_workers: int | None = None  # processes that compute features; None: none on cpu, up to 8 for a GPU
-    metric_for_best_model: str = "wer"  # on dev: "wer", or "bleu" of translation
+    metric_for_best_model: str = "wer"  # on dev: "wer", "bleu" of translation, or "loss"
+    generation_num_beams: int = 1  # on dev
     label_smoothing_factor: float = 0.0
     dropout: float = 0.0
     apply_spec_augment: bool = False  # hides a twentieth of the frames, as the configuration of the model says
     freeze_encoder: bool = False
+    fp16: bool = False
+    optim: str = "adamw_torch_fused"
+    report_to: str = "none"
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
@@ -81,11 +87,12 @@ class Training:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
                 raise LorsError(f"{name}: expected a number from 0 to below 1, got {value!r}")
-        if self.metric_for_best_model not in BEST:
-            known = nearest(self.metric_for_best_model, BEST)
-            raise LorsError(
-                f"metric_for_best_model: expected {', '.join(BEST)}, got {self.metric_for_best_model!r}{known}"
-            )
+        for name, choices in (("metric_for_best_model", BEST), ("optim", OPTIMISERS), ("report_to", REPORTS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise LorsError(f"{name}: expected {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+        if self.fp16 and (self.bf16 or self.device == "cpu"):
+            raise LorsError(f"fp16: expected a GPU and no bf16, got device {self.device!r}, bf16 {self.bf16}")
         if self.freeze_encoder and self.train != "all":
             raise LorsError(
                 f"freeze_encoder: expected train 'all', got {self.train!r}, which says itself what is trained"
@@ -98,6 +105,12 @@ class Training:
             raise LorsError(f"dataloader_num_workers: expected an integer of at least 0, got {workers!r}")
         if self.device not in ("cpu", "cuda"):
             raise LorsError(f"device: training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}")
+
+    def require_packages(self) -> None:
+        """LorsError that names what is not installed here and is needed for these settings alone."""
+        for name, package in (("optim", OPTIMISERS[self.optim]), ("report_to", REPORTS[self.report_to])):
+            if package is not None and find_spec(package) is None:
+                raise LorsError(f"{name}: {getattr(self, name)} needs {package}: pip install {package}")
 
     def record(self) -> dict[str, Any]:
         """All of it; of what was added after the first release only what is not the default, so that keys of stages stay."""

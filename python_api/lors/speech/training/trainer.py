@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from transformers.trainer_callback import PrinterCallback
 
@@ -40,6 +41,7 @@ from ..data.utterance import Corpus, by_task
 from ..model.tokens import labels
 from ..model.whisper import load_model, load_processor
 from ..scoring.evaluation import Decoder
+from ..scoring.loss import summed_loss
 from ..scoring.metrics import score
 from .settings import Training, write_json
 
@@ -80,6 +82,7 @@ class Job:
     features: Path
     left_out: LeftOut
     progress: bool
+    runs: Path  # of TensorBoard
 
     def run(self) -> Record:
         """Trains, from the last complete checkpoint where there is one."""
@@ -92,9 +95,14 @@ class Job:
         checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
         arguments = _arguments(self.training, self.scratch)
         dev = _DevSet.of(
-            self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out
-        )
+            self.dev, self.tasks, processor, self.features, arguments.dataloader_num_workers, self.left_out,
+            self.training.generation_num_beams,
+            self.training.metric_for_best_model == "loss",
+        )  # fmt: skip
         trainer = _trainer(_trainable(model, self.training), arguments, self.training, data, dev)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self.runs)  # not among the checkpoints, which go
         if checkpoint is not None and checkpoint.finished:
             trainer._load_from_checkpoint(str(checkpoint.best))  # train() would take one step more
             steps, loss = checkpoint.step, None
@@ -229,7 +237,7 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         lr_scheduler_type=t.lr_scheduler_type,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=t.optim,
         save_strategy="steps",
         save_steps=t.eval_steps or t.save_steps,
         save_total_limit=2,
@@ -240,12 +248,13 @@ def _arguments(t: Training, scratch: Path) -> Seq2SeqTrainingArguments:
         metric_for_best_model=t.metric_for_best_model,
         greater_is_better=t.metric_for_best_model == "bleu",
         bf16=t.bf16,
+        fp16=t.fp16,
         seed=t.seed,
         data_seed=t.seed,
         use_cpu=t.device == "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=t.report_to,
         log_level_replica="error",  # of other processes: what the first one says is enough
         logging_steps=_LOG_STEPS,
         disable_tqdm=True,
@@ -272,6 +281,7 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         told = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []
         told += [f"dev WER {logs['eval_wer']:.2f} %"] if "eval_wer" in logs else []
+        told += [f"dev loss {logs['eval_loss']:.3f}"] if "eval_loss" in logs else []
         if told:
             line = f"{self._label}: step {state.global_step} of {state.max_steps}: {', '.join(told)}"
             print(printable(line), file=sys.stderr)
@@ -397,6 +407,8 @@ class _DevSet:
     home: Path
     workers: int
     left_out: LeftOut
+    beams: int
+    with_loss: bool
 
     @classmethod
     def of(cls, corpus: Corpus, tasks: Sequence[str], *rest: Any) -> _DevSet:
@@ -409,9 +421,12 @@ class _DevSet:
         return cls(parts, *rest)
 
     def scores(self, model: Any, accelerator: Any) -> dict[str, float]:
-        """`wer`, mean over languages and tasks; `bleu`, mean over the languages that are translated, if any."""
-        decoder = Decoder.of(model, self.processor, self.home, workers=self.workers, left_out=self.left_out)
-        found = []
+        """`wer`, mean over languages and tasks; `bleu`, mean over the languages that are translated, if any; `loss` where it
+        is asked for, mean over languages and tasks."""
+        decoder = Decoder.of(
+            model, self.processor, self.home, beams=self.beams, workers=self.workers, left_out=self.left_out
+        )
+        found, losses = [], []
         for task, language, part in self.parts:
             mine = range(accelerator.process_index, len(part), accelerator.num_processes)
             texts = decoder.transcribe([part[i] for i in mine], task)[0] if mine else []
@@ -419,6 +434,11 @@ class _DevSet:
             answers = [(u.reference(task) or "", said[i]) for i, u in enumerate(part) if said[i] is not None]
             target = language if task == "transcribe" else "en"
             found.append(score(*map(list, zip(*answers, strict=True)), language=target, task=task)[0])
+            if self.with_loss:
+                sums = gather_object([summed_loss(decoder, [part[i] for i in mine], task)] if mine else [])
+                losses.append(sum(total for total, _ in sums) / sum(count for _, count in sums))
         bleu = [one.bleu for one in found if one.bleu is not None]
         means = {"wer": sum(one.wer for one in found) / len(found)}
+        if losses:
+            means["loss"] = sum(losses) / len(losses)
         return means | ({"bleu": sum(bleu) / len(bleu)} if bleu else {})

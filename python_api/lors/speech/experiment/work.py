@@ -1,0 +1,208 @@
+"""What the stages of the experiment do: each fills its directory from those of the stages that it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data.corpus import load_corpus
+from ..data.left_out import SHARE, LeftOut
+from ..data.utterance import Corpus, by_task
+from ..scoring.evaluation import Decoder
+from .config import Setting
+from .criterion import CRITERIA, measured
+from .merged import Merger, with_rest
+from .variants import weights
+
+__all__ = ["bounds", "finetune", "search", "synthesise", "test_merge", "test_model"]
+
+_RESTS = ("task_arithmetic", "average", "base")
+
+Inputs = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Parameters of every stage that decodes a split: which utterances, and how."""
+
+    data: Setting
+    languages: Sequence[str]
+    tasks: Sequence[str]
+    batch_size: int
+    device: str
+    dtype: str = "float32"
+    beams: int = 1
+    normaliser: str = "whisper"
+    left_out: LeftOut = field(default_factory=lambda: LeftOut(SHARE))
+
+    def corpus(self, inputs: Inputs, split: str) -> Corpus:
+        return _load(self.data, inputs, self.languages, split, self.left_out)
+
+    def decoder(self, out: Path, network: Any, processor: Any) -> Decoder:
+        return Decoder.of(
+            network, processor, _features(out), self.batch_size, self.beams, left_out=self.left_out,
+            normaliser=self.normaliser,
+        )  # fmt: skip
+
+    def model(self, out: Path, source: str | Path) -> Decoder:
+        from ..model.whisper import load_model, load_processor
+
+        return self.decoder(out, load_model(source, device=self.device, dtype=self.dtype), load_processor(source))
+
+    def parts(self, corpus: Corpus) -> Iterator[tuple[str, Corpus]]:
+        """(task, utterances of one language) for each cell."""
+        for task in self.tasks:
+            for language in dict.fromkeys(u.language for u in corpus):
+                yield task, by_task((u for u in corpus if u.language == language), task)
+
+
+def synthesise(
+    out: Path, _: Inputs, *, experts: Sequence[str], languages: Sequence[str], sizes: Mapping[str, int],
+    condition: str, seed: int,
+) -> None:  # fmt: skip
+    from ..data.synth import speak
+
+    # Only the experts' languages need training speech.
+    others = [language for language in languages if language not in experts]
+    speak(out, [(experts, sizes), (others, {"test": sizes["test"]})], condition, seed, workers=2)
+
+
+def finetune(
+    out: Path, inputs: Inputs, *, base: str, data: Setting, languages: Sequence[str], tasks: Sequence[str],
+    training: Setting, sequential: bool,
+) -> None:  # fmt: skip
+    from ..training.finetune import finetune
+    from ..training.settings import Training
+
+    finetune(
+        base,
+        out / "model",
+        data=_load(data, inputs, languages, "train", LeftOut(SHARE)),
+        dev=_load(data, inputs, languages, "dev", LeftOut(SHARE)) if training.get("eval_steps") else None,
+        unusable=SHARE,
+        languages=languages,
+        tasks=tasks,
+        training=Training(**training),
+        sequential=sequential,
+        cache=_features(out),
+        force=True,
+        progress=True,
+    )
+
+
+def test_model(out: Path, inputs: Inputs, *, model: str | None, **decoded: Any) -> None:
+    """The answers of a model, or of the one that the stage needs."""
+    how = _Decoded(**decoded)
+    trained = next((path / "model" for name, path in inputs.items() if name != "corpus"), None)
+    corpus = how.corpus(inputs, "test")
+    _write_answers(out, how, how.model(out, str(trained) if model is None else model), corpus)
+
+
+def bounds(out: Path, inputs: Inputs, *, base: str, criterion: str, experts: Sequence[Any], **decoded: Any) -> None:
+    """``bounds.json``: the cells, on dev, of the base and of each language's own expert. experts: (stage, language, tasks)."""
+    how = _Decoded(**decoded)
+    corpus = how.corpus(inputs, "dev")
+    cells = {"base": measured(CRITERIA[criterion], how.model(out, base), how.parts(corpus)), "own": {}}
+    for stage, language, tasks in experts:
+        decoder = how.model(out, inputs[stage] / "model")
+        parts = [(task, by_task((u for u in corpus if u.language == language), task)) for task in tasks]
+        cells["own"] |= measured(CRITERIA[criterion], decoder, parts)
+    how.left_out.require_few(out.name, len(corpus))
+    (out / "bounds.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
+
+
+def search(
+    out: Path, inputs: Inputs, *, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
+    criterion: str = "wer", **decoded: Any,
+) -> None:  # fmt: skip
+    """``grid.json``: what the criterion says of every setting; the best is first in the list of ties."""
+    how, judge = _Decoded(**decoded), CRITERIA[criterion]
+    merger = Merger.load(base, inputs, how.device, how.dtype)
+    corpus = how.corpus(inputs, "dev")
+    decoder = how.decoder(out, merger.network, merger.processor)
+    limits: dict[str, Any] = {"base": {}, "own": {}}
+    if judge.relative:
+        directory = next(path for name, path in inputs.items() if name.startswith("bounds-"))
+        limits = json.loads((directory / "bounds.json").read_text("utf-8"))
+
+    def tried(setting: Setting) -> Setting:
+        path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
+        if not path.exists():
+            merger.holding(weights(merger, method, setting))
+            cells = measured(judge, decoder, how.parts(corpus))
+            total = judge.total(cells, limits["base"], limits["own"])
+            path.write_text(json.dumps({"setting": setting, criterion: total, "cells": cells}), "utf-8")
+        return dict(json.loads(path.read_text("utf-8")))
+
+    grid = [tried(with_rest(method, setting, rest)) for setting in settings]
+    best = grid[judge.best([record[criterion] for record in grid])]
+    others = []
+    if compare_rest and "rest" in best["setting"]:
+        others = [tried({**best["setting"], "rest": r}) for r in _RESTS if r != rest]
+    how.left_out.require_few(out.name, len(corpus))
+    (out / "grid.json").write_text(json.dumps({"grid": grid, "best": best, "rest": others}, indent=1) + "\n", "utf-8")
+
+
+def test_merge(
+    out: Path, inputs: Inputs, *, base: str, method: str, rest: str, check_reference: bool, **decoded: Any
+) -> None:
+    """The answers of the merge that dev chose."""
+    how = _Decoded(**decoded)
+    merger = Merger.load(base, inputs, how.device, how.dtype)
+    chosen = next(path for name, path in inputs.items() if name.startswith("dev-"))
+    setting = with_rest(method, json.loads((chosen / "grid.json").read_text("utf-8"))["best"]["setting"], rest)
+    corpus = how.corpus(inputs, "test")
+    decoder = how.decoder(out, merger.network, merger.processor)
+    merger.holding(weights(merger, method, setting))
+    answers = _write_answers(out, how, decoder, corpus)
+    if check_reference:
+        merger.holding(weights(merger, method, setting, backend="reference"))
+        again = _write_answers(out / "reference", how, decoder, corpus)
+        differing = sum(a != b for a, b in zip(answers, again, strict=True))
+        record = {"utterances": len(answers), "differing": differing}
+        (out / "reference.json").write_text(json.dumps(record) + "\n", "utf-8")
+
+
+def _load(data: Setting, inputs: Inputs, languages: Sequence[str], split: str, left_out: LeftOut) -> Corpus:
+    return load_corpus(
+        inputs.get("corpus", data["source"]),
+        languages=languages,
+        split=split,
+        limit=data[split],
+        max_seconds=data["max_seconds"],
+        seed=data.get("sample_seed", 0),
+        left_out=left_out,
+    )
+
+
+def _write_answers(out: Path, how: _Decoded, decoder: Decoder, corpus: Corpus) -> list[str]:
+    """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``; ``left_out.json``. Returns the answers."""
+    out.mkdir(exist_ok=True)
+    scores, lines = [], []
+    for task, part in how.parts(corpus):
+        r = decoder.result("", part, task)
+        scores.append({"task": task, "language": r.language, **asdict(r.score), "real_time_factor": r.real_time_factor})
+        speakers = {u.id: u.speaker for u in part if u.speaker is not None}
+        for i, answer in enumerate(r.answers):
+            bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
+            counted: dict[str, Any] = {
+                "errors": int(r.statistics.errors[i]),
+                "words": int(r.statistics.words[i]),
+                "bleu": bleu,
+            }
+            said = {"speaker": speakers[answer.id]} if answer.id in speakers else {}
+            lines.append({"task": task, "language": r.language, **asdict(answer), **counted, **said})
+    decoder.left_out.require_few(out.name, len(corpus))
+    with (out / "answers.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
+    (out / "left_out.json").write_text(json.dumps(asdict(decoder.left_out), indent=1) + "\n", "utf-8")
+    return [line["hypothesis"] for line in lines]
+
+
+def _features(out: Path) -> Path:
+    """The directory of features that all stages share."""
+    return next(parent for parent in out.parents if parent.name == "stages").parent / "features"
