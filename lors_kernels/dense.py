@@ -149,16 +149,17 @@ def _scale(x: Tensor) -> float:
 def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:
     """(B + eps P) (S + eps I)^-1 in float64, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n].
 
-    S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares problem with a ridge towards P comes
-    down to. A matrix that the ridge does not make positive definite raises torch.linalg.LinAlgError. By Cholesky.
+    S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares
+    problem with a ridge towards P comes down to. A matrix that the ridge does not make positive definite raises
+    torch.linalg.LinAlgError. By Cholesky.
     """
     import torch
 
-    total = gram.double()
+    total = gram.to(torch.float64, copy=True)
     epsilon = ridge * float(total.trace()) / len(total)
-    total = total + epsilon * torch.eye(len(total), dtype=total.dtype, device=total.device)
-    right = product.double().add(goal, alpha=epsilon)
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total)).T
+    total.diagonal().add_(epsilon)
+    right = product.to(torch.float64, copy=True).add_(goal, alpha=epsilon)
+    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total, out=total)).T
 
 
 def boosted(sigma: Tensor, share: float) -> Tensor:

@@ -21,7 +21,7 @@ from ..files.file import OutputFile
 from ..files.replaceable import STATISTICS
 from ..files.strict_json import parse
 
-__all__ = ["read_statistics", "write_statistics"]
+__all__ = ["read_statistics", "require_statistics", "write_statistics"]
 
 KEY = "lors.statistics"
 
@@ -35,9 +35,8 @@ def write_statistics(
     for key, mean in means.items():
         variance = np.diagonal(mean).astype(np.float64)
         scale = np.sqrt(np.where(variance > 0, variance, 1.0))
-        rows, columns = np.tril_indices(len(mean), -1)
         arrays[f"{key}:variance"] = variance.astype(np.float32)
-        arrays[f"{key}:lower"] = (mean[rows, columns] / scale[rows] / scale[columns]).astype(np.float16)
+        arrays[f"{key}:lower"] = (mean / scale / scale[:, None])[np.tri(len(mean), k=-1, dtype=bool)].astype(np.float16)
     with OutputFile(out, STATISTICS, force=force) as file:
         layout = [(key, array.dtype, array.shape) for key, array in arrays.items()]
         with WeightWriter(
@@ -49,10 +48,15 @@ def write_statistics(
         file.commit()
 
 
-def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
-    """C [n, n] float64 of the inputs of a tensor [m, n]; LorsError unless the file has it."""
+def require_statistics(path: str) -> None:
+    """LorsError unless there is such a file; what is in it is looked at when it is read."""
     if not Path(path).is_file():
         raise LorsError(f"{path}: expected a file of statistics, there is none")
+
+
+def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarray:
+    """C [n, n] float64 of the inputs of a tensor [m, n]; LorsError unless the file has it."""
+    require_statistics(path)
     with open_checkpoint(path) as file:
         if KEY not in file.metadata:
             raise LorsError(f"{path}: expected statistics, as `lors calibrate` writes them")
@@ -70,8 +74,11 @@ def read_statistics(path: str, tensor: str, shape: tuple[int, ...]) -> np.ndarra
         variance, below = (file.read(name).astype(np.float64) for name in names)
     if not (np.isfinite(below).all() and (variance >= 0).all() and np.isfinite(variance).all()):
         raise LorsError(f"{path}: {inputs[tensor]}: expected finite values and variances of at least 0")
+    mean = np.zeros((n, n))
+    mean[np.tri(n, k=-1, dtype=bool)] = below
+    mean += mean.T
     scale = np.sqrt(variance)
-    mean = np.diag(variance)
-    rows, columns = np.tril_indices(n, -1)
-    mean[rows, columns] = mean[columns, rows] = below * scale[rows] * scale[columns]
+    mean *= scale
+    mean *= scale[:, None]
+    np.fill_diagonal(mean, variance)
     return mean

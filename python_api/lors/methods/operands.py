@@ -207,10 +207,17 @@ class Operands:
         factors = self.experts[t].factors(self.name)
         if factors is not None:
             return self.tensor(factors.exact())
-        base, tuned = (self.tensor(self.float32(x)) for x in self.pair(t))
-        delta = tuned - base
+        delta = self.difference(t)
         self.check(t, delta)
         return delta.double()
+
+    def difference(self, t: int) -> Tensor:
+        """The same in float32, and whether it is finite is for the caller to `check`."""
+        factors = self.experts[t].factors(self.name)
+        if factors is not None:
+            return self.tensor(factors.matrix())
+        base, tuned = (self.tensor(self.float32(x)) for x in self.pair(t))
+        return tuned - base
 
     def svd(self, t: int, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of

@@ -19,7 +19,7 @@ from lors_kernels.dense import ridge_quotient
 from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
-from ..experts.statistics import read_statistics
+from ..experts.statistics import read_statistics, require_statistics
 from ..recipes.parameters import MethodSpec, ParameterSpec
 from .base import LAMBDA, WEIGHT, Method
 from .operands import Combination, Operands
@@ -35,18 +35,21 @@ RIDGE = ParameterSpec(
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
     chosen = [(t, model["weight"], model["statistics"]) for t, model in enumerate(models) if model["weight"]]
+    for _, _, path in chosen:
+        require_statistics(path)
 
     def update(operands: Operands) -> Any:
         import torch
 
-        gram: Any = 0.0
+        gram: Any = None
         product: Any = 0.0
         total: Any = 0.0
         for t, weight, path in chosen:
             delta = weight * operands.delta(t)
             mean = torch.from_numpy(read_statistics(path, operands.name, operands.spec.shape)).to(delta.device)
-            own = shrunk(mean, shared["alpha"])
-            gram, product, total = gram + own, product + delta @ own, total + delta
+            shrink(mean, shared["alpha"])
+            product, total = product + delta @ mean, total + delta
+            gram = mean if gram is None else gram.add_(mean)
         try:
             return shared["lambda"] * ridge_quotient(product, gram, total / len(chosen), shared["ridge"])
         except torch.linalg.LinAlgError:
@@ -66,9 +69,10 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     return merge
 
 
-def shrunk(mean: Any, alpha: float) -> Any:
-    """The entries off the diagonal times alpha."""
-    return alpha * mean + (1 - alpha) * mean.diagonal().diag()
+def shrink(mean: Any, alpha: float) -> None:
+    """The entries off the diagonal times alpha, in place."""
+    variance = mean.diagonal().clone()
+    mean.mul_(alpha).diagonal().copy_(variance)
 
 
 METHOD = Method(

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lors_kernels.dense import ridge_quotient
+from lors_kernels.precision import full_precision
 from lors_kernels.threads import one_torch_thread
 
-from ..recipes.parameters import MethodSpec, ParameterSpec
+from ..recipes.parameters import LARGEST, MethodSpec, ParameterSpec
 from .base import LAMBDA, WEIGHT, Method
 from .operands import Combination, Operands
 
@@ -32,6 +33,7 @@ TOWARDS = ParameterSpec(
     choices=("sum", "mean"),
     help="P: the sum of the task vectors, or their mean",
 )
+SMALLEST = 2.0**-126  # of what float32 holds to its full precision
 BLOCK = 512  # columns of a triangle that are computed together
 
 
@@ -45,11 +47,13 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         m, n = operands.spec.shape
         gram: Any = None
         for t, weight in weights.items():
-            delta = operands.delta(t)
-            norm = float(torch.linalg.vector_norm(delta))
-            if not norm:
+            delta = operands.difference(t)
+            length = torch.linalg.vector_norm(delta, dtype=torch.float64)
+            operands.check(t, length)
+            if not (norm := float(length)):
                 continue
-            unit = (delta / norm).float()  # whose products neither over- nor underflow
+            # of length 1, so that products neither over- nor underflow
+            unit = delta.div_(norm) if SMALLEST < norm < LARGEST else (delta.double() / norm).float()
             if gram is None:
                 gram, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
             total.add_(unit, alpha=weight * norm)
@@ -67,7 +71,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         return shared["lambda"] * ridge_quotient(product, gram, goal, shared["ridge"])
 
     def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        with one_torch_thread():
+        with one_torch_thread(), full_precision():
             found = update(operands)
             moved = operands.out(operands.base()) if found is None else operands.moved(found)
         yield 0, moved

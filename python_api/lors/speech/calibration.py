@@ -19,7 +19,7 @@ from ..errors import LorsError
 from ..experts.statistics import write_statistics
 from ..files.writing import writing
 from ..methods import SPECS
-from ..methods.regmean import shrunk
+from ..methods.regmean import shrink
 from ..progress import bar
 from .data.corpus import load_corpus
 from .data.features import Features, kept_in
@@ -195,7 +195,9 @@ def merge(models: Mapping[str, Any], module: str, means: Sequence[Tensor]) -> No
 
     alpha, ridge = (float(SPECS["regmean"].parameter(name).default) for name in ("alpha", "ridge"))  # type: ignore[union-attr, arg-type]
     weights = [model.get_submodule(module).weight for model in models.values()]
-    own = [shrunk(mean.double(), alpha) for mean in means]
+    own = [mean.double() for mean in means]
+    for mean in own:
+        shrink(mean, alpha)
     product: Any = sum(weight.double() @ gram for weight, gram in zip(weights, own, strict=True))
     goal: Any = sum(weight.double() for weight in weights) / len(weights)
     merged = ridge_quotient(product, sum(own), goal, ridge)  # type: ignore[arg-type]
