@@ -19,6 +19,7 @@ from lors.engine.gpu import DeviceRun
 from lors.engine.work import Piece, Work
 from lors.errors import LorsError
 from lors.experts.source import Spec
+from lors.experts.statistics import write_statistics
 from lors.merging.on_disk import merge_recipe
 from lors.methods import METHODS, SPECS
 from lors.recipes.recipe import Recipe
@@ -69,8 +70,23 @@ def experts_of(method: str, sources: Mapping[str, Any]) -> dict[str, Any]:
     return {name: sources[name] for name in EXPERTS[: 1 if method == "slerp" else None]}
 
 
-def settings_of(method: str) -> dict[str, Any]:
-    return SETTINGS.get(method, {})
+def settings_of(method: str, family: Mapping[str, Path]) -> dict[str, Any]:
+    if method != "regmean":
+        return SETTINGS.get(method, {})
+    files = {t: str(family["base"].parent / f"{t}.stats.safetensors") for t in EXPERTS}
+    for seed, path in enumerate(files.values()):
+        write_made_up(Path(path), state(family["base"]), seed)
+    return {"weight": WEIGHT, "statistics": files}
+
+
+def write_made_up(path: Path, tensors: Mapping[str, np.ndarray], seed: int) -> None:
+    """What layers may have read: one key for each number of columns."""
+    widths = {name: x.shape[1] for name, x in tensors.items() if x.ndim == 2}
+    means = {}
+    for width in set(widths.values()):
+        read = np.random.default_rng([seed, width]).standard_normal((2 * width, width))
+        means[f"k{width}"] = (read.T @ read / len(read)).astype(np.float32)
+    write_statistics(path, "made up", "made up", {n: f"k{w}" for n, w in widths.items()}, means, force=True)
 
 
 def assert_close(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], base: Mapping[str, Any]) -> None:
@@ -89,7 +105,7 @@ def assert_close(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarra
 def test_every_method_from_files_on_two_devices(
     method: str, family: dict[str, Path], tmp_path: Path, everything: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, experts, settings = family["base"], experts_of(method, family), settings_of(method)
+    base, experts, settings = family["base"], experts_of(method, family), settings_of(method, family)
     lors.merge(base, experts, tmp_path / "cpu", method, **settings)
     cuda = two_devices(monkeypatch)
     compute = gpu.rounded
@@ -111,7 +127,7 @@ def test_every_method_where_the_tensors_are(method: str, count: int, family: dic
 
     states = {name: state(path) for name, path in family.items()}
     there = {name: {key: to_torch(x.copy()) for key, x in values.items()} for name, values in states.items()}
-    settings = settings_of(method)
+    settings = settings_of(method, family)
     wanted = lors.merge_state_dicts(states["base"], experts_of(method, states), method, **settings)
     with pytest.MonkeyPatch.context() as patch:
         if count > 1:
@@ -129,7 +145,7 @@ def test_a_tensor_that_does_not_fit_is_looked_at_in_parts(
     base = {"embed.weight": rng.standard_normal((40, 70)).astype(np.float32)}
     experts = {t: {"embed.weight": base["embed.weight"] + 0.01 * rng.standard_normal((40, 70))} for t in EXPERTS}
     experts = {t: {name: x.astype(np.float32) for name, x in tensors.items()} for t, tensors in experts.items()}
-    experts, settings = experts_of(method, experts), settings_of(method) | {"filter_wise": method == "model_stock"}
+    experts, settings = experts_of(method, experts), SETTINGS[method] | {"filter_wise": method == "model_stock"}
     settings.pop("filter_wise") if method != "model_stock" else None
     wanted = lors.merge_state_dicts(base, experts, method, **settings)
     brought: list[int] = []
@@ -151,18 +167,18 @@ def test_a_method_that_runs_out_of_memory_looks_at_parts(
     wanted = lors.merge_state_dicts(states["a"], experts, "ties", density=0.5)
     operands, failed = DeviceRun.operands, []
 
-    def scarce(self: Any, work: Any, there: Any) -> Any:
+    def scarce(self: Any, work: Any, sources: Any, there: Any) -> Any:
         if there is not None:
             failed.append(1)
             raise torch.cuda.OutOfMemoryError("tried to allocate")
-        return operands(self, work, there)
+        return operands(self, work, sources, there)
 
     monkeypatch.setattr(DeviceRun, "operands", scarce)
     two_devices(monkeypatch)
     found = lors.merge_state_dicts(states["a"], experts, "ties", density=0.5, device="cuda:0")
     assert failed == [1] and everything == ["embed.weight"]
     np.testing.assert_array_equal(found["embed.weight"], wanted["embed.weight"])
-    monkeypatch.setattr(DeviceRun, "operands", lambda self, work, there: scarce(self, work, ()))
+    monkeypatch.setattr(DeviceRun, "operands", lambda self, work, sources, there: scarce(self, work, sources, ()))
     with pytest.raises(LorsError, match=r"cuda:0: out of memory for tensor 'embed.weight' \[9, 9\] alone"):
         lors.merge_state_dicts(states["a"], experts, "ties", density=0.5, device="cuda:0")
 
