@@ -11,6 +11,7 @@ import pytest
 
 import lors
 import tiny
+from calibrated import statistics
 from experts import EXPERTS, files, state
 from fake_cuda import late, two_devices
 from lors.engine import batches, gpu
@@ -41,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.3},
     "tsv": {"weight": WEIGHT},
     "iso_c": {"weight": WEIGHT},
+    "iso_cts": {"weight": WEIGHT},
+    "wudi": {"weight": WEIGHT},
 }
 ON_DEVICE = [name for name, method in METHODS.items() if method.on_device]
 
@@ -69,7 +72,9 @@ def experts_of(method: str, sources: Mapping[str, Any]) -> dict[str, Any]:
     return {name: sources[name] for name in EXPERTS[: 1 if method == "slerp" else None]}
 
 
-def settings_of(method: str) -> dict[str, Any]:
+def settings_of(method: str, family: Mapping[str, Path]) -> dict[str, Any]:
+    if method == "regmean":
+        return {"statistics": statistics(family["base"].parent, EXPERTS, tiny.shapes()), "weight": WEIGHT}
     return SETTINGS.get(method, {})
 
 
@@ -89,7 +94,7 @@ def assert_close(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarra
 def test_every_method_from_files_on_two_devices(
     method: str, family: dict[str, Path], tmp_path: Path, everything: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, experts, settings = family["base"], experts_of(method, family), settings_of(method)
+    base, experts, settings = family["base"], experts_of(method, family), settings_of(method, family)
     lors.merge(base, experts, tmp_path / "cpu", method, **settings)
     cuda = two_devices(monkeypatch)
     compute = gpu.rounded
@@ -111,7 +116,7 @@ def test_every_method_where_the_tensors_are(method: str, count: int, family: dic
 
     states = {name: state(path) for name, path in family.items()}
     there = {name: {key: to_torch(x.copy()) for key, x in values.items()} for name, values in states.items()}
-    settings = settings_of(method)
+    settings = settings_of(method, family)
     wanted = lors.merge_state_dicts(states["base"], experts_of(method, states), method, **settings)
     with pytest.MonkeyPatch.context() as patch:
         if count > 1:
@@ -129,8 +134,7 @@ def test_a_tensor_that_does_not_fit_is_looked_at_in_parts(
     base = {"embed.weight": rng.standard_normal((40, 70)).astype(np.float32)}
     experts = {t: {"embed.weight": base["embed.weight"] + 0.01 * rng.standard_normal((40, 70))} for t in EXPERTS}
     experts = {t: {name: x.astype(np.float32) for name, x in tensors.items()} for t, tensors in experts.items()}
-    experts, settings = experts_of(method, experts), settings_of(method) | {"filter_wise": method == "model_stock"}
-    settings.pop("filter_wise") if method != "model_stock" else None
+    experts, settings = experts_of(method, experts), dict(SETTINGS[method])
     wanted = lors.merge_state_dicts(base, experts, method, **settings)
     brought: list[int] = []
     bring = DeviceRun.bring
@@ -151,18 +155,18 @@ def test_a_method_that_runs_out_of_memory_looks_at_parts(
     wanted = lors.merge_state_dicts(states["a"], experts, "ties", density=0.5)
     operands, failed = DeviceRun.operands, []
 
-    def scarce(self: Any, work: Any, there: Any) -> Any:
+    def scarce(self: Any, work: Any, sources: Any, there: Any) -> Any:
         if there is not None:
             failed.append(1)
             raise torch.cuda.OutOfMemoryError("tried to allocate")
-        return operands(self, work, there)
+        return operands(self, work, sources, there)
 
     monkeypatch.setattr(DeviceRun, "operands", scarce)
     two_devices(monkeypatch)
     found = lors.merge_state_dicts(states["a"], experts, "ties", density=0.5, device="cuda:0")
     assert failed == [1] and everything == ["embed.weight"]
     np.testing.assert_array_equal(found["embed.weight"], wanted["embed.weight"])
-    monkeypatch.setattr(DeviceRun, "operands", lambda self, work, there: scarce(self, work, ()))
+    monkeypatch.setattr(DeviceRun, "operands", lambda self, work, sources, there: scarce(self, work, sources, ()))
     with pytest.raises(LorsError, match=r"cuda:0: out of memory for tensor 'embed.weight' \[9, 9\] alone"):
         lors.merge_state_dicts(states["a"], experts, "ties", density=0.5, device="cuda:0")
 
