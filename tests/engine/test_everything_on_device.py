@@ -11,6 +11,7 @@ import pytest
 
 import lors
 import tiny
+from calibrated import statistics
 from experts import EXPERTS, files, state
 from fake_cuda import late, two_devices
 from lors.engine import batches, gpu
@@ -19,7 +20,6 @@ from lors.engine.gpu import DeviceRun
 from lors.engine.work import Piece, Work
 from lors.errors import LorsError
 from lors.experts.source import Spec
-from lors.experts.statistics import write_statistics
 from lors.merging.on_disk import merge_recipe
 from lors.methods import METHODS, SPECS
 from lors.recipes.recipe import Recipe
@@ -42,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.3},
     "tsv": {"weight": WEIGHT},
     "iso_c": {"weight": WEIGHT},
+    "iso_cts": {"weight": WEIGHT},
+    "wudi": {"weight": WEIGHT},
 }
 ON_DEVICE = [name for name, method in METHODS.items() if method.on_device]
 
@@ -71,22 +73,9 @@ def experts_of(method: str, sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(method: str, family: Mapping[str, Path]) -> dict[str, Any]:
-    if method != "regmean":
-        return SETTINGS.get(method, {})
-    files = {t: str(family["base"].parent / f"{t}.stats.safetensors") for t in EXPERTS}
-    for seed, path in enumerate(files.values()):
-        write_made_up(Path(path), state(family["base"]), seed)
-    return {"weight": WEIGHT, "statistics": files}
-
-
-def write_made_up(path: Path, tensors: Mapping[str, np.ndarray], seed: int) -> None:
-    """What layers may have read: one key for each number of columns."""
-    widths = {name: x.shape[1] for name, x in tensors.items() if x.ndim == 2}
-    means = {}
-    for width in set(widths.values()):
-        read = np.random.default_rng([seed, width]).standard_normal((2 * width, width))
-        means[f"k{width}"] = (read.T @ read / len(read)).astype(np.float32)
-    write_statistics(path, "made up", "made up", {n: f"k{w}" for n, w in widths.items()}, means, force=True)
+    if method == "regmean":
+        return {"statistics": statistics(family["base"].parent, EXPERTS, tiny.shapes()), "weight": WEIGHT}
+    return SETTINGS.get(method, {})
 
 
 def assert_close(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], base: Mapping[str, Any]) -> None:
@@ -145,8 +134,7 @@ def test_a_tensor_that_does_not_fit_is_looked_at_in_parts(
     base = {"embed.weight": rng.standard_normal((40, 70)).astype(np.float32)}
     experts = {t: {"embed.weight": base["embed.weight"] + 0.01 * rng.standard_normal((40, 70))} for t in EXPERTS}
     experts = {t: {name: x.astype(np.float32) for name, x in tensors.items()} for t, tensors in experts.items()}
-    experts, settings = experts_of(method, experts), SETTINGS[method] | {"filter_wise": method == "model_stock"}
-    settings.pop("filter_wise") if method != "model_stock" else None
+    experts, settings = experts_of(method, experts), dict(SETTINGS[method])
     wanted = lors.merge_state_dicts(base, experts, method, **settings)
     brought: list[int] = []
     bring = DeviceRun.bring

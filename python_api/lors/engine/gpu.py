@@ -2,7 +2,8 @@
 
 From files or host memory: matrices that are decomposed, and tensors of which a method looks at all experts together, on
 devices. Every other tensor is summed on the CPU beside them, because it is read, added to and written at the speed of the
-files, which a detour over the bus cannot better; so are small tensors, of which a launch costs more than the work.
+files, which a detour over the bus cannot better; so are small tensors, of which a launch costs more than the work, and what
+is boosted.
 
 A step is a batch of same-shaped matrices with a slice of their experts, or one tensor with all of them. Several threads read
 its tensors into page-locked memory, and each is copied on the stream of uploads as soon as it is read; all that while the step
