@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// A condition that hardly any input meets. `python -m benchmarks counts` compiles once without what stands behind it.
+#ifdef LORS_WITHOUT_RARE
+#define LORS_RARELY(condition) false
+#else
+#define LORS_RARELY(condition) __builtin_expect(condition, 0)
+#endif
+
 #ifndef LORS_SHARED
 #define LORS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define LORS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]

@@ -93,6 +93,13 @@ inline bool emulated_any(unsigned mask, bool value, int line) {
     for (unsigned lane = 0; lane < emulation::kWarp; ++lane) any = any || all[lane];
     return any;
 }
+inline unsigned emulated_sum(unsigned mask, unsigned value, int line) {
+    const uint64_t* all = emulation::exchange(mask, value, line);
+    uint64_t sum = 0;
+    for (unsigned lane = 0; lane < emulation::kWarp; ++lane) sum += all[lane];
+    return static_cast<unsigned>(sum);
+}
+#define __reduce_add_sync(mask, value) emulated_sum(mask, value, __LINE__)
 #define __any_sync(mask, value) emulated_any(mask, value, __LINE__)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, __LINE__, emulation::lane() ^ (bits))
@@ -107,12 +114,21 @@ T atomicAdd(T* at, T value) {
     return old;
 }
 template <class T>
+T atomicMin(T* at, T value) {
+    const T old = *at;
+    *at = old < value ? old : value;
+    return old;
+}
+template <class T>
 T atomicMax(T* at, T value) {
     const T old = *at;
     *at = old > value ? old : value;
     return old;
 }
 
+inline double rsqrt(double x) {
+    return 1 / __builtin_sqrt(x);
+}
 inline int __popc(unsigned bits) {
     return __builtin_popcount(bits);
 }
@@ -145,6 +161,9 @@ inline unsigned __float_as_uint(float value) {
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
