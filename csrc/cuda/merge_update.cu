@@ -9,25 +9,20 @@ namespace {
 
 constexpr int kMeasureRows = 16;  // of a thread of measure_kernel, kStripRows at a time
 
-// Which entries stay. One comparison says it, with the threshold's value, or the number below it where equal ones stay;
-// the last tie that stays may lie among eight neighbours, and then each is asked.
+// Which entries stay: those above the threshold's value, or above the number below it where equal ones stay as well.
 struct Choice {
     float value, below;
-    int64_t cut;
 
-    __device__ __forceinline__ Choice(float given, int64_t cut_) : cut(cut_) {
+    __device__ __forceinline__ explicit Choice(float given) {
         const uint32_t key = magnitude_key(given) < kNonFiniteKey ? magnitude_key(given) : kNonFiniteKey;
         value = key_to_magnitude(key);
         below = key ? key_to_magnitude(key - 1) : -1.0f;
     }
-    // of the eight entries from `index` on, how many stay if they are equal to the value
-    __device__ __forceinline__ int ties(int64_t index) const {
-        return index >= cut ? 0 : cut - index < kVector ? static_cast<int>(cut - index) : kVector;
-    }
 };
 
 template <Kind K>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads,
+                                  K == Kind::kFloat32 ? 1 : 2)  // raw float32 needs more than 128 registers
     merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
                  const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
     LORS_SHARED(float, sums, [kSumsSize]);
@@ -52,52 +47,55 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         for (int slot = 0; slot < slots; ++slot) {
             const int64_t p = i * g.experts + begun + slot;
             const PairView view = pair_view(g.table, p, g.pairs);
-            const Choice choice(value[p], cut[p]);
+            const Choice choice(value[p]);
+            const int64_t last = cut[p], index = at.row * g.n + at.col;
             const float w = weight[p];
-            float low[kStripRows][kVector], v[kSums] = {};  // v: energies of delta, of the residual, of what is kept
-            int kept = 0, bad = 0;
+            float low[kStripRows][kVector],
+                v[kSums] = {};  // v: energies of delta, residual, what is kept; how many are
+            int bad = 0;
             strip_low<K>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, static_cast<int>(g.rank), g.n, at.row,
                          g.m, at.col, at.count, stage, low);
-            const auto take = [&](int r, const auto& keeps) {
-                float d[kVector];
-                strip_delta<K>(g, view, at.row + r, at.col, at.count, d);  // base, for every expert, from L1
+            const auto take = [&](const auto& bound) {
+                StripDelta<K> delta(g, view, at.row, at.col, at.count);
 #pragma unroll
-                for (int e = 0; e < kVector; ++e) {
-                    const float residual = __fsub_rn(d[e], low[r][e]);
-                    const bool keep = keeps(residual, e);
-                    const float s = keep ? residual : 0.0f;
-                    total[r][e] = __fmaf_rn(w, __fadd_rn(low[r][e], s), total[r][e]);
-                    v[0] += d[e] * d[e];
-                    v[1] += residual * residual;
-                    v[2] += s * s;
-                    kept += keep;
+                for (int r = 0; r < kStripRows; ++r) {
+                    float d[kVector];
+                    delta.next(r < there, d);  // base, for every expert, from L1
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e) {
+                        const float residual = __fsub_rn(d[e], low[r][e]);
+                        float keep = exceeds(residual, bound(r, e));
+                        if constexpr (K == Kind::kAny) keep = e < at.count && r < there ? keep : 0.0f;
+                        const float s = keep != 0.0f ? residual : 0.0f;
+                        total[r][e] = __fmaf_rn(w, __fadd_rn(low[r][e], s), total[r][e]);
+                        v[0] += d[e] * d[e];
+                        v[1] += residual * residual;
+                        v[2] += s * s;
+                        v[3] += keep;
+                    }
                 }
             };
-#pragma unroll
-            for (int r = 0; r < kStripRows; ++r) {
-                if (r >= there) continue;
-                const int ties = choice.ties((at.row + r) * g.n + at.col);
-                const float bound = ties ? choice.below : choice.value;
-                if (K == Kind::kAny || LORS_RARELY(ties > 0 && ties < kVector)) {
-                    take(r, [&](float residual, int e) {
-                        return !(fabsf(residual) <= (e < ties ? choice.below : choice.value)) && e < at.count;
-                    });
-                } else {
-                    take(r, [&](float residual, int) { return !(fabsf(residual) <= bound); });
-                }
+            const float bound = index < last ? choice.below : choice.value;
+            if (LORS_RARELY(index < last && last < index + (kStripRows - 1) * g.n + kVector)) {
+                // the last tie that stays is among these rows
+                take([&](int r, int e) { return index + r * g.n + e < last ? choice.below : choice.value; });
+            } else {
+                take([&](int, int) { return bound; });
+                // zeros in the place of rows that are not there, where even those are above the bound
+                if (K != Kind::kAny && bound < 0) v[3] -= static_cast<float>((kStripRows - there) * kVector);
             }
+            if (there == 0) v[1] = v[2] = v[3] = 0;
             if (LORS_RARELY(!(v[0] <= kLargest))) bad = count_non_finite<K>(g, view, at.row, there, at.col, at.count);
-            leave_sums(v, static_cast<unsigned>(kept), static_cast<unsigned>(bad), slot, sums);
+            leave_sums(v, static_cast<unsigned>(bad), 0, slot, sums);
         }
         const auto place = [&](int slot) { return (i * g.experts + begun + slot) * tiles + tile; };
         collect_sums(
             slots, sums,
             [&](int slot, int which, float all) {
                 if (which < 3) energy[place(slot) * 3 + which] = all;
+                if (which == 3) counts[place(slot) * 2] = static_cast<int32_t>(all);
             },
-            [&](int slot, int32_t chosen, int32_t wrong) {
-                counts[place(slot) * 2] = chosen, counts[place(slot) * 2 + 1] = wrong;
-            });
+            [&](int slot, int32_t wrong, int32_t) { counts[place(slot) * 2 + 1] = wrong; });
     }
 #pragma unroll
     for (int r = 0; r < kStripRows; ++r) {
@@ -115,14 +113,14 @@ __global__ void __launch_bounds__(kTileThreads)
     const PairView view = pair_view(g.table, p, g.pairs);
     float v[kSums] = {}, top = 0;
     int bad = 0;
+    StripDelta<K> delta(g, view, at.row, at.col, at.count);
 #pragma unroll 1
     for (int64_t row = at.row; row < at.row + kMeasureRows; row += kStripRows) {
         float sum = 0;
 #pragma unroll
         for (int r = 0; r < kStripRows; ++r) {
-            if (row + r >= g.m || at.count == 0) continue;
             float d[kVector];
-            strip_delta<K>(g, view, row + r, at.col, at.count, d);
+            delta.next(row + r < g.m && at.count > 0, d);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) sum += d[e] * d[e], top = fmaxf(top, fabsf(d[e]));
         }

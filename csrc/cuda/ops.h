@@ -112,18 +112,18 @@ void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t str
           double* theta, double* vectors, double* error);
 int eigh_max_size(int device);
 
-// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows and
-// pairs these many entries apart), n up to orthonormalise_max_rows(device): w = q below, up to rounding, with q [P, n,
-// 8] and below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where that is 0), fills directions that are not
-// there.
+// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows, on
+// 16 bytes each, and pairs these many entries apart; columns a multiple of 4), n up to orthonormalise_max_rows(device):
+// w = q below, up to rounding, with q [P, n, 8] and below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where
+// that is 0), fills directions that are not there.
 void orthonormalise(const Launch& launch, const float* w, const float* basis, int64_t row_stride, int64_t stride,
                     int64_t pairs, int64_t n, int64_t columns, const double* noise, const double* scale, double level,
                     float* q, double* below);
 int orthonormalise_max_rows(int device);
 
-// One step of block Lanczos, after w [P, n, 8] = G times the newest 8 of `columns` columns of the basis: the last 8 rows and
-// columns of t [P, room, room] = Q.T G Q, symmetric; the next block, behind those columns; and `below` as above, of
-// w without its projection on them. The scale is t's largest diagonal entry.
+// One step of block Lanczos, after w [P, n, 8] = G times the newest 8 of `columns` columns of the basis: the last 8
+// rows and columns of t [P, room, room] = Q.T G Q, symmetric; the next block, behind those columns; and `below` as
+// above, of w without its projection on them. The scale is t's largest diagonal entry.
 void expand(const Launch& launch, const float* w, float* basis, int64_t row_stride, int64_t stride, int64_t pairs,
             int64_t n, int64_t columns, const double* noise, double level, double* t, int64_t room, double* below);
 

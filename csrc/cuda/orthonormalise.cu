@@ -8,7 +8,6 @@
 
 #include "launch.h"
 #include "shared.cuh"
-#include "warp.cuh"
 
 namespace lors {
 namespace {
@@ -18,7 +17,6 @@ constexpr int kThreads = 384;  // with more the registers do not suffice
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxRows = 1408;  // 96 bytes of shared memory each
 constexpr int kColumns = 128;   // of Q at a time
-constexpr int kParts = kThreads / kColumns;
 constexpr double kTiny = 1e-300;
 
 struct Panel {
@@ -115,11 +113,11 @@ __device__ __forceinline__ void cholesky_qr(double* panel, int n, double shift, 
     __syncthreads();
 }
 
-// panel -= Q Q.T panel, in float32: a thread sums for one column of Q over a part of the rows; then a warp per row.
+// panel -= Q Q.T panel, in float32: a thread sums for one column of Q over a part of the rows; then a thread per row.
 // Q.T panel is added to `image` [columns, W], rows g.room apart, or begins it.
 __device__ __forceinline__ void project(const Panel& g, const float* basis, double* panel, float* narrow, float* parts,
                                         double* image = nullptr, bool begins = false) {
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, n = g.n;
+    const int thread = static_cast<int>(threadIdx.x), n = g.n;
     for (int row = thread; row < n; row += kThreads) {
         for (int j = 0; j < W; ++j) {
             narrow[row * W + j] = static_cast<float>(panel[j * n + row]);
@@ -127,13 +125,15 @@ __device__ __forceinline__ void project(const Panel& g, const float* basis, doub
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int first = 0; first < g.columns; first += kColumns) {
-        const int column = first + thread % kColumns, part = thread / kColumns;
+        const int here = g.columns - first < kColumns ? g.columns - first : kColumns, padded = (here + 31) / 32 * 32;
+        const int shares = kThreads / padded, column = thread % padded, share = thread / padded;
         float sums[W] = {};
-        if (column < g.columns) {
+        if (column < here && share < shares) {
 #pragma unroll 4
-            for (int row = part; row < n; row += kParts) {
-                const float q = basis[row * g.row_stride + column];
+            for (int row = share; row < n; row += shares) {
+                const float q = basis[row * g.row_stride + first + column];
 #pragma unroll
                 for (int j = 0; j < W; ++j) sums[j] += q * narrow[row * W + j];
             }
@@ -141,25 +141,32 @@ __device__ __forceinline__ void project(const Panel& g, const float* basis, doub
 #pragma unroll
         for (int j = 0; j < W; ++j) parts[thread * W + j] = sums[j];
         __syncthreads();
-        for (int i = thread; i < kColumns * W; i += kThreads) {
+        for (int i = thread; i < here * W; i += kThreads) {
             float sum = 0;
-            for (int other = 0; other < kParts; ++other) sum += parts[other * kColumns * W + i];
+            for (int other = 0; other < shares; ++other) sum += parts[other * padded * W + i];
             parts[i] = sum;
-            if (image && first + i / W < g.columns) {  // the same thread's in every projection
+            if (image) {  // the same thread's in every projection
                 double& entry = image[(first + i / W) * g.room + i % W];
                 entry = begins ? static_cast<double>(sum) : entry + static_cast<double>(sum);
             }
         }
         __syncthreads();
-        for (int row = warp; row < n; row += kWarps) {
+#pragma unroll 1
+        for (int row = thread; row < n; row += kThreads) {
             float v[W] = {};
-            for (int c = lane; c < kColumns && first + c < g.columns; c += 32) {
-                const float q = basis[row * g.row_stride + first + c];
+            const float4* line = reinterpret_cast<const float4*>(basis + row * g.row_stride + first);
+#pragma unroll 2
+            for (int c = 0; c < here; c += 4) {
+                const float4 four = line[c / 4];
+                const float q[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-                for (int j = 0; j < W; ++j) v[j] += q * parts[c * W + j];
+                for (int k = 0; k < 4; ++k) {
+#pragma unroll
+                    for (int j = 0; j < W; ++j) v[j] += q[k] * parts[(c + k) * W + j];
+                }
             }
-            const float total = warp_sums(v);
-            if (lane < W) panel[lane * n + row] -= static_cast<double>(total);
+#pragma unroll
+            for (int j = 0; j < W; ++j) panel[j * n + row] -= static_cast<double>(v[j]);
         }
         __syncthreads();
     }
@@ -191,7 +198,7 @@ __device__ __forceinline__ double mirror(const Panel& g, double* t) {
 __global__ void __launch_bounds__(kThreads) orthonormalise_kernel(Panel g) {
     LORS_DYNAMIC_SHARED(memory);
     LORS_SHARED(Triangles, triangles);
-    LORS_SHARED(float, parts, [kThreads * W]);
+    LORS_SHARED(__align__(16) float, parts, [kThreads * W]);
     const int64_t p = blockIdx.x;
     const int n = g.n, thread = static_cast<int>(threadIdx.x);
     double* panel = reinterpret_cast<double*>(memory);

@@ -24,16 +24,15 @@ __device__ __forceinline__ float load_any(const void* data, int dtype, int64_t a
     }
 }
 
-// Eight neighbouring entries as they are stored; zeros where they are not there, so that no branch has to tell.
+// Eight neighbouring entries as they are stored, or zeros.
 template <Kind K>
 struct Raw {
-    static constexpr int kParts = K == Kind::kFloat32 ? 2 : 1;
+    static constexpr int kParts = K == Kind::kFloat32 ? 2 : 1, kItem = 2 * kParts;
     uint4 part[kParts];
 
-    __device__ __forceinline__ Raw(const void* data, int64_t at, bool there) {
-        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + at * (kParts * 2));
+    __device__ __forceinline__ Raw(uintptr_t at, bool there) {
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) part[i] = there ? from[i] : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kParts; ++i) part[i] = load16(at + 16 * i, there);
     }
     __device__ __forceinline__ void widen(float* v) const {
 #pragma unroll
@@ -62,7 +61,7 @@ __device__ __forceinline__ void load8(const void* data, int dtype, int64_t at, i
 #pragma unroll
         for (int e = 0; e < kVector; ++e) v[e] = data && e < count ? load_any(data, dtype, at + e) : 0.0f;
     } else {
-        Raw<K>(data, at, data != nullptr).widen(v);
+        Raw<K>(reinterpret_cast<uintptr_t>(data) + at * Raw<K>::kItem, data != nullptr).widen(v);
     }
 }
 

@@ -137,7 +137,7 @@ __device__ __forceinline__ unsigned block_sum(unsigned value, unsigned* parts) {
 // One block per pair: the bracket. The sample is pieces of 32 neighbours, one drawn from every pieces-th part of the
 // matrix. Its keys stay in registers; both ends are found bit by bit, by counting.
 template <Kind K>
-__global__ void __launch_bounds__(kSampleThreads) bracket_kernel(GroupArgs g, ThresholdSearch search) {
+__global__ void __launch_bounds__(kSampleThreads, 1) bracket_kernel(GroupArgs g, ThresholdSearch search) {
     LORS_SHARED(unsigned, parts, [2 * kSampleWarps]);
     const int64_t p = blockIdx.x, across = g.n / (kPiece * kVector), all = across * g.m;
     const PairView view = pair_view(g.table, p, g.pairs);
@@ -212,21 +212,24 @@ __global__ void __launch_bounds__(kTileThreads, 2) sweep_kernel(GroupArgs g, int
         float r[kStripRows][kVector];
         strip_low<K>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, static_cast<int>(g.rank), g.n, row, g.m,
                      col, there ? kVector : 0, stages + warp * kStageSize, r);
+        const int rows = there ? static_cast<int>(end - row < kStripRows ? end - row : kStripRows) : 0;
         unsigned over = 0, inside = 0;
+        StripDelta<K> delta(g, view, row, col, kVector);
 #pragma unroll
         for (int i = 0; i < kStripRows; ++i) {
-            if (row + i >= end || !there) continue;
             float d[kVector];
-            strip_delta<K>(g, view, row + i, col, kVector, d);
+            delta.next(i < rows, d);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) {
-                r[i][e] = fabsf(__fsub_rn(d[e], r[i][e]));
-                const bool beyond = !(r[i][e] <= most);
+                r[i][e] = __fsub_rn(d[e], r[i][e]);
+                const float size = fabsf(r[i][e]);
+                const bool beyond = !(size <= most);
                 if (beyond) over |= 1u << (i * kVector + e);
-                if (!beyond && r[i][e] >= least) inside |= 1u << (i * kVector + e);
-                poison = __fmaf_rn(r[i][e], 0.0f, poison);
+                if (!beyond && size >= least) inside |= 1u << (i * kVector + e);
+                poison = __fmaf_rn(size, 0.0f, poison);
             }
         }
+        over &= strip_rows(rows), inside &= strip_rows(rows);
         above += __popc(over);
         if (!collects) {
             within += __popc(inside);
@@ -239,7 +242,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sweep_kernel(GroupArgs g, int
                     if (!(inside >> i & 1)) continue;
                     const unsigned long long at = atomicAdd(inside_all, 1ull);
                     if (at < static_cast<unsigned long long>(search.capacity)) {
-                        candidates[at] = __float_as_uint(r[i / kVector][i % kVector]);
+                        candidates[at] = magnitude_key(r[i / kVector][i % kVector]);
                     }
                 }
             } else {
@@ -269,7 +272,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sweep_kernel(GroupArgs g, int
     __syncthreads();
     for (unsigned i = threadIdx.x; i < kept; i += kTileThreads) {
         const int64_t at = static_cast<int64_t>(place + i);
-        if (at < search.capacity) candidates[at] = local[i];
+        if (at < search.capacity) candidates[at] = local[i] & kMagnitudeMask;
     }
 }
 

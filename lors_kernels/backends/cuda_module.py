@@ -57,8 +57,12 @@ def takes_orthonormalise(w: Any, basis: Any) -> bool:
 
     if not runs_on(w.device) or w.dtype != torch.float32 or w.shape[2] != 8 or w.numel() == 0:
         return False
-    rows = library().orthonormalise_max_rows(stream(w.device)[0])
-    return (basis is None or basis.stride(2) == 1) and bool(w.shape[1] <= rows)
+    if w.shape[1] > library().orthonormalise_max_rows(stream(w.device)[0]):
+        return False
+    if basis is None:
+        return True
+    whole = basis.stride(1) % 4 == basis.stride(0) % 4 == basis.shape[2] % 4 == basis.data_ptr() % 16 == 0
+    return bool(whole and basis.stride(2) == 1)
 
 
 def orthonormalise(w: Any, basis: Any, scale: Any, noise: Any, level: float) -> tuple[Any, Any]:

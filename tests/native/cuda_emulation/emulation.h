@@ -175,8 +175,14 @@ inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
 
-namespace lors {
-struct SharedCounters {  // csrc/cuda/shared.cuh
+namespace lors {  // csrc/cuda/shared.cuh
+inline uint4 load16(uintptr_t at, bool there) {
+    return there ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
+}
+inline float exceeds(float value, float bound) {
+    return !(__builtin_fabsf(value) <= bound) ? 1.0f : 0.0f;
+}
+struct SharedCounters {
     uint32_t* first;
     explicit SharedCounters(uint32_t* at) : first(at) {}
     void count(uint32_t index) const { ++first[index]; }
