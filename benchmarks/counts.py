@@ -323,8 +323,11 @@ def count_calls() -> dict[str, Any]:
     def own(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
             calls.calls["own kernels"] += 1
+            counted = calls.calls.copy()
             with torch.utils._python_dispatch._disable_current_modes():
-                return function(*arguments)
+                result = function(*arguments)
+            calls.calls = counted  # what stands in for a kernel may call another that does
+            return result
 
         return call
 
@@ -344,7 +347,7 @@ def count_calls() -> dict[str, Any]:
         with calls:
             factors = grouped.truncated_svd_group(group, 7)
         found["decompose"] = dict(calls.calls)
-        found["expand"] = dict(max(expansions, key=lambda one: one.total()))
+        found["expand"] = dict(sorted(expansions, key=lambda one: one.total())[len(expansions) // 2])
         with calls:
             threshold = grouped.residual_threshold_group(group, factors.left, factors.right, 9830)
             grouped.merge_update_group(group, [deltas[0].clone()], factors.left, factors.right, threshold, [1.0, 1.0])
@@ -421,7 +424,7 @@ def predict(rows: dict[str, Any]) -> dict[str, Any]:
 # operations in float64 with a root.
 ROTATIONS, ROTATION = 5400, 250
 # Warp instructions of a pair, from the loops of the machine code and how often they run.
-EIGENPAIRS, EXPAND, SEARCH = 800_000, 400_000, 200_000
+EIGENPAIRS, EXPAND, SEARCH = 925_000, 270_000, 380_000
 
 
 def run(archs: tuple[str, ...] = ARCHS, directory: Path = RESULTS) -> dict[str, Any]:

@@ -263,8 +263,6 @@ struct Source {
         const int64_t j = Transposed ? row + lane % 4 * 4 : warp * 32 + lane % 4 * 8;
         at = static_cast<const char*>(data) + (i * stride + j) * kItem;
     }
-    __device__ __forceinline__ void next_tile() { at += Transposed ? kTileRows * kItem : kTileRows / 8 * step; }
-
     static constexpr int kItem = 2;
 };
 
@@ -368,13 +366,12 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
     const int g = lane / 4, t = lane % 4;
     const float* x = a.x + p * a.inner * a.b + column;
     char* stage = memory + threadIdx.x * Lane<Transposed>::kPieceBytes;
-    Source<Transposed> tuned(view.tuned, view.tuned_stride, first);
-    Source<Transposed> base(view.base ? view.base : view.tuned, view.base_stride, first);
-    const auto fetch_both = [&](int64_t row) {
-        fetch<Chunks>(tuned, row, end, inner, stage, false);
-        if (view.base) fetch<Chunks>(base, row, end, inner, stage, true);
+    const auto fetch_both = [&](int64_t row) {  // addresses anew, because registers are what there is least of
+        fetch<Chunks>(Source<Transposed>(view.tuned, view.tuned_stride, row), row, end, inner, stage, false);
+        if (view.base) {
+            fetch<Chunks>(Source<Transposed>(view.base, view.base_stride, row), row, end, inner, stage, true);
+        }
         __pipeline_commit();
-        tuned.next_tile(), base.next_tile();
     };
     fetch_both(first);
 

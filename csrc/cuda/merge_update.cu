@@ -20,6 +20,16 @@ struct Choice {
     }
 };
 
+// A bit for each entry of a lane's strip that lies before `last` in row-major order; the first one has this index.
+__device__ __forceinline__ unsigned strip_before(int64_t index, int64_t n, int64_t last) {
+    unsigned bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < kStripRows * kVector; ++i) {
+        if (index + i / kVector * n + i % kVector < last) bits |= 1u << i;
+    }
+    return bits;
+}
+
 template <Kind K>
 __global__ void __launch_bounds__(kTileThreads,
                                   K == Kind::kFloat32 ? 1 : 2)  // raw float32 needs more than 128 registers
@@ -78,7 +88,8 @@ __global__ void __launch_bounds__(kTileThreads,
             const float bound = index < last ? choice.below : choice.value;
             if (LORS_RARELY(index < last && last < index + (kStripRows - 1) * g.n + kVector)) {
                 // the last tie that stays is among these rows
-                take([&](int r, int e) { return index + r * g.n + e < last ? choice.below : choice.value; });
+                const unsigned ties = strip_before(index, g.n, last);
+                take([&](int r, int e) { return ties >> (r * kVector + e) & 1 ? choice.below : choice.value; });
             } else {
                 take([&](int, int) { return bound; });
                 // zeros in the place of rows that are not there, where even those are above the bound

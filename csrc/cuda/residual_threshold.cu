@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sweep_kernel(GroupArgs g, int
             within += __popc(inside);
         } else if (inside) {
             unsigned slot = atomicAdd(&counts[1], static_cast<unsigned>(__popc(inside)));
-            if (LORS_RARELY(slot + kStripRows * kVector > kLocal)) {
+            if (LORS_RARELY(slot > kLocal - kStripRows * kVector)) {
                 atomicMin(&counts[2], slot);  // slots are given out in order: none behind this one is filled
 #pragma unroll
                 for (int i = 0; i < kStripRows * kVector; ++i) {

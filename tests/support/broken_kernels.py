@@ -63,7 +63,7 @@ def operations() -> dict[str, list[Callable[[], object]]]:
         from lors_kernels.backends.cuda_module import orthonormalise
 
         draw = torch.Generator().manual_seed(2)
-        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0]
+        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0].contiguous()
         w, noise = torch.randn(1, 200, 8, generator=draw), torch.randn(200, 8, generator=draw, dtype=torch.float64)
         return orthonormalise(w, basis, torch.ones(1, dtype=torch.float64), noise, 1e-10)
 

@@ -658,7 +658,9 @@ def hostile(kind: str, shape: tuple[int, int] = (40, 512)) -> tuple[torch.Tensor
     if kind == "mostly zero":
         return torch.where(torch.rand(shape, generator=generator) < 0.1, x, 0.0), (*ks, size // 10), None
     if kind == "two values":
-        return torch.where(small % 3 == 0, 1.5, -0.5), (size // 3 - 2, size // 3 + 1, size // 3 + 5, size // 2), True
+        return torch.where(small % 3 == 0, 1.5, -0.5), (size // 5, size // 2), True
+    if kind == "between two values":
+        return torch.where(small % 3 == 0, 1.5, -0.5), (size // 3, size // 3 + 1, size // 3 + 2), None
     if kind == "quarters":
         return (x * 4).round() / 4, ks, None
     mask = sampled(shape)
@@ -670,7 +672,7 @@ def hostile(kind: str, shape: tuple[int, int] = (40, 512)) -> tuple[torch.Tensor
 
 
 HOSTILE = (
-    "normal", "graded", "denormals", "rows of every size", "bit ladder", "all equal", "all equal, from end to end", "mostly zero", "two values", "quarters",
+    "normal", "graded", "denormals", "rows of every size", "bit ladder", "all equal", "all equal, from end to end", "mostly zero", "two values", "between two values", "quarters",
     "a sample that lies", "more inside than there is room for",
 )  # fmt: skip
 
