@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
-SHAPES = ((48, 40), (33, 37), (64, 264))  # whole vectors; odd; more columns than a block has threads
+SHAPES = ((48, 40), (33, 37), (64, 288))  # whole vectors; odd; more columns than a block has threads
 RANK = 3
 
 
@@ -118,7 +118,7 @@ class Run:
             close(found, a.transpose(0, 2, 1) @ (a @ x))
 
     def measure(self) -> None:
-        tiles = self.cuda.merge_tiles(self.m, self.n)
+        tiles = self.cuda.measure_tiles(self.m, self.n)
         energy = self.memory.room((self.pairs, tiles), np.float32)
         counts = self.memory.room((self.pairs, tiles, 2), np.int32)
         self.cuda.measure(self.launch, self.group, energy, counts)
@@ -130,14 +130,22 @@ class Run:
         right = self.random.standard_normal((pairs, RANK, self.n)).astype(np.float32) * 0.1
         factors = (put(left), put(right), RANK)
         k = self.m * self.n // 5
-        prefix, wanted = put(np.zeros(pairs, np.int32)), put(np.full(pairs, k, np.int64))
-        equal, bad, cut = (room((pairs,), np.int64) for _ in range(3))
-        for number in range(3):
-            counts = put(np.zeros((pairs, 2048), np.int64))
-            self.cuda.threshold_pass(self.launch, self.group, factors, number, counts, prefix, wanted, equal, bad)
-        scratch = room((pairs, self.cuda.tie_chunks(self.m, self.n)), np.int64)
-        self.cuda.threshold_cut(self.launch, self.group, factors, prefix, wanted, equal, scratch, cut)
-        value = self.memory.get(prefix, (pairs,), np.float32)
+        for pieces in (0, self.m * self.n // 64 if self.fast and self.n % 32 == 0 else 0):  # 0: radix passes only
+            key, settled = (put(np.zeros(pairs, np.int32)) for _ in range(2))
+            wanted, found = put(np.full(pairs, k, np.int64)), put(np.zeros((3, pairs), np.int64))
+            equal, bad, cut = (room((pairs,), np.int64) for _ in range(3))
+            counts = put(np.zeros((3, pairs, 2048), np.int64))
+            bracket, candidates = room((2, pairs), np.float32), room((pairs, self.m * self.n), np.int32)
+            places = (bracket, found, candidates, settled, key, wanted, equal, bad)
+            search = (k, pieces, self.m * self.n, *places)
+            scratch = room((pairs, self.cuda.tie_chunks(self.m, self.n)), np.int64)
+            self.cuda.residual_threshold(self.launch, self.group, factors, search, 3, counts, scratch, cut)
+            assert self.memory.get(settled, (pairs,), np.int32).tolist() == [int(pieces > 0)] * pairs
+            self.update(left, right, factors, k, key, cut)
+
+    def update(self, left: np.ndarray, right: np.ndarray, factors: tuple[int, ...], k: int, key: int, cut: int) -> None:
+        put, room, pairs = self.memory.put, self.memory.room, self.pairs
+        value = self.memory.get(key, (pairs,), np.float32)
         low = left @ right
         sizes = np.sort(np.abs(self.deltas - low).reshape(pairs, -1), axis=1)
         close(value, sizes[:, -k])
@@ -146,7 +154,7 @@ class Run:
         energy, counts = room((pairs, tiles, 3), np.float32), room((pairs, tiles, 2), np.int32)
         table, weight = put(np.array([outs, [self.n] * 2], np.int64)), put(np.ones(pairs, np.float32))
         self.cuda.merge_update(
-            self.launch, self.group, table, self.dtype, self.group[3], factors, prefix, cut, weight, energy, counts
+            self.launch, self.group, table, self.dtype, self.group[3], factors, key, cut, weight, energy, counts
         )
         kept = self.memory.get(counts, (pairs, tiles, 2), np.int32).sum(1)
         assert kept.tolist() == [[k, 0]] * pairs, kept

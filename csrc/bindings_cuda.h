@@ -51,20 +51,27 @@ inline void gram_apply(const LaunchTuple& l, const GroupTuple& g, bool transpose
                      at<float>(y), at<float>(partial));
 }
 
-inline void threshold_pass(const LaunchTuple& l, const GroupTuple& g, const FactorsTuple& f, int pass, uintptr_t counts,
-                           uintptr_t prefix, uintptr_t wanted, uintptr_t equal, uintptr_t non_finite) {
-    const auto& [left, right_t, rank] = f;
-    lors::threshold_pass(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank, pass,
-                         at<int64_t>(counts), at<int32_t>(prefix), at<int64_t>(wanted), at<int64_t>(equal),
-                         at<int64_t>(non_finite));
-}
+// (k, pieces, capacity, bracket, found, candidates, settled, key, wanted, equal, non_finite)
+using SearchTuple = std::tuple<int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                               uintptr_t, uintptr_t, uintptr_t>;
 
-inline void threshold_cut(const LaunchTuple& l, const GroupTuple& g, const FactorsTuple& f, uintptr_t key,
-                          uintptr_t ties, uintptr_t equal, uintptr_t counts, uintptr_t cut) {
+inline void residual_threshold(const LaunchTuple& l, const GroupTuple& g, const FactorsTuple& f, const SearchTuple& s,
+                               int passes, uintptr_t counts, uintptr_t ties, uintptr_t cut) {
     const auto& [left, right_t, rank] = f;
-    lors::threshold_cut(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank,
-                        at<const int32_t>(key), at<const int64_t>(ties), at<const int64_t>(equal), at<int64_t>(counts),
-                        at<int64_t>(cut));
+    const auto& [k, pieces, capacity, bracket, found, candidates, settled, key, wanted, equal, non_finite] = s;
+    const lors::ThresholdSearch search{k,
+                                       pieces,
+                                       capacity,
+                                       at<float>(bracket),
+                                       at<unsigned long long>(found),
+                                       at<uint32_t>(candidates),
+                                       at<int32_t>(settled),
+                                       at<int32_t>(key),
+                                       at<int64_t>(wanted),
+                                       at<int64_t>(equal),
+                                       at<int64_t>(non_finite)};
+    lors::residual_threshold(launch(l), group(g), at<const float>(left), at<const float>(right_t), rank, search, passes,
+                             at<int64_t>(counts), at<int64_t>(ties), at<int64_t>(cut));
 }
 
 inline void merge_update(const LaunchTuple& l, const GroupTuple& g, uintptr_t out_table, int out_dtype,
@@ -107,6 +114,13 @@ inline void orthonormalise(const LaunchTuple& l, uintptr_t w, const BasisTuple& 
     lors::orthonormalise(launch(l), at<const float>(w), at<const float>(columns_at), row_stride, stride, pairs, n,
                          columns, at<const double>(noise), at<const double>(scale), level, at<float>(q),
                          at<double>(below));
+}
+
+inline void expand(const LaunchTuple& l, uintptr_t w, const BasisTuple& basis, int64_t pairs, int64_t n,
+                   uintptr_t noise, double level, uintptr_t t, int64_t room, uintptr_t below) {
+    const auto& [columns_at, columns, row_stride, stride] = basis;
+    lors::expand(launch(l), at<const float>(w), at<float>(columns_at), row_stride, stride, pairs, n, columns,
+                 at<const double>(noise), level, at<double>(t), room, at<double>(below));
 }
 
 inline std::tuple<int, std::string> device_count() {

@@ -18,6 +18,7 @@ namespace lors {
 
 constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 constexpr uint32_t kNonFiniteKey = 0x7f800000u;
+constexpr float kLargest = 3.402823466e+38f;  // finite
 
 LORS_HOST_DEVICE uint32_t magnitude_key(float value) {
     uint32_t bits;

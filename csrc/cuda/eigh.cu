@@ -1,13 +1,10 @@
-// Eigenvalues and eigenvectors of many small symmetric matrices in float64: a block per matrix, cyclic Jacobi.
+// Eigenvalues and eigenvectors of many small symmetric matrices in float64: a block per matrix, in shared memory.
 //
-// The matrix and the transposed eigenvectors stay in shared memory. A round rotates n / 2 disjoint pairs of rows and
-// columns at once (the pairings of a round-robin tournament): the angles first, then every 2 x 2 block of the matrix
-// and every pair of eigenvectors by itself, so that two barriers are all a round waits for. A sweep is every pair once;
-// sweeps go on until one finds nothing above rounding. Residual and orthogonality are measured at the end, against the
+// Householder reflections make the matrix tridiagonal, and their product takes its place; then implicit QL. Of that,
+// one thread finds the rotations of a sweep, each of which needs the one before, while the other warps apply those of
+// the sweep before to the vectors, a row each. So a processor is kept busy by having several matrices, not by one.
+// Everything is scaled to a largest entry of 1 to 2. Residual and orthogonality are measured at the end, against the
 // matrix as it was given.
-//
-// Jacobi, and not a tridiagonal reduction with QL: that has fewer operations but a chain of n^2 dependent divisions and
-// roots, and none of the parallelism.
 #include <cmath>
 
 #include "launch.h"
@@ -16,12 +13,11 @@
 namespace lors {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxSize = 96;
-constexpr int kPairs = kMaxSize / 2;
-constexpr int kMaxSweeps = 30;
-constexpr double kNegligible = 0x1p-56;  // of the largest entry
+constexpr int kMaxSize = 160;
+constexpr int kMaxSweeps = 60;  // for one eigenvalue
+constexpr double kNegligible = 0x1p-54;
 
 struct Eigh {
     const double* a;  // [count, n, n], symmetric: rows and matrices these many entries apart
@@ -32,26 +28,21 @@ struct Eigh {
     int n;
 };
 
+// What a block has besides the matrix.
+struct Scratch {
+    double d[kMaxSize], e[kMaxSize];                  // diagonal, and beside it
+    double beta[kMaxSize];                            // of the reflections 1 - beta v v.T
+    double v[kMaxSize], w[kMaxSize];                  // of the present one
+    double cosines[2][kMaxSize], sines[2][kMaxSize];  // of two sweeps
+    double parts[kThreads];
+    int first[2], behind[2];  // of each: rotation i turns the columns i and i + 1
+    bool finished[2];
+    int place[kMaxSize];
+};
+
 // Entries from one row to the next: odd, so that a column's entries lie in different banks.
 constexpr __host__ __device__ int pitch(int n) {
     return n | 1;
-}
-
-// The pair `k` of round `round` among m players, m even; the last player stays, the others move round a table.
-__device__ __forceinline__ void pairing(int m, int round, int k, int& p, int& q) {
-    const int seats = m - 1;
-    const int there = round + k < seats ? round + k : round + k - seats;
-    const int back = round < k ? round - k + seats : round - k;
-    p = k == 0 ? round : there < back ? there : back;
-    q = k == 0 ? seats : there < back ? back : there;
-}
-
-// Cosine and sine of the rotation that makes a[p][q] zero; the smaller of the two angles.
-__device__ __forceinline__ void rotation(double pp, double qq, double pq, double& c, double& s) {
-    const double half = (qq - pp) / (2 * pq);
-    const double t = (half < 0 ? -1.0 : 1.0) / (fabs(half) + sqrt(half * half + 1));
-    c = 1 / sqrt(t * t + 1);
-    s = t * c;
 }
 
 // The largest of all threads' values; NaN where there is one. A barrier has to pass before the scratch is used again.
@@ -69,108 +60,249 @@ __device__ __forceinline__ double block_largest(double value, double* scratch) {
     return value;
 }
 
+__device__ __forceinline__ double warp_sum(double value) {
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+// How the block's threads share m rows or columns: a thread has one of them, and one part of its entries.
+struct Share {
+    int index, part, parts;
+    bool works;
+
+    __device__ __forceinline__ explicit Share(int m) {
+        const int padded = (m + 31) / 32 * 32;
+        parts = kThreads / padded;
+        index = static_cast<int>(threadIdx.x) % padded, part = static_cast<int>(threadIdx.x) / padded;
+        works = index < m && part < parts;
+    }
+    // the sum over the parts of what each thread left in `from`
+    __device__ __forceinline__ double sum(const double* from, int padded, int i) const {
+        double total = 0;
+        for (int part_ = 0; part_ < parts; ++part_) total += from[part_ * padded + i];
+        return total;
+    }
+};
+
+// a -> its reflections' v below the diagonal; s.d, s.e, s.beta
+__device__ __forceinline__ void tridiagonalise(double* a, int n, int ld, Scratch& s) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    for (int k = 0; k < n - 2; ++k) {
+        const int m = n - k - 1, padded = (m + 31) / 32 * 32;
+        double* sub = a + (k + 1) * ld + k + 1;
+        const double* x = a + (k + 1) * ld + k;  // a column
+        double rest = 0;                         // every warp for itself
+        for (int i = lane; i < m; i += 32) rest += i ? x[i * ld] * x[i * ld] : 0.0;
+        rest = warp_sum(rest);
+        const double x0 = x[0], norm = sqrt(x0 * x0 + rest);
+        const bool turns = rest > 0;
+        const double v0 = x0 > 0 ? x0 + norm : x0 - norm, beta = turns ? 1 / (norm * (norm + fabs(x0))) : 0.0;
+        const Share share(m);
+        if (turns && share.works) {
+            const double* row = sub + share.index * ld;
+            double sum = 0;
+            for (int j = share.part; j < m; j += share.parts) sum += row[j] * (j ? x[j * ld] : v0);
+            s.parts[share.part * padded + share.index] = beta * sum;
+        }
+        __syncthreads();
+        if (turns) {  // w = p - beta / 2 (p.v) v, by every warp for itself
+            double product = 0;
+            for (int i = lane; i < m; i += 32) product += share.sum(s.parts, padded, i) * (i ? x[i * ld] : v0);
+            product = 0.5 * beta * warp_sum(product);
+            for (int i = static_cast<int>(threadIdx.x); i < m; i += kThreads) {
+                const double v = i ? x[i * ld] : v0;
+                s.v[i] = v, s.w[i] = share.sum(s.parts, padded, i) - product * v;
+            }
+        }
+        __syncthreads();
+        if (turns && share.works) {
+            double* row = sub + share.index * ld;
+            const double v = s.v[share.index], w = s.w[share.index];
+            for (int j = share.part; j < m; j += share.parts) row[j] -= v * s.w[j] + w * s.v[j];
+        }
+        if (warp == 0 && lane == 0) {
+            s.d[k] = a[k * ld + k], s.beta[k] = beta;
+            s.e[k] = !turns ? x0 : x0 > 0 ? -norm : norm;
+            a[(k + 1) * ld + k] = v0;
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        for (int k = n < 2 ? 0 : n - 2; k < n; ++k) s.d[k] = a[k * ld + k];
+        if (n > 1) s.e[n - 2] = a[(n - 1) * ld + n - 2];
+        s.e[n - 1] = 0;
+    }
+    __syncthreads();
+}
+
+// the product of the reflections, in the place of their v
+__device__ __forceinline__ void accumulate(double* a, int n, int ld, Scratch& s) {
+    const int last = n < 2 ? 0 : n - 2;  // from here on it is the identity
+    for (int i = static_cast<int>(threadIdx.x); i < (n - last) * (n - last); i += kThreads) {
+        const int row = last + i / (n - last), column = last + i % (n - last);
+        a[row * ld + column] = row == column ? 1.0 : 0.0;
+    }
+    __syncthreads();
+    for (int k = n - 3; k >= 0; --k) {
+        const int m = n - k - 1, padded = (m + 31) / 32 * 32;
+        double* sub = a + (k + 1) * ld + k + 1;
+        double* x = a + (k + 1) * ld + k;
+        const double beta = s.beta[k];
+        const Share share(m);
+        if (share.works) {
+            double sum = 0;
+            for (int i = share.part; i < m; i += share.parts) sum += x[i * ld] * sub[i * ld + share.index];
+            s.parts[share.part * padded + share.index] = beta * sum;
+            if (share.part == 0) s.v[share.index] = x[share.index * ld];
+        }
+        __syncthreads();
+        if (share.works) {
+            const double sum = share.sum(s.parts, padded, share.index);
+            if (beta != 0) {
+                for (int i = share.part; i < m; i += share.parts) sub[i * ld + share.index] -= s.v[i] * sum;
+            }
+            if (share.part == 0) x[share.index * ld] = a[k * ld + k + 1 + share.index] = 0;
+        }
+        if (threadIdx.x == 0) a[k * ld + k] = 1;
+        __syncthreads();
+    }
+}
+
+// Where the sweeps are: eigenvalue l is looked for, for the tries-th time.
+struct Progress {
+    int l = 0, tries = 0;
+};
+
+// The rotations of one more sweep, by the first warp; false when there is none.
+__device__ __forceinline__ bool sweep(Progress& at, int n, double norm, Scratch& s, int turn) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int m = at.l;
+    for (;; ++at.l, at.tries = 0) {
+        if (at.l >= n - 1) break;
+        m = n - 1;  // the first from l on that stands alone from the next
+        for (int i = at.l + lane; i < n - 1 && m == n - 1; i += 32) {
+            const double beside = fabs(s.e[i]);
+            if (beside <= kNegligible * (fabs(s.d[i]) + fabs(s.d[i + 1])) || beside <= 0.25 * kNegligible * norm) m = i;
+        }
+        for (int step = 16; step > 0; step /= 2) {
+            const int other = __shfl_xor_sync(~0u, m, step);
+            m = other < m ? other : m;
+        }
+        if (m > at.l && at.tries < kMaxSweeps) break;  // where that is exceeded, the error will tell
+    }
+    ++at.tries;
+    int i = m - 1;
+    if (lane == 0 && at.l < n - 1) {
+        const int l = at.l;
+        const double half = (s.d[l + 1] - s.d[l]) / (2 * s.e[l]);
+        double g = s.d[m] - s.d[l] + s.e[l] / (half + copysign(sqrt(half * half + 1), half));
+        double sine = 1, cosine = 1, p = 0;
+        for (; i >= l; --i) {
+            const double f = sine * s.e[i], b = cosine * s.e[i], square = f * f + g * g;
+            if (square < 0x1p-900) break;
+            const double inverse = rsqrt(square);
+            s.e[i + 1] = square * inverse;
+            sine = f * inverse, cosine = g * inverse;
+            g = s.d[i + 1] - p;
+            const double r = (s.d[i] - g) * sine + 2 * cosine * b;
+            p = sine * r;
+            s.d[i + 1] = g + p;
+            g = cosine * r - b;
+            s.cosines[turn][i] = cosine, s.sines[turn][i] = sine;
+        }
+        if (i >= l) {  // it falls apart here
+            s.d[i + 1] -= p, s.e[i + 1] = 0;
+        } else {
+            s.d[l] -= p, s.e[l] = g;
+        }
+        s.e[m] = 0;
+    }
+    if (lane == 0) s.first[turn] = i + 1, s.behind[turn] = m, s.finished[turn] = at.l >= n - 1;
+    __syncwarp();
+    return at.l < n - 1;
+}
+
+// Turns one row of the vectors.
+__device__ __forceinline__ void rotate(double* row, const Scratch& s, int turn) {
+    int i = s.behind[turn] - 1;
+    const int first = s.first[turn];
+    if (i < first) return;
+    double upper = row[i + 1];
+    for (; i >= first; --i) {
+        const double lower = row[i], cosine = s.cosines[turn][i], sine = s.sines[turn][i];
+        row[i + 1] = sine * lower + cosine * upper;
+        upper = cosine * lower - sine * upper;
+    }
+    row[first] = upper;
+}
+
 __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
     LORS_DYNAMIC_SHARED(memory);
-    LORS_SHARED(double, cosines, [kPairs]);
-    LORS_SHARED(double, sines, [kPairs]);
-    LORS_SHARED(double, scratch, [kWarps]);
-    const int n = g.n, ld = pitch(n), players = n + n % 2, pairs = players / 2;
+    LORS_SHARED(Scratch, s);
+    const int n = g.n, ld = pitch(n);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const double* given = g.a + blockIdx.x * g.stride;
     double* a = reinterpret_cast<double*>(memory);
-    double* v = a + n * ld;  // v[k] is the k-th eigenvector
 
     double top = 0;
     for (int i = warp; i < n; i += kWarps) {
         for (int j = lane; j < n; j += 32) {
             const double x = given[i * g.row_stride + j];
             a[i * ld + j] = x;
-            v[i * ld + j] = i == j ? 1.0 : 0.0;
             top = fabs(x) > top || x != x ? fabs(x) : top;
         }
     }
-    top = block_largest(top, scratch);
-    const double negligible = kNegligible * top;
+    top = block_largest(top, s.parts);
+    int exponent = 0;
+    frexp(top, &exponent);
+    const double unit = top > 0 && top < INFINITY ? ldexp(1.0, exponent - 1) : 1.0;
+    for (int i = warp; i < n; i += kWarps) {
+        for (int j = lane; j < n; j += 32) a[i * ld + j] /= unit;
+    }
+    __syncthreads();
+    tridiagonalise(a, n, ld, s);
+    accumulate(a, n, ld, s);
 
-    bool moving = true;
-    for (int sweep = 0; sweep < kMaxSweeps && moving; ++sweep) {
-        moving = false;
-        for (int round = 0; round < players - 1; ++round) {
-            bool turns = false;
-            if (static_cast<int>(threadIdx.x) < pairs) {
-                const int k = static_cast<int>(threadIdx.x);
-                int p, q;
-                pairing(players, round, k, p, q);
-                double c = 1, s = 0;
-                if (q < n && fabs(a[p * ld + q]) > negligible) {
-                    rotation(a[p * ld + p], a[q * ld + q], a[p * ld + q], c, s);
-                    turns = true;
-                }
-                cosines[k] = c, sines[k] = s;
-            }
-            if (!__syncthreads_or(turns)) continue;
-            moving = true;
-            for (int i = warp; i < pairs; i += kWarps) {
-                int pi, qi, pj, qj;
-                pairing(players, round, i, pi, qi);
-                const double ci = cosines[i], si = sines[i];
-                const bool alone = qi >= n;  // this round's bye
-                if (si != 0) {
-                    for (int j = lane; j < n; j += 32) {
-                        const double x = v[pi * ld + j], y = v[qi * ld + j];
-                        v[pi * ld + j] = ci * x - si * y;
-                        v[qi * ld + j] = si * x + ci * y;
-                    }
-                }
-                for (int j = i + lane; j < pairs; j += 32) {
-                    pairing(players, round, j, pj, qj);
-                    const double cj = cosines[j], sj = sines[j];
-                    if (si == 0 && sj == 0) continue;
-                    if (j == i) {
-                        const double pq = a[pi * ld + qi], move = si / ci * pq;
-                        a[pi * ld + pi] -= move;
-                        a[qi * ld + qi] += move;
-                        a[pi * ld + qi] = a[qi * ld + pi] = 0;
-                        continue;
-                    }
-                    const bool other_alone = qj >= n;
-                    const double pp = a[pi * ld + pj], pq = other_alone ? 0 : a[pi * ld + qj];
-                    const double qp = alone ? 0 : a[qi * ld + pj], qq = alone || other_alone ? 0 : a[qi * ld + qj];
-                    const double rpp = ci * pp - si * qp, rpq = ci * pq - si * qq;
-                    const double rqp = si * pp + ci * qp, rqq = si * pq + ci * qq;
-                    a[pi * ld + pj] = a[pj * ld + pi] = cj * rpp - sj * rpq;
-                    if (!other_alone) a[pi * ld + qj] = a[qj * ld + pi] = sj * rpp + cj * rpq;
-                    if (!alone) a[qi * ld + pj] = a[pj * ld + qi] = cj * rqp - sj * rqq;
-                    if (!alone && !other_alone) a[qi * ld + qj] = a[qj * ld + qi] = sj * rqp + cj * rqq;
-                }
-            }
-            __syncthreads();
+    Progress progress;
+    int turn = 0;
+    if (threadIdx.x == 0) s.first[1] = s.behind[1] = 0;
+    __syncthreads();
+    for (;; turn ^= 1) {
+        if (warp == 0) {
+            sweep(progress, n, top / unit, s, turn);
+        } else if (static_cast<int>(threadIdx.x) - 32 < n) {
+            rotate(a + (threadIdx.x - 32) * ld, s, turn ^ 1);
         }
+        __syncthreads();
+        if (s.finished[turn]) break;
     }
 
     // A place for every eigenvalue by counting the smaller ones.
     for (int k = warp; k < n; k += kWarps) {
-        const double mine = a[k * ld + k];
+        const double mine = s.d[k];
         int place = 0;
         for (int j = lane; j < n; j += 32) {
-            const double other = a[j * ld + j];
+            const double other = s.d[j];
             place += other < mine || (other == mine && j < k);
         }
         for (int step = 16; step > 0; step /= 2) place += __shfl_xor_sync(~0u, place, step);
-        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine;
-        for (int i = lane; i < n; i += 32) g.vectors[(int64_t{blockIdx.x} * n + i) * n + place] = v[k * ld + i];
+        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine * unit, s.place[k] = place;
+    }
+    __syncthreads();
+    for (int i = warp; i < n; i += kWarps) {
+        double* row = g.vectors + (int64_t{blockIdx.x} * n + i) * n;
+        for (int k = lane; k < n; k += 32) row[s.place[k]] = a[i * ld + k];
     }
 
     // |V.T V - 1| and |A V - V theta| / |A|, entry by entry.
-    double worst = 0;
+    double worst = top <= 0x1.fffffffffffffp1023 ? 0 : NAN;
     for (int k = warp; k < n; k += kWarps) {
-        const double mine = a[k * ld + k];
+        const double mine = s.d[k] * unit;
         for (int i = lane; i < n; i += 32) {
-            double product = 0, image = -mine * v[k * ld + i];
+            double product = 0, image = -mine * a[i * ld + k];
             for (int j = 0; j < n; ++j) {
-                product += v[k * ld + j] * v[i * ld + j];
-                image +=
-                    given[j * g.row_stride + i] * v[k * ld + j];  // the matrix is symmetric: neighbours, one cache line
+                product += a[j * ld + k] * a[j * ld + i];
+                image += given[j * g.row_stride + i] * a[j * ld + k];  // symmetric: neighbours, one cache line
             }
             const double skew = fabs(product - (i == k ? 1.0 : 0.0));
             const double residual = top > 0 ? fabs(image) / top : 0;
@@ -178,21 +310,27 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
             worst = residual > worst || residual != residual ? residual : worst;
         }
     }
-    worst = block_largest(worst, scratch);
+    worst = block_largest(worst, s.parts);
     if (threadIdx.x == 0) g.error[blockIdx.x] = worst;
+}
+
+int64_t dynamic_shared(int64_t n) {
+    return n * pitch(static_cast<int>(n)) * static_cast<int64_t>(sizeof(double));
 }
 
 }  // namespace
 
-int eigh_max_size() {
-    return kMaxSize;
+int eigh_max_size(int device) {
+    int n = kMaxSize;
+    while (n > 0 && dynamic_shared(n) + static_cast<int64_t>(sizeof(Scratch)) > shared_memory(device)) --n;
+    return n;
 }
 
 void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
           double* theta, double* vectors, double* error) {
     const Group group{nullptr, 0, 0, false, count, 1, n, n};
     const Selected selected = begin(launch, "eigh", group);
-    const int64_t shared = 2 * n * pitch(static_cast<int>(n)) * static_cast<int64_t>(sizeof(double));
+    const int64_t shared = dynamic_shared(n);
     check(cudaFuncSetAttribute(eigh_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
           "eigh", group);
     const Eigh g{a, row_stride, stride, theta, vectors, error, static_cast<int>(n)};

@@ -191,13 +191,17 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Gram a) {
     }
 }
 
-// The same for float16 on tensor cores, A's rows being delta's. A warp owns inner columns, 32 at a time, and a lane 8
-// neighbouring ones of two rows: one 16-byte load, whose numbers are taken as columns 2t, 2t + 1, 2t + 8, 2t + 9 of two
-// tiles of 16, in x and z as well as here. So y = A x needs no exchange but the sum over warps, and z += A.T y takes
-// the same registers, transposed.
+// The same for float16 on tensor cores, in tiles of 16 rows of A. A warp owns inner indices, 32 at a time. A lane
+// copies what it needs of them itself, and asynchronously: the next tile's numbers come into the place of those that
+// are in registers by now, while these are worked on.
+//
+// Where A's rows are delta's, that is 8 neighbouring inner indices of two rows, taken as 2t, 2t + 1, 2t + 8, 2t + 9 of
+// two tiles of 16, in x and z as well as here. Where they are its columns, it is 4 neighbouring rows of A at four inner
+// indices, taken as rows 2t, 2t + 1, 2t + 8, 2t + 9. So one of y = A x and z += A.T y takes the registers as they are,
+// and the other takes them transposed.
 //
 // Everything is as exact as in float32: a delta is hi + lo, two float16 numbers (the error of a difference is one), and
-// lo, nearly always 0, is passed over by a vote; x and y are hi + lo too, scaled by powers of two, a vector's own.
+// lo is passed over where a warp's are all 0; x and y are hi + lo too, scaled by powers of two, a vector's own.
 // Where a difference overflows float16 the tile is taken by halves.
 constexpr int kTileRows = 16, kTileSums = kTileRows * kWidth;
 
@@ -228,41 +232,95 @@ __device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& 
     lo = pack_halves(a - low_half(hi), b - high_half(hi));
 }
 
-__device__ __forceinline__ uint4 eight(const void* data, int64_t at, bool there) {
-    return there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at) : make_uint4(0, 0, 0, 0);
-}
-
 __device__ __forceinline__ uint32_t halved(uint32_t pair) {
     return pack_halves(0.5f * low_half(pair), 0.5f * high_half(pair));
 }
 
-// A lane's deltas of 16 rows, hi[chunk][0, 4) those of row g and hi[chunk][4, 8) those of row g + 8; whether any lane
-// has a lo that is not 0.
-template <int Chunks, bool Halved>
-__device__ __forceinline__ bool take(const PairView& view, int64_t row, int64_t end, int inner,
-                                     uint32_t (&hi)[Chunks][8], uint32_t (&lo)[Chunks][8]) {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+// What a lane copies of one chunk of 32 inner indices, of tuned and as much of base: kPieces of kPieceBytes.
+template <bool Transposed>
+struct Lane {
+    static constexpr int kPieces = Transposed ? 4 : 2, kPieceBytes = 32 / kPieces, kChunkBytes = 64;
+
+    // of thread 0; the other threads' follow one another
+    static __device__ __forceinline__ int place(int chunk, int piece, bool base) {
+        return (chunk * kChunkBytes + (2 * piece + base) * kPieceBytes) * kThreads;
+    }
+};
+
+constexpr int64_t tensor_shared(int chunks) {
+    return int64_t{chunks} * Lane<false>::kChunkBytes * kThreads;
+}
+
+// Where a lane's numbers of a tile lie: its first piece, and bytes over eight rows of the matrix.
+template <bool Transposed>
+struct Source {
+    const char* at;
+    int64_t step;
+
+    __device__ __forceinline__ Source(const void* data, int64_t stride, int64_t row) : step(8 * stride * kItem) {
+        const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+        const int64_t i = Transposed ? warp * 32 + lane / 4 : row + lane / 4;
+        const int64_t j = Transposed ? row + lane % 4 * 4 : warp * 32 + lane % 4 * 8;
+        at = static_cast<const char*>(data) + (i * stride + j) * kItem;
+    }
+    static constexpr int kItem = 2;
+};
+
+// Copies a lane's numbers of the rows of A from `row` on, up to `end`, into `stage`, where its own begin.
+template <int Chunks, bool Transposed>
+__device__ __forceinline__ void fetch(const Source<Transposed>& from, int64_t row, int64_t end, int inner, char* stage,
+                                      bool base) {
+    using L = Lane<Transposed>;
+    const int first = static_cast<int>(threadIdx.x) / 32 * 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const char* at = from.at;
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
-        const int j = (c * kWarps + warp) * 32 + lane % 4 * 8;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int64_t i = row + lane / 4 + 8 * r;
-            const bool there = j < inner && i < end;
-            const uint4 tuned = eight(view.tuned, i * view.tuned_stride + j, there);
-            const uint4 base = eight(view.base, i * view.base_stride + j, there && view.base);
-            hi[c][4 * r] = tuned.x, hi[c][4 * r + 1] = tuned.y, hi[c][4 * r + 2] = tuned.z, hi[c][4 * r + 3] = tuned.w;
-            lo[c][4 * r] = base.x, lo[c][4 * r + 1] = base.y, lo[c][4 * r + 2] = base.z, lo[c][4 * r + 3] = base.w;
+        for (int piece = 0; piece < L::kPieces; ++piece) {
+            const int i = c * kThreads + first + (Transposed ? 8 * piece + lane / 4 : lane % 4 * 8);
+            const bool there =
+                (c < Chunks - 1 || i < inner) && row + (Transposed ? lane % 4 * 4 : lane / 4 + 8 * piece) < end;
+            const char* source = Transposed ? at : at + piece * from.step + c * kThreads * Source<false>::kItem;
+            __pipeline_memcpy_async(stage + L::place(c, piece, base), source, L::kPieceBytes,
+                                    there ? 0 : L::kPieceBytes);
+            if (Transposed) at += (piece < L::kPieces - 1 ? 1 : kThreads / 8 - piece) * from.step;
         }
     }
+}
+
+// A lane's deltas of 16 rows of A. Of the words [4 a + 2 k + b] of a chunk, a says which half of the rows, k which of
+// two tiles of 16 inner indices and b which half of those. Returns whether any lane has a lo that is not 0.
+template <int Chunks, bool Transposed, bool Halved>
+__device__ __forceinline__ bool take(const char* stage, bool has_base, uint32_t (&hi)[Chunks][8],
+                                     uint32_t (&lo)[Chunks][8]) {
+    using L = Lane<Transposed>;
     uint32_t left = 0;
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
 #pragma unroll
-        for (int w = 0; w < 8; ++w) {
-            const uint32_t tuned = Halved ? halved(hi[c][w]) : hi[c][w], base = Halved ? halved(lo[c][w]) : lo[c][w];
-            difference(tuned, base, hi[c][w], lo[c][w]);
-            left |= lo[c][w] & 0x7fff7fffu;
+        for (int piece = 0; piece < L::kPieces; ++piece) {
+            constexpr int kWords = L::kPieceBytes / 4;
+            uint32_t tuned[kWords], base[kWords] = {};
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                if (side && !has_base) continue;
+                uint32_t* words = side ? base : tuned;
+                const char* from = stage + L::place(c, piece, side != 0);
+                if constexpr (Transposed) {
+                    const uint2 found = *reinterpret_cast<const uint2*>(from);
+                    words[0] = found.x, words[1] = found.y;
+                } else {
+                    const uint4 found = *reinterpret_cast<const uint4*>(from);
+                    words[0] = found.x, words[1] = found.y, words[2] = found.z, words[3] = found.w;
+                }
+            }
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) {
+                const int at = Transposed ? 4 * w + piece : 4 * piece + w;
+                difference(Halved ? halved(tuned[w]) : tuned[w], Halved ? halved(base[w]) : base[w], hi[c][at],
+                           lo[c][at]);
+                left |= lo[c][at] & 0x7fff7fffu;
+            }
         }
     }
     return __any_sync(~0u, left != 0);
@@ -282,8 +340,21 @@ __device__ __forceinline__ bool overflowed(const uint32_t (&lo)[Chunks][8]) {
     return __any_sync(~0u, found);
 }
 
-template <int Chunks>
+// The four words of a tile of 16 by 16, at 0, 1, 4 and 5 as in `take`, turned over or not.
+struct Tile {
+    uint32_t w[6];
+
+    __device__ __forceinline__ Tile(const uint32_t* d, bool turned) {
+#pragma unroll
+        for (int i = 0; i < 6; ++i) {
+            if (i < 2 || i > 3) w[i] = turned ? transposed(d[i]) : d[i];
+        }
+    }
+};
+
+template <bool Transposed, int Chunks>
 __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
+    LORS_DYNAMIC_SHARED(memory);
     LORS_SHARED(float, parts, [2 * kWarps * kTileSums]);
     LORS_SHARED(float, tops, [kWarps * kWidth]);
     const int64_t p = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks, column = blockIdx.y * int64_t{kWidth};
@@ -294,12 +365,21 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
     const float* x = a.x + p * a.inner * a.b + column;
+    char* stage = memory + threadIdx.x * Lane<Transposed>::kPieceBytes;
+    const auto fetch_both = [&](int64_t row) {  // addresses anew, because registers are what there is least of
+        fetch<Chunks>(Source<Transposed>(view.tuned, view.tuned_stride, row), row, end, inner, stage, false);
+        if (view.base) {
+            fetch<Chunks>(Source<Transposed>(view.base, view.base_stride, row), row, end, inner, stage, true);
+        }
+        __pipeline_commit();
+    };
+    fetch_both(first);
 
     float top = 0;
     for (int c = 0; c < Chunks; ++c) {
         const int j = (c * kWarps + warp) * 32 + 8 * t;
         for (int e = 0; e < 8; ++e) {
-            const float size = j < inner && g < width ? fabsf(x[(j + e) * a.b + g]) : 0.0f;
+            const float size = j + e < inner && g < width ? fabsf(x[(j + e) * a.b + g]) : 0.0f;
             top = size > top ? size : top;
         }
     }
@@ -314,16 +394,19 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
         for (int other = 0; other < kWarps; ++other) all = fmaxf(all, tops[other * kWidth + vector]);
         scales[i] = downscale(all);
     }
+    // the number 2 w, 2 w + 1 of a lane's inner indices of a chunk
+    const auto inner_of = [&](int c, int w) {
+        return (c * kWarps + warp) * 32 + (Transposed ? 8 * w + 2 * t : 8 * t + 2 * w);
+    };
     uint32_t xh[Chunks][4], xl[Chunks][4];
     float z[Chunks][2][4] = {};
 #pragma unroll
     for (int c = 0; c < Chunks; ++c) {
-        const int j = (c * kWarps + warp) * 32 + 8 * t;
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            const bool there = j < inner && g < width;
-            const float low = there ? x[(j + 2 * w) * a.b + g] * scales[0] : 0.0f;
-            const float high = there ? x[(j + 2 * w + 1) * a.b + g] * scales[0] : 0.0f;
+            const int64_t j = inner_of(c, w);
+            const float low = j < inner && g < width ? x[j * a.b + g] * scales[0] : 0.0f;
+            const float high = j + 1 < inner && g < width ? x[(j + 1) * a.b + g] * scales[0] : 0.0f;
             split(low, high, xh[c][w], xl[c][w]);
         }
     }
@@ -333,24 +416,30 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
 #pragma unroll 1
     for (int64_t row = first; row < end; row += kTileRows, now ^= 1) {
         uint32_t hi[Chunks][8], lo[Chunks][8];
-        const bool some = take<Chunks, false>(view, row, end, inner, hi, lo);
+        __pipeline_wait_prior(0);
+        const bool some = take<Chunks, Transposed, false>(stage, view.base != nullptr, hi, lo);
         float unit = 1;
-        if (some && overflowed<Chunks>(lo)) {
+        if (LORS_RARELY(some && overflowed<Chunks>(lo))) {
             unit = 2;
-            take<Chunks, true>(view, row, end, inner, hi, lo);
+            take<Chunks, Transposed, true>(stage, view.base != nullptr, hi, lo);
         }
-        float y[4] = {};
+        if (row + kTileRows < end) fetch_both(row + kTileRows);
+        float y[4] = {}, small[4] = {};
 #pragma unroll
         for (int c = 0; c < Chunks; ++c) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const uint32_t* d = hi[c] + 2 * k;
-                multiply(y, d[0], d[4], d[1], d[5], xh[c][2 * k], xh[c][2 * k + 1]);
-                multiply(y, d[0], d[4], d[1], d[5], xl[c][2 * k], xl[c][2 * k + 1]);
-                const uint32_t* rest = lo[c] + 2 * k;
-                if (some) multiply(y, rest[0], rest[4], rest[1], rest[5], xh[c][2 * k], xh[c][2 * k + 1]);
+                const Tile d(hi[c] + 2 * k, Transposed);
+                multiply(y, d.w[0], d.w[4], d.w[1], d.w[5], xh[c][2 * k], xh[c][2 * k + 1]);
+                multiply(small, d.w[0], d.w[4], d.w[1], d.w[5], xl[c][2 * k], xl[c][2 * k + 1]);
+                if (some) {
+                    const Tile rest(lo[c] + 2 * k, Transposed);
+                    multiply(small, rest.w[0], rest.w[4], rest.w[1], rest.w[5], xh[c][2 * k], xh[c][2 * k + 1]);
+                }
             }
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] += small[i];
         float* mine = parts + now * kWarps * kTileSums;
         float* to = mine + warp * kTileSums + g * kWidth + 2 * t;
         to[0] = unit * y[0] * back0, to[1] = unit * y[1] * back1;
@@ -364,9 +453,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
             sums[i] = 0;
 #pragma unroll
             for (int other = 0; other < kWarps; ++other) sums[i] += mine[other * kTileSums + r * kWidth + g];
-            if (a.y && warp == 0 && row + r < end && g < width) {
-                a.y[(p * a.outer + row + r) * a.b + column + g] = sums[i];
-            }
+            const int64_t o = row + (Transposed ? 4 * t + i : r);
+            if (a.y && warp == 0 && o < end && g < width) a.y[(p * a.outer + o) * a.b + column + g] = sums[i];
             top = fmaxf(top, fabsf(sums[i]));
         }
         const float scale = downscale(largest_of_column(top));
@@ -380,15 +468,12 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 float sum[4] = {};
-                const uint32_t* d = hi[c] + 2 * k;
-                const uint32_t d0 = transposed(d[0]), d1 = transposed(d[1]), d2 = transposed(d[4]),
-                               d3 = transposed(d[5]);
-                multiply(sum, d0, d1, d2, d3, yh[0], yh[1]);
-                multiply(sum, d0, d1, d2, d3, yl[0], yl[1]);
+                const Tile d(hi[c] + 2 * k, !Transposed);
+                multiply(sum, d.w[0], d.w[1], d.w[4], d.w[5], yh[0], yh[1]);
+                multiply(sum, d.w[0], d.w[1], d.w[4], d.w[5], yl[0], yl[1]);
                 if (some) {
-                    const uint32_t* rest = lo[c] + 2 * k;
-                    multiply(sum, transposed(rest[0]), transposed(rest[1]), transposed(rest[4]), transposed(rest[5]),
-                             yh[0], yh[1]);
+                    const Tile rest(lo[c] + 2 * k, !Transposed);
+                    multiply(sum, rest.w[0], rest.w[1], rest.w[4], rest.w[5], yh[0], yh[1]);
                 }
                 z[c][k][0] += sum[0] * unscale0, z[c][k][1] += sum[1] * unscale1;
                 z[c][k][2] += sum[2] * unscale0, z[c][k][3] += sum[3] * unscale1;
@@ -400,7 +485,8 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int k = i / 4, q = i % 4, vector = 2 * t + q % 2;
-            const int j = (c * kWarps + warp) * 32 + g / 2 * 8 + 4 * k + q / 2 * 2 + g % 2;
+            const int j = (c * kWarps + warp) * 32 +
+                          (Transposed ? 16 * k + q / 2 * 8 + g : g / 2 * 8 + 4 * k + q / 2 * 2 + g % 2);
             if (j < inner && vector < width) {
                 a.partial[((p * a.chunks + chunk) * a.inner + j) * a.b + column + vector] = z[c][k][q];
             }
@@ -473,34 +559,30 @@ void launch_tiles(const Launch& launch, const Group& group, const GramPlan& plan
     start(launch, "gram_apply", group, grid, kThreads, plan.shared, kernel, a);
 }
 
-template <int Chunks>
+template <bool Transposed, int Chunks>
 void launch_tensor(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    const auto kernel = gram_tensor_kernel<Transposed, Chunks>;
+    const int64_t shared = tensor_shared(Chunks);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "gram_apply", group);
     const dim3 grid(blocks(a.g.pairs * plan.chunks, "gram_apply", group), static_cast<unsigned>(ceil_div(a.b, kWidth)));
-    start(launch, "gram_apply (tensor cores)", group, grid, kThreads, 0, gram_tensor_kernel<Chunks>, a);
+    start(launch, "gram_apply (tensor cores)", group, grid, kThreads, shared, kernel, a);
 }
 
-void choose_chunks(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
-    switch (plan.per_thread) {
-        case 1: return launch_tensor<1>(launch, group, plan, a);
-        case 2: return launch_tensor<2>(launch, group, plan, a);
-        case 3: return launch_tensor<3>(launch, group, plan, a);
-        case 4: return launch_tensor<4>(launch, group, plan, a);
-        default: return launch_tensor<5>(launch, group, plan, a);
-    }
+template <Kind K, bool Transposed, int PerThread>
+void launch_fast(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
+    if constexpr (K == Kind::kFloat16) return launch_tensor<Transposed, PerThread>(launch, group, plan, a);
+    if constexpr (K != Kind::kFloat16) return launch_tiles<K, Transposed, PerThread>(launch, group, plan, a);
 }
 
 template <Kind K, bool Transposed>
 void choose_per_thread(const Launch& launch, const Group& group, const GramPlan& plan, const Gram& a) {
-    if constexpr (K == Kind::kFloat16 && !Transposed) {
-        choose_chunks(launch, group, plan, a);
-    } else {
-        switch (plan.per_thread) {
-            case 1: return launch_tiles<K, Transposed, 1>(launch, group, plan, a);
-            case 2: return launch_tiles<K, Transposed, 2>(launch, group, plan, a);
-            case 3: return launch_tiles<K, Transposed, 3>(launch, group, plan, a);
-            case 4: return launch_tiles<K, Transposed, 4>(launch, group, plan, a);
-            default: return launch_tiles<K, Transposed, 5>(launch, group, plan, a);
-        }
+    switch (plan.per_thread) {
+        case 1: return launch_fast<K, Transposed, 1>(launch, group, plan, a);
+        case 2: return launch_fast<K, Transposed, 2>(launch, group, plan, a);
+        case 3: return launch_fast<K, Transposed, 3>(launch, group, plan, a);
+        case 4: return launch_fast<K, Transposed, 4>(launch, group, plan, a);
+        default: return launch_fast<K, Transposed, 5>(launch, group, plan, a);
     }
 }
 

@@ -48,17 +48,27 @@ GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, b
 void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x,
                 int64_t b, float* y, float* partial);
 
-// One histogram pass over digit `pass` of the keys of |delta - L| whose higher digits are prefix[p], then the choice of
-// the digit that holds the wanted[p]-th largest key.
-//   left [P, m, rank]   right_t [P, rank, n]   counts [P, 2048], zeroed by the caller
-//   prefix int32 [P], wanted (rank of the key among those in play), equal, non_finite int64 [P]
-void threshold_pass(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
-                    int pass, int64_t* counts, int32_t* prefix, int64_t* wanted, int64_t* equal, int64_t* non_finite);
+// The search for a threshold: what the kernels hand to one another, an entry per pair.
+struct ThresholdSearch {
+    int64_t k;
+    int64_t pieces;             // of 32 entries in the sample, up to threshold_sample(); 0: radix passes only
+    int64_t capacity;           // candidates of a pair
+    float* bracket;             // [2, P]: candidates are the magnitudes from the first to the second
+    unsigned long long* found;  // [3, P], zero before: above the bracket, inside it, blocks with non-finite entries
+    uint32_t* candidates;       // [P, capacity]
+    int32_t* settled;           // [P], zero before
+    int32_t* key;               // [P], zero before: the threshold's bits
+    int64_t* wanted;            // [P], k before: entries equal to it that are kept
+    int64_t* equal;             // [P]: all of them
+    int64_t* non_finite;        // [P]
+};
 
-// cut[p]: row-major index just behind the ties[p]-th entry whose key is key[p]; counts [P, tie_chunks(m, n)] is
-// scratch.
-void threshold_cut(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
-                   const int32_t* key, const int64_t* ties, const int64_t* equal, int64_t* counts, int64_t* cut);
+// The k-th largest key of |delta - L|, and cut[p]: the row-major index just behind the wanted[p]-th entry equal to it.
+//   left [P, m, rank]   right_t [P, rank, n]   passes: 3, or 1 to count non-finite entries only, with cut null
+//   counts [passes, P, 2048], zero before   ties [P, tie_chunks(m, n)], scratch
+void residual_threshold(const Launch& launch, const Group& group, const float* left, const float* right_t, int64_t rank,
+                        const ThresholdSearch& search, int passes, int64_t* counts, int64_t* ties, int64_t* cut);
+int64_t threshold_sample();
 int64_t tie_chunks(int64_t m, int64_t n);
 
 // out_i += sum_t weight[p] * (L_p + kept residual), experts in order.
@@ -89,24 +99,32 @@ void ties_update(const Launch& launch, const Group& group, const int64_t* out_ta
                  const TiesRules& rules, const TiesSum& sum, float* energy, int32_t* counts);
 int64_t ties_tiles(int64_t m, int64_t n);
 
-// energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, key of the largest finite
-// one.
+// energy [P, tiles] float: sum of delta^2; counts [P, tiles, 2] int32: non-finite entries, and where there are none the
+// key of the largest; tiles = measure_tiles(m, n)
 void measure(const Launch& launch, const Group& group, float* energy, int32_t* counts);
+int64_t measure_tiles(int64_t m, int64_t n);
 
-// Eigenpairs of `count` symmetric matrices [n, n] float64, n up to eigh_max_size(); rows and matrices of `a` these many
-// entries apart.
+// Eigenpairs of `count` symmetric matrices [n, n] float64, n up to eigh_max_size(device); rows and matrices of `a`
+// these many entries apart.
 //   theta [count, n], smallest first   vectors [count, n, n], a column each
 //   error [count]: the largest entry of |V.T V - 1| and of |A V - V theta| / |A|
 void eigh(const Launch& launch, const double* a, int64_t row_stride, int64_t stride, int64_t count, int64_t n,
           double* theta, double* vectors, double* error);
-int eigh_max_size();
+int eigh_max_size(int device);
 
-// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows and
-// pairs these many entries apart), n up to orthonormalise_max_rows(): w = q below, up to rounding, with q [P, n, 8] and
-// below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where that is 0), fills directions that are not there.
+// The panels w [P, n, 8], their columns made orthonormal and orthogonal to those of the basis [P, n, columns] (rows, on
+// 16 bytes each, and pairs these many entries apart; columns a multiple of 4), n up to orthonormalise_max_rows(device):
+// w = q below, up to rounding, with q [P, n, 8] and below [P, 8, 8]. noise [n, 8], times level times scale [P] (1 where
+// that is 0), fills directions that are not there.
 void orthonormalise(const Launch& launch, const float* w, const float* basis, int64_t row_stride, int64_t stride,
                     int64_t pairs, int64_t n, int64_t columns, const double* noise, const double* scale, double level,
                     float* q, double* below);
-int orthonormalise_max_rows();
+int orthonormalise_max_rows(int device);
+
+// One step of block Lanczos, after w [P, n, 8] = G times the newest 8 of `columns` columns of the basis: the last 8
+// rows and columns of t [P, room, room] = Q.T G Q, symmetric; the next block, behind those columns; and `below` as
+// above, of w without its projection on them. The scale is t's largest diagonal entry.
+void expand(const Launch& launch, const float* w, float* basis, int64_t row_stride, int64_t stride, int64_t pairs,
+            int64_t n, int64_t columns, const double* noise, double level, double* t, int64_t room, double* below);
 
 }  // namespace lors

@@ -24,29 +24,44 @@ __device__ __forceinline__ float load_any(const void* data, int dtype, int64_t a
     }
 }
 
-// v[0, 8) = data[at, at + 8); past `count` zeros (only kAny may have count < 8).
+// Eight neighbouring entries as they are stored, or zeros.
 template <Kind K>
-__device__ __forceinline__ void load8(const void* data, int dtype, int64_t at, int count, float* v) {
-    if constexpr (K == Kind::kFloat32) {
-        const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-        const float4 a = from[0], b = from[1];
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    } else if constexpr (K == Kind::kFloat16 || K == Kind::kBFloat16) {
-        const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + at);
-        const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+struct Raw {
+    static constexpr int kParts = K == Kind::kFloat32 ? 2 : 1, kItem = 2 * kParts;
+    uint4 part[kParts];
+
+    __device__ __forceinline__ Raw(uintptr_t at, bool there) {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            if constexpr (K == Kind::kFloat16) {
-                v[2 * w] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[w])));
-                v[2 * w + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[w] >> 16)));
-            } else {
-                v[2 * w] = __uint_as_float(words[w] << 16);
-                v[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+        for (int i = 0; i < kParts; ++i) part[i] = load16(at + 16 * i, there);
+    }
+    __device__ __forceinline__ void widen(float* v) const {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+            const unsigned words[4] = {part[i].x, part[i].y, part[i].z, part[i].w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                if constexpr (K == Kind::kFloat32) {
+                    v[4 * i + w] = __uint_as_float(words[w]);
+                } else if constexpr (K == Kind::kFloat16) {
+                    v[2 * w] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[w])));
+                    v[2 * w + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(words[w] >> 16)));
+                } else {
+                    v[2 * w] = __uint_as_float(words[w] << 16);
+                    v[2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+                }
             }
         }
-    } else {
+    }
+};
+
+// v[0, 8) = data[at, at + 8); past `count` zeros (only kAny may have count < 8), and where data is null.
+template <Kind K>
+__device__ __forceinline__ void load8(const void* data, int dtype, int64_t at, int count, float* v) {
+    if constexpr (K == Kind::kAny) {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) v[e] = e < count ? load_any(data, dtype, at + e) : 0.0f;
+        for (int e = 0; e < kVector; ++e) v[e] = data && e < count ? load_any(data, dtype, at + e) : 0.0f;
+    } else {
+        Raw<K>(reinterpret_cast<uintptr_t>(data) + at * Raw<K>::kItem, data != nullptr).widen(v);
     }
 }
 
@@ -65,12 +80,7 @@ __device__ __forceinline__ PairView pair_view(const int64_t* table, int64_t p, i
 // base[row, col .. col + 8), zeros where there is no base
 template <Kind K>
 __device__ __forceinline__ void base8(const PairView& view, int dtype, int64_t row, int64_t col, int count, float* v) {
-    if (view.base) {
-        load8<K>(view.base, dtype, row * view.base_stride + col, count, v);
-    } else {
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) v[e] = 0.0f;
-    }
+    load8<K>(view.base, dtype, row * view.base_stride + col, count, v);
 }
 
 // tuned[row, col .. col + 8) - base; x - 0 is x, bit for bit

@@ -3,11 +3,38 @@
 
 #include <cstdint>
 
+// A condition that hardly any input meets. `python -m benchmarks counts` compiles once without what stands behind it.
+#ifdef LORS_WITHOUT_RARE
+#define LORS_RARELY(condition) (false && (condition))
+#else
+#define LORS_RARELY(condition) __builtin_expect(condition, 0)
+#endif
+
 #ifndef LORS_SHARED
 #define LORS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define LORS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
 namespace lors {
+
+// 16 bytes of global memory, or zeros: one load under a predicate, where a branch would double the code that follows.
+__device__ __forceinline__ uint4 load16(uintptr_t at, bool there) {
+    uint4 v;
+    asm("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+        "mov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+        "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(at), "r"(static_cast<unsigned>(there)));
+    return v;
+}
+
+// 1 where |value| is above the bound or no number, else 0: a number, where a predicate would have to be kept.
+__device__ __forceinline__ float exceeds(float value, float bound) {
+    float result;
+    asm("{\n\t.reg .f32 size;\n\tabs.f32 size, %1;\n\tset.gtu.f32.f32 %0, size, %2;\n\t}"
+        : "=f"(result)
+        : "f"(value), "f"(bound));
+    return result;
+}
 
 // Counters in shared memory, addressed there and not through generic pointers: nothing is converted per count, and
 // nothing is returned.

@@ -67,15 +67,15 @@ __global__ void __launch_bounds__(kTileThreads)
                 bad += size >= kNonFiniteKey;
             }
         }
-        float v[kSums] = {sums[0], sums[1], sums[2], sums[3], static_cast<float>(kept), static_cast<float>(bad)};
         const int slot = static_cast<int>(t % kSlots);
-        leave_sums(v, slot, shared_sums);
+        leave_sums(sums, kept, bad, slot, shared_sums);
         if (slot < kSlots - 1 && t < g.experts - 1) continue;
-        collect_sums(slot + 1, shared_sums, [&](int other, int which, float all) {
-            const int64_t place = (p - slot + other) * tiles + tile;
-            if (which < 4) energy[place * 4 + which] = all;
-            if (which == 4 || which == 5) counts[place * 2 + which - 4] = static_cast<int32_t>(all);
-        });
+        const auto place = [&](int other) { return (p - slot + other) * tiles + tile; };
+        collect_sums(
+            slot + 1, shared_sums, [&](int other, int which, float all) { energy[place(other) * kSums + which] = all; },
+            [&](int other, int32_t first, int32_t second) {
+                counts[place(other) * 2] = first, counts[place(other) * 2 + 1] = second;
+            });
         if (t < g.experts - 1) __syncthreads();  // the slots are written again
     }
     if (!out_table || !there) return;

@@ -47,30 +47,41 @@ __device__ __forceinline__ void store8(void* data, int dtype, int64_t at, int co
     }
 }
 
-// Sums over the block of up to kSums numbers per expert: warps leave theirs in shared memory and go on, and after
-// kSlots experts, or the last one, there is one barrier and a few threads add them up, in the order of the warps.
-// Counts are numbers too: a block's are far below 2^24.
-constexpr int kSlots = 16, kTileWarps = kTileThreads / 32;
-constexpr int kSumsSize = kSlots * kTileWarps * kSums;
+// Sums over the block of four numbers and two counts per expert: warps leave theirs in shared memory and go on, and
+// after kSlots experts, or the last one, there is one barrier and a few threads add them up, in the order of the warps.
+// The counts share a word: a block has fewer than 2^16 entries.
+constexpr int kSums = 4, kSlots = 16, kTileWarps = kTileThreads / 32, kLeft = kSums + 1;
+constexpr int kSumsSize = kSlots * kTileWarps * kLeft;
 
-// Leaves the warp's sums of v in a slot.
-__device__ __forceinline__ void leave_sums(float (&v)[kSums], int slot, float* sums) {
+// Leaves the warp's sums of v, and of first + 2^16 second, in a slot.
+__device__ __forceinline__ void leave_sums(float (&v)[kSums], unsigned first, unsigned second, int slot, float* sums) {
+    const unsigned counted = __reduce_add_sync(~0u, first + (second << 16));
     const float mine = warp_sums(v);
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    if (lane < kSums) sums[(slot * kTileWarps + warp) * kSums + lane] = mine;
+    if (lane < kLeft) {
+        sums[(slot * kTileWarps + warp) * kLeft + lane] = lane < kSums ? mine : __uint_as_float(counted);
+    }
 }
 
-// Calls write(slot, which, total) for what was left in the slots; all threads of the block come. A barrier has to pass
-// before slots are written again.
-template <class F>
-__device__ __forceinline__ void collect_sums(int slots, const float* sums, const F& write) {
+// Calls write(slot, which, total) and counted(slot, first, second) for what was left in the slots; all threads of the
+// block come. A barrier has to pass before slots are written again.
+template <class F, class C>
+__device__ __forceinline__ void collect_sums(int slots, const float* sums, const F& write, const C& counted) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < slots * kSums; i += kTileThreads) {
-        const float* from = sums + i / kSums * kTileWarps * kSums + i % kSums;
-        float total = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < slots * kLeft; i += kTileThreads) {
+        const int slot = i / kLeft, which = i % kLeft;
+        const float* from = sums + slot * kTileWarps * kLeft + which;
+        if (which < kSums) {
+            float total = 0;
 #pragma unroll
-        for (int warp = 0; warp < kTileWarps; ++warp) total += from[warp * kSums];
-        write(i / kSums, i % kSums, total);
+            for (int warp = 0; warp < kTileWarps; ++warp) total += from[warp * kLeft];
+            write(slot, which, total);
+        } else {
+            unsigned all = 0;
+#pragma unroll
+            for (int warp = 0; warp < kTileWarps; ++warp) all += __float_as_uint(from[warp * kLeft]);
+            counted(slot, static_cast<int32_t>(all & 0xffff), static_cast<int32_t>(all >> 16));
+        }
     }
 }
 

@@ -1,14 +1,14 @@
-// Sums over a warp of eight numbers at once.
+// Sums over a warp of a few numbers at once.
 #pragma once
 
 namespace lors {
 
-constexpr int kSums = 8;
-
-// v[0, 8) of all lanes -> the total of v[lane % 8]; the list is halved with every step, so 9 shuffles do what 40 would
-__device__ __forceinline__ float warp_sums(float (&v)[kSums]) {
+// v[0, N) of all lanes -> the total of v[lane % N], N a power of two; the list is halved with every step, so that few
+// shuffles do what N times five would
+template <int N>
+__device__ __forceinline__ float warp_sums(float (&v)[N]) {
 #pragma unroll
-    for (int half = kSums / 2; half > 0; half /= 2) {
+    for (int half = N / 2; half > 0; half /= 2) {
         const bool upper = (threadIdx.x & half) != 0;
 #pragma unroll
         for (int j = 0; j < half; ++j) {
@@ -17,8 +17,9 @@ __device__ __forceinline__ float warp_sums(float (&v)[kSums]) {
         }
     }
     float total = v[0];
-    total += __shfl_xor_sync(~0u, total, 8);
-    return total + __shfl_xor_sync(~0u, total, 16);
+#pragma unroll
+    for (int step = N; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+    return total;
 }
 
 }  // namespace lors

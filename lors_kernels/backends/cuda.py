@@ -26,6 +26,7 @@ NAME, DEVICES = cuda_module.NAME, cuda_module.DEVICES
 NUMPY = False
 RADIX_BUCKETS = 2048
 PASSES = 3
+SEARCHED = 1 << 17  # entries from which a sample is much smaller than the matrix
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -79,6 +80,15 @@ def _processors(device: Any) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count  # type: ignore[no-any-return]
 
 
+def _sample(group: MatrixGroup, k: int) -> tuple[int, int]:
+    """Pieces of the sample and places for candidates of a pair, in the search for a threshold; none where the radix passes
+    have less to do."""
+    entries = group.m * group.n
+    if k == 0 or not is_fast(group) or group.n % 32 or entries < SEARCHED:
+        return 0, 0
+    return min(cuda_module.library().threshold_sample(), entries // 64), entries // 16
+
+
 def _factors(left: Any, right: Any) -> tuple[tuple[int, int, int], Any]:
     """Addresses of left and of right transposed, so that neighbouring columns are neighbours, and what keeps it alive."""
     if left is None:
@@ -108,33 +118,41 @@ class Grouped:
     def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
         import torch
 
-        tiles = cuda_module.library().merge_tiles(group.m, group.n)
+        tiles = cuda_module.library().measure_tiles(group.m, group.n)
         energy = torch.empty((group.pairs, tiles), dtype=torch.float32, device=group.device)
         counts = torch.empty((group.pairs, tiles, 2), dtype=torch.int32, device=group.device)
         cuda_module.library().measure(_launch(group), _group(group), energy.data_ptr(), counts.data_ptr())
         return energy.double().sum(1), counts[:, :, 0].sum(1), counts[:, :, 1].amax(1).view(torch.float32)
 
     def residual_threshold(self, group: MatrixGroup, left: Any, right: Any, k: int) -> GroupThreshold:
+        return self.search(group, left, right, k)[0]
+
+    def search(self, group: MatrixGroup, left: Any, right: Any, k: int) -> tuple[GroupThreshold, Any]:
+        """The thresholds, and int32 [P] whether two passes were enough."""
         import torch
 
-        built, pairs, device = cuda_module.library(), group.pairs, group.device
-        launch, view = _launch(group), _group(group)
+        library, pairs, device = cuda_module.library(), group.pairs, group.device
         factors, keep = _factors(left, right)
-        prefix = torch.zeros(pairs, dtype=torch.int32, device=device)
-        wanted = torch.full((pairs,), max(k, 1), dtype=torch.int64, device=device)
-        equal, non_finite, cut = (torch.empty_like(wanted) for _ in range(3))
-        state = [x.data_ptr() for x in (prefix, wanted, equal, non_finite)]
-        for number in range(PASSES):
-            counts = torch.zeros((pairs, RADIX_BUCKETS), dtype=torch.int64, device=device)
-            built.threshold_pass(launch, view, factors, number, counts.data_ptr(), *state)
-            if k == 0:  # only the count of non-finite entries was wanted
-                none = torch.zeros_like(wanted)
-                return GroupThreshold(torch.full((pairs,), float("inf"), device=device), none, none, non_finite)
-        scratch = torch.empty((pairs, built.tie_chunks(group.m, group.n)), dtype=torch.int64, device=device)
-        addresses = [x.data_ptr() for x in (prefix, wanted, equal, scratch, cut)]
-        built.threshold_cut(launch, view, factors, *addresses)
+        pieces, capacity = _sample(group, k)
+        state = torch.zeros((8, pairs), dtype=torch.int64, device=device)
+        found, wanted, equal, non_finite, cut = state[:3], *(state[i] for i in range(3, 7))
+        key, settled = state[7].view(torch.int32).chunk(2)
+        wanted.fill_(max(k, 1))
+        bracket = torch.empty((2, pairs), dtype=torch.float32, device=device)
+        candidates = torch.empty((pairs, capacity), dtype=torch.int32, device=device)
+        passes = PASSES if k else 1  # of one, only the count of non-finite entries is wanted
+        counts = torch.zeros((passes, pairs, RADIX_BUCKETS), dtype=torch.int64, device=device)
+        ties = torch.empty((pairs, library.tie_chunks(group.m, group.n)), dtype=torch.int64, device=device)
+        places = [x.data_ptr() for x in (bracket, found, candidates, settled, key, wanted, equal, non_finite)]
+        library.residual_threshold(
+            _launch(group), _group(group), factors, (max(k, 1), pieces, capacity, *places), passes, counts.data_ptr(),
+            ties.data_ptr(), cut.data_ptr() if k else 0,
+        )  # fmt: skip
         del keep  # freed behind the launches on the same stream: the allocator hands it out only after them
-        return GroupThreshold(prefix.view(torch.float32), wanted, cut, non_finite)
+        if k == 0:
+            none = torch.zeros_like(wanted)
+            return GroupThreshold(torch.full((pairs,), float("inf"), device=device), none, none, non_finite), settled
+        return GroupThreshold(key.view(torch.float32), wanted, cut, non_finite), settled
 
     def merge_update(
         self,

@@ -39,7 +39,7 @@ def takes_eigh(a: Any) -> bool:
 
     if not runs_on(a.device) or a.dtype != torch.float64 or a.numel() == 0 or a.stride(2) != 1:
         return False
-    return bool(a.shape[2] <= library().eigh_max_size())
+    return bool(a.shape[2] <= library().eigh_max_size(stream(a.device)[0]))
 
 
 def eigh(a: Any) -> tuple[Any, Any, Any]:
@@ -57,7 +57,12 @@ def takes_orthonormalise(w: Any, basis: Any) -> bool:
 
     if not runs_on(w.device) or w.dtype != torch.float32 or w.shape[2] != 8 or w.numel() == 0:
         return False
-    return (basis is None or basis.stride(2) == 1) and bool(w.shape[1] <= library().orthonormalise_max_rows())
+    if w.shape[1] > library().orthonormalise_max_rows(stream(w.device)[0]):
+        return False
+    if basis is None:
+        return True
+    whole = basis.stride(1) % 4 == basis.stride(0) % 4 == basis.shape[2] % 4 == basis.data_ptr() % 16 == 0
+    return bool(whole and basis.stride(2) == 1)
 
 
 def orthonormalise(w: Any, basis: Any, scale: Any, noise: Any, level: float) -> tuple[Any, Any]:
@@ -74,3 +79,16 @@ def orthonormalise(w: Any, basis: Any, scale: Any, noise: Any, level: float) -> 
         q.data_ptr(), below.data_ptr(),
     )  # fmt: skip
     return q, below
+
+
+def expand(w: Any, basis: Any, columns: int, t: Any, noise: Any, level: float) -> Any:
+    """One step of `truncated_svd.Krylov`, after w [A, n, 8] = G times the newest 8 of the basis's columns: writes their rows
+    and columns of t [A, room, room], and the next block behind them in basis [A, n, room + 8]; returns `below`."""
+    w, noise = w.contiguous(), noise.contiguous()
+    below = t.new_empty((len(w), w.shape[2], w.shape[2]))
+    place = (basis.data_ptr(), columns, basis.stride(1), basis.stride(0))
+    library().expand(
+        stream(w.device), w.data_ptr(), place, len(w), w.shape[1], noise.data_ptr(), level, t.data_ptr(), t.shape[1],
+        below.data_ptr(),
+    )  # fmt: skip
+    return below

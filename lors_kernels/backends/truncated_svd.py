@@ -48,6 +48,7 @@ AIM = 0.5 * ERROR_BOUND  # of forecasts
 # Outside this range of magnitudes squares of float32 entries overflow or vanish: float64 from the start.
 MAGNITUDES = (2.0**-40, 2.0**20)
 PRODUCT = {"krylov": 5e-7, "krylov64": 1e-15}  # rounding of A v, relative
+NOISE = {"torch.float32": 1e-10, "torch.float64": 1e-13}  # what a block is filled with, relative to the largest value
 WORKSPACE = 1 << 30  # bytes of float64 deltas formed at a time, in the fallbacks
 
 
@@ -57,17 +58,19 @@ def decompose(ops: Any, group: MatrixGroup, rank: int, seed: int) -> GroupSVD:
         return _Driver(ops, group, rank, seed).run()
 
 
-def orthonormalise(w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormalise(
+    w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor, level: float
+) -> tuple[Tensor, Tensor]:
     """Q' with orthonormal columns, orthogonal to `basis`, and `below` with w = Q' @ below, up to rounding.
 
     Shifted Cholesky QR, a projection, and two Cholesky QRs more, the small products in float64 (Fukaya and others 2020).
     A direction of w that vanishes against `scale` (delta has low rank, or a vector has converged) is filled from `noise`:
-    w plus noise far below its own rounding error has full rank, so no pivot fails and nothing is decided on the host.
-    (Noise as large as the rounding error is a backward error of its own: it cost a digit of the float32 certificate.)
+    w plus noise, `level` of the scale and far below its own rounding error, has full rank, so no pivot fails and nothing is
+    decided on the host. (Noise as large as the rounding error is a backward error of its own: it cost a digit of the
+    float32 certificate.)
     """
     import torch
 
-    level = 1e-10 if w.dtype == torch.float32 else 1e-13
     if cuda_module.takes_orthonormalise(w, basis):
         return cuda_module.orthonormalise(w, basis, scale, noise, level)
     floor = torch.where(scale > 0, scale * level, 1.0).view(-1, 1, 1)
@@ -79,6 +82,26 @@ def orthonormalise(w: Tensor, basis: Tensor | None, scale: Tensor, noise: Tensor
         q, r = _cholesky_qr(q, shift=0.0)
         below = r @ below
     return q.to(w.dtype), below
+
+
+def expand(w: Tensor, basis: Tensor, columns: int, t: Tensor, noise: Tensor, level: float) -> Tensor:
+    """One step of block Lanczos, after w [A, n, b] = G times the newest b of the first `columns` columns of the basis
+    [A, n, room + b]: writes their rows and columns of t [A, room, room] = Q.T G Q, and the next block behind them. Returns
+    `below` of w without its projection on them."""
+    import torch
+
+    old, q = columns - w.shape[2], basis[:, :, :columns]
+    column = torch.zeros_like(t[:, :columns, old:columns])
+    for _ in range(2):
+        coefficients = q.mT @ w
+        w = torch.baddbmm(w, q, coefficients, alpha=-1)
+        column += coefficients
+    column[:, old:] = 0.5 * (column[:, old:] + column[:, old:].mT)
+    t[:, :columns, old:columns] = column
+    t[:, old:columns, :columns] = column.mT
+    scale = t.diagonal(dim1=1, dim2=2)[:, :columns].amax(1)
+    basis[:, :, columns : columns + w.shape[2]], below = orthonormalise(w, q, scale, noise, level)
+    return below
 
 
 def _cholesky_qr(w: Tensor, shift: float) -> tuple[Tensor, Tensor]:
@@ -124,27 +147,20 @@ class Krylov:
 
         block = self.noise().expand(len(self.energy), -1, -1)
         scale = torch.ones_like(self.energy)
-        self.basis[:, :, : self.width] = orthonormalise(block.to(self.basis.dtype), None, scale, self.noise())[0]
+        block = block.to(self.basis.dtype)
+        level = NOISE[str(block.dtype)]
+        self.basis[:, :, : self.width] = orthonormalise(block, None, scale, self.noise(), level)[0]
 
     def expand(self, apply: Apply) -> None:
         """One pass: projects G times the newest block, and leaves the next block, orthonormal, behind the basis."""
-        import torch
 
         w, old = self.width, self.size
         self.reserve()
         image = apply(self.basis[:, :, old : old + w].contiguous())[0]
         self.size = s = old + w
-        q = self.basis[:, :, :s]
-        column = torch.zeros_like(self.t[:, :s, old:s])
-        for _ in range(2):
-            coefficients = q.mT @ image
-            image = torch.baddbmm(image, q, coefficients, alpha=-1)
-            column += coefficients
-        column[:, old:] = 0.5 * (column[:, old:] + column[:, old:].mT)
-        self.t[:, :s, old:s] = column
-        self.t[:, old:s, :s] = column.mT
-        scale = self.t.diagonal(dim1=1, dim2=2).amax(1)
-        self.basis[:, :, s : s + w], self.below = orthonormalise(image, q, scale, self.noise())
+        fused = cuda_module.takes_orthonormalise(image, self.basis)
+        step = cuda_module.expand if fused else expand
+        self.below = step(image, self.basis, s, self.t, self.noise(), NOISE[str(image.dtype)])
 
     def reserve(self) -> None:
         """Room for one more block; doubles, since how long a spectrum takes is not known before."""
@@ -261,9 +277,10 @@ class _Driver:
         import torch
 
         self.energy, bad, top = self.ops.measure(self.group)
-        if any(bad.tolist()):
-            raise NonFiniteError(int(bad.sum()))
-        tops, everyone = top.tolist(), range(self.group.pairs)
+        bads, tops = torch.stack([bad.double(), top.double()]).tolist()
+        if any(bads):
+            raise NonFiniteError(int(sum(bads)))
+        everyone = range(self.group.pairs)
         plain = [p for p in everyone if MAGNITUDES[0] <= tops[p] <= MAGNITUDES[1] or tops[p] == 0]
         again = [p for p in everyone if p not in set(plain)]
         unsettled = plain
@@ -272,9 +289,9 @@ class _Driver:
             again += rounded
         self.double(sorted(again), tops, iterate=True)
         self.double(unsettled, tops, iterate=False)
-        overflows = (~torch.isfinite(self.left)).sum((1, 2)).tolist()
+        overflows, energy = torch.stack([(~torch.isfinite(self.left)).sum((1, 2)).double(), self.energy]).tolist()
         if any(overflows):
-            raise FactorOverflowError(sum(overflows), next(p for p, count in enumerate(overflows) if count))
+            raise FactorOverflowError(int(sum(overflows)), next(p for p, count in enumerate(overflows) if count))
         return GroupSVD(
             self.left,
             self.right,
@@ -282,7 +299,7 @@ class _Driver:
             self.passes,
             self.residual,
             self.method,
-            self.energy.tolist(),
+            energy,
             self.ops.name,
             self.unique,
         )
@@ -501,15 +518,17 @@ class _Driver:
         level: Tensor | None = None,
     ) -> None:
         """Stores the factors of the pairs that are fine, and what is claimed of them."""
-        chosen = [i for i, good in enumerate(fine.tolist()) if good]
+        import torch
+
+        level = torch.zeros_like(fine) if level is None else level
+        kept = theta.sum(1).clamp_min(0).sqrt()
+        known = torch.stack([fine.double(), error, kept, level.double()], 1).tolist()  # one read
+        chosen = [i for i, (good, *_) in enumerate(known) if good]
         if not chosen:
             return
         where, pairs = _index(chosen, fine.device), [active[rows[i]] for i in chosen]
-        levels = [False] * len(chosen) if level is None else level[where].tolist()
-        theta, v, y = theta[where], v[where], y[where]
-        self.store(pairs, theta.clamp_min(0).sqrt(), v, y)
-        kept = theta.sum(1).clamp_min(0).sqrt().tolist()
-        for p, bound, norm, equal in zip(pairs, error[where].tolist(), kept, levels, strict=True):
+        self.store(pairs, theta[where].clamp_min(0).sqrt(), v[where], y[where])
+        for p, (_, bound, norm, equal) in zip(pairs, (known[i] for i in chosen), strict=True):
             self.passes[p] += krylov.size // krylov.width + 1
             self.method[p], self.unique[p] = method, not equal
             spacing = DENORMAL * math.sqrt(self.left[p].numel()) * self.scale.get(p, 1.0)

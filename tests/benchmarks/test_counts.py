@@ -59,5 +59,20 @@ def test_calls_of_the_host_are_counted() -> None:
 def test_the_page_is_what_the_committed_counts_say() -> None:
     data = json.loads(COMMITTED.read_text())
     assert (ROOT / "docs" / "gpu-counts.md").read_text() == counts.render(data)
-    for arch in counts.ARCHS:
-        assert all(row["stack"] == 0 for row in data["kernels"][f"sm_{arch}"].values()), "a spill"
+    assert "sm_90" in data["kernels"], "the predictions are of it"
+    for rows in data["kernels"].values():
+        assert all(row["stack"] == 0 for row in rows.values()), "a spill"
+
+
+def test_predictions_stand_beside_their_goals() -> None:
+    predicted = json.loads(COMMITTED.read_text())["predicted"]
+    assert {name: row["ms wanted"] for name, row in predicted.items() if "ms wanted" in row} == counts.GOALS
+    for row in predicted.values():
+        assert (
+            row["ms predicted"] >= max(row.get("ms by bytes", 0), row.get("ms by issue", 0)) > 0 or "bytes" not in row
+        )
+
+
+def test_an_expansion_is_five_launches() -> None:
+    found = counts.count_calls()["expand"]
+    assert found["own kernels"] == 2 and found["launches"] <= 3, found

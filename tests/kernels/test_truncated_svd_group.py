@@ -14,7 +14,7 @@ from lors_kernels import NonFiniteError, reference
 from lors_kernels.arrays import to_torch
 from lors_kernels.backends import cpu
 from lors_kernels.backends.loop import Loop
-from lors_kernels.backends.truncated_svd import decompose, krylov_limit, krylov_pays, orthonormalise
+from lors_kernels.backends.truncated_svd import NOISE, decompose, krylov_limit, krylov_pays, orthonormalise
 from lors_kernels.certificate import Spectrum, error_bound
 from lors_kernels.group import GroupSVD, MatrixGroup
 from lors_kernels.grouped import merge_update_group, residual_threshold_group, truncated_svd_group
@@ -115,7 +115,7 @@ def test_orthonormalise_fills_directions_that_vanish(dtype: torch.dtype) -> None
     w[1] = 0
     w = w - basis @ (basis.mT @ w)
     noise = torch.randn(300, 8, generator=generator, dtype=torch.float64)
-    q, below = orthonormalise(w, basis, torch.tensor([1.0, 1.0], dtype=torch.float64), noise)
+    q, below = orthonormalise(w, basis, torch.tensor([1.0, 1.0], dtype=torch.float64), noise, NOISE[str(dtype)])
     whole = torch.cat([basis, q], 2).double()
     tolerance = 32 * torch.finfo(dtype).eps  # a rounding for each of the 32 directions
     assert (whole.mT @ whole - torch.eye(32, dtype=torch.float64)).abs().max() < tolerance

@@ -135,9 +135,10 @@ def test_tiles_and_chunks(built: ModuleType) -> None:
     assert [built.tie_chunks(*shape) for shape in ((64, 8192), (1, 8193), (3, 1 << 20))] == [1, 2, 384]
     huge = 2**31 - 1  # rows and columns that each fit 32 bits, and whose product does not
     assert built.tie_chunks(huge, huge) == huge * 2**18
-    assert built.merge_tiles(huge, huge) == 2**27 * 2**23 and built.ties_tiles(huge, huge) == 2**28 * 2**23
+    assert built.merge_tiles(huge, huge) == 2**26 * 2**23 and built.ties_tiles(huge, huge) == 2**28 * 2**23
     assert built.plan_gram(1, huge, huge, 4, True, 132)[:2] == (4096, 2**19)
-    assert [built.merge_tiles(*shape) for shape in ((1, 1), (16, 256), (17, 257), (1280, 1280))] == [1, 1, 4, 400]
+    assert [built.merge_tiles(*shape) for shape in ((1, 1), (32, 256), (33, 257), (1280, 1280))] == [1, 1, 4, 200]
+    assert [built.measure_tiles(*shape) for shape in ((1, 1), (128, 256), (129, 257), (1280, 1280))] == [1, 1, 4, 50]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 import lors_kernels as kernels
 from cuda_emulation import ROOT, install
 from lors_kernels import Keep, Threshold
+from lors_kernels.group import MatrixGroup
 
 WAIT = re.compile(r"__syncthreads(_or)?\(|__pipeline_wait_prior\(")
 
@@ -48,7 +49,6 @@ def operations() -> dict[str, list[Callable[[], object]]]:
 
     def measure() -> tuple[torch.Tensor, ...]:
         from lors_kernels.backends.cuda import GROUPED
-        from lors_kernels.group import MatrixGroup
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 
@@ -63,21 +63,46 @@ def operations() -> dict[str, list[Callable[[], object]]]:
         from lors_kernels.backends.cuda_module import orthonormalise
 
         draw = torch.Generator().manual_seed(2)
-        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0]
+        basis = torch.linalg.qr(torch.randn(1, 200, 140, generator=draw))[0].contiguous()
         w, noise = torch.randn(1, 200, 8, generator=draw), torch.randn(200, 8, generator=draw, dtype=torch.float64)
         return orthonormalise(w, basis, torch.ones(1, dtype=torch.float64), noise, 1e-10)
 
+    def step() -> object:
+        from lors_kernels.backends.cuda_module import expand
+
+        draw = torch.Generator().manual_seed(3)
+        basis = torch.linalg.qr(torch.randn(1, 200, 152, generator=draw))[0].contiguous()
+        t = torch.zeros(1, 144, 144, dtype=torch.float64)
+        w, noise = torch.randn(1, 200, 8, generator=draw), torch.randn(200, 8, generator=draw, dtype=torch.float64)
+        t.diagonal(dim1=1, dim2=2)[:] = torch.arange(144) % 7
+        return expand(w, basis, 144, t, noise, 1e-10), basis, t
+
+    def searched() -> object:
+        from lors_kernels.backends import cuda
+
+        before, cuda.SEARCHED = cuda.SEARCHED, 0
+        try:
+            found = [cuda.GROUPED.search(MatrixGroup(None, [[x]]), None, None, 3000) for x in (wide, steps)]
+        finally:
+            cuda.SEARCHED = before
+        return found
+
+    wide = torch.randn(40, 512, generator=generator)
+    steps = (wide * 4).round()
+
     return {
-        "orthonormalise.cu": [block],
+        "orthonormalise.cu": [block, step],
         "eigh.cu": [pairs],
         "gram_apply.cu": [
             lambda: kernels.gram_apply(base, tuned, x, side="right", backend="cuda"),
             lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
             lambda: kernels.gram_apply(base.half(), tuned.half(), x, backend="cuda"),
+            lambda: kernels.gram_apply(base.half(), tuned.half(), x[:40], side="left", backend="cuda"),
         ],
         "residual_threshold.cu": [
             lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),
             lambda: kernels.residual_threshold(None, equal, k=239, backend="cuda"),
+            searched,
         ],
         "merge_update.cu": [many],
         "ties_update.cu": [many_ties],

@@ -162,14 +162,19 @@ def inexact() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("make", [largest, inexact])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
-def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, backend: str) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, side: str, backend: str) -> None:
     base, tuned = (x.to(DEVICE) for x in make())
     if backend == "triton" and (make is largest or size != 1.0):
         return  # no promise of Triton's
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(264, 9, generator=generator) * size * 10.0 ** -torch.arange(9)
     delta = tuned.double() - base.double()
-    found = kernels.gram_apply(base, tuned, x.to(DEVICE), backend=backend).double()
+    if side == "left":
+        base, tuned = base.T[:, :-3], tuned.T[:, :-3]  # 264 columns of A.T, of which 37 rows matter: an odd length
+        base, tuned = (torch.cat([y.T, y.T.new_zeros(3, 264)])[:37] for y in (base, tuned))
+        delta, x = (tuned.double() - base.double()).T, x[:37]
+    found = kernels.gram_apply(base, tuned, x.to(DEVICE), side=side, backend=backend).double()
     for vector in range(9):
         truth = delta.T @ (delta @ x[:, vector].double().to(DEVICE))
         assert (found[:, vector] - truth).norm() <= 1e-6 * truth.norm(), vector
@@ -448,7 +453,7 @@ def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: s
         scale = torch.ones_like(scale)
     noise = torch.randn(n, 8, generator=generator, dtype=torch.float64).to(DEVICE)
     assert cuda_module.takes_orthonormalise(w, basis) and not cuda_module.takes_orthonormalise(w.double(), basis)
-    q, below = truncated_svd.orthonormalise(w, basis, scale, noise)
+    q, below = truncated_svd.orthonormalise(w, basis, scale, noise, 1e-10)
     eye = torch.eye(8, dtype=torch.float64, device=DEVICE)
     assert (q.double().mT @ q.double() - eye).abs().max() <= 3e-6
     if basis is not None:
@@ -460,11 +465,60 @@ def test_a_block_is_made_orthonormal_in_one_launch(n: int, columns: int, kind: s
     if kind in ("random", "zero", "tiny"):  # else the noise decides, amplified by how little of w there is
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda_module, "takes_orthonormalise", lambda *_: False)
-            plain = truncated_svd.orthonormalise(w, basis, scale, noise)
+            plain = truncated_svd.orthonormalise(w, basis, scale, noise, 1e-10)
         assert (plain[0] - q).abs().max() <= 1e-5
         assert (plain[1] - below).abs().max() <= 1e-6 * below.abs().max()
     again = cuda_module.orthonormalise(w, basis, scale, noise, 1e-10)
     assert torch.equal(q, again[0]) and torch.equal(below, again[1])
+
+
+@cuda_only
+@pytest.mark.parametrize("n", [40, 300, 1280])
+def test_a_step_of_the_iteration_in_one_launch(n: int) -> None:
+    """The same step in torch: the projection, what is beside it, and the next block."""
+    from lors_kernels.backends import cuda_module
+    from lors_kernels.backends.truncated_svd import Krylov
+
+    generator = torch.Generator().manual_seed(n)
+    pairs, steps = 2, 2 if n == 1280 else 4
+    a = torch.randn(pairs, n, n, generator=generator) * torch.arange(1, n + 1) ** -0.7
+    a = (a.mT @ a).to(DEVICE)  # G
+    energy = a.diagonal(dim1=1, dim2=2).sum(1).double()
+    fused, plain = (Krylov(pairs, n, 3, 8, energy, torch.float32, 7) for _ in "ab")
+    with pytest.MonkeyPatch.context() as patch:
+        launched, expand = [], cuda_module.expand
+        patch.setattr(cuda_module, "expand", lambda *x: launched.append(1) or expand(*x))
+        for krylov in (fused, plain):
+            krylov.begin()
+            krylov.basis[:] = fused.basis
+            if krylov is plain:
+                patch.setattr(cuda_module, "takes_orthonormalise", lambda *_: False)
+            for _ in range(steps):
+                krylov.expand(lambda x: (a @ x, x))
+        assert len(launched) == steps
+    s = fused.size
+    assert s == plain.size == 8 * steps and torch.equal(fused.t, fused.t.mT)
+    top = float(plain.t.abs().max())
+    assert (fused.t[:, :s, :s] - plain.t[:, :s, :s]).abs().max() <= 3e-6 * top
+    q = fused.basis[:, :, : s + 8].double()
+    assert (q.mT @ q - torch.eye(s + 8, dtype=torch.float64, device=DEVICE)).abs().max() <= 3e-6
+    newest = q[:, :, s - 8 : s]
+    rest = a.double() @ newest - q[:, :, :s] @ fused.t[:, :s, s - 8 : s]
+    assert (rest - q[:, :, s:] @ fused.below).abs().max() <= 3e-6 * top, "G Q = Q T + Q' B"
+    assert (fused.below.norm(dim=(1, 2)) - plain.below.norm(dim=(1, 2))).abs().max() <= 1e-5 * top
+
+
+if EMULATED:
+
+    def test_a_device_with_less_shared_memory_gets_smaller_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+        from lors_kernels.backends import cuda_module
+
+        monkeypatch.setenv("CUDA_EMULATION_SHARED", str(99 << 10))  # a consumer's
+        library = cuda_module.library()
+        n, rows = library.eigh_max_size(0), library.orthonormalise_max_rows(0)
+        assert 96 <= n < 112 and 768 <= rows < 1280
+        check_eigenpairs(symmetric("random", n))
+        assert not cuda_module.takes_orthonormalise(torch.ones(1, rows + 1, 8), None)
 
 
 def symmetric(kind: str, n: int) -> torch.Tensor:
@@ -491,7 +545,7 @@ def symmetric(kind: str, n: int) -> torch.Tensor:
 
 
 @cuda_only
-@pytest.mark.parametrize("n", [1, 2, 5, 8, 33])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 33, 80])
 @pytest.mark.parametrize(
     "kind", ["random", "graded", "low rank", "clustered", "tiny", "huge", "diagonal", "zero", "ones"]
 )
@@ -517,10 +571,12 @@ def check_eigenpairs(a: torch.Tensor) -> None:
 def test_small_eigenproblems_in_a_larger_array_and_of_the_largest_size() -> None:
     from lors_kernels.backends import cuda_module
 
-    whole = torch.full((2, 104, 104), math.nan, dtype=torch.float64, device=DEVICE)
-    whole[:, :96, :96] = symmetric("random", 96).to(DEVICE)
-    part = whole[:, :96, :96]
-    assert cuda_module.takes_eigh(part) and not cuda_module.takes_eigh(whole[:, :97, :97])
+    most = cuda_module.library().eigh_max_size(0)
+    assert EMULATED is None or most == 160
+    whole = torch.full((2, most + 8, most + 8), math.nan, dtype=torch.float64, device=DEVICE)
+    whole[:, :most, :most] = symmetric("random", most).to(DEVICE)
+    part = whole[:, :most, :most]
+    assert cuda_module.takes_eigh(part) and not cuda_module.takes_eigh(whole[:, : most + 1, : most + 1])
     assert (
         not cuda_module.takes_eigh(part.float())
         and not cuda_module.takes_eigh(part.mT)
@@ -561,6 +617,146 @@ def test_ties_across_chunks_are_cut_in_row_major_order(backend: str) -> None:
     for k in (1, 7, 8, 120, 239, 240, 241):
         threshold = kernels.residual_threshold(None, tuned, k=k, backend=backend)
         assert (selected(values, threshold) == exact_selection(values, k)).all(), k
+
+
+def sampled(shape: tuple[int, int]) -> torch.Tensor:
+    """Where the sample of a search looks: a piece of 32 entries of every part (csrc/cuda/residual_threshold.cu)."""
+    from lors_kernels.backends import cuda_module
+    from lors_kernels.counter_random import random_bits
+
+    everything = shape[0] * shape[1] // 32
+    pieces = min(cuda_module.library().threshold_sample(), everything // 2)
+    draws = random_bits(0, 0, pieces).astype(np.int64)
+    first = np.arange(pieces + 1) * everything // pieces
+    at = first[:-1] + draws * np.diff(first) // 2**32
+    mask = torch.zeros(everything, 32, dtype=torch.bool)
+    mask[at] = True
+    return mask.view(shape)
+
+
+def hostile(kind: str, shape: tuple[int, int] = (40, 512)) -> tuple[torch.Tensor, tuple[int, ...], bool | None]:
+    """(values, ks, whether two passes have to do; None: either)"""
+    generator = torch.Generator().manual_seed(11)
+    size = shape[0] * shape[1]
+    ks: tuple[int, ...] = (1, 2, size // 5, size // 2, size - 1, size)
+    x = torch.randn(shape, generator=generator)
+    small = torch.arange(size).view(shape)
+    if kind == "normal":
+        return x, ks, True
+    if kind == "graded":
+        return x * 10.0 ** torch.randint(-30, 30, shape, generator=generator), ks, None
+    if kind == "denormals":
+        return (small * 1e-45).float(), ks, None
+    if kind == "rows of every size":
+        return x * 2.0 ** torch.arange(shape[0]).unsqueeze(1), ks, None
+    if kind == "bit ladder":
+        return (small.flip(1) + 0x3F800000).int().view(torch.float32), ks, None
+    if kind == "all equal":
+        return torch.full(shape, -0.75), (size // 5, size // 2), True
+    if kind == "all equal, from end to end":
+        return torch.full(shape, -0.75), ks, None
+    if kind == "mostly zero":
+        return torch.where(torch.rand(shape, generator=generator) < 0.1, x, 0.0), (*ks, size // 10), None
+    if kind == "two values":
+        return torch.where(small % 3 == 0, 1.5, -0.5), (size // 5, size // 2), True
+    if kind == "between two values":
+        return torch.where(small % 3 == 0, 1.5, -0.5), (size // 3, size // 3 + 1, size // 3 + 2), None
+    if kind == "quarters":
+        return (x * 4).round() / 4, ks, None
+    mask = sampled(shape)
+    if kind == "a sample that lies":
+        return torch.where(mask, 1e-3 * x, x), (size // 5, size // 3), False
+    assert kind == "more inside than there is room for"
+    inside = 0.7 + 0.01 * torch.rand(shape, generator=generator)
+    return torch.where(mask, torch.rand(shape, generator=generator), inside), (size * 3 // 10,), False
+
+
+HOSTILE = (
+    "normal", "graded", "denormals", "rows of every size", "bit ladder", "all equal", "all equal, from end to end", "mostly zero", "two values", "between two values", "quarters",
+    "a sample that lies", "more inside than there is room for",
+)  # fmt: skip
+
+
+@cuda_only
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_thresholds_by_two_passes_are_exact_for_any_input(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "SEARCHED", 0)
+    x, ks, enough = hostile(kind)
+    values = x.numpy()
+    for k in ks:
+        threshold, settled = cuda.GROUPED.search(MatrixGroup(None, [[x.to(DEVICE)]]), None, None, k)
+        assert (selected(values, threshold.thresholds()[0]) == exact_selection(values, k)).all(), k
+        assert threshold.non_finite.tolist() == [0]
+        if enough is not None:
+            assert bool(settled[0]) == enough, k
+
+
+@cuda_only
+def test_more_candidates_than_a_block_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "SEARCHED", 0)
+    generator = torch.Generator().manual_seed(3)
+    x = 0.1 * torch.rand(256, 512, generator=generator)
+    x.view(-1)[torch.randperm(256 * 512, generator=generator)[:20_000]] = 10.0
+    block = x[:128, :256].reshape(-1)
+    block[torch.randperm(len(block), generator=generator)[:6000]] = 1 + 1e-6 * torch.arange(6000)
+    x[:128, :256] = block.view(128, 256)
+    k = int((x > 2).sum()) + 3000
+    threshold, settled = cuda.GROUPED.search(MatrixGroup(None, [[x.to(DEVICE)]]), None, None, k)
+    assert settled.tolist() == [1]
+    assert (selected(x.numpy(), threshold.thresholds()[0]) == exact_selection(x.numpy(), k)).all()
+
+
+@cuda_only
+@pytest.mark.parametrize("rank", [0, 3, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_passes_and_radix_passes_see_the_same_bits(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lors_kernels.backends import cuda
+
+    generator = torch.Generator().manual_seed(rank)
+    shape, k = (37, 544), 4000
+    bases = [torch.randn(shape, generator=generator).to(dtype).to(DEVICE) for _ in range(2)]
+    tuned = [[(b + 0.1 * torch.randn(shape, generator=generator).to(DEVICE)).to(dtype) for _ in "ab"] for b in bases]
+    group = MatrixGroup(bases, tuned)
+    left, right = (0.1 * torch.randn(4, size, rank, generator=generator).to(DEVICE) for size in shape)
+    factors = (left, right) if rank else (None, None)
+    found = []
+    for least in (0, 1 << 40):
+        monkeypatch.setattr(cuda, "SEARCHED", least)
+        threshold, settled = cuda.GROUPED.search(group, *factors, k)
+        assert settled.tolist() == [int(least == 0)] * 4
+        found.append(threshold)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    out = [b.clone() for b in bases]
+    stats = merge_update_group(group, out, *factors, found[0], [1.0, 0.5], backend="cuda")
+    assert stats.kept.tolist() == [k] * 4 and stats.non_finite.tolist() == [0] * 4
+    delta = torch.stack([t.double() - b.double() for b, row in zip(bases, tuned, strict=True) for t in row])
+    low = left.double() @ right.double().mT
+    energy = torch.stack([delta.square().sum((1, 2)), (delta - low).square().sum((1, 2))], 1)
+    torch.testing.assert_close(stats.energy[:, :2], energy, rtol=1e-5, atol=0)
+
+
+@cuda_only
+def test_what_is_not_finite_is_counted_by_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "SEARCHED", 0)
+    x = torch.randn(70, 512, generator=torch.Generator().manual_seed(5))
+    x[3, 4], x[33, 500], x[69, 255] = math.nan, math.inf, -math.inf
+    large = torch.full_like(x, 3e38)  # finite, with squares that are not
+    group = MatrixGroup(None, [[x.to(DEVICE), large.to(DEVICE)]])
+    threshold, settled = cuda.GROUPED.search(group, None, None, 1000)
+    assert threshold.non_finite.tolist() == [3, 0] and settled.tolist() == [0, 1]
+    _, bad, top = cuda.GROUPED.measure(group)
+    assert bad.tolist() == [3, 0] and top[1] == torch.tensor(3e38)
+    finite = GroupThreshold.of([Threshold(0.5, 0, 0)] * 2, group.device)
+    stats = merge_update_group(group, [torch.zeros_like(x).to(DEVICE)], None, None, finite, [1.0, 1.0], backend="cuda")
+    assert stats.non_finite.tolist() == [3, 0]
 
 
 def test_non_finite_entries_are_counted(backend: str) -> None:

@@ -129,7 +129,7 @@ def compile_job(job: Job, arch: int) -> Usage:
             signature[name] = "constexpr"
         else:
             signature[name] = f"*{job.pointers[name]}" if name in job.pointers else SCALARS.get(name, "i32")
-        if name in job.pointers or name in ("m", "n", "inner", "outer", "wide"):
+        if name in job.pointers or name in ("n", "inner", "outer", "wide"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(job.kernel, signature, constexprs=job.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=job.options)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ...group import MatrixGroup
-from .launch import TL_DTYPES, on_device
+from .launch import TL_DTYPES, kernel, on_device
 from .residual import delta_tile, matrix
 
 # Three tf32 products carry 22 bits and more of each factor, which the 1e-5 contract needs; one tf32 product carries 11
@@ -18,7 +18,7 @@ BLOCK = {"BO": 64, "BI": 32}  # BI = 64 spills with float32 inputs
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
-@triton.jit
+@kernel
 def gram_kernel(
     table, x, y_out, partial, pairs, outer, inner, b, chunks,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,

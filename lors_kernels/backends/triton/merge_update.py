@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from ...group import GroupStats, GroupThreshold, MatrixGroup, is_aligned, row_stride, upload
-from .launch import TL_DTYPES, on_device
+from .launch import TL_DTYPES, kernel, on_device
 from .residual import NON_FINITE, delta_tile, low_rank_tile, magnitude_key, matrix
 
 BLOCK = {"BM": 4, "BN": 256}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
 
 
-@triton.jit
+@kernel
 def merge_kernel(
     table, out_table, left, right, value, cut, weight, energy, counts, pairs, matrices, experts, m, n, rank, tiles,
     BASE: tl.constexpr, TUNED: tl.constexpr, OUT: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -55,7 +55,7 @@ def merge_kernel(
     tl.store(place, total.to(OUT), mask=inside)
 
 
-@triton.jit
+@kernel
 def measure_kernel(
     table, energy, counts, pairs, m, n, tiles,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ...group import GroupThreshold, MatrixGroup
-from .launch import TL_DTYPES, on_device
+from .launch import TL_DTYPES, kernel, on_device
 from .residual import delta_tile, low_rank_tile, magnitude_key, matrix
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) from the top: the exponent, then the mantissa
@@ -46,7 +46,7 @@ def residual_key(
     return magnitude_key(delta - low_rank_tile(left, right, p, m, n, rank, rows, cols, delta))
 
 
-@triton.jit
+@kernel
 def histogram_kernel(
     table, left, right, prefix, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -75,7 +75,7 @@ def histogram_kernel(
     tl.atomic_add(counts + p.to(tl.int64) * BINS + bins, total, mask=total > 0, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def descend_kernel(
     counts, prefix, wanted, equal, non_finite, FIRST: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr
 ):
@@ -93,7 +93,7 @@ def descend_kernel(
     tl.store(equal + p, tl.sum(tl.where(hit, found, 0)))
 
 
-@triton.jit
+@kernel
 def tie_kernel(
     table, left, right, key_of, ties, equal, counts, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -118,7 +118,7 @@ def tie_kernel(
         tl.store(counts + p.to(tl.int64) * chunks + chunk, tl.sum(total.to(tl.int64)))
 
 
-@triton.jit
+@kernel
 def cut_kernel(
     table, left, right, key_of, ties, equal, counts, cut, pairs, m, n, rank, chunks, wide,
     BASE: tl.constexpr, TUNED: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,

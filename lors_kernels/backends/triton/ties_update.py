@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...group import GroupKeepStats, MatrixGroup, is_aligned, row_stride, rule_tables, upload
 from ...types import Consensus, Keep
-from .launch import TL_DTYPES, on_device
+from .launch import TL_DTYPES, kernel, on_device
 from .residual import NON_FINITE, delta_tile, magnitude_key, matrix
 
 BLOCK = {"BM": 4, "BN": 256}
@@ -34,7 +34,7 @@ def selects(key, value, index, cut):
     return (key > bound) | ((key == bound) & (index < cut))
 
 
-@triton.jit
+@kernel
 def ties_kernel(
     table, out_table, numbers, integers, energy, counts, pairs, matrices, experts, m, n, tiles, start, scale, all_weights,
     BASE: tl.constexpr, TUNED: tl.constexpr, OUT: tl.constexpr, HAS_BASE: tl.constexpr, ALIGNED: tl.constexpr,

@@ -71,6 +71,13 @@ inline cudaError_t cudaGetDevice(int* device) {
     *device = emulation::device;
     return cudaSuccess;
 }
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+    if (device < 0 || device >= emulation::kDevices) return emulation::failed(cudaErrorInvalidDevice);
+    const char* bytes = std::getenv("CUDA_EMULATION_SHARED");
+    *value = bytes ? std::atoi(bytes) : 227 << 10;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;
     return cudaSuccess;

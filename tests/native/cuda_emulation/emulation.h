@@ -93,6 +93,13 @@ inline bool emulated_any(unsigned mask, bool value, int line) {
     for (unsigned lane = 0; lane < emulation::kWarp; ++lane) any = any || all[lane];
     return any;
 }
+inline unsigned emulated_sum(unsigned mask, unsigned value, int line) {
+    const uint64_t* all = emulation::exchange(mask, value, line);
+    uint64_t sum = 0;
+    for (unsigned lane = 0; lane < emulation::kWarp; ++lane) sum += all[lane];
+    return static_cast<unsigned>(sum);
+}
+#define __reduce_add_sync(mask, value) emulated_sum(mask, value, __LINE__)
 #define __any_sync(mask, value) emulated_any(mask, value, __LINE__)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, __LINE__, emulation::lane() ^ (bits))
@@ -107,12 +114,21 @@ T atomicAdd(T* at, T value) {
     return old;
 }
 template <class T>
+T atomicMin(T* at, T value) {
+    const T old = *at;
+    *at = old < value ? old : value;
+    return old;
+}
+template <class T>
 T atomicMax(T* at, T value) {
     const T old = *at;
     *at = old > value ? old : value;
     return old;
 }
 
+inline double rsqrt(double x) {
+    return 1 / __builtin_sqrt(x);
+}
 inline int __popc(unsigned bits) {
     return __builtin_popcount(bits);
 }
@@ -146,6 +162,9 @@ inline unsigned __float_as_uint(float value) {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -156,8 +175,14 @@ inline float4 make_float4(float x, float y, float z, float w) {
     return {x, y, z, w};
 }
 
-namespace lors {
-struct SharedCounters {  // csrc/cuda/shared.cuh
+namespace lors {  // csrc/cuda/shared.cuh
+inline uint4 load16(uintptr_t at, bool there) {
+    return there ? *reinterpret_cast<const uint4*>(at) : make_uint4(0, 0, 0, 0);
+}
+inline float exceeds(float value, float bound) {
+    return !(__builtin_fabsf(value) <= bound) ? 1.0f : 0.0f;
+}
+struct SharedCounters {
     uint32_t* first;
     explicit SharedCounters(uint32_t* at) : first(at) {}
     void count(uint32_t index) const { ++first[index]; }
