@@ -45,8 +45,10 @@ def probe() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:
-        found = "; ".join(too_old(installed(cuda_module.library().runtime))) or why
-        raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({found})' if found else ''}")
+        found = "; ".join(too_old(installed(cuda_module.library().runtime)))
+        if found:  # a wheel's module beside a torch for an older CUDA: not for this machine, but not broken either
+            return False, f"{arches}; {found}"
+        raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({why})' if why else ''}")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return False, f"{arches}; the device has compute capability {major}.{minor}"
