@@ -45,7 +45,7 @@ def probe() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{arches}; no device{f' ({why})' if why else ''}"
     if not count:
-        found = "; ".join(too_old(installed(cuda_module.library().runtime)))
+        found = "; ".join(x for x in too_old(installed(cuda_module.library().runtime)) if x.startswith("driver"))
         if found:  # a wheel's module beside a torch for an older CUDA: not for this machine, but not broken either
             return False, f"{arches}; {found}"
         raise RuntimeError(f"{arches}; torch has a device, this module has none{f' ({why})' if why else ''}")

@@ -84,8 +84,9 @@ def test_a_module_that_the_driver_is_too_old_for_says_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda, "installed", lambda runtime: FINE._replace(driver=(12, 8), torch_cuda=(12, 8)))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "driver_version", lambda: (12, 8))
     there, why = cuda.probe()
     assert not there and re.search(r"^built for sm_90; driver: expected one for CUDA 13, .*got .*12\.8", why)
-    monkeypatch.setattr(cuda, "installed", lambda runtime: FINE)
+    monkeypatch.setattr(cuda, "installed", lambda runtime: FINE._replace(torch=(2, 11)))  # slow, which is no reason
     with pytest.raises(RuntimeError, match=r"this module has none \(CUDA driver version is insufficient"):
         cuda.probe()
