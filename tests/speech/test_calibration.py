@@ -89,7 +89,9 @@ def test_a_merge_from_statistics_of_regmean_plus_plus_is_its_merge(
 def test_the_command(tmp_path: Path, recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from typer.testing import CliRunner
 
-    from lors.cli.app import app
+    from lors.cli.app import application
+
+    app = application(["calibrate"])
 
     line = [
         "calibrate",

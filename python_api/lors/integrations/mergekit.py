@@ -160,7 +160,7 @@ def _merge(spec: MethodSpec, group: Any, parameters: Mapping[str, Any]) -> Any:
 
 def _value(parameter: ParameterSpec, value: Any, labels: Mapping[Any, str]) -> Any:
     if isinstance(value, Mapping):
-        return {labels[key]: parameter.settle(one) for key, one in value.items()}
+        return {labels[key]: parameter.settle(one) for key, one in value.items() if one is not None}
     return parameter.settle(value)
 
 
