@@ -36,7 +36,7 @@ struct Scratch {
     double cosines[2][kMaxSize], sines[2][kMaxSize];  // of two sweeps
     double parts[kThreads];
     int first[2], behind[2];  // of each: rotation i turns the columns i and i + 1
-    bool finished[2];
+    int finished[2];
     int place[kMaxSize];
 };
 
@@ -252,6 +252,7 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
             top = fabs(x) > top || x != x ? fabs(x) : top;
         }
     }
+    if (threadIdx.x == 0) s.first[1] = s.behind[1] = 0;  // nothing to apply in the first turn
     top = block_largest(top, s.parts);
     int exponent = 0;
     frexp(top, &exponent);
@@ -264,9 +265,8 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
     accumulate(a, n, ld, s);
 
     Progress progress;
+    if (!(top < INFINITY)) progress.l = n;  // nothing to look for
     int turn = 0;
-    if (threadIdx.x == 0) s.first[1] = s.behind[1] = 0;
-    __syncthreads();
     for (;; turn ^= 1) {
         if (warp == 0) {
             sweep(progress, n, top / unit, s, turn);
