@@ -37,7 +37,6 @@ struct Scratch {
     double parts[kThreads];
     int first[2], behind[2];  // of each: rotation i turns the columns i and i + 1
     int finished[2];
-    int place[kMaxSize];
 };
 
 // Entries from one row to the next: odd, so that a column's entries lie in different banks.
@@ -286,12 +285,8 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
             place += other < mine || (other == mine && j < k);
         }
         for (int step = 16; step > 0; step /= 2) place += __shfl_xor_sync(~0u, place, step);
-        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine * unit, s.place[k] = place;
-    }
-    __syncthreads();
-    for (int i = warp; i < n; i += kWarps) {
-        double* row = g.vectors + (int64_t{blockIdx.x} * n + i) * n;
-        for (int k = lane; k < n; k += 32) row[s.place[k]] = a[i * ld + k];
+        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine * unit;
+        for (int i = lane; i < n; i += 32) g.vectors[(int64_t{blockIdx.x} * n + i) * n + place] = a[i * ld + k];
     }
 
     // |V.T V - 1| and |A V - V theta| / |A|, entry by entry.
