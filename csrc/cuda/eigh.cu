@@ -36,8 +36,7 @@ struct Scratch {
     double cosines[2][kMaxSize], sines[2][kMaxSize];  // of two sweeps
     double parts[kThreads];
     int first[2], behind[2];  // of each: rotation i turns the columns i and i + 1
-    bool finished[2];
-    int place[kMaxSize];
+    int finished[2];
 };
 
 // Entries from one row to the next: odd, so that a column's entries lie in different banks.
@@ -252,6 +251,7 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
             top = fabs(x) > top || x != x ? fabs(x) : top;
         }
     }
+    if (threadIdx.x == 0) s.first[1] = s.behind[1] = 0;  // nothing to apply in the first turn
     top = block_largest(top, s.parts);
     int exponent = 0;
     frexp(top, &exponent);
@@ -264,9 +264,8 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
     accumulate(a, n, ld, s);
 
     Progress progress;
+    if (!(top < INFINITY)) progress.l = n;  // nothing to look for
     int turn = 0;
-    if (threadIdx.x == 0) s.first[1] = s.behind[1] = 0;
-    __syncthreads();
     for (;; turn ^= 1) {
         if (warp == 0) {
             sweep(progress, n, top / unit, s, turn);
@@ -286,12 +285,8 @@ __global__ void __launch_bounds__(kThreads) eigh_kernel(Eigh g) {
             place += other < mine || (other == mine && j < k);
         }
         for (int step = 16; step > 0; step /= 2) place += __shfl_xor_sync(~0u, place, step);
-        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine * unit, s.place[k] = place;
-    }
-    __syncthreads();
-    for (int i = warp; i < n; i += kWarps) {
-        double* row = g.vectors + (int64_t{blockIdx.x} * n + i) * n;
-        for (int k = lane; k < n; k += 32) row[s.place[k]] = a[i * ld + k];
+        if (lane == 0) g.theta[int64_t{blockIdx.x} * n + place] = mine * unit;
+        for (int i = lane; i < n; i += 32) g.vectors[(int64_t{blockIdx.x} * n + i) * n + place] = a[i * ld + k];
     }
 
     // |V.T V - 1| and |A V - V theta| / |A|, entry by entry.

@@ -268,7 +268,7 @@ struct Source {
 
 // Copies a lane's numbers of the rows of A from `row` on, up to `end`, into `stage`, where its own begin.
 template <int Chunks, bool Transposed>
-__device__ __forceinline__ void fetch(const Source<Transposed>& from, int64_t row, int64_t end, int inner, char* stage,
+__device__ __forceinline__ void fetch(const Source<Transposed>& from, int row, int end, int inner, char* stage,
                                       bool base) {
     using L = Lane<Transposed>;
     const int first = static_cast<int>(threadIdx.x) / 32 * 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -322,6 +322,7 @@ __device__ __forceinline__ bool take(const char* stage, bool has_base, uint32_t 
                 left |= lo[c][at] & 0x7fff7fffu;
             }
         }
+        asm volatile("" ::: "memory");  // a chunk after the other: all at once need more registers than there are
     }
     return __any_sync(~0u, left != 0);
 }
@@ -361,12 +362,13 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
     const int width = static_cast<int>(a.b - column < kWidth ? a.b - column : kWidth),
               inner = static_cast<int>(a.inner);
     const PairView view = pair_view(a.g.table, p, a.g.pairs);
-    const int64_t first = chunk * a.rows, end = a.outer < first + a.rows ? a.outer : first + a.rows;
+    const int first = static_cast<int>(chunk * a.rows);
+    const int end = static_cast<int>(a.outer < first + a.rows ? a.outer : first + a.rows);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int g = lane / 4, t = lane % 4;
     const float* x = a.x + p * a.inner * a.b + column;
     char* stage = memory + threadIdx.x * Lane<Transposed>::kPieceBytes;
-    const auto fetch_both = [&](int64_t row) {  // addresses anew, because registers are what there is least of
+    const auto fetch_both = [&](int row) {  // addresses anew, because registers are what there is least of
         fetch<Chunks>(Source<Transposed>(view.tuned, view.tuned_stride, row), row, end, inner, stage, false);
         if (view.base) {
             fetch<Chunks>(Source<Transposed>(view.base, view.base_stride, row), row, end, inner, stage, true);
@@ -414,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
 
     int now = 0;
 #pragma unroll 1
-    for (int64_t row = first; row < end; row += kTileRows, now ^= 1) {
+    for (int row = first; row < end; row += kTileRows, now ^= 1) {
         uint32_t hi[Chunks][8], lo[Chunks][8];
         __pipeline_wait_prior(0);
         const bool some = take<Chunks, Transposed, false>(stage, view.base != nullptr, hi, lo);
@@ -424,22 +426,20 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
             take<Chunks, Transposed, true>(stage, view.base != nullptr, hi, lo);
         }
         if (row + kTileRows < end) fetch_both(row + kTileRows);
-        float y[4] = {}, small[4] = {};
+        float y[4] = {};
 #pragma unroll
         for (int c = 0; c < Chunks; ++c) {
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const Tile d(hi[c] + 2 * k, Transposed);
                 multiply(y, d.w[0], d.w[4], d.w[1], d.w[5], xh[c][2 * k], xh[c][2 * k + 1]);
-                multiply(small, d.w[0], d.w[4], d.w[1], d.w[5], xl[c][2 * k], xl[c][2 * k + 1]);
+                multiply(y, d.w[0], d.w[4], d.w[1], d.w[5], xl[c][2 * k], xl[c][2 * k + 1]);
                 if (some) {
                     const Tile rest(lo[c] + 2 * k, Transposed);
-                    multiply(small, rest.w[0], rest.w[4], rest.w[1], rest.w[5], xh[c][2 * k], xh[c][2 * k + 1]);
+                    multiply(y, rest.w[0], rest.w[4], rest.w[1], rest.w[5], xh[c][2 * k], xh[c][2 * k + 1]);
                 }
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y[i] += small[i];
         float* mine = parts + now * kWarps * kTileSums;
         float* to = mine + warp * kTileSums + g * kWidth + 2 * t;
         to[0] = unit * y[0] * back0, to[1] = unit * y[1] * back1;
@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_tensor_kernel(Gram a) {
             sums[i] = 0;
 #pragma unroll
             for (int other = 0; other < kWarps; ++other) sums[i] += mine[other * kTileSums + r * kWidth + g];
-            const int64_t o = row + (Transposed ? 4 * t + i : r);
+            const int o = row + (Transposed ? 4 * t + i : r);
             if (a.y && warp == 0 && o < end && g < width) a.y[(p * a.outer + o) * a.b + column + g] = sums[i];
             top = fmaxf(top, fabsf(sums[i]));
         }
