@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cut import cut_config
-from lors.cli.app import app
+from lors.cli.app import application
 from lors.errors import LorsError
 from lors.speech.experiment.answers import Answers, pack
 from lors.speech.experiment.plan import build_stages
@@ -39,7 +39,9 @@ def kept(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_the_same_numbers(kept: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["experiment", str(kept), "-o", str(tmp_path / "again"), "--score-again"])
+    done = CliRunner().invoke(
+        application(["experiment"]), ["experiment", str(kept), "-o", str(tmp_path / "again"), "--score-again"]
+    )
     assert done.exit_code == 0, done.output
     before, after = _results(kept), _results(tmp_path / "again")
     assert list(before) == list(after)
@@ -128,7 +130,9 @@ def _written(path: Path, text: str) -> None:
     "option", [("--seeds", "1"), ("--data", "x"), ("--criterion", "wer"), ("--list",), ("--stage", "x")]
 )
 def test_score_again_takes_no_other_option(kept: Path, tmp_path: Path, option: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app, ["experiment", str(kept), "-o", str(tmp_path / "x"), "--score-again", *option])
+    done = CliRunner().invoke(
+        application(["experiment"]), ["experiment", str(kept), "-o", str(tmp_path / "x"), "--score-again", *option]
+    )
     assert isinstance(done.exception, LorsError) or done.exit_code == 2
     assert f"got {option[0]}" in str(done.exception) + done.output and not (tmp_path / "x").exists()
 
