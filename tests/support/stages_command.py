@@ -10,14 +10,17 @@ from typing import Annotated
 
 import typer
 
-from lors.cli import app
+from lors.cli.app import application
+from lors.command import run
+
+lors = application(())
 
 
 def say(line: str) -> None:
     print(line, flush=True)
 
 
-@app.app.command()
+@lors.command()
 def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer.Option()] = None) -> None:
     say("begun")
     from cut import counts, cut_config, hangs
@@ -38,4 +41,4 @@ def stages(out: Path, kind: str, argument: str, ray: Annotated[str | None, typer
 
 
 if __name__ == "__main__":
-    app.main()
+    run(lors)
