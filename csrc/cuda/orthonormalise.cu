@@ -185,8 +185,7 @@ __device__ __forceinline__ double mirror(const Panel& g, double* t) {
     __syncthreads();
     if (thread < W * W) image[(old + thread / W) * g.room + thread % W] = mean;
     for (int i = thread; i < old * W; i += kThreads) t[(old + i % W) * g.room + i / W] = image[i / W * g.room + i % W];
-    __syncthreads();
-    double top = t[0];
+    double top = t[0];  // the diagonal is what it was
     for (int i = lane; i < g.columns; i += 32) top = t[i * g.room + i] > top ? t[i * g.room + i] : top;
     for (int step = 16; step > 0; step /= 2) {
         const double other = __shfl_xor_sync(~0u, top, step);
