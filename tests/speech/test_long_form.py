@@ -155,6 +155,6 @@ def test_beams_of_an_experiment_are_in_its_keys(tmp_path: Path) -> None:
     stages = {beams: {s.name: s for s in build_stages(load_config("quick", beams=beams))} for beams in (1, 4)}
     for name, stage in stages[1].items():
         assert "beams" not in json.dumps(stage.parameters)
-        decodes = name.startswith(("test-", "dev-"))
+        decodes = name.startswith(("bounds-", "test-", "dev-"))
         assert (stage.key != stages[4][name].key) == decodes, name
         assert stages[4][name].parameters.get("beams") == (4 if decodes else None)
