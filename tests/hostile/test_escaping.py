@@ -134,11 +134,22 @@ def test_experiments_show_labels_as_they_are(tmp_path: Path, capsys: pytest.Capt
     report = module("lors.speech.experiment.report", "speech")
     cell = {"wer": 1.0, "bleu": 2.0}
     model = {"cells": {"transcribe/ca": cell}, "means": {"transcribe/experts": None}, "normalised": None}
-    comparison = {"difference": 1.0, "metric": "wer", "low": 0.5, "high": 2.0, "seeds_low": None, "seeds_high": None}
+    interval = {
+        "difference": 1.0,
+        "low": 0.5,
+        "high": 2.0,
+        "p": 0.1,
+        "seeds_low": None,
+        "seeds_high": None,
+        "p_holm": 1.0,
+    }
+    merge = MARKUP + ESCAPES
+    config = {"languages": ["ca"], "experts": ["ca"], "tasks": ["transcribe"], "against": MARKUP, "grids": {merge: {}}}
     results: dict[str, Any] = {
-        "config": {"languages": ["ca"], "experts": ["ca"], "tasks": ["transcribe"], "against": MARKUP},
-        "models": {MARKUP + ESCAPES: model},
-        "comparisons": {MARKUP + ESCAPES: {"transcribe": comparison}},
+        "config": config,
+        "models": {merge: model},
+        "comparisons": [{"merge": merge, "task": "transcribe", "group": "experts", "metric": "wer", **interval}],
+        "grids": {},
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     report.print_tables(tmp_path)
