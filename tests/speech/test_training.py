@@ -543,7 +543,7 @@ def test_loss_as_the_criterion(tmp_path: Path, recordings: Path) -> None:
 
 def _told(directory: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: curve -> (step, value)."""
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = module("tensorboard.backend.event_processing.event_accumulator", "speech")
     events = reader.EventAccumulator(str(directory))
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
