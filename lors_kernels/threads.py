@@ -42,8 +42,11 @@ def one_torch_thread() -> Iterator[None]:
 
     global _visitors, _before
     with _lock:
+        # In every thread: with its first question torch sets the thread up, to what was set last anywhere, which may be what
+        # another thread is given back meanwhile.
+        here = torch.get_num_threads()
         if not _visitors:
-            _before = torch.get_num_threads()
+            _before = here
         _visitors += 1
         torch.set_num_threads(1)
     try:

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["end", "python", "running"]
@@ -158,7 +158,8 @@ def _kill_children(leader: int, ended: dict[int, int]) -> list[int]:
                 _, parent, group, *_ = stream.read().rpartition(b")")[2].split()
             if int(parent) == os.getpid():
                 if int(group) != os.getpgrp():  # is ours for a moment after the fork
-                    os.killpg(int(group), signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it may have left the group meanwhile, as its last
+                        os.killpg(int(group), signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -33,6 +33,20 @@ def test_handlers_are_put_back() -> None:
         pool.submit(lambda: terminate_cleanly().__enter__()).result()
 
 
+@pytest.mark.parametrize(("signum", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_ending_that_a_library_takes_for_an_error_is_one(
+    signum: signal.Signals, ending: type[BaseException]
+) -> None:
+    with pytest.raises(ending) as caught, terminate_cleanly():
+        try:
+            signal.raise_signal(signum)
+        except BaseException:
+            raise ValueError("error building a validator") from None
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="a real one"), terminate_cleanly():
+        raise ValueError("a real one")
+
+
 BUSY = {
     # native code that does not come back for half a minute; Python's handlers do not run meanwhile
     "native": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)",

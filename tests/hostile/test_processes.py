@@ -202,6 +202,25 @@ def test_what_a_scorer_prints_takes_no_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_process_that_leaves_its_group_in_time_is_killed() -> None:
+    """A child that starts a session of its own when it has been looked at, and was the last of its group."""
+    script = (
+        "import os, subprocess\n"
+        "from lors import keeper\n"
+        "def gone(*_): raise ProcessLookupError\n"
+        "os.killpg = gone\n"
+        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        "keeper._end_all(0, ended := {})\n"
+        "assert ended == {child.pid: 9}, ended\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
 def test_signals_at_random_moments(recipe: Path, tmp_path: Path) -> None:
     """A sweep that is ended again and again: within 5 s, nothing outlives it, no score is lost, and it comes to its end."""
     script, finished, token = tmp_path / "score.sh", tmp_path / "finished", f"1000.{secrets.randbelow(10**18)}"

@@ -109,3 +109,28 @@ def test_blocks_of_one_torch_thread_end_with_what_there_was() -> None:
     later.start()
     later.join()
     assert seen == [1, 2] and torch.get_num_threads() == 2
+
+
+def test_a_thread_keeps_its_own_while_another_ends_its_block() -> None:
+    """What another thread is given back must not become the setting of one that has not worked with torch yet."""
+    torch.set_num_threads(2)
+    inside, left = threading.Event(), threading.Event()
+    seen = []
+
+    def first() -> None:
+        with one_torch_thread():
+            assert inside.wait(20)
+        left.set()
+
+    def second() -> None:
+        with one_torch_thread():
+            inside.set()
+            assert left.wait(20)
+            seen.append(torch.get_num_threads())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1]

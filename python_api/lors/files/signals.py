@@ -15,7 +15,7 @@ __all__ = ["Terminated", "terminate_cleanly"]
 
 GRACE = 4.0  # seconds for cleaning up
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Terminated(SystemExit):
@@ -30,7 +30,8 @@ class Terminated(SystemExit):
 def terminate_cleanly() -> Iterator[None]:
     """Within the block, SIGTERM and SIGHUP raise Terminated in the main thread, so that what is temporary is removed.
 
-    Only the first signal raises, SIGINT as well: one more in the midst of cleaning up would end that.
+    Only the first signal raises, SIGINT as well: one more in the midst of cleaning up would end that. What a library makes of
+    that exception, an error of its own perhaps, is the same end.
     A process that has not left the block GRACE seconds after one of these or SIGINT is ended as it is: its main thread may
     be in a library that does not come back, and an exception may be lost in one. The next run removes what it leaves.
 
@@ -43,21 +44,29 @@ def terminate_cleanly() -> Iterator[None]:
     def handler(signum: int, frame: FrameType | None) -> None:
         seen.append(signum)
         if len(seen) == 1:
-            raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
+            raise _ending(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in _ENDING}
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
     with _deadline():
         try:
             for signum, previous in before.items():
                 if previous is not signal.SIG_IGN:
                     signal.signal(signum, handler)
             yield
+        except Exception as error:
+            if not seen:
+                raise
+            raise _ending(seen[0]) from error
         finally:
             for signum, previous in before.items():
                 signal.signal(signum, previous)
+
+
+def _ending(signum: int) -> BaseException:
+    return KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
 
 
 @contextlib.contextmanager
@@ -94,7 +103,7 @@ def _watch(reader: int) -> None:
         signum = os.read(reader, 1)[0]
         if signum == 0:
             return
-        if not ending and signum in _ENDING:
+        if not ending and signum in _SIGNALS:
             ending, deadline = signum, time.monotonic() + GRACE
 
 
