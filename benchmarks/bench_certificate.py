@@ -4,7 +4,8 @@ Each is decomposed and judged by a float64 SVD of the same float32 matrix: the r
 and L may be called not unique only where the singular values at the cut agree to 1e-6. `worst` is the largest error over its
 claim. The instruction sets of the CPU backend run as they are, NEON under qemu (tests/native/svd_cases.cpp, where a
 cross-compiler is installed), and the batched driver of the GPU backends with the CPU's products, in blocks of 8 and of 16
-vectors and on matrices large enough for it to iterate. Of wider matrices there are fewer, for one instruction set.
+vectors and on matrices large enough for it to iterate. The dense solvers, whose float32 one has a certificate too, get every
+rank. Of wider matrices there are fewer, for one instruction set.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def run(results: Results, count: int = COUNT) -> None:
     isas = instruction_sets()
     backends = {f"cpu {isa}": (count, 8, 160) for isa in isas}  # name -> matrices, smallest and largest side
     backends[f"cpu {isas[0]}, over 256 columns"] = (count // 20, 260, 420)  # where large ranks go to a dense solver
+    backends |= {f"dense {isa}, any rank": (count, 52, 200) for isa in isas}
     if build_neon():
         backends["cpu neon, emulated"] = (count, 8, 160)
     else:
@@ -85,13 +87,13 @@ def measure(name: str, count: int, smallest: int, largest: int) -> dict[str, Any
 
 
 def share(counts: Counter[str]) -> dict[str, int]:
-    return {what: counts[what] for what in ("krylov", "krylov64", "dense", "not unique", "refused")}
+    return {what: counts[what] for what in ("krylov", "krylov64", "eigh32", "dense", "not unique", "refused")}
 
 
 def summary(piece: dict[str, Any]) -> str:
     return (
         f"{len(piece['wrong'])} of {piece['matrices']:,} wrong, largest error over claim {piece['worst']:.2f}; "
-        f"krylov {piece['krylov']:,}, krylov64 {piece['krylov64']:,}, dense {piece['dense']:,}; "
+        f"krylov {piece['krylov']:,}, krylov64 {piece['krylov64']:,}, eigh32 {piece['eigh32']:,}, dense {piece['dense']:,}; "
         f"not unique {piece['not unique']:,}, refused {piece['refused']:,}; {piece['seconds']:.0f} s"
         if "matrices" in piece
         else f"failed: {piece['failed']}"
@@ -105,14 +107,14 @@ def judge_chunk(
     from lors_kernels.testing.numerics import judge_claim
     from lors_kernels.testing.spectra import hard_cases
 
-    cases = list(hard_cases(count, first, smallest, largest))
+    cases = list(hard_cases(count, first, smallest, largest, any_rank=name.endswith("any rank")))
     judged = []
     for case, found in zip(cases, decompose(name, cases), strict=True):
         if found is None:
             judged.append((case.kind, ["refused"], 0.0, 0, ""))
             continue
         verdict = judge_claim(case.delta, found.left, found.right, found.residual, found.unique)
-        facts = ["dense" if found.method in ("eigh32", "eigh64", "svd64") else found.method]
+        facts = ["dense" if found.method in ("eigh64", "svd64") else found.method]
         facts += [] if found.unique else ["not unique"]
         fault = "" if verdict.ok else f"{case.kind} {case.seed}, rank {case.rank}: {found.method}: {verdict}"
         judged.append((case.kind, facts, verdict.error / (verdict.claim or 1.0), found.passes, fault))
@@ -125,6 +127,8 @@ def decompose(name: str, cases: list[Any]) -> Iterator[Found | None]:
     if kind == "batched,":
         return batched(cases, int(variant.split()[-1]))
     isa = variant.split(",")[0]
+    if kind == "dense":
+        return dense(cases, isa)
     return neon(cases) if isa == "neon" else native(cases, isa)
 
 
@@ -140,6 +144,23 @@ def native(cases: list[Any], isa: str) -> Iterator[Found | None]:
             yield None
         else:
             yield Found(svd.left, svd.right, svd.residual, svd.unique, svd.method, svd.passes)
+
+
+def dense(cases: list[Any], isa: str) -> Iterator[Found | None]:
+    from lors_kernels.backends import cpu
+
+    for case in cases:
+        with mock.patch.object(cpu, "library", lambda: cpu.load(isa)):
+            yield solved_densely(case)
+
+
+def solved_densely(case: Any) -> Found | None:
+    from lors_kernels.backends import cpu
+
+    m, n = case.delta.shape
+    left, right, sigma = (np.empty(shape, np.float32) for shape in ((m, case.rank), (n, case.rank), (case.rank,)))
+    method, residual, unique, overflows = cpu._dense(None, case.delta, left, right, sigma)
+    return None if overflows else Found(left, right, residual, unique, method, 0)
 
 
 def batched(cases: list[Any], width: int) -> Iterator[Found | None]:
@@ -194,6 +215,6 @@ def neon(cases: list[Any]) -> Iterator[Found | None]:
         left, right = take(np.float32, m, case.rank).copy(), take(np.float32, n, case.rank).copy()
         method = cpu._METHODS[code]
         if method == "not converged":
-            sigma = np.empty(case.rank, np.float32)
-            method, residual, unique, overflows = cpu._dense(None, case.delta, left, right, sigma)
-        yield None if overflows else Found(left, right, residual, bool(unique), method, passes)
+            yield solved_densely(case)
+        else:
+            yield None if overflows else Found(left, right, residual, bool(unique), method, passes)

@@ -23,22 +23,29 @@ class HardCase:
     rank: int
 
 
-def hard_case(kind: str, seed: int, smallest: int = 16, largest: int = 160) -> HardCase:
-    """A matrix of this class; sides and rank are drawn too. The same arguments give the same bits."""
+def hard_case(kind: str, seed: int, smallest: int = 16, largest: int = 160, *, any_rank: bool = False) -> HardCase:
+    """A matrix of this class; sides and rank are drawn too. The same arguments give the same bits.
+
+    any_rank: from 1 to the smaller side, each as likely as another; else few are above 17.
+    """
     rng = np.random.default_rng([seed, *kind.encode()])
     m, n = (int(x) for x in rng.integers(smallest, largest + 1, 2))
     rank = int(rng.integers(1, min(17, min(m, n)) + 1))
-    if rng.random() < 0.05:
+    if any_rank or rng.random() < 0.05:
         rank = int(rng.integers(1, min(m, n) + 1))
     with np.errstate(over="ignore", under="ignore"):
         delta = np.ascontiguousarray(KINDS[kind](rng, m, n, rank), dtype=np.float32)
     return HardCase(kind, seed, delta, min(rank, *delta.shape))
 
 
-def hard_cases(count: int, first: int = 0, smallest: int = 16, largest: int = 160) -> Iterator[HardCase]:
+def hard_cases(
+    count: int, first: int = 0, smallest: int = 16, largest: int = 160, *, any_rank: bool = False
+) -> Iterator[HardCase]:
     """The classes in turn."""
     kinds = list(KINDS)
-    return (hard_case(kinds[i % len(kinds)], i, smallest, largest) for i in range(first, first + count))
+    return (
+        hard_case(kinds[i % len(kinds)], i, smallest, largest, any_rank=any_rank) for i in range(first, first + count)
+    )
 
 
 def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:

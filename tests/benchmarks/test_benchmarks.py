@@ -262,7 +262,7 @@ def test_committed_tables_are_what_the_results_say() -> None:
     table.check()
 
 
-@pytest.mark.parametrize("name", ["cpu portable", "batched, blocks of 8"])
+@pytest.mark.parametrize("name", ["cpu portable", "batched, blocks of 8", "dense portable, any rank"])
 def test_certificate_tells_claims_that_do_not_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     library = cpu.library()
     judged = bench_certificate.judge_chunk(name, 0, 46, 8, 40)
