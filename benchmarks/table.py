@@ -226,9 +226,9 @@ def decompositions_table(result: Result, directory: Path) -> str:
     pieces = result["results"]
     rows = ["## One decomposition of rank 7, float32, one thread", ""]
     rows += [
-        "| shape | deltas | ms | passes | of the floor | error | ARPACK | PROPACK | better of the two | thin SVD |"
+        "| shape | deltas | ms | passes | of the floor | error | ARPACK | PROPACK | better of the two | thin SVD | AVX2, ms |"
     ]
-    rows += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    rows += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, mine in pieces.items():
         shape, dtype, deltas, *rest = name.split(", ")
         if dtype != "float32" or rest != ["cpu"] or shape.startswith("tiny"):
@@ -239,9 +239,11 @@ def decompositions_table(result: Result, directory: Path) -> str:
         best = min((rival["ms"]["median"] for rival in rivals if rival), default=None)
         thin = pieces[f"{shape}, float32, powerlaw, torch thin SVD"]["ms"]["median"]
         share = 1e5 * passes_floor(mine, result["peaks"]["1"]) / took
+        older = pieces.get(f"{name} avx2")
         rows.append(
             f"| {'x'.join(map(str, mine['shape']))} | {deltas} | {took:.3g} | {mine['passes']} | {share:.0f} % | {mine['error']:.0e} | "
-            f"{' | '.join(cells)} | {f'{best / took:.2g}x' if best else ''} | {thin / took:.0f}x |"
+            f"{' | '.join(cells)} | {f'{best / took:.2g}x' if best else ''} | {thin / took:.0f}x | "
+            f"{format(older['ms']['median'], '.3g') if older else ''} |"
         )
     rows += [
         "",
