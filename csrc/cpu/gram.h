@@ -2,8 +2,8 @@
 //
 // A is [rows, n] with n the shorter side of delta: delta itself, or its transpose. A block of rows is brought into L1
 // and used for both halves of the product. Rows are cut into chunks of kChunkRows by the shape alone; a chunk sums in
-// float32 from zero and the chunks' sums are added in order, which bounds the rounding error of tall matrices and makes
-// the result independent of the number of threads.
+// float32 from zero and the chunks' sums are added in the pass's order, which bounds the rounding error of tall
+// matrices and makes the result independent of the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -99,10 +99,10 @@ inline const double* PackedRows::fetch(int64_t i, int64_t count, double* buffer)
     return buffer;
 }
 
-// Rows per block: 192 KiB stay in L2 between the two halves of the product (smaller blocks write z more often).
+// Rows per block: 192 KiB at most stay in L2 between the two halves of the product (smaller blocks write z more often).
 template <class T>
 inline int64_t block_rows(int64_t n) {
-    return std::clamp<int64_t>(196608 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 16 * 16, 16, 64);
+    return std::clamp<int64_t>(196608 / (padded(n) * static_cast<int64_t>(sizeof(T))) / 16 * 16, 16, 32);
 }
 
 // As `dots`, in float64 over strips of columns, so that terms of one sign do not add up their rounding along a whole
@@ -124,9 +124,12 @@ void exact_dots(const T* a, int64_t n, int64_t rows, const T* x, T* y) {
 
 // z = A.T @ y for y that is had block by block: y_of(group, first, i, panel, count, y, ahead) forms rows i to i + count
 // of vectors `first` on, [count, W], from these rows of A.
-//   z  [width, padded(n)], width even; in float64 the sums of the chunks, of chunk_rows each, lose nothing
+//   z          [width, padded(n)], width even; in float64 the sums of the chunks, of chunk_rows each, lose nothing
+//   backwards  from the last chunk to the first: what a pass has read last is still in a cache that holds a part of A,
+//              so passes that turn round find it there
 template <class T, class Source, class Z, class Rows>
-void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows, int threads, const Rows& y_of) {
+void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows, bool backwards, int threads,
+                        const Rows& y_of) {
     const int64_t n = padded(a.cols()), rows = a.rows(), slab = width * n;
     const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows, block = block_rows<T>(a.cols());
     const int workers = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
@@ -140,8 +143,9 @@ void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows
         LORS_NO_OVERLAP
         for (int64_t j = 0; j < slab; ++j) z[j] += static_cast<Z>(from[j]);
     };
-    parallel_for(chunks, workers, [&](int64_t chunk, int worker) {
-        T* sums = partial.data() + (workers > 1 ? chunk : 0) * slab;
+    parallel_for(chunks, workers, [&](int64_t turn, int worker) {
+        const int64_t chunk = backwards ? chunks - 1 - turn : turn;
+        T* sums = partial.data() + (workers > 1 ? turn : 0) * slab;
         T* y = y_buffer.data() + worker * block * 4;
         std::fill(sums, sums + slab, T{});
         const int64_t end = std::min(rows, (chunk + 1) * chunk_rows);
@@ -161,7 +165,7 @@ void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows
         if (workers == 1) add(sums);
     });
     if (workers > 1) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) add(partial.data() + chunk * slab);
+        for (int64_t turn = 0; turn < chunks; ++turn) add(partial.data() + turn * slab);
     }
 }
 
@@ -169,7 +173,7 @@ void transposed_product(const Source& a, int64_t width, Z* z, int64_t chunk_rows
 //   x, z     [width, padded(n)]
 //   product  [rows, width]
 template <class T, class Source, class Z>
-void gram(const Source& a, const T* x, int64_t width, Z* z, T* product, int threads) {
+void gram(const Source& a, const T* x, int64_t width, Z* z, T* product, bool backwards, int threads) {
     const int64_t n = padded(a.cols());
     const auto multiply = [&](auto group, int64_t first, int64_t i, const T* panel, int64_t count, T* y, auto ahead) {
         constexpr int W = decltype(group)::value;
@@ -180,7 +184,7 @@ void gram(const Source& a, const T* x, int64_t width, Z* z, T* product, int thre
             std::copy(&y[r * W], &y[(r + 1) * W], &product[(i + r) * width + first]);
         }
     };
-    transposed_product<T>(a, width, z, kChunkRows, threads, multiply);
+    transposed_product<T>(a, width, z, kChunkRows, backwards, threads, multiply);
 }
 
 }  // namespace lors

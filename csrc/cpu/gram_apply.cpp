@@ -13,7 +13,7 @@ void gram_apply(const Matrix& base, const Matrix& tuned, bool transposed, const 
         for (int64_t j = 0; j < n; ++j) vectors[c * np + j] = x[j * width + c];
     }
     const auto apply = [&](const auto& a) {
-        gram<float>(a, vectors.data(), even(width), products.data(), static_cast<float*>(nullptr), threads);
+        gram<float>(a, vectors.data(), even(width), products.data(), static_cast<float*>(nullptr), false, threads);
     };
     if (transposed) {
         apply(DeltaColumns{delta});

@@ -39,7 +39,7 @@ class Krylov {
     void expand() {
         const int64_t old = size_, before = newest_, width = width_;
         Buffer<T> image(width * np_), overlaps((old + width) * width);
-        gram<T>(a_, row(old), width, image.data(), static_cast<T*>(nullptr), threads_);
+        gram<T>(a_, row(old), width, image.data(), static_cast<T*>(nullptr), passes_ % 2 == 1, threads_);
         std::vector<double> lengths;  // before what lies in the space is taken out
         for (int64_t c = 0; c < width; ++c) lengths.push_back(norm(&image[c * np_]));
         ++passes_;

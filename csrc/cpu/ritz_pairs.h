@@ -59,7 +59,7 @@ Pairs measured(const PackedRows& a, const Krylov<T>& krylov, int64_t count, int 
         v[i] = static_cast<T>(pairs.vectors[i]);
         pairs.vectors[i] = static_cast<double>(v[i]);  // as the product sees them
     }
-    gram<T>(a, v.data(), pairs.width, z.data(), product.data(), threads);
+    gram<T>(a, v.data(), pairs.width, z.data(), product.data(), krylov.passes() % 2 == 1, threads);
     pairs.theta.assign(static_cast<size_t>(pairs.width), 0.0);
     for (int64_t i = 0; i < product.size(); ++i) {
         pairs.product[i] = static_cast<double>(product[i]);
@@ -165,7 +165,7 @@ Pairs held_apart(const PackedRows& a, const Krylov<T>& krylov, int64_t count, in
             block[k] = static_cast<T>(pairs.product[(i + k / W) * width + first + k % W]);
         }
     };
-    transposed_product<T>(a, width, z.data(), kChunkRows / 4, threads, formed);
+    transposed_product<T>(a, width, z.data(), kChunkRows / 4, true, threads, formed);
     add_residuals(pairs, z.data(), a.cols());
     return pairs;
 }
