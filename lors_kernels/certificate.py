@@ -30,6 +30,7 @@ CAPTURED = 4e-6  # of delta's norm: what L may leave out for L = delta to hold
 # Last, that of the Ritz values themselves, which may mix what was rounded at the height of theta_1.
 ROUNDING = {"torch.float32": (2e-7, 1e-9, 5e-8), "torch.float64": (2e-16, 2e-13, 2e-13)}
 TINY = 1e-300
+WORKSPACE = 1 << 28  # bytes that one question takes at a time
 
 
 @dataclass
@@ -68,9 +69,16 @@ class Spectrum:
 
     def unseen(self, value: Tensor, found: Tensor) -> Tensor:
         """[A, L]: the probability that the start had too little of an eigenvector of this value [A, L], besides those of
-        the first found [A] Ritz values, for the space to show it."""
+        the first found [A, L] Ritz values, for the space to show it."""
         import torch
 
+        # the found ones that reach furthest, as many as leave a direction of the start free
+        most = min(self.starts - 1, self.theta.shape[1])
+        ends = self.ends.shape[1]
+        step = max(1, WORKSPACE // (24 * value.shape[1] * (most + 1) * self.starts * ends))
+        if len(value) > step:
+            parts = torch.arange(len(value), device=value.device).split(step)
+            return torch.cat([self.take(rows).unseen(value[rows], found[rows]) for rows in parts])
         away = value.unsqueeze(2) - self.theta.unsqueeze(1)  # [A, L, s]
         distance, rho = away.abs(), self.rho.unsqueeze(1)
         push = torch.where(rho > 0, torch.sign(away) / torch.maximum(distance, rho).clamp_min(TINY), 0.0)
@@ -79,99 +87,80 @@ class Spectrum:
         share = self.share.unsqueeze(1)
         reach = share * torch.maximum(rho * push.abs(), shake)
         index = torch.arange(self.theta.shape[1], device=value.device)
-        reach = torch.where(index < found.view(-1, 1, 1), reach, -1.0)
-        # the found ones that reach furthest, as many as leave a direction of the start free
-        most = min(self.starts - 1, int(index.numel()))
-        nearest = reach.topk(most, dim=2)
-        aside = nearest.values >= 0
-        rest = torch.ones_like(reach).scatter_(2, nearest.indices, (~aside).double())
-        shaken = (share * shake * rest).square().sum(2)
-        # part of the start = m @ (part of the next block) + shaken; m [A, L, starts, w]
-        columns = [(self.first * weight.unsqueeze(1)) @ self.ends.mT for weight in (push * rest).unbind(1)]
-        m = torch.stack(columns, 1)
-        least = torch.ones_like(value)
-        for c in range(most, -1, -1):  # with the c nearest explained by what was found, starts - c directions remain
-            exact, free = self.n * m.square().sum((2, 3)), self.starts - c
-            chance = (exact + shaken).sqrt() ** free
-            if c:
-                chance = torch.maximum(chance, UNSEEN / COPY * exact.sqrt() ** free)
-            least = torch.minimum(least, chance)
-            if c:
-                j = nearest.indices[:, :, c - 1]
-                first, ends = (_columns(x, j) for x in (self.first, self.ends))  # [A, L, starts], [A, L, w]
-                was = aside[:, :, c - 1].double()
-                m += first.unsqueeze(3) * (ends * (_pick(push, j) * was).unsqueeze(2)).unsqueeze(2)
-                shaken += (self.share.gather(1, j) * _pick(shake, j)).square() * was
-        return least
+        nearest = torch.where(index < found.unsqueeze(2), reach, -1.0).topk(most, dim=2)  # [A, L, most]
+        aside = (nearest.values >= 0).double()
+        rest = torch.ones_like(reach).scatter_(2, nearest.indices, 1 - aside)
+        # part of the start = m @ (part of the next block) + shaken, of all but the nearest, and with one more of these after
+        # the other: with the c nearest explained by what was found, starts - c directions remain
+        pairs = (self.first.unsqueeze(1) * self.ends.unsqueeze(2)).flatten(1, 2).mT  # [A, s, w starts]
+        near = pairs.gather(1, nearest.indices.flatten(1).unsqueeze(2).expand(-1, -1, pairs.shape[2]))
+        near = near.unflatten(1, aside.shape[1:]) * (push.gather(2, nearest.indices) * aside).unsqueeze(3)
+        m = torch.cat([((push * rest) @ pairs).unsqueeze(2), near.flip(2)], 2).cumsum(2)  # [A, L, most + 1, w starts]
+        part = (share * shake).square()
+        shaken = torch.cat([(part * rest).sum(2, keepdim=True), (part.gather(2, nearest.indices) * aside).flip(2)], 2)
+        exact, free = self.n * m.square().sum(3), torch.arange(self.starts - most, self.starts + 1, device=value.device)
+        chance = (exact + shaken.cumsum(2)).sqrt() ** free
+        copy = UNSEEN / COPY * exact.sqrt() ** free
+        chance[:, :, :most] = torch.maximum(chance[:, :, :most], copy[:, :, :most])
+        return chance.amin(2).clamp_max(1)
 
-    def cut(self, count: Tensor) -> tuple[Tensor, Tensor]:
-        """(ok, upper) [A]: whether the first count [A] Ritz values are all that there is above `upper`."""
+    def cut(self, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """(ok, upper) [A, C]: whether the first count [A, C] Ritz values, at most `most`, are all that there is above
+        `upper`."""
         import torch
 
-        most = int(count.max()) if count.numel() else 0
-        if most >= self.theta.shape[1]:
-            count = count.clamp_max(self.theta.shape[1] - 1)
-        wanted = torch.arange(most, device=count.device) < count.unsqueeze(1)
-        poles = self.unseen(self.theta[:, :most], count)
-        settled = (
-            torch.where(wanted, poles, 0.0).amax(1) <= UNSEEN if most else torch.ones_like(count, dtype=torch.bool)
-        )
-        following = self.theta.gather(1, count.unsqueeze(1)).clamp_min(0)
-        last = self.theta.gather(1, (count - 1).clamp_min(0).unsqueeze(1))
-        uppers = following + (last - following) * following.new_tensor([1 / 16, 1 / 4, 1 / 2])
-        above = self.above(uppers)
-        free = (above < last) & (self.unseen(uppers, count) <= UNSEEN)
-        return settled & free.any(1), above.gather(1, free.double().argmax(1, keepdim=True)).squeeze(1)
+        most = min(most, self.theta.shape[1] - 1)
+        count = count.clamp_max(most)
+        following = self.theta.gather(1, count).clamp_min(0).unsqueeze(2)
+        last = self.theta.gather(1, (count - 1).clamp_min(0)).unsqueeze(2)
+        uppers = following + (last - following) * following.new_tensor([1 / 16, 1 / 4, 1 / 2])  # [A, C, 3]
+        above = self.above(uppers.flatten(1)).view_as(uppers)
+        poles = self.theta[:, :most].unsqueeze(1).expand(-1, count.shape[1], -1)
+        values = torch.cat([poles, uppers], 2)
+        found = count.unsqueeze(2)
+        seen = self.unseen(values.flatten(1), found.expand_as(values).flatten(1)).view_as(values) <= UNSEEN
+        settled = (seen[:, :, :most] | (torch.arange(most, device=count.device) >= found)).all(2)
+        free = (above < last) & seen[:, :, most:]
+        return settled & free.any(2), above.gather(2, free.double().argmax(2, keepdim=True)).squeeze(2)
 
-    def settled(self, needed: Tensor) -> Tensor:
-        """[A]: whether each of the first `needed` values has shown all its copies."""
+    def settled(self, needed: Tensor, most: int) -> Tensor:
+        """[A]: whether each of the first `needed` values, at most `most`, has shown all its copies."""
         import torch
 
-        most = int(needed.max())
-        if not most:
-            return torch.ones_like(needed, dtype=torch.bool)
-        found = torch.full_like(needed, self.theta.shape[1])
-        wanted = torch.arange(most, device=needed.device) < needed.unsqueeze(1)
-        return torch.where(wanted, self.unseen(self.theta[:, :most], found), 0.0).amax(1) <= UNSEEN
-
-
-def _columns(x: Tensor, j: Tensor) -> Tensor:
-    """x [A, r, s] at columns j [A, L]: [A, L, r]."""
-    return x.gather(2, j.unsqueeze(1).expand(-1, x.shape[1], -1)).mT
-
-
-def _pick(x: Tensor, j: Tensor) -> Tensor:
-    """x [A, L, s] at j [A, L]."""
-    return x.gather(2, j.unsqueeze(2)).squeeze(2)
+        values = self.theta[:, :most]
+        found = torch.full_like(values, self.theta.shape[1])
+        unwanted = torch.arange(values.shape[1], device=needed.device) >= needed.unsqueeze(1)
+        return ((self.unseen(values, found) <= UNSEEN) | unwanted).all(1)
 
 
 def error_bound(
     theta: Tensor, rho: Tensor, rank: int, count: Tensor, upper: Tensor, turn: Tensor | None = None
 ) -> Tensor:
-    """[A]: bound on ||A V V.T - L|| / ||L||, V the first `rank` of the vectors with Rayleigh quotients theta [A, m] and
-    residuals rho [A, m], of which V.T G V is diagonal up to turn [A], where no eigenvalue but count [A] of them lies above
-    upper [A]."""
+    """[...]: bound on ||A V V.T - L|| / ||L||, V the first `rank` of the vectors with Rayleigh quotients theta [..., m] and
+    residuals rho [..., m], of which V.T G V is diagonal up to turn [...], where no eigenvalue but count [...] of them lies
+    above upper [...]."""
     import torch
 
-    held = torch.arange(theta.shape[1], device=theta.device) < count.unsqueeze(1)
+    held = torch.arange(theta.shape[-1], device=theta.device) < count.unsqueeze(-1)
     beside = _beside(theta, rho, held, upper)
-    value = theta[:, :rank].clamp_min(0)
-    wide = value - beside.unsqueeze(1)
-    gap = value.unsqueeze(2) - theta[:, rank:].unsqueeze(1)  # [A, rank, m - rank]
-    extra = held[:, rank:].unsqueeze(1)
-    apart = (wide > 0) & ~(extra & (gap <= 0)).any(2)
-    square, gap = torch.where(extra, rho[:, rank:].square().unsqueeze(1), 0.0), gap.clamp_min(TINY)
-    leak = (square / gap).sum(2) / wide.clamp_min(TINY)
-    spread = 1 + (square / gap.square().clamp_min(TINY)).sum(2)
-    sine = rho[:, :rank] / (wide * (1 - leak)).clamp_min(TINY)
-    mixed = 0.0 if turn is None else (extra * (turn.view(-1, 1, 1) / gap).square()).sum(2)
+    value = theta[..., :rank].clamp_min(0)
+    wide = value - beside.unsqueeze(-1)
+    gap = value.unsqueeze(-1) - theta[..., rank:].unsqueeze(-2)  # [..., rank, m - rank]
+    extra = held[..., rank:].unsqueeze(-2)
+    apart = (wide > 0) & ~(extra & (gap <= 0)).any(-1)
+    square, gap = torch.where(extra, rho[..., rank:].square().unsqueeze(-2), 0.0), gap.clamp_min(TINY)
+    leak = (square / gap).sum(-1) / wide.clamp_min(TINY)
+    spread = 1 + (square / gap.square().clamp_min(TINY)).sum(-1)
+    sine = rho[..., :rank] / (wide * (1 - leak)).clamp_min(TINY)
+    mixed = 0.0 if turn is None else (extra * (turn[..., None, None] / gap).square()).sum(-1)
     sine2 = torch.where(apart & (leak < 1), (sine.square() * spread + mixed).clamp_max(1), 1.0)
-    tail = torch.where(held[:, :rank], rho[:, :rank].square(), 0.0).flip(1).cumsum(1).flip(1).sqrt()
-    most = value + tail  # of the eigenvalue
-    following = torch.where(count > rank, (theta + rho)[:, min(rank, theta.shape[1] - 1)], upper).clamp_min(0)
-    error = (most + torch.minimum(most, following.unsqueeze(1))) * sine2
-    error = torch.where(held[:, :rank], error, 2 * upper.unsqueeze(1)).sum(1)
-    kept = value.sum(1)
+    wanted = held[..., :rank]
+    tail = torch.where(wanted, rho[..., :rank].square(), 0.0).flip(-1).cumsum(-1).flip(-1).sqrt()
+    largest = value + tail  # of the eigenvalue
+    following = torch.where(count > rank, (theta + rho)[..., min(rank, theta.shape[-1] - 1)], upper).clamp_min(0)
+    error = (largest + torch.minimum(largest, following.unsqueeze(-1))) * sine2
+    error = torch.where(wanted, error, 2 * upper.unsqueeze(-1)).sum(-1)
+    kept = value.sum(-1)
     return torch.where(kept > 0, (error / kept.clamp_min(TINY)).sqrt(), 0.0)
 
 
@@ -190,8 +179,8 @@ def _beside(theta: Tensor, rho: Tensor, held: Tensor, upper: Tensor) -> Tensor:
     """`upper`, and what the captured part may lend to what lies beside it."""
     import torch
 
-    lead = theta - upper.unsqueeze(1)
-    return upper + torch.where(held & (lead > 0), rho.square() / lead.clamp_min(TINY), 0.0).sum(1)
+    lead = theta - upper.unsqueeze(-1)
+    return upper + torch.where(held & (lead > 0), rho.square() / lead.clamp_min(TINY), 0.0).sum(-1)
 
 
 def needed(theta: Tensor, rank: int) -> Tensor:

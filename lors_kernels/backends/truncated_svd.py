@@ -223,24 +223,26 @@ class _Outlook:
         self.spectrum, self.rank = s, rank
         self.reach = min(s.theta.shape[1], rank + EXTRA)
         self.needed = needed(s.theta, rank)
-        alone = self.forecast(self.needed)
-        apart = torch.stack([self.forecast(torch.full_like(self.needed, c))[0] for c in range(rank + 1, self.reach)])
+        beyond = torch.arange(rank + 1, self.reach, device=self.needed.device)
+        # those that matter, alone, and with one more of those beyond the cut after the other: [A, C]
+        self.counts = torch.cat([self.needed.unsqueeze(1), beyond.expand(len(self.needed), -1)], 1)
+        bound, exact = self.forecast(self.counts)
         last, following = s.theta[:, rank - 1], s.theta[:, rank]
         level = (last - following <= EQUAL * last + 4 * s.noise(last.unsqueeze(1)).squeeze(1)) & (self.needed == rank)
         level &= s.rho[:, rank - 1 : rank + 1].amax(1) <= 1e-5 * last
         captured = energy - s.theta[:, :rank].sum(1) <= 2e-6 * energy
-        columns = torch.stack([alone[0], alone[1], apart.amin(0), (level | captured).double()])
+        columns = torch.stack([bound[:, 0], exact[:, 0], bound[:, 1:].amin(1), (level | captured).double()])
         self.bound, self.exact, self.apart, special = columns.tolist()
         self.special = [bool(x) for x in special]
 
-    def forecast(self, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The bound if nothing unseen stands in the way: as it may be measured, and without rounding."""
+    def forecast(self, count: Tensor) -> Tensor:
+        """[2, A, C]: the bound if nothing unseen stands in the way: as it may be measured, and without rounding."""
+        import torch
+
         s, m = self.spectrum, self.reach
-        upper = (s.theta + s.rho).gather(1, count.unsqueeze(1)).squeeze(1).clamp_min(0)
-        as_measured, exact = (
-            error_bound(s.theta[:, :m], rho[:, :m], self.rank, count, upper).clamp_max(1) for rho in (s.residual, s.rho)
-        )
-        return as_measured, exact
+        upper = (s.theta + s.rho).gather(1, count).clamp_min(0)
+        rho = torch.stack([s.residual, s.rho])[:, :, :m]
+        return error_bound(s.theta[:, None, :m], rho.unsqueeze(2), self.rank, count, upper).clamp_max(1)
 
     def rounded(self, i: int) -> bool:
         """Whether rounding, not the number of passes, limits the wanted pairs alone."""
@@ -320,9 +322,14 @@ class _Driver:
         return self.iterate(krylov, pairs, apply_to, self.deltas, "krylov")
 
     def deltas(self, pairs: list[int]) -> Tensor:
+        """Their deltas, transposed when wide: formed in float32 as everywhere, then float64."""
         import torch
 
-        return torch.stack([_delta64(*self.group.pair(p), wide=self.wide) for p in pairs])
+        some = [self.group.pair(p) for p in pairs]
+        delta = torch.stack([tuned for _, tuned in some]).float()
+        if self.group.bases is not None:
+            delta -= torch.stack([base for base, _ in some if base is not None]).float()
+        return (delta.mT if self.wide else delta).double()
 
     def double(self, pairs: list[int], tops: list[float], *, iterate: bool) -> None:
         """Float64: the iteration, then dense; a few pairs at a time, their delta in memory."""
@@ -394,7 +401,7 @@ class _Driver:
             left = [i for i in sorted({*ready, *aside}) if i not in done]
             if left:
                 where = _index(left, krylov.energy.device)
-                settled = outlook.spectrum.take(where).settled(outlook.needed[where]).tolist()
+                settled = outlook.spectrum.take(where).settled(outlook.needed[where], self.rank).tolist()
                 for i, fine in zip(left, settled, strict=True):
                     p = active[i]
                     tried[p] += i in aside and fine
@@ -428,15 +435,18 @@ class _Driver:
     ) -> set[int]:
         """The wanted pairs as the spaces have them, by one product; adds to `done` whom that certifies and returns those
         whom more passes would not help, since rounding has enlarged their residuals."""
+        import torch
+
         s = outlook.spectrum.take(_index(ready, krylov.energy.device))
         count = outlook.needed[ready]
-        shown, upper = s.cut(count)
-        expected = error_bound(s.theta[:, : self.rank], s.residual[:, : self.rank], self.rank, count, upper)
+        shown, upper = (x.squeeze(1) for x in s.cut(count.unsqueeze(1), self.rank))
+        rho = torch.stack([s.residual, s.rho])[:, :, : self.rank]
+        expected, exact = error_bound(s.theta[:, : self.rank], rho, self.rank, count, upper)
         chosen = [i for i, fine in enumerate((shown & (expected <= ERROR_BOUND)).tolist()) if fine]
         if not chosen:
             return set()
         where, rows = _index(chosen, krylov.energy.device), [ready[i] for i in chosen]
-        s, count, upper = s.take(where), count[where], upper[where]
+        s, count, upper, exact = s.take(where), count[where], upper[where], exact[where]
         basis = self._pick(krylov.basis[:, :, : krylov.size], rows)
         v = basis @ s.vectors[:, :, : self.rank].to(basis.dtype)
         z, y = apply_to([active[i] for i in rows])(v, product=True)
@@ -447,7 +457,6 @@ class _Driver:
         error = error_bound(theta, rho, self.rank, count, upper) + skew + PRODUCT[method]
         fine = error <= ERROR_BOUND
         self.accept(rows, active, fine, error, theta, v, y, krylov, method, done)
-        exact = error_bound(s.theta[:, : self.rank], s.rho[:, : self.rank], self.rank, count, upper)
         return {rows[i] for i, useless in enumerate((~fine & (exact <= 0.5 * error)).tolist()) if useless}
 
     def finish_apart(
@@ -476,10 +485,10 @@ class _Driver:
             v, y = v @ turned, y @ turned
             rho = (a.mT @ y - theta.unsqueeze(1) * v).norm(dim=1)
             turn = ROUNDING["torch.float64"][0] * theta[:, 0]
-            error = torch.full_like(turn, math.inf)
-            for c in [outlook.needed[where], *(torch.full_like(where, c) for c in range(rank + 1, m))]:
-                shown, upper = s.cut(c)
-                error = torch.where(shown, torch.minimum(error, error_bound(theta, rho, rank, c, upper, turn)), error)
+            counts = outlook.counts[where]
+            shown, upper = s.cut(counts, m - 1)
+            error = error_bound(theta.unsqueeze(1), rho.unsqueeze(1), rank, counts, upper, turn.unsqueeze(1))
+            error = torch.where(shown, error, math.inf).amin(1)
             # L leaves so little of delta that it is delta
             energy, kept = a.square().sum((1, 2)), theta[:, :rank].sum(1)
             rest, cancellation = (energy - kept).clamp_min(0), 1.2e-16 * (a.shape[1] + a.shape[2])
@@ -490,7 +499,8 @@ class _Driver:
             slack = torch.minimum(0.5 * ENERGY_BOUND * rest / rank, EQUAL * last - (last - following)).clamp_min(0)
             upper = last + slack
             count, found = ((theta > x.unsqueeze(1)).sum(1) for x in (upper, last * (1 - EQUAL)))
-            clear = s.unseen(torch.maximum(s.theta[:, :rank], upper.unsqueeze(1)), found).amax(1) <= UNSEEN
+            values = torch.maximum(s.theta[:, :rank], upper.unsqueeze(1))
+            clear = s.unseen(values, found.unsqueeze(1).expand_as(values)).amax(1) <= UNSEEN
             if m < s.theta.shape[1]:  # rounding may have mixed those that are not held apart with those that are
                 clear &= s.above(s.theta[:, m : m + 1]).squeeze(1) <= upper
             lost = energy_bound(theta, rho, count, upper) + slack * rank
@@ -588,9 +598,3 @@ def _index(rows: list[int], device: torch.device) -> Tensor:
     import torch
 
     return torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _delta64(base: Tensor | None, tuned: Tensor, *, wide: bool) -> Tensor:
-    """delta (its transpose when wide): formed in float32 as everywhere, then float64."""
-    delta = (tuned.float() if base is None else tuned.float() - base.float()).double()
-    return delta.T if wide else delta

@@ -198,11 +198,20 @@ def test_what_lies_beyond_the_cut_is_bounded_from_above() -> None:
     for passes in range(6, 20, 2):
         for seed in range(20):
             s = space(values, 2, passes, seed)
-            ok, upper = s.cut(torch.tensor([3]))
-            known += bool(ok[0])
-            low += bool(ok[0]) and float(s.theta[0, 3]) < 0.4999
-            assert not ok[0] or upper[0] >= 0.5, (passes, seed)
+            ok, upper = s.cut(torch.tensor([[3]]), 3)
+            known += bool(ok)
+            low += bool(ok) and float(s.theta[0, 3]) < 0.4999
+            assert not ok or upper >= 0.5, (passes, seed)
     assert known > 60 and low > 30  # nothing is trivial
+
+
+def test_an_expert_that_is_the_base_does_not_disturb_the_others() -> None:
+    """Nothing of its spectrum matters, at a check at which the others are not ready."""
+    base, tuned = (to_torch(x.copy()) for x in by_name("power-0.5").matrices())
+    group = MatrixGroup([base], [[tuned, base]])
+    svd = truncated_svd_group(group, 7, backend="cpu")
+    judge(group, svd, 7)
+    assert not svd.left[1].any() and svd.residual[1] <= 1e-5
 
 
 def test_an_eigenvector_is_called_unseen_where_it_is() -> None:
@@ -210,10 +219,10 @@ def test_an_eigenvector_is_called_unseen_where_it_is() -> None:
     values = torch.tensor([3.0, 3.0, *np.linspace(2.0, 0.1, 58)], dtype=torch.float64)
     for width, settled in ((1, False), (2, False), (3, True)):
         s = space(values, width, 42 // width)
-        copies = torch.tensor([min(width, 2)])
+        copies = torch.tensor([[min(width, 2)]])
         assert bool(s.unseen(s.theta[:, :1], copies)[0, 0] <= 1e-3) == settled, width
         between = torch.tensor([[2.5, 4.0]], dtype=torch.float64)  # no eigenvalue there, and the space knows
-        assert (s.unseen(between, copies) <= 1e-6).all()
+        assert (s.unseen(between, copies.expand(1, 2)) <= 1e-6).all()
 
 
 def test_small_spaces_are_not_iterated() -> None:

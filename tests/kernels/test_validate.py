@@ -632,9 +632,9 @@ def swapped(x: Any) -> Any:
     return x[order]
 
 
-def all_found(spectrum: Any, count: Any) -> tuple[Any, Any]:
+def all_found(spectrum: Any, count: Any, most: int) -> tuple[Any, Any]:
     """Nothing hides, and nothing lies beyond the cut."""
-    return torch.ones_like(count, dtype=torch.bool), torch.zeros_like(spectrum.theta[:, 0])
+    return torch.ones_like(count, dtype=torch.bool), torch.zeros(count.shape, dtype=torch.float64)
 
 
 CERTIFICATE: dict[str, tuple[Any, str, Fault]] = {
@@ -643,7 +643,7 @@ CERTIFICATE: dict[str, tuple[Any, str, Fault]] = {
     "bound a tenth": (truncated_svd, "error_bound", of_result(lambda error: 0.1 * error)),
     "extra pairs count nothing": (
         truncated_svd, "error_bound", lambda honest: (
-            lambda theta, rho, rank, *rest: honest(theta, rho * (torch.arange(rho.shape[1]) < rank), rank, *rest)
+            lambda theta, rho, rank, *rest: honest(theta, rho * (torch.arange(rho.shape[-1]) < rank), rank, *rest)
         ),
     ),
     "equal without asking": (truncated_svd, "EQUAL", lambda honest: 1e-3),
