@@ -24,6 +24,7 @@ GRAM_LIMIT = 1e-9
 ROUNDED = 2.0**-20
 LARGE = 256  # columns from which on float32 saves time
 WEAK = 64  # directions of a polar factor that float32 leaves to float64
+STRIP = 192  # columns of a Gram matrix that are computed together
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +145,22 @@ def _may_be_single(x: Tensor) -> bool:
 def _scale(x: Tensor) -> float:
     """The power of two that brings the entries of x between -1 and 1, so that their squares are harmless in float32."""
     return float(2.0 ** -math.frexp(float(x.abs().max()))[1])
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x [n, n] of x [m, n], of which little more than one triangle is computed."""
+    found = x.new_zeros(x.shape[1], x.shape[1])
+    add_lower_gram(found, x)
+    for start in range(STRIP, len(found), STRIP):
+        found[:start, start : start + STRIP] = found[start : start + STRIP, :start].T
+    return found
+
+
+def add_lower_gram(total: Tensor, x: Tensor) -> None:
+    """total [n, n] += x^T x of x [m, n], below the diagonal and on it; what stands above it means nothing."""
+    for start in range(0, len(total), STRIP):
+        strip = slice(start, start + STRIP)
+        total[start:, strip].addmm_(x[:, start:].T, x[:, strip])
 
 
 def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:

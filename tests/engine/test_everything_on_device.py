@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "iso_c": {"weight": WEIGHT},
     "iso_cts": {"weight": WEIGHT},
     "wudi": {"weight": WEIGHT},
+    "lors_parts": {"weight": WEIGHT, "sparse_weight": {"ca": 0.1, "de": 0.0, "es": -0.4}, "rank": 5},
 }
 ON_DEVICE = [name for name, method in METHODS.items() if method.on_device]
 

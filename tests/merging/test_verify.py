@@ -25,6 +25,7 @@ from lors.methods import (
     della_linear,
     iso_c,
     iso_cts,
+    lors_parts,
     model_stock,
     operands,
     regmean,
@@ -192,6 +193,10 @@ def dropped_entries_are_not_counted(patch: Patch) -> None:
     patch.setattr(operands.Operands, "count_dropped", lambda self, energy: None)
 
 
+def no_sparse_part(patch: Patch) -> None:
+    patch.setattr(lors_parts, "add_kept", lambda *_: None)
+
+
 def scaled(module: Any, name: str) -> Callable[[Patch], None]:
     def change(found: Any) -> Any:
         return tuple(1.01 * x for x in found) if isinstance(found, tuple) else 1.01 * found
@@ -214,7 +219,8 @@ FAULTS: list[tuple[str, Callable[[Patch], None]]] = [
     *(("dare_linear", other_random_numbers), ("dare_ties", other_random_numbers)),
     *((method, ranks_from_the_other_end) for method in ("della", "della_linear")),
     *((method, dropped_entries_are_not_counted) for method in ("della", "della_linear")),
-    ("tsv", scaled(tsv, "polar_and_values")),
+    *((method, scaled(tsv, "polar_and_values")) for method in ("tsv", "lors_parts")),
+    ("lors_parts", no_sparse_part),
     *((method.METHOD.spec.name, scaled(method, "polar")) for method in (iso_c, iso_cts)),
     *(("wudi", scaled(wudi, "ridge_quotient")), ("regmean", scaled(regmean, "ridge_quotient"))),
     *(("model_stock", scaled(model_stock, "interpolation")), ("slerp", scaled(slerp, "factors"))),

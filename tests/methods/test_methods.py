@@ -340,6 +340,28 @@ def test_a_ridge_leads_wudi_from_no_interference_to_its_goal() -> None:
         assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
 
 
+def test_parts_are_those_of_lors_and_of_tsv() -> None:
+    """Not orthogonal and with equal weights LoRS; without sparse parts TSV; and linear in all weights."""
+    base, experts = states()
+    chosen = {"target": {"include": ["q_proj"]}, "rest": "base"}
+    lors_ = ours(base, experts, "lors", rank=3, density=0.3, weight=WEIGHTS, lam=0.6, **chosen)
+    both = {"rank": 3, "density": 0.3, "orthogonal": False, "lam": 0.6, **chosen}
+    assert_same(ours(base, experts, "lors_parts", weight=WEIGHTS, sparse_weight=WEIGHTS, **both), lors_, base)
+    tsv = ours(base, experts, "tsv", weight=WEIGHTS, lam=0.6, **chosen)
+    assert_same(ours(base, experts, "lors_parts", weight=WEIGHTS, sparse_weight=0.0, lam=0.6, **chosen), tsv, base)
+
+    key = next(iter(SHAPES))
+    alone = np.zeros_like(base[key])
+    for part in ("weight", "sparse_weight"):
+        for name in NAMES:
+            own = {p: {n: float((p, n) == (part, name)) for n in NAMES} for p in ("weight", "sparse_weight")}
+            alone += WEIGHTS[name] * (ours(base, experts, "lors_parts", **own, **chosen)[key] - base[key])
+    together = ours(base, experts, "lors_parts", weight=WEIGHTS, sparse_weight=WEIGHTS, **chosen)[key] - base[key]
+    assert np.linalg.norm(together - alone) <= 1e-5 * np.linalg.norm(together)
+    with pytest.raises(LorsError, match=r"parameters.rank: expected at most min\(m, n\) = 48 .*q_proj"):
+        ours(base, experts, "lors_parts", rank=49, **chosen)
+
+
 @pytest.mark.parametrize("settings", [{}, {"alpha": 1.0}, {"alpha": 0.0, "ridge": 0.5}, {"lambda": 0.5}], ids=str)
 def test_regmean_by_definition(settings: dict[str, Any]) -> None:
     base, experts = states()

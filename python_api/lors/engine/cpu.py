@@ -31,7 +31,7 @@ from ..experts.boosted import Differences, Zeros, boosts
 from ..experts.factors import Factors
 from ..experts.source import Slot, Source
 from ..methods import Reduction
-from ..methods.operands import Buffers, Certificate, Operands, Outcome
+from ..methods.operands import Buffers, Certificate, Operands, Outcome, subtract
 from ..recipes.parameters import rank_of
 from ..tasks import run_all
 from .account import Account
@@ -194,7 +194,7 @@ class Engine:
         for start in range(0, base.size, PART):
             part = slice(start, min(base.size, start + PART))
             tuned = expert.fetch(work.name, piece.start + part.start, piece.start + part.stop, worker.tuned)
-            _subtract(delta[part], tuned, base[part])
+            subtract(delta[part], tuned, base[part])
         return None, delta
 
     def _add_factors(
@@ -337,22 +337,9 @@ class Engine:
                 )
 
 
-# numpy converts half precision an entry at a time; the kernels do it in vectors. Both take any of the three types.
-
-
 def _apply(
     out: np.ndarray, base: np.ndarray | None, update: np.ndarray | None, scale: float, backend: str | None
 ) -> float:
-    """`apply_update` of flat arrays."""
+    """`apply_update` of flat arrays, which takes any of the three types."""
     rows = (None if x is None else x[None] for x in (base, update))
     return lors_kernels.apply_update(out[None], *rows, scale=scale, backend=backend, threads=1)
-
-
-def _subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-    """out = a - b in float32; the kernels that read it count what is not finite."""
-    if a.dtype == b.dtype == np.float32:
-        with np.errstate(invalid="ignore", over="ignore"):
-            np.subtract(a, b, out=out)
-    else:
-        out[:] = 0
-        lors_kernels.merge_update(out[None], b[None], a[None], threads=1)

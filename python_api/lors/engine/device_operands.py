@@ -70,6 +70,9 @@ class DeviceOperands(Operands):
     def float64(self, x: Any) -> Any:
         return x.double()
 
+    def subtract(self, a: Any, b: Any) -> Any:
+        return a.float() - b.float()
+
     def array(self, x: np.ndarray) -> Any:
         return self.tensor(x)
 

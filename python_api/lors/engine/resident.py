@@ -76,6 +76,12 @@ class BoostedOnDevice(Boosted):
         u, sigma, v = found
         return self.base_source.matrix(name).float() + ((u * sigma) @ v.T).float()
 
+    def fetch(self, name: str, start: int, stop: int, slot: Slot) -> np.ndarray:
+        """As of a `DeviceSource`."""
+        if name not in self.shares:
+            return np.asarray(self.source.fetch(name, start, stop, slot))
+        return to_numpy(self.matrix(name).reshape(-1)[start:stop].cpu(), self.tensors[name].dtype)
+
     def factors(self, name: str) -> Factors | None:
         found = self.triplets(name)
         if found is None:

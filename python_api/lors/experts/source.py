@@ -110,16 +110,9 @@ class Decomposed(Protocol):
         ...
 
     def add(
-        self,
-        name: str,
-        start: int,
-        total: Any,
-        weight: float,
-        rank: float,
-        density: float,
-        backend: str | None,
+        self, name: str, start: int, total: Any, weight: float, rank: float, density: float, backend: str | None,
         stored: StoredPart | None = None,
-    ) -> UpdateStats:
+    ) -> UpdateStats:  # fmt: skip
         """total += weight * (L + S), or for a tensor that is not decomposed weight * delta[start : start + size].
 
         A whole matrix may be a tensor on a device, with what has been read of it (`stored`) beside it."""

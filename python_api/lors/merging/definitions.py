@@ -65,6 +65,8 @@ def merged(
         return Merged(base + stock(np.stack(deltas), shared["filter_wise"]))
     if method == "tsv":
         return Merged(base + scale * task_singular_vectors(experts, weights))
+    if method == "lors_parts":
+        return Merged(base + scale * parts(experts, models, shared["orthogonal"]))
     if method == "regmean":
         used = [w * e.exact for w, e in zip(weights, experts, strict=True) if w]
         read = [read_statistics(m["statistics"], stream, base.shape) for m, w in zip(models, weights, strict=True) if w]
@@ -256,6 +258,26 @@ def task_singular_vectors(experts: Sequence[Expert], weights: Sequence[float]) -
         return np.zeros_like(experts[0].exact)
     left, right = (nearest_orthonormal(np.concatenate(vectors, axis=1)) for vectors in (lefts, rights))
     return (left * np.concatenate(sigmas)) @ right.T
+
+
+def parts(experts: Sequence[Expert], models: Sequence[Parameters], orthogonal: bool) -> Array:
+    lefts, rights, scaled, low, sparse = [], [], [], np.zeros(experts[0].exact.shape), 0.0
+    for expert, model in zip(experts, models, strict=True):
+        delta = expert.exact
+        u, sigma, v = expert.svd or np.linalg.svd(delta, full_matrices=False)
+        rank = model.get("rank", int(min(delta.shape) * (1 / len(experts))))
+        found = there(sigma, delta.shape)
+        found[max(1, int(rank * min(delta.shape))) if rank < 1 else int(rank) :] = False
+        own = (u[:, found] * sigma[found]) @ v[found]
+        kept = largest(delta - own, int(model["density"] * delta.size))
+        low, sparse = low + model["weight"] * own, sparse + model["sparse_weight"] * np.where(kept, delta - own, 0.0)
+        lefts.append(u[:, found])
+        rights.append(v[found].T)
+        scaled.append(model["weight"] * sigma[found])
+    if orthogonal and sum(x.size for x in scaled):
+        left, right = (nearest_orthonormal(np.concatenate(vectors, axis=1)) for vectors in (lefts, rights))
+        low = (left * np.concatenate(scaled)) @ right.T
+    return low + sparse
 
 
 def boosted(x: Array, share: float, zero: float) -> tuple[Array, Array, Array]:

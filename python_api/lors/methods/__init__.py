@@ -16,6 +16,7 @@ from . import (
     iso_cts,
     linear,
     lors,
+    lors_parts,
     magnitude_prune,
     model_stock,
     regmean,
@@ -30,7 +31,7 @@ from .base import Method, Reduction, rest_of
 
 _MODULES = (
     *(linear, task_arithmetic, magnitude_prune, svp, lors, ties, dare_linear, dare_ties, della, della_linear),
-    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c, iso_cts, wudi, regmean),
+    *(breadcrumbs, breadcrumbs_ties, model_stock, slerp, tsv, iso_c, iso_cts, wudi, regmean, lors_parts),
 )
 METHODS: dict[str, Method] = {module.METHOD.spec.name: module.METHOD.complete() for module in _MODULES}
 SPECS = {name: method.spec for name, method in METHODS.items()}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from lors_kernels.precision import full_precision
+from lors_kernels.threads import one_torch_thread
 
 from ..recipes.parameters import BOOST, BOOST_MERGED, REST_LAMBDA, MethodSpec, ParameterSpec, Rest
-from .operands import Combination
+from .operands import Combination, Operands
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reduction(NamedTuple):
@@ -66,6 +72,18 @@ class Method:
             return self.combine(models, shared)
         assert self.reduce is not None
         return self.reduce(models, shared)
+
+
+def whole(update: Callable[[Operands], Tensor | None]) -> Combination:
+    """W = W0 + update, of a matrix as a whole; None leaves the base. In one thread of torch, without TF32."""
+
+    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
+        with one_torch_thread(), full_precision():
+            found = update(operands)
+            moved = operands.out(operands.base()) if found is None else operands.moved(found)
+        yield 0, moved
+
+    return merge
 
 
 def rest_of(rule: Rest, models: Sequence[Parameters], shared: Parameters) -> list[Reduction]:

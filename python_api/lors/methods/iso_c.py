@@ -8,14 +8,13 @@ SVD defines there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lors_kernels.dense import polar
-from lors_kernels.threads import one_torch_thread
 
 from ..recipes.parameters import MethodSpec
-from .base import LAMBDA, WEIGHT, Method
+from .base import LAMBDA, WEIGHT, Method, whole
 from .operands import Combination, Operands
 
 
@@ -29,12 +28,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         mean = float((directions * total).sum()) / min(total.shape)
         return shared["lambda"] * mean * directions
 
-    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        with one_torch_thread():
-            moved = operands.moved(update(operands))
-        yield 0, moved
-
-    return merge
+    return whole(update)
 
 
 # as in tsv: lambda wants to be about 1

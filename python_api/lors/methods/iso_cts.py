@@ -11,14 +11,13 @@ the others, c = r - p T. The mean is over all r; directions of singular value 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lors_kernels.dense import leading, polar
-from lors_kernels.threads import one_torch_thread
 
 from ..recipes.parameters import MethodSpec, ParameterSpec
-from .base import LAMBDA, WEIGHT, Method
+from .base import LAMBDA, WEIGHT, Method, whole
 from .operands import Combination, Operands
 
 COMMON = ParameterSpec(
@@ -32,6 +31,8 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     def update(operands: Operands) -> Any:
         import torch
 
+        if not weights:
+            return None
         count, own = split(min(operands.spec.shape), shared["common"], len(weights))
         total: Any = sum(weight * operands.delta(t) for t, weight in weights.items())
         found = [leading(total, count)]
@@ -39,23 +40,14 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         for t, weight in weights.items() if own else ():
             delta = weight * operands.delta(t)
             u, sigma, v = leading(delta - known @ (known.T @ delta), own)
-            there = sigma > max(delta.shape) * 2.0**-53 * torch.linalg.vector_norm(
-                delta
-            )  # else the rounding of the line above
+            rounding = max(delta.shape) * 2.0**-53 * torch.linalg.vector_norm(delta)  # of the line above
+            there = sigma > rounding
             found.append((u[:, there], sigma[there], v[:, there]))
         left, right = (polar(torch.cat([triplets[side] for triplets in found], dim=1)) for side in (0, 2))
         mean = float(sum(sigma.sum() for _, sigma, _ in found)) / min(operands.spec.shape)
         return (shared["lambda"] * mean) * (left @ right.T)
 
-    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        if not weights:
-            yield 0, operands.out(operands.base())
-            return
-        with one_torch_thread():
-            moved = operands.moved(update(operands))
-        yield 0, moved
-
-    return merge
+    return whole(update)
 
 
 def split(directions: int, common: float, experts: int) -> tuple[int, int]:

@@ -165,6 +165,12 @@ class Operands:
     def float64(self, x: Any) -> Any:
         return x.astype(np.float64, copy=False)
 
+    def subtract(self, a: Any, b: Any) -> Any:
+        """a - b in float32."""
+        found = np.empty(a.shape, np.float32)
+        subtract(found.ravel(), a.ravel(), b.ravel())
+        return found
+
     def array(self, x: np.ndarray) -> Any:
         """What was computed beside the tensors, in their place."""
         return x
@@ -216,8 +222,8 @@ class Operands:
         factors = self.experts[t].factors(self.name)
         if factors is not None:
             return self.tensor(factors.matrix())
-        base, tuned = (self.tensor(self.float32(x)) for x in self.pair(t))
-        return tuned - base
+        base, tuned = self.pair(t)
+        return self.tensor(self.subtract(tuned, base))
 
     def svd(self, t: int, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """(u [m, r], sigma [r], v [n, r]) in float64: the `rank` largest singular triplets of expert t's delta but those of
@@ -301,3 +307,13 @@ class Operands:
 
 # one tensor's merge: yields (first element, merged values in float32), all elements in order
 Combination = Callable[[Operands], Iterator[tuple[int, Any]]]
+
+
+def subtract(out: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """out = a - b in float32, of flat arrays; what is not finite stays so."""
+    if a.dtype == b.dtype == np.float32:
+        with np.errstate(invalid="ignore", over="ignore"):
+            np.subtract(a, b, out=out)
+    else:  # numpy converts half precision an entry at a time, the kernels do it in vectors
+        out[:] = 0
+        lors_kernels.merge_update(out[None], b[None], a[None], threads=1)

@@ -12,16 +12,15 @@ weight 0 are left out. What is kept are sums, whatever the number of experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lors_kernels.dense import ridge_quotient
-from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
 from ..experts.statistics import read_statistics, require_statistics
 from ..recipes.parameters import MethodSpec, ParameterSpec
-from .base import LAMBDA, WEIGHT, Method
+from .base import LAMBDA, WEIGHT, Method, whole
 from .operands import Combination, Operands
 
 STATISTICS = ParameterSpec("statistics", "path", help="file of `lors calibrate` for this expert")
@@ -41,6 +40,8 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
     def update(operands: Operands) -> Any:
         import torch
 
+        if not chosen:
+            return None
         gram: Any = None
         product: Any = 0.0
         total: Any = 0.0
@@ -58,15 +59,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
                 f"than {shared['ridge']:g}"
             ) from None
 
-    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        if not chosen:
-            yield 0, operands.out(operands.base())
-            return
-        with one_torch_thread():
-            moved = operands.moved(update(operands))
-        yield 0, moved
-
-    return merge
+    return whole(update)
 
 
 def shrink(mean: Any, alpha: float) -> None:

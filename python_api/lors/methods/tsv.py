@@ -8,15 +8,14 @@ polar(X) = X (X^T X)^(-1/2) is the nearest matrix with orthonormal columns. Expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lors_kernels.dense import polar_and_values
-from lors_kernels.threads import one_torch_thread
 
 from ..errors import LorsError
 from ..recipes.parameters import MethodSpec
-from .base import LAMBDA, WEIGHT, Method
+from .base import LAMBDA, WEIGHT, Method, whole
 from .operands import Combination, Operands
 
 # Of the directions, as proven (what is seen is a fifth of it); and what may become of it in a polar factor. Independent
@@ -24,46 +23,61 @@ from .operands import Combination, Operands
 TOLERANCE, GROWTH = 2e-5, 4.0
 
 
-def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
-    chosen = [t for t, model in enumerate(models) if model["weight"]]
+class Decorrelated(NamedTuple):
+    """triplets: (u, sigma, v) of each expert; left, right: the polar factors of all u and of all v, side by side."""
 
-    def decorrelated(operands: Operands, rank: int, tolerance: float) -> tuple[Any, Any, Any, float]:
-        """(polar of all U, all sigma, polar of all V, how much an error of a direction grows on its way there)."""
+    triplets: list[tuple[Any, Any, Any]]
+    left: Any
+    right: Any
+
+
+def decorrelated(operands: Operands, ranks: Mapping[int, int]) -> Decorrelated:
+    """Of the largest triplets of some experts, whose number `ranks` says."""
+    accounted = len(operands.outcomes)
+    found, growth = _decorrelated(operands, ranks, TOLERANCE)
+    if growth > GROWTH:  # experts that are nearly the same: what they differ in counts as much as the rest
+        del operands.outcomes[accounted:]
+        found, _ = _decorrelated(operands, ranks, 0.0)
+    return found
+
+
+def _decorrelated(operands: Operands, ranks: Mapping[int, int], tolerance: float) -> tuple[Decorrelated, float]:
+    """And how much an error of a direction grows on its way into the factors."""
+    import torch
+
+    triplets = [operands.svd(t, rank, tolerance) for t, rank in ranks.items()]
+    (left, of_u), (right, of_v) = (
+        polar_and_values(torch.cat([found[side] for found in triplets], dim=1), tolerance / 4) for side in (0, 2)
+    )
+    # entry i, j of the error is divided by the sum of two of these values, which is not below 2 sqrt(s_i s_j)
+    growth = max((float((0.5 / values).mean()) for values in (of_u, of_v) if len(values)), default=0.0)
+    return Decorrelated(triplets, left, right), growth
+
+
+def rank_of_each(operands: Operands, experts: int) -> int:
+    """int(min(m, n) / T), which is at least 1, or LorsError."""
+    least = min(operands.spec.shape)
+    if not (rank := int(least * (1 / experts))):
+        raise LorsError(
+            f"tensor {operands.name!r}: expected at most {least} experts for a matrix {list(operands.spec.shape)} "
+            f"with tsv, got {experts}"
+        )
+    return rank
+
+
+def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
+    weights = {t: model["weight"] for t, model in enumerate(models) if model["weight"]}
+
+    def update(operands: Operands) -> Any:
         import torch
 
-        found = [operands.svd(t, rank, tolerance) for t in chosen]
-        (u, of_u), (v, of_v) = (
-            polar_and_values(torch.cat([triplets[side] for triplets in found], dim=1), tolerance / 4) for side in (0, 2)
-        )
-        sigma = torch.cat([models[t]["weight"] * s for t, (_, s, _) in zip(chosen, found, strict=True)])
-        # entry i, j of the error is divided by the sum of two of these values, which is not below 2 sqrt(s_i s_j)
-        growth = max((float((0.5 / values).mean()) for values in (of_u, of_v) if len(values)), default=0.0)
-        return u, sigma, v, growth
+        if not weights:
+            return None
+        found = decorrelated(operands, dict.fromkeys(weights, rank_of_each(operands, len(weights))))
+        sigma = torch.cat([w * s for w, (_, s, _) in zip(weights.values(), found.triplets, strict=True)])
+        return shared["lambda"] * ((found.left * sigma).float() @ found.right.float().T)
 
-    def update(operands: Operands, rank: int) -> Any:
-        accounted = len(operands.outcomes)
-        u, sigma, v, growth = decorrelated(operands, rank, TOLERANCE)
-        if growth > GROWTH:  # experts that are nearly the same: what they differ in counts as much as the rest
-            del operands.outcomes[accounted:]
-            u, sigma, v, _ = decorrelated(operands, rank, 0.0)
-        return shared["lambda"] * ((u * sigma).float() @ v.float().T)
-
-    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        least = min(operands.spec.shape)
-        rank = int(least * (1 / len(chosen))) if chosen else 0
-        if chosen and not rank:
-            raise LorsError(
-                f"tensor {operands.name!r}: expected at most {least} experts for a matrix {list(operands.spec.shape)} "
-                f"with tsv, got {len(chosen)}"
-            )
-        if not chosen:
-            yield 0, operands.out(operands.base())
-            return
-        with one_torch_thread():
-            moved = operands.moved(update(operands, rank))
-        yield 0, moved
-
-    return merge
+    return whole(update)
 
 
 # lambda wants to be about 1, which is T times too much for tensors that are not decomposed

@@ -11,15 +11,13 @@ whatever the number of experts: they are float32, the division is float64. Exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lors_kernels.dense import ridge_quotient
-from lors_kernels.precision import full_precision
-from lors_kernels.threads import one_torch_thread
+from lors_kernels.dense import add_lower_gram, gram, ridge_quotient
 
 from ..recipes.parameters import LARGEST, MethodSpec, ParameterSpec
-from .base import LAMBDA, WEIGHT, Method
+from .base import LAMBDA, WEIGHT, Method, whole
 from .operands import Combination, Operands
 
 RIDGE = ParameterSpec(
@@ -34,7 +32,6 @@ TOWARDS = ParameterSpec(
     help="P: the sum of the task vectors, or their mean",
 )
 SMALLEST = 2.0**-126  # of what float32 holds to its full precision
-BLOCK = 512  # columns of a triangle that are computed together
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
@@ -45,7 +42,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         import torch
 
         m, n = operands.spec.shape
-        gram: Any = None
+        grams: Any = None
         for t, weight in weights.items():
             delta = operands.difference(t)
             length = torch.linalg.vector_norm(delta, dtype=torch.float64)
@@ -54,29 +51,22 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
                 continue
             # of length 1, so that products neither over- nor underflow
             unit = delta.div_(norm) if SMALLEST < norm < LARGEST else (delta.double() / norm).float()
-            if gram is None:
-                gram, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
+            if grams is None:
+                grams, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
             total.add_(unit, alpha=weight * norm)
             if m < n:  # delta G_t the other way round, of the smaller Gram matrix
-                for start in range(0, n, BLOCK):  # the lower triangle is all that is read
-                    gram[start:, start : start + BLOCK].addmm_(unit[:, start:].T, unit[:, start : start + BLOCK])
-                product.addmm_(unit @ unit.T, unit, alpha=weight * norm)
+                add_lower_gram(grams, unit)
+                product.addmm_(gram(unit.T), unit, alpha=weight * norm)
             else:
-                own = unit.T @ unit
-                gram.add_(own)
+                own = gram(unit)
+                grams.add_(own)
                 product.addmm_(unit, own, alpha=weight * norm)
-        if gram is None:
+        if grams is None:
             return None
         goal = total if shared["towards"] == "sum" else total.div_(len(weights))
-        return shared["lambda"] * ridge_quotient(product, gram, goal, shared["ridge"])
+        return shared["lambda"] * ridge_quotient(product, grams, goal, shared["ridge"])
 
-    def merge(operands: Operands) -> Iterator[tuple[int, Any]]:
-        with one_torch_thread(), full_precision():
-            found = update(operands)
-            moved = operands.out(operands.base()) if found is None else operands.moved(found)
-        yield 0, moved
-
-    return merge
+    return whole(update)
 
 
 METHOD = Method(
