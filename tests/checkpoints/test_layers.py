@@ -112,7 +112,7 @@ def test_moonshine_has_whispers_convolutions_and_is_no_whisper() -> None:
     assert {"model.encoder.conv1.weight", "model.decoder.layers.0.self_attn.q_proj.weight"} <= names.keys()
     assert layers.naming(names) == "other"
     chosen = layers.select(names, config=config.to_dict())
-    assert chosen.notice is not None and "model.decoder.layers.0.encoder_attn.o_proj.weight" in chosen.names
+    assert chosen.rule == "moonshine" and "model.decoder.layers.0.encoder_attn.o_proj.weight" in chosen.names
 
 
 def test_a_kind_is_the_same_in_both_namings() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lors.checkpoints.reader import open_checkpoint
 from lors.checkpoints.tensor_info import DTYPES
-from lors.checkpoints.writer import OpenAIWriter, WeightWriter
+from lors.checkpoints.writer import TorchWriter, WeightWriter
 from lors.errors import LorsError
 from writers import names
 
@@ -131,7 +131,7 @@ def test_openai_pt_round_trip(tmp_path: Path) -> None:
 
     codes = ["F32", "F16", "BF16", "F8_E4M3", "I64", "BOOL"]
     tensors = {code: np.arange(6).reshape(2, 3).astype(DTYPES[code]) for code in codes}
-    with OpenAIWriter(tmp_path / "x.pt", [(n, v.dtype, v.shape) for n, v in tensors.items()], {"n_mels": 80}) as writer:
+    with TorchWriter(tmp_path / "x.pt", [(n, v.dtype, v.shape) for n, v in tensors.items()], {"n_mels": 80}) as writer:
         for name, value in tensors.items():
             writer.write(name, value.reshape(-1)[2:], 2)
             if name == "F32":

@@ -22,6 +22,10 @@ FORMATS = (
     "expert",
     "sealed",
     "torch",
+    "nemo",
+    "tokenizer",
+    "tokens",
+    "generation",
     "recipe",
     "ledger",
     "trials",
@@ -48,7 +52,7 @@ def test_mutants(corpus: Corpus, name: str) -> None:
             assert survives(target, data), "the seed itself is good"
     refused, resident = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Tracing makes deep recursion 30 times as slow, and lengths that lie are a matter of the binary formats.
-    if name in ("checkpoint", "expert", "torch"):
+    if name in ("checkpoint", "expert", "torch", "nemo"):
         tracemalloc.start()
     try:
         for number in range(SEED, SEED + COUNT):

@@ -36,8 +36,12 @@ def dtype_kind(info: TensorInfo) -> str:
     return "complex" if info.dtype.kind == "c" else "8-bit float"
 
 
-def compare(base: Checkpoint, expert: Checkpoint) -> None:
+def compare(
+    base: Checkpoint, expert: Checkpoint, tables: frozenset[str] = frozenset(), *, advice: str | None = None
+) -> None:
     """Raises LorsError, with the first reason that explains the most, unless `expert` can be merged into `base`.
+
+    tables: may have another number of rows. advice: what a user can do about another vocabulary.
 
     Asked for are the same naming, tensor names and shapes, and floats where the base has floats. A stored output
     projection that equals the token embedding is no difference: read the expert under ``expert.resolve(name)``.
@@ -46,8 +50,11 @@ def compare(base: Checkpoint, expert: Checkpoint) -> None:
     _compare_size(base, expert)
     for name, ours in base.tensors.items():
         stored = expert.resolve(name)
-        if stored is not None and expert.tensors[stored].shape != ours.shape:
-            raise LorsError(f"{expert.name}: {_shape_message(name, ours, expert.tensors[stored], base.name)}")
+        if stored is None:
+            continue
+        skip, theirs = int(name in tables), expert.tensors[stored]
+        if theirs.shape[skip:] != ours.shape[skip:] or len(theirs.shape) != len(ours.shape):
+            raise LorsError(f"{expert.name}: {_shape_message(name, ours, theirs, base.name, advice)}")
     _compare_names(base, expert)
     _compare_dtypes(base, expert)
 
@@ -98,11 +105,11 @@ def _named(value: int, names: dict[int, str]) -> str:
     return f"{value} ({names[value]})" if value in names else str(value)
 
 
-def _shape_message(name: str, ours: TensorInfo, theirs: TensorInfo, base: str) -> str:
+def _shape_message(name: str, ours: TensorInfo, theirs: TensorInfo, base: str, advice: str | None) -> str:
     if _TOKENS.search(name) and ours.shape[1:] == theirs.shape[1:]:
         return (
             f"another vocabulary: expected {_named(ours.shape[0], _VOCABULARIES)} tokens as in {base}, "
-            f"got {_named(theirs.shape[0], _VOCABULARIES)} (tensor {name!r})"
+            f"got {_named(theirs.shape[0], _VOCABULARIES)} (tensor {name!r}){f'; {advice}' if advice else ''}"
         )
     if _CONV1.search(name) and len(ours.shape) == len(theirs.shape) == 3 and ours.shape[1] != theirs.shape[1]:
         return (

@@ -18,6 +18,7 @@ SIDECARS = (
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+OPENAI, NEMO = "model.pt", "model.nemo"  # what a merge of openai-whisper's and of NeMo's files writes
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 

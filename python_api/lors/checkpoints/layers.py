@@ -16,6 +16,7 @@ from ..errors import SettingError
 
 HF_WHISPER = "hf-whisper"
 OPENAI_WHISPER = "openai-whisper"
+NEMO = "nemo"
 OTHER = "other"
 
 
@@ -42,6 +43,17 @@ class Architecture:
 
 _SEQ2SEQ_ATTENTION = r"\.(self_attn|encoder_attn)\.(q|k|v|out)_proj\.weight$"
 _SEQ2SEQ_MLP = r"\.fc[12]\.weight$"
+_SELF_OR_CROSS = r"\.layers\.\d+\.(self_attn|encoder_attn)\.(q|k|v|o)_proj\.weight$"
+# transformers' two namings of a conformer, and NeMo's, which transformers keeps for Cohere's
+_CONFORMER_ATTENTION = (
+    r"\.layers\.\d+\.((self_attn|encoder_attn|cross_attention)\.(linear_(q|k|v|out|pos)|(q|k|v|o|out|relative_k)_proj)"
+    r"|(first|second)_sub_layer\.(query_net|key_net|value_net|out_projection))\.weight$"
+)
+_CONFORMER_MLP = (
+    r"\.layers\.\d+\.((ffn[12]?|feed_forward[12])\.((intermediate|output)_dense|linear[12]|fc[12])|mlp\.fc[12]"
+    r"|third_sub_layer\.dense_(in|out))\.weight$"
+)
+_LAYER_OF_ANY = r"\.(layers|layer|encoders)\.\d+\."
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(HF_WHISPER, ("whisper",), _SEQ2SEQ_ATTENTION, _SEQ2SEQ_MLP),
@@ -74,6 +86,31 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio", "sew"),
         r"\.attention\.(q|k|v|out)_proj\.weight$",
         r"\.feed_forward\.(intermediate|output)_dense\.weight$",
+    ),
+    Architecture(
+        "moonshine", ("moonshine", "moonshine_streaming"), _SELF_OR_CROSS, r"\.layers\.\d+\.mlp\.fc[12]\.weight$"
+    ),
+    Architecture(NEMO, (), _CONFORMER_ATTENTION, _CONFORMER_MLP),
+    Architecture(
+        "conformer and similar",
+        (
+            *("wav2vec2-bert", "wav2vec2-conformer", "seamless_m4t", "seamless_m4t_v2", "cohere_asr"),
+            *("parakeet_encoder", "parakeet_ctc", "parakeet_rnnt", "parakeet_tdt"),
+        ),
+        _CONFORMER_ATTENTION,
+        _CONFORMER_MLP,
+    ),
+    Architecture(
+        # a speech encoder (Whisper's, a conformer), a projector or Q-Former, and a language model
+        "speech language models",
+        (
+            *("voxtral", "voxtral_realtime", "qwen2_audio", "qwen3_asr", "audioflamingo3", "glmasr", "granite_speech"),
+            *("granite_speech_plus", "phi4_multimodal", "kyutai_speech_to_text"),
+        ),
+        _LAYER_OF_ANY + r"(self_attn|attn|attention|crossattention)\.(attention\.(query|key|value)|output\.dense"
+        r"|(q|k|v|o|out|qkv)_proj(\.linear)?|to_(q|kv|out))\.weight$",
+        _LAYER_OF_ANY + r"((mlp|ff[12]|feed_forward_(in|out))\.)?((gate|up|down|gate_up)_proj|fc[12])\.weight$"
+        r"|\.layer\.\d+\.(intermediate|output)(_query)?\.dense\.weight$",
     ),
     Architecture(
         "bert and similar",
@@ -110,7 +147,7 @@ SMALLEST_SIDE = 16
 _NOT_A_PROJECTION = re.compile(
     r"embed|norm|position|(^|[._])(wte|wpe|ln|ln_\w+|shared|lm_head|proj_out|relative_attention_bias|pos)([._]|$)", re.I
 )
-_ATTENTION_NAME = re.compile(r"attn|attention", re.I)
+_ATTENTION_NAME = re.compile(r"attn|attention|(first|second)_sub_layer", re.I)
 
 
 @dataclass(frozen=True)
@@ -123,7 +160,8 @@ class Selection:
 
 
 def naming(names: Iterable[str]) -> str:
-    """Naming scheme of a checkpoint, by the names of its tensors: ``hf-whisper``, ``openai-whisper`` or ``other``.
+    """Naming scheme of a checkpoint, by the names of its tensors: ``hf-whisper``, ``openai-whisper``,
+    ``nemo`` (a conformer as NeMo names it) or ``other``.
 
     Both namings of Whisper have an ``encoder.conv1`` and a projection that no other speech model has: with the
     convolutions alone, Moonshine (whose output projection is ``o_proj``) would be a Whisper. The prefix ``model.`` and
@@ -135,6 +173,11 @@ def naming(names: Iterable[str]) -> str:
             return HF_WHISPER
         if re.search(r"(^|\.)(encoder|decoder)\.blocks\.\d+\.attn\.query\.weight$", text, re.M):
             return OPENAI_WHISPER
+    if (
+        re.search(r"(^|\.)encoder\.layers\.\d+\.self_attn\.linear_pos\.weight$", text, re.M)
+        and "encoder.pre_encode." in text
+    ):
+        return NEMO
     return OTHER
 
 
@@ -271,7 +314,7 @@ def _floating(tensor: Any) -> bool:
 
 # --- depth -----------------------------------------------------------------------------------------------------------
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|encoders|h)\.(\d+)\.")
 
 
 class Layer(NamedTuple):
@@ -322,16 +365,18 @@ _CONV = re.compile(r"(^|[._])conv|patch_embed", re.I)
 _POSITION = re.compile(r"position|(^|\.)wpe\.|relative_attention_bias", re.I)
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|shared)\.", re.I)
 _HEAD = re.compile(r"(^|\.)(lm_head|proj_out|classifier|score|projector)\.|^cls\.", re.I)
-_CROSS = re.compile(r"encoder_attn|cross_?attn|cross_?attention|EncDecAttention")
+_CROSS = re.compile(r"encoder_attn|second_sub_layer|cross_?attn|cross_?attention|EncDecAttention")
 _STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
 _PARTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (label, re.compile(pattern))
     for label, pattern in (
+        ("positions", r"\.(linear_pos|relative_k_proj)\."),
         ("qkv", r"\.(qkv_proj|query_key_value|c_attn)\."),
-        ("q", r"\.(q_proj|query|q|q_lin|q_attn)\."),
-        ("k", r"\.(k_proj|key|k|k_lin)\."),
-        ("v", r"\.(v_proj|value|v|v_lin)\."),
-        ("out", r"\.(out_proj|o_proj|out|o|out_lin|dense|c_proj)\."),
+        ("kv", r"\.to_kv\."),
+        ("q", r"\.(q_proj|query|q|q_lin|q_attn|linear_q|to_q|query_net)\."),
+        ("k", r"\.(k_proj|key|k|k_lin|linear_k|key_net)\."),
+        ("v", r"\.(v_proj|value|v|v_lin|linear_v|value_net)\."),
+        ("out", r"\.(out_proj|o_proj|out|o|out_lin|dense|c_proj|linear_out|to_out|out_projection)\."),
     )
 )
 _MLP: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -341,8 +386,11 @@ _MLP: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("up", r"\.(up_proj|wi_1|w3)\."),
         ("gate and up", r"\.gate_up_proj\."),
         ("down", r"\.(down_proj|w2)\."),
-        ("fc1", r"\.(fc1|mlp\.0|wi|lin1|c_fc|dense_h_to_4h|intermediate_dense|intermediate\.dense)\."),
-        ("fc2", r"\.(fc2|mlp\.2|wo|lin2|c_proj|dense_4h_to_h|output_dense|output\.dense)\."),
+        (
+            "fc1",
+            r"\.(fc1|mlp\.0|wi|lin1|c_fc|dense_h_to_4h|intermediate_dense|intermediate(_query)?\.dense|linear1|dense_in)\.",
+        ),
+        ("fc2", r"\.(fc2|mlp\.2|wo|lin2|c_proj|dense_4h_to_h|output_dense|output(_query)?\.dense|linear2|dense_out)\."),
     )
 )
 
@@ -361,8 +409,8 @@ def kind(name: str) -> str:
             return label
     if name.endswith("bias"):
         return "bias"
-    if _EMBEDDING.search(name):
-        return "embedding"
+    if _EMBEDDING.search(name[_LAYER.search(name).end() :] if layer_of(name) else name):
+        return "embedding"  # of a layer inside of an embedding (Phi-4 has two encoders there) its own part of the name counts
     stack = match[1] + " " if (match := _STACK.search(name)) else ""
     if _ATTENTION_NAME.search(name):
         role = "cross-attention" if _CROSS.search(name) else "self-attention"

@@ -26,6 +26,8 @@ from ..files.remote import fetch, is_url
 from .hub import (
     HUB_ID,
     INDEX,
+    NEMO,
+    OPENAI,
     SAFETENSORS_PATTERNS,
     SIDECARS,
     SINGLE,
@@ -36,12 +38,12 @@ from .hub import (
     download,
 )
 from .layers import EMBEDDING, HEAD, naming
+from .nemo import WEIGHTS, Members, is_tar, read_members
 from .safetensors import read_safetensors_header
 from .tensor_info import TensorInfo
 
 __all__ = ["Checkpoint", "open_checkpoint", "require_unchanged", "sha256_checkpoints"]
 
-_OPENAI = "model.pt"  # what a merge of openai-whisper's files writes
 _ADAPTER_CONFIG, _ADAPTERS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _CARD = "README.md"
 _Identity = tuple[int, int, int, int, int]
@@ -66,10 +68,11 @@ class Checkpoint:
         url: the URL it was copied from, else None.
         files: the weight files.
         tensors: name -> TensorInfo, in the order of the files and of the data in them.
-        naming: ``"hf-whisper"``, ``"openai-whisper"`` or ``"other"``.
+        naming: ``"hf-whisper"``, ``"openai-whisper"``, ``"nemo"`` or ``"other"``.
         config: config.json beside the weights, or None.
         adapter: adapter_config.json of a PEFT adapter, whose tensors are its factors; None for a model.
         dims: openai-whisper's dimensions from a ``.pt``, or None.
+        archive: the files of a ``.nemo``, by name, or None.
         metadata: the strings of the safetensors header.
     """
 
@@ -83,6 +86,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.dims: dict[str, Any] | None = None
+        self.archive: Members | None = None
         self.adapter: dict[str, Any] | None = None
         self._directory = directory
         with contextlib.ExitStack() as stack:
@@ -102,7 +106,12 @@ class Checkpoint:
 
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
         _refuse_pointer(file, stream)
-        if _is_torch_archive(file, stream):
+        if is_tar(stream):
+            from .torch_archive import read_torch_archive
+
+            self.archive = read_members(stream, file)
+            tensors, _ = read_torch_archive(self.archive[WEIGHTS], file, index)
+        elif _is_torch_archive(file, stream):
             from .torch_archive import read_torch_archive
 
             tensors, self.dims = read_torch_archive(stream, file, index)
@@ -291,7 +300,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     """Opens a checkpoint and checks everything but the weights themselves.
 
     `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
-    ``pytorch_model.bin``) or with a merged ``model.pt``, a ``.safetensors`` file, an openai-whisper ``.pt``, a hub id ``org/name`` or
+    ``pytorch_model.bin``) or with a merged ``model.pt`` or
+    ``model.nemo``, a ``.safetensors`` file, an openai-whisper ``.pt``, a ``.nemo``, a hub id ``org/name`` or
     ``org/name@revision``, or an fsspec URL of such a directory or file, which is copied here first (`remote`). What
     exists on disk is never taken for a hub id. Raises LorsError.
     """
@@ -309,7 +319,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
         if path.is_dir():
             return _open_directory(path, name or path.resolve().name, None)
         if path.exists():
-            directory = path.parent if (path.parent / "config.json").is_file() else None
+            beside = path.suffix != ".nemo" and (path.parent / "config.json").is_file()  # an archive has its own
+            directory = path.parent if beside else None
             return Checkpoint(name or _file_label(path), path, [path], directory=directory)
         if isinstance(source, str) and (hub := HUB_ID.fullmatch(text)):
             snapshot = download(hub["repo"], hub["revision"])
@@ -320,7 +331,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
 
 
 def _file_label(path: Path) -> str:
-    generic = path.name in (SINGLE, TORCH_SINGLE, _OPENAI)
+    generic = path.name in (SINGLE, TORCH_SINGLE, OPENAI, NEMO)
     return path.resolve().parent.name if generic else path.stem
 
 
@@ -333,8 +344,9 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
             return Checkpoint(name, path, [path / single], hub_id=hub_id, directory=path)
         if (path / index).exists():
             return _open_sharded(path / index, name, hub_id)
-    if (path / _OPENAI).exists():
-        return Checkpoint(name, path, [path / _OPENAI], hub_id=hub_id, directory=path)
+    for whole in (OPENAI, NEMO):
+        if (path / whole).exists():
+            return Checkpoint(name, path, [path / whole], hub_id=hub_id, directory=path)
     if (path / _ADAPTER_CONFIG).exists():
         return _open_adapter(path, name, hub_id)
     hint = _where_weights_are(path)
@@ -343,13 +355,13 @@ def _open_directory(path: Path, name: str, hub_id: str | None) -> Checkpoint:
 
 def _where_weights_are(directory: Path, shown: int = 3) -> str:
     """End of a message: files and directories in this one that could be meant, the last checkpoint of a training first."""
-    names = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX, _OPENAI, _ADAPTER_CONFIG)
+    names = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX, OPENAI, NEMO, _ADAPTER_CONFIG)
     steps = {
         path: int(path.name.rpartition("-")[2]) for path in directory.glob("checkpoint-*") if _STEP.search(path.name)
     }
     inside = sorted(steps, key=lambda path: -steps[path]) + sorted(set(directory.iterdir()) - steps.keys())
     found = [path for path in inside if any((path / name).exists() for name in names)]
-    found += [path for path in inside if path.suffix in (".safetensors", ".pt") and path.is_file()]
+    found += [path for path in inside if path.suffix in (".safetensors", ".pt", ".nemo") and path.is_file()]
     if not found:
         return "" if inside else "; it is empty"
     more = f" and {len(found) - shown} more" if len(found) > shown else ""
@@ -465,8 +477,14 @@ def _is_torch_archive(path: Path, stream: BinaryIO) -> bool:
         return True
     # A safetensors file may have any name: a length of 8 bytes, then JSON.
     if start[8:9] != b"{":
-        raise LorsError(f"{path}: not weights: expected a .safetensors file, or a .pt or .bin as torch writes it")
+        raise LorsError(
+            f"{path}: not weights: expected a .safetensors file, a .pt or .bin as torch writes it, or a .nemo{_packed(start)}"
+        )
     return False
+
+
+def _packed(start: bytes) -> str:
+    return "; this one is compressed: gunzip it first" if start.startswith(b"\x1f\x8b") else ""
 
 
 def _read_into(fd: int, raw: np.ndarray, offset: int, path: Path) -> int:

@@ -6,7 +6,6 @@ file is run. It may lie about itself in every field: each is checked here, once,
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LorsError
+from .extent import Extent
 from .tensor_info import DTYPES, TensorInfo, bytes_of, checked_name, is_size
 from .torch_pickle import Tensor, read_pickle
 
@@ -28,16 +28,17 @@ Members = dict[str, zipfile.ZipInfo]
 
 
 def read_torch_archive(
-    stream: BinaryIO, path: Path, file: int = 0
+    stream: BinaryIO | Extent, path: Path, file: int = 0
 ) -> tuple[dict[str, TensorInfo], dict[str, int] | None]:
     """Tensors by name of a ``torch.save`` archive, and openai-whisper's ``dims`` (None in a plain state dict).
 
-    Accepted are a state dict and ``{"dims": {...}, "model_state_dict": {...}}``. Raises LorsError for an archive that
+    stream: the file, or the part of it that is the archive. Accepted are a state dict and ``{"dims": {...}, "model_state_dict": {...}}``. Raises LorsError for an archive that
     is damaged, compressed, big-endian, of torch before 1.6, that needs more than tensors and plain values, or that
     holds tensors which are not contiguous.
     """
-    members = _members(stream, path)
-    content = _unpickle(members, stream, path)
+    extent = stream if isinstance(stream, Extent) else Extent(stream)
+    members = _members(extent, path)
+    content = _unpickle(members, extent, path)
     state, dims = content, None
     if isinstance(content, dict) and "model_state_dict" in content:
         state, dims = content["model_state_dict"], content.get("dims")
@@ -46,16 +47,16 @@ def read_torch_archive(
     if not isinstance(state, dict) or not state:
         got = "an empty one" if isinstance(state, dict) else type(state).__name__
         raise LorsError(f"{path}: expected a state dict (tensor names to tensors), got {got}")
-    tensors = {name: _locate(name, value, members, stream, path, file) for name, value in state.items()}
-    total, size = sum(info.nbytes for info in tensors.values()), os.fstat(stream.fileno()).st_size
+    tensors = {name: _locate(name, value, members, extent, path, file) for name, value in state.items()}
+    total, size = sum(info.nbytes for info in tensors.values()), extent.size
     if total > _MAX_SHARING * size:
         raise LorsError(f"{path}: its tensors take {total} bytes, {total // size} times as much as the file")
     return tensors, dims
 
 
-def _members(stream: BinaryIO, path: Path) -> Members:
+def _members(stream: Extent, path: Path) -> Members:
     """The archive's members by their names without the first directory, none of them compressed or encrypted."""
-    if os.pread(stream.fileno(), len(_LEGACY), 0) == _LEGACY:
+    if stream.at(0, len(_LEGACY)) == _LEGACY:
         raise LorsError(f"{path}: written by torch before 1.6: load it with torch and save it again")
     if (size := _directory_size(stream, path)) > _MAX_DIRECTORY:
         raise LorsError(f"{path}: the archive's directory takes {size} bytes, the limit is {_MAX_DIRECTORY}")
@@ -77,13 +78,13 @@ def _members(stream: BinaryIO, path: Path) -> Members:
     return members
 
 
-def _directory_size(stream: BinaryIO, path: Path) -> int:
+def _directory_size(stream: Extent, path: Path) -> int:
     """Bytes of the zip file's directory, by the records at the very end of the file, where torch and zipfile put them.
 
     zipfile would look for them elsewhere too, where an archive has a comment: there they might say something else.
     """
-    size = os.fstat(stream.fileno()).st_size
-    tail = os.pread(stream.fileno(), 98, max(0, size - 98)).rjust(98, b"\0")
+    size = stream.size
+    tail = stream.at(max(0, size - 98), 98).rjust(98, b"\0")
     record, locator, end = tail[:56], tail[56:76], tail[76:]
     whole = end[:4] == b"PK\x05\x06" and end[20:] == b"\0\0"
     (taken,) = struct.unpack("<L", end[12:16])
@@ -95,7 +96,7 @@ def _directory_size(stream: BinaryIO, path: Path) -> int:
     return int(taken)
 
 
-def _unpickle(members: Members, stream: BinaryIO, path: Path) -> Any:
+def _unpickle(members: Members, stream: Extent, path: Path) -> Any:
     if "data.pkl" not in members:
         raise LorsError(f"{path}: not a torch archive: it has no data.pkl")
     if members["data.pkl"].file_size > _MAX_PICKLE:
@@ -110,16 +111,16 @@ def _unpickle(members: Members, stream: BinaryIO, path: Path) -> Any:
         raise LorsError(f"{path}: the pickle in it cannot be read: {error}") from error
 
 
-def _content(member: zipfile.ZipInfo, stream: BinaryIO, path: Path, limit: int) -> bytes:
+def _content(member: zipfile.ZipInfo, stream: Extent, path: Path, limit: int) -> bytes:
     """A member's first `limit` bytes; of a whole one the checksum is right."""
     count = min(member.file_size, limit)
-    content = os.pread(stream.fileno(), count, _member_offset(member, stream, path))
+    content = stream.at(_member_offset(member, stream, path), count)
     if len(content) == member.file_size and zlib.crc32(content) != member.CRC:
         raise LorsError(f"{path}: damaged: the checksum of {member.filename!r} is wrong")
     return content
 
 
-def _locate(name: str, value: Any, members: Members, stream: BinaryIO, path: Path, file: int) -> TensorInfo:
+def _locate(name: str, value: Any, members: Members, stream: Extent, path: Path, file: int) -> TensorInfo:
     where = f"{path}: tensor {checked_name(name, path)!r}"
     if not isinstance(value, Tensor):
         raise LorsError(f"{path}: expected a state dict of tensors, got {type(value).__name__} under {name!r}")
@@ -140,7 +141,7 @@ def _locate(name: str, value: Any, members: Members, stream: BinaryIO, path: Pat
             f"{where}: takes bytes {begin} to {begin + nbytes} of {member.filename}, which has {member.file_size}"
         )
     offset = _member_offset(member, stream, path)
-    return TensorInfo(name, DTYPES[code], shape, file, offset + begin, nbytes)
+    return TensorInfo(name, DTYPES[code], shape, file, stream.start + offset + begin, nbytes)
 
 
 def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -152,14 +153,13 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _member_offset(member: zipfile.ZipInfo, stream: BinaryIO, path: Path) -> int:
+def _member_offset(member: zipfile.ZipInfo, stream: Extent, path: Path) -> int:
     """Where a stored member's bytes begin: behind its local header, whose length only the header itself gives."""
-    size = os.fstat(stream.fileno()).st_size
-    local = os.pread(stream.fileno(), 30, member.header_offset) if 0 <= member.header_offset < size else b""
+    local = stream.at(member.header_offset, 30)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         raise LorsError(f"{path}: damaged archive: no local header for {member.filename!r}")
     name_length, extra_length = struct.unpack("<HH", local[26:30])
     offset = member.header_offset + 30 + name_length + extra_length
-    if offset + member.file_size > size:
+    if offset + member.file_size > stream.size:
         raise LorsError(f"{path}: truncated: {member.filename!r} reaches over the end of the file")
     return int(offset)

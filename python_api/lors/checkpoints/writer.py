@@ -17,9 +17,10 @@ import numpy as np
 
 from ..files.syscalls import preallocate, start_writeback
 from ..files.writing import require_space, writing
+from .nemo import Members, write_archive
 from .tensor_info import dtype_code
 
-__all__ = ["OpenAIWriter", "WeightWriter"]
+__all__ = ["TorchWriter", "WeightWriter"]
 
 TensorSpec = tuple[str, "np.dtype[Any]", tuple[int, ...]]
 _EARLY_WRITEBACK = 1 << 20  # bytes; below it, the call costs more than it starts
@@ -215,18 +216,25 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-class OpenAIWriter:
-    """An openai-whisper checkpoint, `{"dims": ..., "model_state_dict": ...}` in a ``.pt``, written like a WeightWriter.
+class TorchWriter:
+    """Weights in a ``.pt`` as torch saves it, written like a WeightWriter.
 
-    torch writes the file, in one go: the tensors are collected in memory until :meth:`finish`.
+    dims: of openai-whisper, which stores `{"dims": ..., "model_state_dict": ...}`. archive: of NeMo: `path` becomes one with its
+    files, and these weights. torch writes the file, in one go: the tensors are collected in memory until :meth:`finish`.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[TensorSpec], dims: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[TensorSpec],
+        dims: Mapping[str, int] | None = None,
+        archive: Members | None = None,
+    ) -> None:
         specs = _check_specs(tensors)
-        self._path, self._dims = path, dict(dims)
+        self._path, self._dims, self._archive = path, None if dims is None else dict(dims), archive
         self._coverage = _Coverage(specs)
         self.nbytes = sum(_spec_bytes(spec) for spec in specs)
-        require_space(path, self.nbytes)
+        require_space(path, self.nbytes if archive is None else 2 * self.nbytes)
         self._arrays = {name: np.empty(shape, dtype) for name, dtype, shape in specs}
 
     def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
@@ -241,16 +249,20 @@ class OpenAIWriter:
         import torch
 
         self._coverage.require_complete()
-        state = {name: _to_torch(torch, array) for name, array in self._arrays.items()}
-        with writing(self._path, self.nbytes), self._path.open("xb") as stream:
-            torch.save({"dims": self._dims, "model_state_dict": state}, stream)
+        state: dict[str, Any] = {name: _to_torch(torch, array) for name, array in self._arrays.items()}
+        whole = self._path if self._archive is None else self._path.with_suffix(".ckpt")
+        with writing(whole, self.nbytes), whole.open("xb") as stream:
+            torch.save(state if self._dims is None else {"dims": self._dims, "model_state_dict": state}, stream)
+        if self._archive is not None:
+            with writing(self._path, self.nbytes):
+                write_archive(self._path, self._archive, whole)
         return [self._path]
 
     def close(self) -> None:
         """Drops the collected tensors."""
         self._arrays.clear()
 
-    def __enter__(self) -> OpenAIWriter:
+    def __enter__(self) -> TorchWriter:
         return self
 
     def __exit__(

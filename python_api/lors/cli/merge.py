@@ -41,6 +41,9 @@ def merge(
     rest_lambda: Annotated[
         float | None, typer.Option(help="Factor of the other tensors' sum or average (default: lambda, or 1).")
     ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="base; or union: of experts with added tokens, rows matched by token.")
+    ] = None,
     backend: Backend = None,
     threads: Threads = None,
     device: Annotated[
@@ -79,7 +82,7 @@ def merge(
     }  # fmt: skip
     settings: dict[str, Any] = {
         "target": {"include": include or [], "exclude": exclude or []} if include or exclude else None,
-        "rest": rest, "out_dtype": dtype, "out_shard_size": out_shard_size, "seed": seed,
+        "rest": rest, "vocabulary": vocabulary, "out_dtype": dtype, "out_shard_size": out_shard_size, "seed": seed,
     }  # fmt: skip
     parameters = {key: value for key, value in given.items() if value not in (None, {})}
     settings = {key: value for key, value in settings.items() if value is not None}

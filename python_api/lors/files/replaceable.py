@@ -49,7 +49,7 @@ class Kind:
     telling: str | None = None  # at least one such entry must be there
 
 
-_WEIGHTS = r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.pt"
+_WEIGHTS = r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.(pt|nemo)"
 _CONFIG = r"config\.json|adapter_config\.json|lors_recipe\.yml"
 _BESIDE = (
     r"(generation|preprocessor|processor|feature_extractor|tokenizer)_config\.json|(tokenizer|vocab|normalizer)\.json|"

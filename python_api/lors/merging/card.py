@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from ..checkpoints.layers import HF_WHISPER, OPENAI_WHISPER
 from ..checkpoints.reader import Checkpoint
 from ..errors import LorsError, printable, shown
 from ..files.directory import RECIPE_FILE
@@ -175,6 +176,7 @@ class _Carried(Document):
     language: _Words | Annotated[list[_Words], Field(max_length=200)] | None = None
 
 
+_WHISPERS = (HF_WHISPER, OPENAI_WHISPER)
 _CARRIED = tuple(_Carried.model_fields)
 
 
@@ -184,7 +186,7 @@ def _header(base: Input, experts: Sequence[Input], naming: str, carried: Mapping
         header["library_name"] = "transformers"
     if naming != "other":
         header["pipeline_tag"] = "automatic-speech-recognition"
-    header["tags"] = ["lors-merging", "merge", *(["whisper"] if naming != "other" else [])]
+    header["tags"] = ["lors-merging", "merge", *(["whisper"] if naming in _WHISPERS else [])]
     hub_ids = list(dict.fromkeys(source.hub_id for source in (base, *experts) if source.hub_id))
     if hub_ids:
         header["base_model"] = hub_ids
@@ -213,7 +215,7 @@ def _render(
 ) -> str:
     import yaml
 
-    kind = "Whisper model" if naming != "other" else "model"
+    kind = "Whisper model" if naming in _WHISPERS else "model"
     fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", recipe))])
     parts = [
         f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---",

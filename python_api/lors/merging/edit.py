@@ -120,6 +120,8 @@ def _bound(data: Mapping[str, Any]) -> Any:
     from ..recipes.recipe import Recipe
 
     recipe = Recipe.from_yaml(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), SPECS)
+    if recipe.vocabulary == "union":
+        raise LorsError("vocabulary: union: an expert file has no tokens: merge again instead of editing")
     if recipe.boosted:
         raise LorsError("boost: what it adds cannot be taken apart: merge again instead of editing")
     if not METHODS[recipe.merge_method].relative or recipe.rest == "average" or not _separable(recipe):

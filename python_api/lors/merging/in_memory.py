@@ -16,10 +16,11 @@ from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import Engine
 from ..engine.report import MergeReport
 from ..errors import LorsError, SettingError
-from ..experts.source import MemorySource
+from ..experts.source import MemorySource, Source
 from ..methods import METHODS, SPECS
 from ..recipes.recipe import Recipe
 from .job import Job, compare_specs, new_report, on_devices, open_models, planned
+from .united import align_states
 
 
 def merge_state_dicts(
@@ -28,6 +29,7 @@ def merge_state_dicts(
     method: str = "lors",
     *,
     config: Mapping[str, Any] | None = None,
+    vocabularies: Mapping[str, Mapping[str, int]] | None = None,
     backend: str | None = None,
     threads: int | None = None,
     device: str | None = None,
@@ -37,21 +39,32 @@ def merge_state_dicts(
     """`merge` on tensors in memory (numpy arrays or torch tensors); returns new tensors of the base's kind.
 
     base, experts: name -> tensor. config: the model's configuration, which tells architectures apart that names do not.
+    vocabularies: with `vocabulary="union"`, label -> token -> id of every model, the base's under "base", such as tokenizers'
+    `get_vocab()`. In the result the base's tokens keep their ids; those that only experts have follow, expert by expert, each
+    in the order of its own ids.
     settings: as for `merge`. Tensors on a GPU are merged there, and so is the result; `device` may name that GPU.
     """
     states = _states(base, experts)
     # without a base for a method that sums the models: this one gives names and types alone
     named = "base" if method not in METHODS or METHODS[method].relative else None
     recipe = Recipe.from_arguments(named, {label: label for label in experts}, method, methods=SPECS, **settings)
+    union = recipe.vocabulary == "union"
+    if vocabularies is not None and not union:
+        raise SettingError("vocabularies", "expected none, or vocabulary: union beside them")
     if any(is_torch(value) for _, state in states for value in state.values()):
         from ..engine.resident import place_of
 
         place = place_of(states)
         if place not in (None, "cpu") or device == place:
+            if union:
+                raise SettingError("vocabulary", f"union: expected tensors in main memory, got tensors on {place}")
             return _merge_resident(recipe, states, str(place), config, device, device_memory, backend)
-    sources = [MemorySource(label, state) for label, state in states]
+    sources: list[Source] = [MemorySource(label, state) for label, state in states]
+    alignment = align_states(states, vocabularies, config) if union else None
     for source in sources[1:]:
-        compare_specs(sources[0], source)
+        compare_specs(sources[0], source, alignment.tables if alignment else frozenset())
+    if alignment:
+        sources = alignment.sources(sources, recipe, range(len(experts)))
     report = new_report(recipe, None, None if device else backend, threads)
     job = planned(recipe, sources, layers.naming(base), config, report)
 
@@ -101,6 +114,8 @@ def merge_in_memory(
 ) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
     recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)
+    if recipe.vocabulary == "union":
+        raise SettingError("vocabulary", "union: the result needs a tokenizer of its own: merge into a directory")
     report = new_report(recipe, None, backend, threads)
     with contextlib.ExitStack() as stack:
         models = open_models(recipe, stack)

@@ -37,6 +37,7 @@ from ..recipes.parameters import BOOST, BOOST_MERGED
 from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
+from .united import Alignment, align, documents, tables_of
 
 Progress = Callable[[int, int], None]  # entries done, entries in all
 
@@ -47,6 +48,7 @@ class Models(NamedTuple):
     base: Checkpoint
     experts: list[Checkpoint]
     sources: list[Source]
+    alignment: Alignment | None = None  # of their vocabularies, where these are united
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -88,6 +90,7 @@ class DirectoryJob(Job):
 
     models: Models
     companions: list[Path]
+    documents: dict[str, str]  # texts of those companions that are not what they are in the model they come from
     output: OutputDirectory
     carried: dict[str, Any]  # of the base's model card
 
@@ -111,11 +114,15 @@ def prepare(
     job = planned(recipe, models.sources, base.naming, base.config, report)
     beside = companions(base, experts, report.notices)
     base.dims = dims(base, experts, report.notices)
+    changed: dict[str, str] = {}
+    if models.alignment is not None:
+        changed = documents(models.alignment, models.checkpoints, beside)
+        report.notices.append(models.alignment.notice())
     carried, notices = carried_over(base.card())
     report.notices += notices
     inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return DirectoryJob(recipe, models.sources, job.works, report, job.shares, models, beside, output, carried)
+    return DirectoryJob(recipe, models.sources, job.works, report, job.shares, models, beside, changed, output, carried)
 
 
 def planned(
@@ -177,12 +184,17 @@ def open_models(recipe: Recipe, stack: contextlib.ExitStack) -> Models:
         raise LorsError(f"{base.name}: expected a full checkpoint as the base, got a PEFT adapter")
     if base not in experts and kind_of(base) == "expert file":
         raise LorsError(f"{base.path}: expected a checkpoint as the base, got an expert file")
+    tables = tables_of(base) if recipe.vocabulary == "union" else frozenset[str]()
     for expert in experts:
         if kind_of(expert) == "expert file" and not method.relative:
             raise LorsError(f"{expert.name}: method {recipe.merge_method} needs whole checkpoints, got an expert file")
         if kind_of(expert) == "checkpoint" and expert is not base:
-            compare(base, expert)
-    return Models(base, experts, [source_of(checkpoint, base) for checkpoint in (base, *experts)])
+            compare(base, expert, tables, advice="vocabulary: union merges models with tokens of their own")
+    sources = [source_of(checkpoint, base) for checkpoint in (base, *experts)]
+    if recipe.vocabulary == "base":
+        return Models(base, experts, sources)
+    alignment = align(base, experts, tables)
+    return Models(base, experts, alignment.sources(sources, recipe, indices), alignment)
 
 
 def _open_source(recipe: Recipe, model: int) -> Checkpoint:
@@ -253,12 +265,14 @@ def _plan(
     return [replace(work, boost=merged.get(work.name)) for work in works], shares
 
 
-def compare_specs(base: Source, expert: Source) -> None:
+def compare_specs(base: Source, expert: Source, tables: frozenset[str] = frozenset()) -> None:
+    """LorsError unless the tensors of two sources are alike; those of `tables` may differ in their rows."""
     if odd := sorted(base.tensors.keys() ^ expert.tensors.keys()):
         raise LorsError(f"{expert.name}: expected the tensors of the base, {len(odd)} differ, first {odd[0]!r}")
     for name, spec in base.tensors.items():
         got = expert.tensors[name]
-        if got.shape != spec.shape or got.floating != spec.floating:
+        skip = int(name in tables)
+        if got.shape[skip:] != spec.shape[skip:] or got.floating != spec.floating:
             raise LorsError(
                 f"{expert.name}: tensor {name!r}: expected {list(spec.shape)} {spec.dtype} as in the base, "
                 f"got {list(got.shape)} {got.dtype}"

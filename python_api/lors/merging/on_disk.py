@@ -61,7 +61,7 @@ def merge(
         check: reload the output and compare it with the definition (`verify`).
         progress: called with (entries done, entries in all).
         settings: parameters of the method (`rank=7, density=0.2, lam=0.2, weight={"ca": 1.0, "de": 0.5}`, ...) and
-            `target`, `rest`, `seed`, `dtype`, `out_dtype`, `out_shard_size`, as in a recipe.
+            `target`, `rest`, `vocabulary`, `seed`, `dtype`, `out_dtype`, `out_shard_size`, as in a recipe.
 
     Raises:
         LorsError: anything wrong with the inputs, in one line; then `out` is as it was before.
@@ -165,13 +165,20 @@ def _on_cluster(
     from .on_cluster import Wanted, decompositions
 
     wanted: dict[str, list[Wanted]] = {}
+    united = (
+        job.models.alignment.tables if job.models.alignment else frozenset[str]()
+    )  # not what the files hold: done here
     for index, source in enumerate(job.sources[1:]):
         if source.parts is not None:
             continue
         wanted[source.name] = [
             Wanted(work.name, rank_of(reduction.rank, *work.spec.shape), work.spec.numel * 8)
             for work in job.works
-            if work.matrix and work.reductions and (reduction := work.reductions[index]).rank and reduction.weight
+            if work.matrix
+            and work.name not in united
+            and work.reductions
+            and (reduction := work.reductions[index]).rank
+            and reduction.weight
         ]
     paths = {expert.name: expert.location for expert in job.models.experts}
     options: dict[str, Any] = {"seed": recipe.seed, "backend": backend, "cpus": job.report.threads, "stop": stop}

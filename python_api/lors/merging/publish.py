@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hub import NEMO, OPENAI
 from ..checkpoints.reader import Checkpoint
-from ..checkpoints.writer import OpenAIWriter, WeightWriter
+from ..checkpoints.writer import TorchWriter, WeightWriter
 from ..engine.work import Work
 from ..methods import SPECS
 from ..recipes.recipe import Recipe
@@ -20,10 +21,12 @@ SHARD_BYTES = 5_000_000_000
 
 def weight_writer(
     recipe: Recipe, base: Checkpoint, directory: Path, works: Sequence[Work], over: bool = False
-) -> WeightWriter | OpenAIWriter:
+) -> WeightWriter | TorchWriter:
     tensors = [(work.name, work.out_dtype, work.spec.shape) for work in works]
     if base.dims is not None:
-        return OpenAIWriter(directory / "model.pt", tensors, base.dims)
+        return TorchWriter(directory / OPENAI, tensors, dims=base.dims)
+    if base.archive is not None:
+        return TorchWriter(directory / NEMO, tensors, archive=base.archive)
     return WeightWriter(directory, tensors, shard_bytes=recipe.shard_bytes or SHARD_BYTES, over=over)
 
 
@@ -42,7 +45,10 @@ def accompany(recipe: Recipe, job: DirectoryJob, hashes: Mapping[Checkpoint, Map
     """Configuration, tokenizer, processor, model card and recipe."""
     base, experts, output = job.models.base, job.models.experts, job.output
     for path in job.companions:
-        output.copy(path)
+        if path.name not in job.documents:
+            output.copy(path)
+    for name, content in job.documents.items():
+        output.write_text(name, content)
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: plain_value(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..checkpoints.reader import Checkpoint
 from ..engine.work import Work
+from ..experts.aligned import Aligned
 from ..experts.source import FileSource, Slot, Source
 
 __all__ = ["of_digests", "of_values"]
@@ -48,7 +49,7 @@ def of_digests(
 def of_values(sources: Sequence[Source], works: Sequence[Work]) -> list[str]:
     """Notices about experts that equal the base, and about one that looks like the base. `sources`: base, experts."""
     base, *others = sources
-    experts = [source for source in others if isinstance(source, FileSource)]  # the others know their base
+    experts = [source for source in others if _from_files(source)]  # the others know their base
     gram = _gram(base, experts, _sample(works))
     unchanged = [e for e in range(len(experts)) if gram[e, e] == 0 and _equal(base, experts[e])]
     found = [f"{experts[e].name} has the same weights as the base: it adds nothing" for e in unchanged]
@@ -58,6 +59,10 @@ def of_values(sources: Sequence[Source], works: Sequence[Work]) -> list[str]:
             f"every other expert is nearer to {name} than to the base: if they were trained from {name}, it is the base"
         )
     return found
+
+
+def _from_files(source: Source) -> bool:
+    return isinstance(source.inner if isinstance(source, Aligned) else source, FileSource)
 
 
 def _sample(works: Sequence[Work]) -> list[Work]:

@@ -51,6 +51,7 @@ class Recipe(Document):
     parameters: dict[str, Setting] = {}
     target: Target | None = None
     rest: Rest | None = None  # None: the method's own
+    vocabulary: Literal["base", "union"] = "base"
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: DType | None = None
     out_dtype: DType | None = None
@@ -111,6 +112,7 @@ class Recipe(Document):
         name: str | None = None,
         target: Mapping[str, object] | None = None,
         rest: str | None = None,
+        vocabulary: str = "base",
         seed: int = 0,
         dtype: str | None = None,
         out_dtype: str | None = None,
@@ -162,6 +164,7 @@ class Recipe(Document):
             "parameters": shared,
             "target": dict(target) if isinstance(target, Mapping) else target,
             "rest": rest,
+            "vocabulary": vocabulary,
             "seed": seed,
             "dtype": dtype,
             "out_dtype": out_dtype,
@@ -206,6 +209,10 @@ class Recipe(Document):
         if REST_LAMBDA in bound.parameters and (self.rest or method.rest) == "base":
             raise SettingError(
                 f"parameters.{REST_LAMBDA}", "expected no value with rest: base, which adds nothing there"
+            )
+        if self.vocabulary == "union" and self.tokenizer_source == "base":
+            raise SettingError(
+                "vocabulary", "expected base, or no tokenizer_source: base, which keeps the base's tokens"
             )
         bound._method = method
         return bound

@@ -26,6 +26,7 @@ from .data.features import Features, kept_in
 from .data.left_out import SHARE, LeftOut
 from .data.loading import load_in_order
 from .data.utterance import Corpus
+from .model.tokens import language_token
 from .model.whisper import load_model, load_processor, quiet, require_languages
 
 if TYPE_CHECKING:
@@ -151,7 +152,9 @@ class Reading:
                 for _, features in batch.parts:
                     mel = features.to(model.device, model.dtype)
                     mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
-                    model.generate(mel, attention_mask=mask, language=self._languages[name], task="transcribe")
+                    model.generate(
+                        mel, attention_mask=mask, language=language_token(self._languages[name]), task="transcribe"
+                    )
                 self._done += 1
                 if self._advance is not None:
                     self._advance(self._done, self._total)

@@ -80,8 +80,8 @@ class Models:
 
         require_space(self._home, (2 * self._units + 1) * self.model_bytes)
         found: dict[str, Path] = {}
-        if rank is None or self._recipe.base_source is None:
-            return found
+        if rank is None or self._recipe.base_source is None or self._recipe.vocabulary == "union":
+            return found  # an expert file has no tokens: every setting is merged from the checkpoints
         target = None if self._recipe.target is None else self._recipe.target.model_dump(mode="json")
         for index in self._recipe.experts:
             source, label = self._recipe.sources[index], self._recipe.labels[index]
@@ -118,7 +118,7 @@ class Models:
     def model(self, method: str, number: int, settings: Mapping[str, Any]) -> Iterator[Path]:
         """The directory of one setting's merged model, for the time of the block. LorsError when it cannot be merged."""
         out = self._home / "trials" / f"{method}-{number}"
-        shared = METHODS[method].separable and "lambda" in settings
+        shared = METHODS[method].separable and "lambda" in settings and self._recipe.vocabulary == "base"
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,16 @@ from lors.merging.card import carried_over, write_card
 from lors.merging.edit import _addition, _recipe
 from lors.merging.in_memory import merge_in_memory
 from lors.merging.ledger import Ledger
+from lors.merging.united import align, documents, tables_of
 from lors.methods import SPECS
 from lors.recipes.recipe import Recipe
+from lors.speech.model.whisper import SHIPPED
 from lors.sweep.trials import load_trials
 
 __all__ = ["Corpus"]
 
+UNION = SHIPPED["tiny"]
+UNITED = {"tokenizer": "tokenizer", "tokens": "tokenizer_config", "generation": "generation_config"}
 CARD = b"""---
 language:
 - en
@@ -77,16 +83,20 @@ class Corpus:
             "trials": [(json.dumps(trial).encode() + b"\n", None)],
             "index": [(json.dumps(index).encode(), None)],
             "torch": [(data, None) for data in archives()],
+            "nemo": [(data, None) for data in nemo_archives()],
+            **{key: [((UNION / f"{name}.json").read_bytes(), None)] for key, name in UNITED.items()},
             "sealed": [(Path(path).read_bytes(), None) for path in (expert, gaps)],
             "adapter": [(json.dumps(adapter).encode(), None)],
             "config": [(config, None)],
             "card": [(CARD, 200)],
             "manifest": [(b"id\taudio\tlanguage\tsplit\ttext\ttranslation\na\ta.wav\tca\tdev\thola\thello\n", None)],
         }
-        self.targets: dict[str, Callable[[bytes], None]] = {name: getattr(self, f"_{name}") for name in self.seeds}
+        self.targets: dict[str, Callable[[bytes], None]] = {
+            name: getattr(self, f"_{name}", None) or partial(self._united, name) for name in self.seeds
+        }
         self.mutators: dict[str, Callable[[bytes, int, int | None], bytes]] = {
             **dict.fromkeys(self.seeds, mutate),
-            **dict.fromkeys(("ledger", "trials", "index", "adapter", "config"), swapped),
+            **dict.fromkeys(("ledger", "trials", "index", "adapter", "config", *UNITED), swapped),
             "torch": repickled,
             "sealed": resealed,
         }
@@ -137,6 +147,27 @@ class Corpus:
             for name, info in checkpoint.tensors.items():
                 assert checkpoint.read(name).nbytes == info.nbytes
             json.dumps(checkpoint.dims)
+
+    def _nemo(self, data: bytes) -> None:
+        with open_checkpoint(self.file("mutant.nemo", data)) as checkpoint:
+            for name, extent in (checkpoint.archive or {}).items():
+                assert (
+                    not name.startswith("/") and ".." not in name.split("/") and extent.start + extent.size <= len(data)
+                )
+            for name, info in checkpoint.tensors.items():
+                assert checkpoint.read(name).nbytes == info.nbytes
+
+    def _united(self, name: str, data: bytes) -> None:
+        """A model with a mutated file that says which tokens it has, merged by token, as the base and as the expert."""
+        home = self.root / f"united-{name}"
+        if not home.exists():
+            shutil.copytree(UNION, home)
+        (home / f"{UNITED[name]}.json").write_bytes(data)
+        for pair in ((UNION, home), (home, UNION)):
+            with open_checkpoint(pair[0]) as base, open_checkpoint(pair[1]) as expert:
+                alignment = align(base, [expert], tables_of(base))
+                for text in documents(alignment, (base, expert), base.sidecars()).values():
+                    json.loads(text)
 
     def _adapter(self, data: bytes) -> None:
         home = self.root / "adapter"
@@ -227,6 +258,20 @@ def adapter_of(base: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "target_modules": ["q_proj", "fc1"], "use_dora": False, "layer_replication": None, "modules_to_save": None,
     }  # fmt: skip
     return state, config
+
+
+def nemo_archives() -> Iterator[bytes]:
+    """A torch archive in a tar file of each form."""
+    import tarfile
+
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w:", format=form) as tar:
+            for name, content in (("./model_config.yaml", b"a: 1\n"), ("./model_weights.ckpt", next(archives()))):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(content), 1.5
+                tar.addfile(info, io.BytesIO(content))
+        yield stream.getvalue()
 
 
 def archives() -> Iterator[bytes]:

@@ -127,8 +127,12 @@ def torch_device(device: str) -> Any:
 
 def has_times(model: Any) -> bool:
     """Whether it has tokens for times, which Whisper puts after all others: recordings beyond its window need them."""
-    last = getattr(model.generation_config, "no_timestamps_token_id", None)
-    return last is not None and last + 1 < model.config.vocab_size
+    settings = model.generation_config
+    last = getattr(settings, "no_timestamps_token_id", None)
+    if last is None:
+        return False
+    languages = (getattr(settings, "lang_to_id", None) or {}).values()  # those that were added follow too
+    return len(set(range(last + 1, model.config.vocab_size)).difference(languages)) > 0
 
 
 def gpus(device: str) -> list[str]:

@@ -21,6 +21,7 @@ from ..data.languages import parse_languages
 from ..data.left_out import SHARE, LeftOut
 from ..data.loading import load_in_order, workers_for
 from ..data.utterance import Corpus, by_task, parse_tasks
+from ..model.tokens import language_token
 from ..model.whisper import DTYPES, has_times, load_model, load_processor, quiet, require_languages, torch_device
 from .metrics import NORMALISERS, Interval, Score, Statistics, numbered, paired_bootstrap, score
 
@@ -280,7 +281,7 @@ class Decoder:
         import torch
 
         long = features.shape[2] > self.features.extractor.nb_max_frames
-        model, options = self.model, {"language": language, "task": task, "num_beams": self.beams}
+        model, options = self.model, {"language": language_token(language), "task": task, "num_beams": self.beams}
         mel = features.to(model.device, model.dtype)
         options["attention_mask"] = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
         with torch.inference_mode(), torch.random.fork_rng(enabled=long):
