@@ -24,7 +24,7 @@ from lors.speech.model.whisper import SHIPPED, has_times, load_model
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "new-language.md"
 EMBEDDING = "model.decoder.embed_tokens.weight"
 SPOKEN = {"ca": "ast", "de": "kab"}  # whose recordings stand for which new language
-QUICK = ["--max-steps", "30", "--learning-rate", "4e-4", "--device", "cpu"]
+QUICK = ["--max-steps", "50", "--learning-rate", "4e-4", "--device", "cpu"]
 SAMPLE = ["--limit", "12", "--device", "cpu"]
 BASE = str(SHIPPED["tiny"])
 

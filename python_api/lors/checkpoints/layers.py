@@ -366,7 +366,7 @@ _POSITION = re.compile(r"position|(^|\.)wpe\.|relative_attention_bias", re.I)
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|shared)\.", re.I)
 _HEAD = re.compile(r"(^|\.)(lm_head|proj_out|classifier|score|projector)\.|^cls\.", re.I)
 _CROSS = re.compile(r"encoder_attn|second_sub_layer|cross_?attn|cross_?attention|EncDecAttention")
-_STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
+_STACK = re.compile(r"(?:^|[._])(encoder|decoder)\.")
 _PARTS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (label, re.compile(pattern))
     for label, pattern in (
@@ -409,8 +409,9 @@ def kind(name: str) -> str:
             return label
     if name.endswith("bias"):
         return "bias"
-    if _EMBEDDING.search(name[_LAYER.search(name).end() :] if layer_of(name) else name):
-        return "embedding"  # of a layer inside of an embedding (Phi-4 has two encoders there) its own part of the name counts
+    # of a layer inside of an embedding (Phi-4 has two encoders there) its own part of the name counts
+    if _EMBEDDING.search(name[layer.end() :] if (layer := _LAYER.search(name)) else name):
+        return "embedding"
     stack = match[1] + " " if (match := _STACK.search(name)) else ""
     if _ATTENTION_NAME.search(name):
         role = "cross-attention" if _CROSS.search(name) else "self-attention"

@@ -51,7 +51,7 @@ def read_members(stream: BinaryIO, path: Path) -> Members:
             elif kind == _RECORDS:
                 records |= _records(content, path)
         else:
-            name = _name(records.pop("path", None) or _short_name(header), path)
+            name = _name(records.pop("path", "") or _short_name(header), path)
             size = _number(records.pop("size", str(size)), name, path)
             records.clear()
             if kind in _FILE:

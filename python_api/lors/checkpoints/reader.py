@@ -106,7 +106,7 @@ class Checkpoint:
 
     def _read_contents(self, index: int, file: Path, stream: BinaryIO) -> None:
         _refuse_pointer(file, stream)
-        if is_tar(stream):
+        if file.suffix != ".safetensors" and is_tar(stream):
             from .torch_archive import read_torch_archive
 
             self.archive = read_members(stream, file)

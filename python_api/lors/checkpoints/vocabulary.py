@@ -62,10 +62,10 @@ OWN, BASE, FRESH = range(3)
 
 
 class Run(NamedTuple):
-    """Rows [start, start + count) of a united table are the rows from `place` on of `origin`."""
+    """Rows [start, start + length) of a united table are the rows from `place` on of `origin`."""
 
     start: int
-    count: int
+    length: int
     origin: int
     place: int
 
@@ -185,8 +185,20 @@ def _of_tokenizer(name: str, path: Path, rows: int) -> Vocabulary:
             )
         added[entry["content"]] = entry
     ids = _token_ids({token: entry.get("id") for token, entry in added.items()}, f"{path}: added_tokens")
-    lines = [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges] if isinstance(merges, list) else None
-    return _checked(name, str(path), trained, ids, rows, added, lines)
+    return _checked(name, str(path), trained, ids, rows, added, _lines(merges, f"{path}: model.merges"))
+
+
+def _lines(merges: object, where: str) -> list[str] | None:
+    """Merges as merges.txt has them; None where a tokenizer of another kind has none."""
+    if merges is None:
+        return None
+    pairs: list[Any] = (
+        [m.split(" ") if isinstance(m, str) else m for m in merges] if isinstance(merges, list) else [merges]
+    )
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise LorsError(f"{where}: expected pairs of tokens, got {shown(pair)}")
+    return [" ".join(pair) for pair in pairs]
 
 
 def _of_tables(name: str, files: Mapping[str, Path], rows: int) -> Vocabulary:

@@ -96,7 +96,7 @@ class Aligned:
     ) -> None:
         self.name, self.inner, self._base, self._runs, self._fresh = inner.name, inner, base, runs, fresh
         self._starts = [run.start for run in runs]
-        rows = runs[-1].start + runs[-1].count
+        rows = runs[-1].start + runs[-1].length
         wide = {name: np.dtype(np.float32) for name in tables} | dict(dtypes or {})
         self._tables = {
             name: Spec(wide[name], (rows, *spec.shape[1:])) for name, spec in inner.tensors.items() if name in tables
@@ -118,7 +118,7 @@ class Aligned:
         number = bisect_right(self._starts, start // max(1, width)) - 1
         while start < stop:
             run = self._runs[number]
-            end = min(stop, (run.start + run.count) * width)
+            end = min(stop, (run.start + run.length) * width)
             shift = (run.place - run.start) * width
             if run.origin == FRESH:
                 values = self._fresh.of(name)[start + shift : end + shift]

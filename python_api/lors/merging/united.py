@@ -193,9 +193,9 @@ class _Result:
         """Languages and tasks of all models, and what those that have a new token suppress of them."""
         others = [self._read(model, name) for model in range(len(self._models))]
         for key in _LANGUAGES:
-            found = [(model, other[key]) for model, other in enumerate(others) if isinstance(other.get(key), dict)]
-            ordered = sorted(found, key=lambda item: item[0] != holder)  # what is already there comes first
-            united = {}
+            tables = [(model, other[key]) for model, other in enumerate(others) if isinstance(other.get(key), dict)]
+            ordered = sorted(tables, key=lambda item: item[0] != holder)  # what is already there comes first
+            united: dict[str, int] = {}
             for model, table in ordered:
                 for word, number in table.items():
                     united.setdefault(word, self._id(model, number, f"{name}: {key}: {word}"))
@@ -208,8 +208,8 @@ class _Result:
                 )
             kept = [self._id(holder, number, f"{name}: {key}") for number in listed]
             silent = [number for token, number in self._united.new.items() if self._suppressed(token, others, key)]
-            if found := [*kept, *(number for number in silent if number not in kept)]:
-                content[key] = found
+            if both := [*kept, *(number for number in silent if number not in kept)]:
+                content[key] = both
 
     def _suppressed(self, token: str, others: Sequence[Mapping[str, Any]], key: str) -> bool:
         """Whether all models that have the token suppress it."""
