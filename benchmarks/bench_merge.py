@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lors_kernels.backends import cpu
+
 from .compare import difference
 from .errors import BenchmarkError
 from .generate import Checkpoints, Spec, generate
@@ -21,6 +23,7 @@ from .machine import ROOT
 from .process import Case, interleave, measure, ratio
 from .released import PAPER
 from .results import Results
+from .shapes import SIZES, WhisperSize
 
 RIVALS = ("mergekit task arithmetic", "mergekit TIES", "as released")
 # How far the same method in two programs may be apart, relative to the way from the base. A float32 result differs by
@@ -127,6 +130,35 @@ def ours(scene: Scene, repeats: int, *, task_arithmetic: bool = True) -> list[Ca
     return cases
 
 
+def wudi_case(scene: Scene, repeats: int) -> Case:
+    return lors_case(scene, "lors wudi", "wudi", repeats, digests=True, **{"lambda": 1})
+
+
+def wudi_goal(scene: Scene, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Processor seconds of `wudi`, and what it may take: four times task arithmetic's and its products at 70 % of the
+    measured peak of one core."""
+    mine, plain = (
+        {key: sum(measured[name][part][key] for part in ("user_s", "system_s")) for key in ("median", "min", "max")}
+        for name in ("lors wudi", "lors task arithmetic")
+    )
+    flops = wudi_flops(SIZES[scene.spec.size], len(scene.inputs.experts))
+    peak = cpu.library().multiply_rate(1, 1.0)
+    products = flops / (0.7 * peak)
+    goal = 4 * plain["median"] + products
+    print(f"  wudi: {mine['median']:.1f} s of processor time, goal {goal:.1f} s", flush=True)
+    return {"cpu_s": mine, "goal_s": goal, "products_s": products, "flops": flops, "peak": peak}
+
+
+def wudi_flops(size: WhisperSize, experts: int) -> float:
+    """Half of the Gram matrix and delta times it, or where that is less half of the other Gram matrix and it times delta, of each
+    expert; one Cholesky decomposition and its two triangular solutions."""
+    total = 0.0
+    for (m, n), count in size.matrices().items():
+        each = m * n * n + min(2 * m * n * n, 3 * m * m * n)
+        total += count * (experts * each + n**3 / 3 + 2 * m * n * n)
+    return total
+
+
 def compare_outputs(scene: Scene, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Pairs that must agree, of those that ran."""
     pairs = {
@@ -163,7 +195,9 @@ def run_scene(data: Path, spec: Spec, experts: int, cases: Callable[[Scene], lis
         if all(name in measured and "failed" not in measured[name] for name in (mine, other))
     }
     input_bytes = sum(path.stat().st_size for path in scene.inputs.files)
-    return {"commands": measured, "ratios": ratios, "agreement": agreement, "input_bytes": input_bytes}
+    found = {"commands": measured, "ratios": ratios, "agreement": agreement, "input_bytes": input_bytes}
+    both = [measured.get(name, {"failed": ""}) for name in ("lors wudi", "lors task arithmetic")]
+    return found if any("failed" in run for run in both) else found | {"wudi": wudi_goal(scene, measured)}
 
 
 def run(results: Results, data: Path, repeats: int, *, peers: bool = True) -> None:
@@ -172,7 +206,7 @@ def run(results: Results, data: Path, repeats: int, *, peers: bool = True) -> No
     slow = 1 if results.quick else max(1, repeats // 2)
 
     def everything(scene: Scene) -> list[Case]:
-        cases = [*ours(scene, repeats), *floor_cases(scene, repeats)]
+        cases = [*ours(scene, repeats), wudi_case(scene, slow), *floor_cases(scene, repeats)]
         if peers:
             cases += [
                 mergekit_case(scene, "mergekit task arithmetic", "task_arithmetic", slow),
@@ -185,6 +219,9 @@ def run(results: Results, data: Path, repeats: int, *, peers: bool = True) -> No
         cases = [*ours(scene, repeats), *floor_cases(scene, repeats)]
         return [*cases, mergekit_case(scene, "mergekit task arithmetic", "task_arithmetic", 1)] if peers else cases
 
+    def with_wudi(scene: Scene) -> list[Case]:
+        return [*with_task_arithmetic(scene), wudi_case(scene, 1)]
+
     few, many, large = (2, 3, None) if results.quick else (5, 10, "large-v3")
     scenes: list[tuple[str, Spec, int, Callable[[Scene], list[Case]]]] = [
         (f"{small} float32, {few} experts", Spec(small), few, everything),
@@ -193,7 +230,7 @@ def run(results: Results, data: Path, repeats: int, *, peers: bool = True) -> No
         (f"{small} float32, {many} experts", Spec(small), many, with_task_arithmetic),
     ]
     if large:
-        scenes.append((f"{large} float16, 3 experts", Spec(large, "float16"), 3, with_task_arithmetic))
+        scenes.append((f"{large} float16, 3 experts", Spec(large, "float16"), 3, with_wudi))
     # next to nothing to compute: what a command costs before and after
     scenes.append(("micro float32, 2 experts", Spec("micro"), 2, lambda scene: ours(scene, repeats)))
     for title, spec, experts, cases in scenes:

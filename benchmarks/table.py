@@ -85,6 +85,12 @@ def merge_table(result: Result, directory: Path) -> str:
             run = piece["commands"][name]
             used = f"{sum(run[part]['median'] for part in ('user_s', 'system_s')):.3g} s" if "failed" not in run else ""
             rows.append(f"| {name} | {cells} | {used} |")
+        if (wudi := piece.get("wudi")) is not None:
+            rows += [
+                "",
+                f"`wudi`: {wudi['cpu_s']['median']:.3g} s of the processor; four times task arithmetic's and its products at 70 % "
+                f"of one core's measured peak are {wudi['goal_s']:.3g} s.",
+            ]
         rows.append("")
     return "\n".join([*rows, provenance(result, "python -m benchmarks merge")])
 

@@ -24,7 +24,6 @@ GRAM_LIMIT = 1e-9
 ROUNDED = 2.0**-20
 LARGE = 256  # columns from which on float32 saves time
 WEAK = 64  # directions of a polar factor that float32 leaves to float64
-STRIP = 192  # columns of a Gram matrix that are computed together
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,35 +146,20 @@ def _scale(x: Tensor) -> float:
     return float(2.0 ** -math.frexp(float(x.abs().max()))[1])
 
 
-def gram(x: Tensor) -> Tensor:
-    """x^T x [n, n] of x [m, n], of which little more than one triangle is computed."""
-    found = x.new_zeros(x.shape[1], x.shape[1])
-    add_lower_gram(found, x)
-    for start in range(STRIP, len(found), STRIP):
-        found[:start, start : start + STRIP] = found[start : start + STRIP, :start].T
-    return found
-
-
-def add_lower_gram(total: Tensor, x: Tensor) -> None:
-    """total [n, n] += x^T x of x [m, n], below the diagonal and on it; what stands above it means nothing."""
-    for start in range(0, len(total), STRIP):
-        strip = slice(start, start + STRIP)
-        total[start:, strip].addmm_(x[:, start:].T, x[:, strip])
-
-
 def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) -> Tensor:
-    """(B + eps P) (S + eps I)^-1 in float64, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n].
+    """(B + eps P) (S + eps I)^-1, eps = ridge * tr(S) / n, of B = product and P = goal [m, n] and S = gram [n, n], all of one
+    type, in that type.
 
     S: symmetric without negative eigenvalues but for rounding, of which the lower triangle is read. It is what a least-squares
-    problem with a ridge towards P comes down to. A matrix that the ridge does not make positive definite raises
-    torch.linalg.LinAlgError. By Cholesky.
+    problem with a ridge towards P comes down to. What S and B are off by, of tr(S) and of ||B||, may become n / ridge times as much. A
+    matrix that the ridge does not make positive definite raises torch.linalg.LinAlgError. By Cholesky.
     """
     import torch
 
-    total = gram.to(torch.float64, copy=True)
-    epsilon = ridge * float(total.trace()) / len(total)
+    total = gram.clone()
+    epsilon = ridge * float(total.diagonal().double().sum()) / len(total)
     total.diagonal().add_(epsilon)
-    right = product.to(torch.float64, copy=True).add_(goal, alpha=epsilon)
+    right = product.add(goal, alpha=epsilon)
     return torch.cholesky_solve(right.T, torch.linalg.cholesky(total, out=total)).T
 
 

@@ -6,7 +6,8 @@
     W = W0 + lambda * X
 
 P is the sum of w_t delta_t, or their mean. n is the side of a layer's inputs. What is kept are the sums, [n, n] and two of [m, n],
-whatever the number of experts: they are float32, the division is float64. Experts of weight 0 are left out.
+whatever the number of experts: they are float32, and so is the division unless the ridge is below n 2^-17. Experts of weight 0 are
+left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lors_kernels.dense import add_lower_gram, gram, ridge_quotient
+from lors_kernels.dense import ridge_quotient
 
 from ..recipes.parameters import LARGEST, MethodSpec, ParameterSpec
 from .base import LAMBDA, WEIGHT, Method, whole
@@ -32,6 +33,8 @@ TOWARDS = ParameterSpec(
     help="P: the sum of the task vectors, or their mean",
 )
 SMALLEST = 2.0**-126  # of what float32 holds to its full precision
+BLOCK = 512  # columns of a triangle that are computed together
+SINGLE = 2.0**-17  # of the trace: where eps is less, rounding in the division would be more of it than in the sums
 
 
 def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> Combination:
@@ -42,7 +45,7 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
         import torch
 
         m, n = operands.spec.shape
-        grams: Any = None
+        gram: Any = None
         for t, weight in weights.items():
             delta = operands.difference(t)
             length = torch.linalg.vector_norm(delta, dtype=torch.float64)
@@ -51,20 +54,23 @@ def combine(models: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> C
                 continue
             # of length 1, so that products neither over- nor underflow
             unit = delta.div_(norm) if SMALLEST < norm < LARGEST else (delta.double() / norm).float()
-            if grams is None:
-                grams, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
+            if gram is None:
+                gram, product, total = unit.new_zeros(n, n), torch.zeros_like(unit), torch.zeros_like(unit)
             total.add_(unit, alpha=weight * norm)
             if m < n:  # delta G_t the other way round, of the smaller Gram matrix
-                add_lower_gram(grams, unit)
-                product.addmm_(gram(unit.T), unit, alpha=weight * norm)
-            else:
-                own = gram(unit)
-                grams.add_(own)
+                for start in range(0, n, BLOCK):  # the lower triangle is all that is read
+                    gram[start:, start : start + BLOCK].addmm_(unit[:, start:].T, unit[:, start : start + BLOCK])
+                product.addmm_(unit @ unit.T, unit, alpha=weight * norm)
+            else:  # all of it: half, in strips narrow enough to spare the rest, was no faster
+                own = unit.T @ unit
+                gram.add_(own)
                 product.addmm_(unit, own, alpha=weight * norm)
-        if grams is None:
+        if gram is None:
             return None
         goal = total if shared["towards"] == "sum" else total.div_(len(weights))
-        return shared["lambda"] * ridge_quotient(product, grams, goal, shared["ridge"])
+        if shared["ridge"] < n * SINGLE:
+            product, gram, goal = product.double(), gram.double(), goal.double()
+        return shared["lambda"] * ridge_quotient(product, gram, goal, shared["ridge"])
 
     return whole(update)
 
