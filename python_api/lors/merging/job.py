@@ -37,6 +37,7 @@ from ..recipes.parameters import BOOST, BOOST_MERGED
 from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
+from .older_files import older_files
 
 Progress = Callable[[int, int], None]  # entries done, entries in all
 
@@ -88,6 +89,7 @@ class DirectoryJob(Job):
 
     models: Models
     companions: list[Path]
+    older: dict[str, str]  # name -> text of files that are made of them
     output: OutputDirectory
     carried: dict[str, Any]  # of the base's model card
 
@@ -110,12 +112,13 @@ def prepare(
     base.sidecars(), base.card()  # a link that is refused is refused before the work
     job = planned(recipe, models.sources, base.naming, base.config, report)
     beside = companions(base, experts, report.notices)
+    older = older_files(beside, report.notices) if base.naming == layers.HF_WHISPER else {}
     base.dims = dims(base, experts, report.notices)
     carried, notices = carried_over(base.card())
     report.notices += notices
     inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]
     output = OutputDirectory(out, force=force, inputs=inputs, durable=durable)
-    return DirectoryJob(recipe, models.sources, job.works, report, job.shares, models, beside, output, carried)
+    return DirectoryJob(recipe, models.sources, job.works, report, job.shares, models, beside, older, output, carried)
 
 
 def planned(

@@ -43,6 +43,8 @@ def accompany(recipe: Recipe, job: DirectoryJob, hashes: Mapping[Checkpoint, Map
     base, experts, output = job.models.base, job.models.experts, job.output
     for path in job.companions:
         output.copy(path)
+    for name, text in job.older.items():
+        output.write_text(name, text)
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: plain_value(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
