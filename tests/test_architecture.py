@@ -22,7 +22,7 @@ LAYERS = (  # from the top; names are folders or modules directly below `lors`
     ("__main__",),
     ("cli",),
     ("speech", "integrations"),
-    ("sweep", "analysis"),
+    ("sweep", "analysis", "exporting"),
     ("merging",),
     ("engine",),
     ("methods",),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.reader import open_checkpoint
     from .engine.report import MergeReport
     from .errors import LorsError
+    from .exporting.export import ExportReport, export
     from .merging.in_memory import merge_state_dicts
     from .merging.on_disk import merge, merge_recipe
     from .recipes.recipe import Recipe
@@ -21,9 +22,11 @@ __version__ = "0.1.0"
 
 # name -> module; loaded on first use, so that `import lors` costs nothing
 _EXPORTS = {
+    "ExportReport": "exporting.export",
     "LorsError": "errors",
     "MergeReport": "engine.report",
     "Recipe": "recipes.recipe",
+    "export": "exporting.export",
     "merge": "merging.on_disk",
     "merge_recipe": "merging.on_disk",
     "merge_state_dicts": "merging.in_memory",
@@ -31,10 +34,12 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ExportReport",
     "LorsError",
     "MergeReport",
     "Recipe",
     "__version__",
+    "export",
     "merge",
     "merge_recipe",
     "merge_state_dicts",

@@ -12,10 +12,11 @@ from .tensor_info import TensorInfo
 if TYPE_CHECKING:
     from .reader import Checkpoint
 
-__all__ = ["compare", "dtype_kind"]
+__all__ = ["ENGLISH_ONLY", "VOCABULARIES", "compare", "dtype_kind"]
 
 _SIZES = {384: "tiny", 512: "base", 768: "small", 1024: "medium", 1280: "large"}
-_VOCABULARIES = {51864: "English-only", 51865: "multilingual, up to large-v2", 51866: "large-v3 and turbo"}
+ENGLISH_ONLY = 51864  # tokens
+VOCABULARIES = {ENGLISH_ONLY: "English-only", 51865: "multilingual, up to large-v2", 51866: "large-v3 and turbo"}
 _FLOATS = {"F16", "BF16", "F32"}
 _CONV1 = re.compile(r"(?:^|\.)encoder\.conv1\.weight$")
 _TOKENS = re.compile(r"(?:^|\.)(embed_tokens|token_embedding|proj_out)\.weight$")
@@ -108,8 +109,8 @@ def _named(value: int, names: dict[int, str]) -> str:
 def _shape_message(name: str, ours: TensorInfo, theirs: TensorInfo, base: str, advice: str | None) -> str:
     if _TOKENS.search(name) and ours.shape[1:] == theirs.shape[1:]:
         return (
-            f"another vocabulary: expected {_named(ours.shape[0], _VOCABULARIES)} tokens as in {base}, "
-            f"got {_named(theirs.shape[0], _VOCABULARIES)} (tensor {name!r}){f'; {advice}' if advice else ''}"
+            f"another vocabulary: expected {_named(ours.shape[0], VOCABULARIES)} tokens as in {base}, "
+            f"got {_named(theirs.shape[0], VOCABULARIES)} (tensor {name!r}){f'; {advice}' if advice else ''}"
         )
     if _CONV1.search(name) and len(ours.shape) == len(theirs.shape) == 3 and ours.shape[1] != theirs.shape[1]:
         return (

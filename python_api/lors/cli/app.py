@@ -23,6 +23,7 @@ COMMANDS = {  # sub-command -> the module that has its function, which bears its
     "add": ".experts",
     "remove": ".experts",
     "export-lora": ".experts",
+    "export": ".export",
     "calibrate": ".calibrate",
     "sweep": ".sweep",
     "report": ".analysis",

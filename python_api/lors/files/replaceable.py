@@ -24,6 +24,7 @@ __all__ = [
     "CORPUS",
     "CSV",
     "EXPERT_FILE",
+    "EXPORT",
     "LEFT_OUT",
     "MODEL",
     "PAGE",
@@ -51,16 +52,24 @@ class Kind:
 
 _WEIGHTS = r"(model|pytorch_model|adapter_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|model\.(pt|nemo)"
 _CONFIG = r"config\.json|adapter_config\.json|lors_recipe\.yml"
-_BESIDE = (
+_TOLD = (
     r"(generation|preprocessor|processor|feature_extractor|tokenizer)_config\.json|(tokenizer|vocab|normalizer)\.json|"
-    r"merges\.txt|added_tokens\.json|special_tokens_map\.json|chat_template\.(jinja|json)|training_args\.bin|"
-    r"README\.md|lors_ledger\.json|training\.json"
+    r"merges\.txt|added_tokens\.json|special_tokens_map\.json|chat_template\.(jinja|json)|config\.json"
 )
+_BESIDE = rf"{_TOLD}|training_args\.bin|README\.md|lors_ledger\.json|training\.json"
 
 MODEL = Kind(
     "a checkpoint",
     rf"{_WEIGHTS}|{_CONFIG}|{_BESIDE}|adapter/((adapter_model\.(safetensors|bin)|adapter_config\.json|README\.md)?)",
     rf"{_WEIGHTS}|{_CONFIG}",
+)
+# `lors export`: one of four programs' files
+_GRAPHS = r"(encoder|decoder|decoder_with_past)_model\.onnx(\.data)?"
+_EXPORTED = rf"model\.(bin|pt)|ggml-model\.bin|{_GRAPHS}"
+EXPORT = Kind(
+    "an export of `lors export`",
+    rf"{_EXPORTED}|vocabulary\.(json|txt)|{_TOLD}",
+    _EXPORTED,
 )
 # `lors synth`: manifest.tsv and <language>/<language>-<split>-<number>.<format>
 CORPUS = Kind(

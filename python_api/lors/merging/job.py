@@ -37,6 +37,7 @@ from ..recipes.parameters import BOOST, BOOST_MERGED
 from ..recipes.recipe import BASE, Recipe
 from .card import carried_over
 from .companions import companions, dims
+from .older_files import older_files
 from .united import Alignment, align, documents, tables_of
 
 Progress = Callable[[int, int], None]  # entries done, entries in all
@@ -90,7 +91,7 @@ class DirectoryJob(Job):
 
     models: Models
     companions: list[Path]
-    documents: dict[str, str]  # texts of those companions that are not what they are in the model they come from
+    documents: dict[str, str]  # texts of other companions, by name
     output: OutputDirectory
     carried: dict[str, Any]  # of the base's model card
 
@@ -118,6 +119,8 @@ def prepare(
     if models.alignment is not None:
         changed = documents(models.alignment, models.checkpoints, beside)
         report.notices.append(models.alignment.notice())
+    if base.naming == layers.HF_WHISPER:
+        changed |= older_files(beside, report.notices, changed)
     carried, notices = carried_over(base.card())
     report.notices += notices
     inputs = [path for checkpoint in models.checkpoints for path in (checkpoint.path, *checkpoint.files)]

@@ -1,0 +1,37 @@
+"""`lors export`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..errors import print_lines
+from .options import Json, Quiet
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Merged model or any Whisper: directory, file or hub id.")],
+    to: Annotated[str, typer.Option(metavar="TARGET", help="ctranslate2, ggml, onnx or openai.")],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Directory to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 (not ggml), float16 or int8 (not openai); default: as it is stored, ggml float16."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
+    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a Whisper in the format of another program: faster-whisper, whisper.cpp, ONNX Runtime, openai-whisper."""
+    from ..exporting.export import export as run
+
+    report = run(model, out, to, dtype=dtype, force=force, durable=fsync)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        print_lines(*(f"note: {notice}" for notice in report.notices))
+        for name, size in report.files.items():
+            print_lines(f"{size / 1e6:10.1f} MB  {name}")
+        print_lines(f"{report.to}, {report.dtype}: {report.seconds:.2f} s -> {report.out}")

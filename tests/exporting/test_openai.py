@@ -1,0 +1,62 @@
+"""openai-whisper's checkpoint: its keys and its dims, and openai-whisper's own loader and decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import lors
+import whispers
+from helpers import module
+from lors.checkpoints.reader import open_checkpoint
+from lors.checkpoints.whisper import Dims, weights
+from said import LENGTH, Said, assert_equal
+
+DIMS = {
+    "n_mels": 80, "n_audio_ctx": 100, "n_audio_state": 128, "n_audio_head": 4, "n_audio_layer": 2, "n_vocab": 51865,
+    "n_text_ctx": 64, "n_text_state": 128, "n_text_head": 4, "n_text_layer": 2,
+}  # fmt: skip
+
+
+def test_keys_and_dims(model: Path, tmp_path: Path) -> None:
+    lors.export(model, tmp_path / "out", "openai")
+    found = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert found["dims"] == DIMS and found.keys() == {"dims", "model_state_dict"}
+    expected = {whispers.openai_name(name): x for name, x in load_file(model / "model.safetensors").items()}
+    assert found["model_state_dict"].keys() == expected.keys()
+    for name, values in found["model_state_dict"].items():
+        np.testing.assert_array_equal(values.numpy(), expected[name], err_msg=name)
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert checkpoint.naming == "openai-whisper" and checkpoint.dims == DIMS
+
+
+def test_each_name_once() -> None:
+    listed = weights(Dims(**DIMS))
+    assert len({one.transformers for one in listed}) == len({one.openai for one in listed}) == len(listed)
+    assert all(whispers.openai_name(one.transformers) == one.openai for one in listed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_openai_whisper_says_what_transformers_says(dtype: str, model: Path, said: list[Said], tmp_path: Path) -> None:
+    whisper = module("whisper", "export")
+    lors.export(model, tmp_path / "out", "openai", dtype=dtype)
+    loaded = whisper.load_model(str(tmp_path / "out" / "model.pt"), device="cpu")
+
+    def hear(one: Said) -> tuple[int, ...]:
+        options = whisper.DecodingOptions(
+            language=one.language,
+            without_timestamps=True,
+            fp16=False,
+            suppress_tokens="",
+            suppress_blank=False,
+            sample_len=LENGTH,
+        )
+        return tuple(
+            whisper.decode(loaded, whisper.log_mel_spectrogram(one.samples.astype(np.float32)), options).tokens
+        )
+
+    assert_equal(said, hear, "tokens", 0.02 if dtype == "float32" else 0.05)
