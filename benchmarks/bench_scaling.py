@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lors.pages import charts, colours
+
 from .bench_merge import Scene, lors_case, lors_command
 from .errors import BenchmarkError
 from .generate import Spec, generate
@@ -84,34 +86,47 @@ def run(results: Results, data: Path, repeats: int) -> None:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """One panel per axis: seconds (line, band from the least to the greatest repeat) and peak memory (dashed)."""
+    """A panel per axis: seconds (line, band from the least to the greatest repeat) and peak memory (dashed)."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     pieces = {axis: piece for axis, piece in data["results"].items() if "failed" not in piece}
-    figure, panels = plt.subplots(1, max(1, len(pieces)), figsize=(4 * max(1, len(pieces)), 3.2), squeeze=False)
-    for panel, piece in zip(panels[0], pieces.values(), strict=False):
-        order = sorted(range(len(piece["x"])), key=lambda index: piece["x"][index])
-        x = [piece["x"][index] for index in order]
-        runs = [piece["runs"][index] for index in order]
-        low, middle, high = ([run["wall_s"][key] for run in runs] for key in ("min", "median", "max"))
-        panel.fill_between(x, low, high, alpha=0.25, color="tab:blue", linewidth=0)
-        panel.plot(x, middle, "o-", color="tab:blue", markersize=3)
-        panel.set(xlabel=piece["axis"], ylim=(0, None))
-        panel.set_ylabel("seconds", color="tab:blue")
-        memory = panel.twinx()
-        memory.plot(x, [run["peak_rss"]["median"] / 1e9 for run in runs], "--", color="tab:gray")
-        memory.set_ylim(0, None)
-        memory.set_ylabel("peak memory, GB", color="tab:gray")
-        for position, index in enumerate(order):
-            if isinstance(piece["points"][index], str):
-                side = 1 if position % 2 else -1  # neighbours may be close: below right, above left, in turn
-                panel.annotate(
-                    piece["points"][index], (x[position], middle[position]), (-4 * side, 5 * side - 3), fontsize=7,
-                    textcoords="offset points", ha="right" if side > 0 else "left",
-                )  # fmt: skip
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    time, memory = colours.LIGHT["c0"], colours.LIGHT["c1"]
+    with matplotlib.rc_context(charts.look(11)):  # text has the size of the text around it where a README shows it
+        figure = Figure(figsize=(8.3, 6.4), layout="constrained")
+        panels = figure.subplots(2, 2).flat
+        for panel, piece in zip(panels, pieces.values(), strict=False):
+            order = sorted(range(len(piece["x"])), key=lambda index: piece["x"][index])
+            x = [piece["x"][index] for index in order]
+            runs = [piece["runs"][index] for index in order]
+            low, middle, high = ([run["wall_s"][key] for run in runs] for key in ("min", "median", "max"))
+            panel.fill_between(x, low, high, alpha=0.25, color=time, linewidth=0)
+            panel.plot(x, middle, "o-", color=time, markersize=4, label="seconds (left), least to greatest")
+            panel.set(xlabel=piece["axis"], ylim=(0, 1.12 * max(high)))
+            panel.set_ylabel("s", rotation=0, labelpad=8)
+            beside = panel.twinx()
+            peaks = [run["peak_rss"]["median"] / 1e9 for run in runs]
+            beside.plot(x, peaks, "s--", color=memory, markersize=4, label="peak memory, GB (right)")
+            beside.set(ylim=(0, 1.12 * max(peaks)))
+            beside.set_ylabel("GB", rotation=0, labelpad=14)
+            beside.spines["right"].set_visible(True)
+            beside.grid(visible=False)
+            _spread(panel, x, [piece["points"][index] for index in order], middle)
+        handles = [line for axes in figure.axes[:1] + figure.axes[-1:] for line in axes.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles[:: max(1, len(handles) - 1)], loc="outside upper center", ncols=2)
+        figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _spread(panel: Any, x: list[float], names: list[Any], middle: list[float]) -> None:
+    """What grows by factors lies on a logarithmic axis; points that are models bear their names."""
+    if max(x) > 20 * min(x):
+        panel.set_xscale("log")
+        panel.set_xticks(x if names == x else [tick for tick in (0.5, 1, 2, 5, 10, 20) if tick <= max(x)])
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+    for place, name in enumerate(names if names != x else ()):
+        crowded = place > 0 and x[place] < 1.3 * x[place - 1]  # below what stands above its neighbour
+        panel.annotate(
+            name, (x[place], middle[place]), (6, -14) if crowded else (-3, 8), fontsize=9.5, textcoords="offset points",
+            ha="left" if crowded else "right" if place == len(x) - 1 else "center",
+        )  # fmt: skip

@@ -29,7 +29,7 @@ LAYERS = (  # from the top; names are folders or modules directly below `lors`
     ("experts",),
     ("recipes",),
     ("checkpoints",),
-    ("cluster", "command", "webpage"),
+    ("cluster", "command", "pages"),
     ("files", "keeper", "progress", "console"),
     ("errors", "tasks"),
     ("public",),

@@ -14,7 +14,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +23,26 @@ from .console import tell
 from .errors import LorsError, SettingError, first_line
 from .files.signals import Terminated
 
-__all__ = ["as_options", "explained", "one_line_errors", "run"]
+__all__ = [
+    "Inputs",
+    "Json",
+    "Machine",
+    "Output",
+    "Quiet",
+    "Settings",
+    "as_options",
+    "explained",
+    "hushed",
+    "one_line_errors",
+    "run",
+]
+
+# Options of the groups that help shows them in, and the two that every command has.
+Inputs, Settings, Machine, Output = (
+    partial(typer.Option, rich_help_panel=name) for name in ("Inputs", "Settings", "Machine", "Output")
+)
+Json = Annotated[bool, Output("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, Output("--quiet", "-q", help="Print nothing but errors, and JSON where asked for.")]
 
 
 def run(command: typer.Typer) -> None:
@@ -37,6 +57,16 @@ def run(command: typer.Typer) -> None:
             raise KeyboardInterrupt
         if status:
             raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def hushed(quiet: bool) -> Iterator[None]:
+    """What the block prints goes nowhere, with --quiet, or where the result is to be the only thing on stdout."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _leave_memory() -> None:

@@ -16,6 +16,7 @@ from ..checkpoints.compatibility import compare
 from ..checkpoints.layers import kind, select
 from ..checkpoints.reader import Checkpoint, open_checkpoint, require_unchanged
 from ..errors import LorsError, print_lines
+from ..pages import charts, colours
 from .spectrum import effective_rank
 
 
@@ -148,32 +149,34 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 
 def draw(found: list[Spectrum], rank: int, path: Path) -> None:
-    """Normalised spectra, one line per matrix, coloured by layer kind."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise LorsError("--plot: needs matplotlib: pip install 'lors-merging[plot]'") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    """Normalised spectra: a thin line per matrix, the median of each layer kind thick."""
+    if charts.absent():
+        raise LorsError(f"--plot: {charts.WITHOUT}")
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(kind(s.name) for s in found))
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    kinds: dict[str, list[np.ndarray]] = defaultdict(list)
     for spectrum in found:
-        values = np.array(spectrum.singular_values)
-        if values[0] > 0:
-            label = kind(spectrum.name)
-            index = kinds.index(label)
-            axes.loglog(
-                np.arange(1, len(values) + 1), values / values[0], color=plt.cm.tab20(index % 20), lw=0.8, alpha=0.8
-            )
-    for index, label in enumerate(kinds):
-        axes.plot([], [], color=plt.cm.tab20(index % 20), label=label)
-    axes.axvline(rank, color="black", ls=":", lw=1, label=f"rank {rank}")
-    axes.set(xlabel="i", ylabel="singular value i / largest", title="Spectra of the task vectors", ylim=(1e-4, 1.2))
-    axes.legend(fontsize=7, ncols=2)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise LorsError(f"--plot: cannot write {path}: {error}") from None
-    finally:
-        plt.close(figure)
+        if spectrum.singular_values[0] > 0:
+            kinds[kind(spectrum.name)].append(np.array(spectrum.singular_values) / spectrum.singular_values[0])
+    with matplotlib.rc_context(
+        charts.look(11)
+    ):  # as wide as a README shows it, text has the size of the text around it
+        figure = Figure(figsize=(8.3, 5.6), layout="constrained")
+        axes = figure.subplots()
+        for label, style in colours.of_names(kinds).items():
+            spectra = kinds[label]
+            for values in spectra:
+                axes.plot(np.arange(1, len(values) + 1), values, color=style.colour, linewidth=0.6, alpha=0.25)
+            middle = np.median([values[: min(map(len, spectra))] for values in spectra], axis=0)
+            axes.plot(np.arange(1, len(middle) + 1), middle, color=style.colour, linestyle=style.dash, label=label)
+        axes.set(xscale="log", yscale="log", ylim=(1e-4, 1.2), xlabel="i", ylabel="singular value i / largest")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.axvline(rank, color=colours.LIGHT["ink"], linestyle=":", linewidth=1.2, label=f"rank {rank}")
+        axes.set_title("Spectra of the task vectors: median of each kind of matrix", loc="left")
+        figure.legend(loc="outside lower center", ncols=3)
+        try:
+            figure.savefig(path, dpi=200)
+        except (OSError, ValueError) as error:
+            raise LorsError(f"--plot: cannot write {path}: {error}") from None

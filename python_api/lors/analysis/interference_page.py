@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .. import webpage
 from ..errors import LorsError
 from ..files.file import OutputFile
 from ..files.replaceable import PAGE, RESULTS
+from ..pages import charts, colours, html
 from ..recipes.parameters import rank_of
 from .interference import Interference, MatrixRow
 
@@ -93,20 +93,16 @@ def render(report: Interference) -> str:
     """The page."""
     names = ", ".join(report.experts)
     lead = f"{len(report.experts)} experts ({names}), {len(report.matrices)} matrices, rank {report.rank:g}, density {report.density:g}."
-    items = "".join(f"<li>{webpage.escape(text)}</li>" for text in findings(report))
-    sections = [webpage.section("findings", "What stands out", f"<ul>{items}</ul>")]
-    links = {"findings": "What stands out"}
+    sections = [html.findings(findings(report))]
     if report.pairs:
-        sections.append(webpage.section("pairs", "Pairs of experts", *_pairs(report)))
-        links["pairs"] = "Pairs of experts"
+        sections.append(html.section("pairs", "Pairs of experts", *_pairs(report)))
     sections += [
-        webpage.section("layers", "By layer", '<div class="charts">', *_layers(report), "</div>"),
-        webpage.section("kinds", "By kind of matrix", _kinds(report)),
-        webpage.section("spectra", "Spectra", '<div class="charts">', *_spectra(report), "</div>"),
-        webpage.section("matrices", "Every matrix", _details(report)),
+        html.section("layers", "By layer", html.charts(_layers(report))),
+        html.section("kinds", "By kind of matrix", _kinds(report)),
+        html.section("spectra", "Spectra", html.charts(_spectra(report))),
+        html.section("matrices", "Every matrix", _details(report)),
     ]
-    links |= {"layers": "By layer", "kinds": "By kind", "spectra": "Spectra", "matrices": "Every matrix"}
-    return webpage.page("Interference report", lead, sections, links)
+    return html.page("Interference report", lead, sections)
 
 
 def _pairs(report: Interference) -> list[str]:
@@ -124,12 +120,11 @@ def _pairs(report: Interference) -> list[str]:
         "For unrelated experts: cosine near 0, subspaces near rank / size, support "
         f"{density / (2 - density):.2f}, sign conflict 0.50. Means over matrices; cosine over all of them together."
     )
+    head = ("cosine", "left subspace", "right subspace", "support overlap", "sign conflict")
     return [
-        webpage.heat_table("Cosine of the task vectors", report.experts, matrix, top=1.0),
-        webpage.heat_table(
-            "Pairs", ("cosine", "left subspace", "right subspace", "support overlap", "sign conflict"), rows, top=1.0
-        ),
-        f"<p>{webpage.escape(note)}</p>",
+        html.heat_table("Cosine of the task vectors", report.experts, matrix, span=(0, 1)),
+        html.heat_table("Pairs", head, rows, span=(0, 1)),
+        html.note(note),
     ]
 
 
@@ -137,17 +132,15 @@ def _stack(row: MatrixRow) -> str:
     return "decoder" if "decoder" in row.name else "encoder" if "encoder" in row.name else "layers"
 
 
-def _layers(report: Interference) -> list[str]:
-    drawn = []
+def _layers(report: Interference) -> Iterator[str]:
     groups = report.by(lambda row: (_stack(row), row.layer))
-    stacks = list(dict.fromkeys(stack for stack, _ in groups))
-    for stack in stacks:
+    for stack in dict.fromkeys(stack for stack, _ in groups):
         here = {layer: rows for (name, layer), rows in sorted(groups.items()) if name == stack}
         norms = {
             expert: [(float(layer), sum(row.norm[i] ** 2 for row in rows) ** 0.5) for layer, rows in here.items()]
             for i, expert in enumerate(report.experts)
         }
-        drawn.append(webpage.lines(f"Norm of the task vectors, {stack}", norms, "layer", "norm"))
+        yield _figure(f"Norm of the task vectors, {stack}", norms, "layer", "Frobenius norm")
         if report.pairs:
             curves = {
                 title: [
@@ -156,8 +149,16 @@ def _layers(report: Interference) -> list[str]:
                 ]
                 for title, name in (("cosine", "cosine"), ("left subspace", "left"), ("sign conflict", "conflict"))
             }
-            drawn.append(webpage.lines(f"Interference, mean of all pairs, {stack}", curves, "layer", "share"))
-    return drawn
+            yield _figure(f"Interference, mean of all pairs, {stack}", curves, "layer", "share")
+
+
+def _figure(caption: str, series: charts.Series, x: str, y: str, log: str = "") -> str:
+    """Curves over whole numbers, and the same numbers as a table."""
+    places = sorted({at for points in series.values() for at, _ in points})
+    known = {name: dict(points) for name, points in series.items()}
+    rows = [[f"{at:g}", *(f"{of[at]:.4g}" if at in of else "" for of in known.values())] for at in places]
+    drawn = charts.lines(series, colours.of_names(series), x, y, log=log)
+    return html.figure(caption, drawn, html.table(f"{caption}: {y}", (x, *series), rows))
 
 
 def _kinds(report: Interference) -> str:
@@ -178,12 +179,11 @@ def _kinds(report: Interference) -> str:
         "effective rank / full",
         *(("cosine", "left subspace", "sign conflict") if report.pairs else ()),
     )
-    return webpage.heat_table("Kinds of matrices (how many of each)", head, rows, top=1.0)
+    return html.heat_table("Kinds of matrices (how many of each)", head, rows, span=(0, 1))
 
 
-def _spectra(report: Interference) -> list[str]:
+def _spectra(report: Interference) -> Iterator[str]:
     """Mean singular values of each kind, relative to the largest, a line per expert."""
-    drawn = []
     for kind, group in report.by(lambda row: row.kind).items():
         curves = {}
         for i, expert in enumerate(report.experts):
@@ -191,8 +191,7 @@ def _spectra(report: Interference) -> list[str]:
             if spectra:
                 mean = np.mean([spectrum[: min(map(len, spectra))] for spectrum in spectra], axis=0)
                 curves[expert] = [(float(k), float(value)) for k, value in enumerate(mean, start=1)]
-        drawn.append(webpage.lines(f"Singular values, {kind}", curves, "i", "of the largest"))
-    return drawn
+        yield _figure(f"Singular values, {kind}", curves, "i", "singular value i / largest")
 
 
 def _details(report: Interference) -> str:
@@ -218,5 +217,5 @@ def _details(report: Interference) -> str:
     head = (
         "matrix", "shape", "norm / base", "in L", "in S", "effective rank", "cosine", "left", "right", "support", "conflict",
     )  # fmt: skip
-    shown = webpage.table("Means over experts and pairs; the JSON file has each", head, rows)
+    shown = html.table("Means over experts and pairs; the JSON file has each", head, rows)
     return f"<details><summary>{len(rows)} matrices</summary>{shown}</details>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,34 +29,28 @@ COMMANDS = {  # sub-command -> the module that has its function, which bears its
     "report": ".analysis",
     **dict.fromkeys(("synth", "finetune", "evaluate", "experiment"), _SPEECH),
 }
-_OPTIONS: dict[str, dict[str, Any]] = {  # mergekit reads its own
-    "mergekit-yaml": {
-        "add_help_option": False,
-        "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-    },
-}
 
 
 def main() -> None:
     """Entry point."""
     name = next(iter(sys.argv[1:]), "")
-    run(application([name] if name in COMMANDS else COMMANDS))
+    run(application([name]) if name in COMMANDS else application(COMMANDS, complete=True))
 
 
-def application(names: Iterable[str]) -> typer.Typer:
-    """The application with some of its sub-commands."""
+def application(names: Iterable[str], complete: bool = False) -> typer.Typer:
+    """The application with some of its sub-commands. complete: it completes them in a shell, too."""
     made = typer.Typer(
         name="lors",
         help="Merge fine-tuned Whisper experts into one model: low rank plus sparse, at file speed.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=complete,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback(invoke_without_command=True)(_root)
     for name in names:
-        function = getattr(import_module(COMMANDS[name], __package__), name.replace("-", "_"))
-        made.command(name, **_OPTIONS.get(name, {}))(function)
+        module = import_module(COMMANDS[name], __package__)
+        made.command(name, **getattr(module, "OPTIONS", {}).get(name, {}))(getattr(module, name.replace("-", "_")))
     return made
 
 

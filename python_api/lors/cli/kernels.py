@@ -6,29 +6,34 @@ from typing import Annotated
 
 import typer
 
+from ..command import Inputs, Json, Quiet, Settings, hushed
 from ..errors import LorsError, SettingError
-from .options import Backends, Json
+from .options import Backends
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """Backends, each available or why not; threads, versions. Exit code 1 if something is broken or misconfigured."""
     from lors_kernels.__main__ import print_diagnosis
 
-    if not print_diagnosis(as_json=as_json):
+    with hushed(quiet and not as_json):
+        right = print_diagnosis(as_json=as_json)
+    if not right:
         raise typer.Exit(1)
 
 
 def validate(
     backend: Backends = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the matrices of real size.")] = False,
+    quick: Annotated[bool, Settings("--quick", help="Leave out the matrices of real size.")] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every kernel operation against its definition on this machine; exit code 1 if one is wrong or none is there."""
     from lors_kernels import BackendUnavailable
     from lors_kernels.testing.validate import validate_command
 
     try:
-        right = validate_command(backend, quick=quick, as_json=as_json)
+        with hushed(quiet and not as_json):
+            right = validate_command(backend, quick=quick, as_json=as_json)
     except (BackendUnavailable, ValueError) as error:
         raise SettingError("backend", str(error).removeprefix("backend: ")) from None
     if not right:
@@ -38,12 +43,13 @@ def validate(
 def bench(
     backend: Backends = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Matrices of this model's shapes (default: two of whisper-small).")
+        str | None, Inputs(help="Matrices of this model's shapes (default: two of whisper-small).")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
-    rank: Annotated[int, typer.Option(min=1, help="Of the low-rank part.")] = 7,
-    density: Annotated[float, typer.Option(help="Share of entries kept of the rest.")] = 0.2,
+    dtype: Annotated[str, Settings(help="Of the weights: float32, float16 or bfloat16.")] = "float32",
+    rank: Annotated[int, Settings(metavar="N", min=1, help="Of the low-rank part.")] = 7,
+    density: Annotated[float, Settings(help="Share of entries kept of the rest.")] = 0.2,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time every kernel operation here, beside plain torch and against the peaks of this machine; exit code 1 if one is
     wrong.
@@ -55,7 +61,8 @@ def bench(
 
     shapes = list(DEFAULT_SHAPES.values()) if checkpoint is None else _decomposed_shapes(checkpoint)
     try:
-        right = bench_command(backend, shapes=shapes, dtype=dtype, rank=rank, density=density, as_json=as_json)
+        with hushed(quiet and not as_json):
+            right = bench_command(backend, shapes=shapes, dtype=dtype, rank=rank, density=density, as_json=as_json)
     except (BackendUnavailable, ValueError) as error:
         name, _, problem = str(error).partition(": ")
         known = name in ("backend", "dtype", "rank", "density")

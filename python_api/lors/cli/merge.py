@@ -8,11 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ..command import as_options
+from ..command import Inputs, Json, Machine, Output, Quiet, Settings, as_options
 from ..errors import LorsError
 from ..progress import bar
-from .options import Backend, Exclude, Include, Quiet, ReportJson, Threads, experts_of, pairs_of, scalar
+from .options import Backend, Exclude, Include, Threads, experts_of, method_names, pairs_of, scalar
 from .show import tell_report
+
+# mergekit reads its own
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mergekit-yaml": {
+        "add_help_option": False,
+        "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    },
+}
 
 
 def merge(
@@ -20,56 +28,55 @@ def merge(
         list[str],
         typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter."),
     ],
-    base: Annotated[str | None, typer.Option(help="Base checkpoint: directory, file or hub id.")] = None,
-    expert: Annotated[list[str] | None, typer.Option(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
+    base: Annotated[str | None, Inputs(help="Base checkpoint: directory, file or hub id.")] = None,
+    expert: Annotated[list[str] | None, Inputs(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="lors, task_arithmetic, ties, tsv, iso_cts, wudi ... (default: lors)")
+        str | None,
+        Settings(
+            autocompletion=method_names, help="lors, task_arithmetic, ties, tsv, iso_cts, wudi ... (default: lors)"
+        ),
     ] = None,
-    rank: Annotated[float | None, typer.Option(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
-    density: Annotated[float | None, typer.Option(help="Share of the remaining entries kept.")] = None,
-    lam: Annotated[float | None, typer.Option("--lambda", help="Factor of the sum over the experts.")] = None,
-    weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
+    rank: Annotated[float | None, Settings(help="Singular triplets kept; below 1 a fraction of min(m, n).")] = None,
+    density: Annotated[float | None, Settings(help="Share of the remaining entries kept.")] = None,
+    lam: Annotated[float | None, Settings("--lambda", help="Factor of the sum over the experts.")] = None,
+    weight: Annotated[list[str] | None, Settings(metavar="NAME=W", help="Factor of one expert; repeat.")] = None,
     statistics: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="What `lors calibrate` wrote for an expert; repeat.")
+        list[str] | None, Inputs(metavar="NAME=FILE", help="What `lors calibrate` wrote for an expert; repeat.")
     ] = None,
     param: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
+        list[str] | None, Settings(metavar="NAME=VALUE", help="Any other parameter of the method; repeat.")
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
-    rest: Annotated[str | None, typer.Option(help="Other tensors: task_arithmetic, average or base.")] = None,
+    rest: Annotated[str | None, Settings(help="Other tensors: task_arithmetic, average or base.")] = None,
     rest_lambda: Annotated[
-        float | None, typer.Option(help="Factor of the other tensors' sum or average (default: lambda, or 1).")
+        float | None, Settings(help="Factor of the other tensors' sum or average (default: lambda, or 1).")
     ] = None,
     vocabulary: Annotated[
-        str | None, typer.Option(help="base; or union: of experts with added tokens, rows matched by token.")
+        str | None, Settings(help="base; or union: of experts with added tokens, rows matched by token.")
     ] = None,
+    seed: Annotated[int | None, Settings(help="Of everything random.")] = None,
     backend: Backend = None,
     threads: Threads = None,
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="cuda[:N,...]", help="Merge on GPUs what is worth it; --backend then names their kernels."
-        ),
+        Machine(metavar="cuda[:N,...]", help="Merge on GPUs what is worth it; --backend then names their kernels."),
     ] = None,
     device_memory: Annotated[
-        float | None, typer.Option(min=0, metavar="GB", help="To use on each GPU (default: 80 % of what is free).")
+        float | None, Machine(min=0, metavar="GB", help="To use on each GPU (default: 80 % of what is free).")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type of the written weights (default: the base's).")] = None,
-    out_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest weight file (default: 5GB).")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    ray: Annotated[str | None, Machine(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
+    dtype: Annotated[str | None, Output(help="Type of the written weights (default: the base's).")] = None,
+    out_shard_size: Annotated[str | None, Output(metavar="SIZE", help="Largest weight file (default: 5GB).")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Reload the result and compare a sample with the method's definition.")
+        bool, Output("--check", help="Reload the result and compare a sample with the method's definition.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, merge nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
-    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
-    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
-    as_json: ReportJson = False,
+    dry_run: Annotated[bool, Output("--dry-run", help="Check everything, merge nothing.")] = False,
+    force: Annotated[bool, Output("--force", help="Replace OUT.")] = False,
+    no_fsync: Annotated[bool, Output("--no-fsync", help="Go without safety against power failure.")] = False,
+    as_json: Json = False,
     quiet: Quiet = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a row for every layer kind.")] = False,
+    verbose: Annotated[bool, Output("--verbose", "-v", help="Print a row for every layer kind.")] = False,
 ) -> None:
     """Merge experts into one checkpoint, by a recipe or by options.
 
@@ -109,10 +116,9 @@ def merge(
                 report = merge_recipe(
                     recipe, out, backend=backend, threads=threads, device=device,
                     device_memory=None if device_memory is None else int(device_memory * 1e9),
-                    force=force, durable=fsync, check=check, progress=progress, ray=ray,
+                    force=force, durable=not no_fsync, check=check, progress=progress, ray=ray,
                 )  # fmt: skip
-    if as_json or not quiet:
-        tell_report(report, as_json, verbose, rehearsal=dry_run)
+    tell_report(report, as_json=as_json, quiet=quiet, verbose=verbose, rehearsal=dry_run)
 
 
 def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tuple[Path | None, str]:

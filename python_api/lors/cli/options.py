@@ -9,21 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from ..command import Inputs, Machine
 from ..errors import LorsError
 
-Backend = Annotated[str | None, typer.Option(help="Kernels to use; see `lors doctor`.")]
-Backends = Annotated[
-    list[str] | None, typer.Option(help="Only this backend; repeat (default: all that are available).")
-]
-Exclude = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Do not decompose these; repeat.")]
-Include = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Decompose matrices with such names; repeat.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-ReportJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+Backend = Annotated[str | None, Machine(help="Kernels to use; see `lors doctor`.")]
+Backends = Annotated[list[str] | None, Machine(help="Only this backend; repeat (default: all that are available).")]
+Exclude = Annotated[list[str] | None, Inputs(metavar="REGEX", help="Do not decompose these; repeat.")]
+Include = Annotated[list[str] | None, Inputs(metavar="REGEX", help="Decompose matrices with such names; repeat.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
+    int | None, Machine(metavar="N", min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
 ]
 
 
@@ -72,3 +66,10 @@ def scalar(text: str) -> Any:
     if not isinstance(value, (bool, int, float, str)):
         raise LorsError(f"expected a number, true, false or a word, got {text!r}")
     return value
+
+
+def method_names() -> list[str]:
+    """What a shell completes --method with."""
+    from ..methods import METHODS
+
+    return list(METHODS)

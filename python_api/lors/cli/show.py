@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from ..engine.report import KindRow, MergeReport
 
 
-def tell_report(report: MergeReport, as_json: bool, verbose: bool = False, rehearsal: bool = False) -> None:
+def tell_report(
+    report: MergeReport, *, as_json: bool, quiet: bool, verbose: bool = False, rehearsal: bool = False
+) -> None:
     """Prints a report; that it cannot be printed is no failure of what it reports."""
     try:
         if as_json:
             print(json.dumps(report.to_dict(), indent=2))
-        else:
+        elif not quiet:
             show_report(report, verbose, rehearsal)
         sys.stdout.flush()
     except LorsError as error:

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..command import Inputs, Json, Machine, Output, Quiet, Settings
 from ..errors import LorsError, print_lines
 from ..public import public
-from .options import Backend, Quiet, pairs_of
+from .options import Backend, method_names, pairs_of
 
 
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="Recipe whose settings are varied.")],
+    *,
     score: Annotated[
-        str, typer.Option(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
+        str, Inputs(metavar="CMD|MODULE:FUNCTION", help="Scores a merged directory; its last line is the score.")
     ],
-    out: Annotated[
-        str, typer.Option("--out", "-o", metavar="DIR", help="Directory or URL of the sweep; the same again goes on.")
-    ],
-    rank: Annotated[str | None, typer.Option(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
-    density: Annotated[str | None, typer.Option(metavar="VALUES", help="As --rank.")] = None,
-    lam: Annotated[str | None, typer.Option("--lambda", metavar="VALUES", help="As --rank.")] = None,
-    param: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Compare methods with as many trials each; repeat.")] = None,
+    rank: Annotated[str | None, Settings(metavar="VALUES", help="1,2,4 or FROM:TO:STEP or FROM:TO.")] = None,
+    density: Annotated[str | None, Settings(metavar="VALUES", help="As --rank.")] = None,
+    lam: Annotated[str | None, Settings("--lambda", metavar="VALUES", help="As --rank.")] = None,
+    param: Annotated[list[str] | None, Settings(metavar="NAME=VALUES", help="Any other parameter; repeat.")] = None,
+    method: Annotated[
+        list[str] | None,
+        Settings(autocompletion=method_names, help="Compare methods with as many trials each; repeat."),
+    ] = None,
     objective: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
+        list[str] | None, Settings(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
     ] = None,
-    sampler: Annotated[str, typer.Option(help="grid, random or tpe (Optuna).")] = "grid",
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials per method (default: the whole grid).")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Trials at a time.")] = 1,
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")
+    sampler: Annotated[str, Settings(help="grid, random or tpe (Optuna).")] = "grid",
+    trials: Annotated[
+        int | None, Settings(metavar="N", min=1, help="Trials per method (default: the whole grid).")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds a scorer may take.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the samplers and decompositions.")] = 0,
+    jobs: Annotated[int, Machine("--jobs", "-j", metavar="N", min=1, help="Trials at a time.")] = 1,
+    memory: Annotated[str | None, Machine(metavar="SIZE", help="Memory for the models of trials, such as 8GB.")] = None,
+    timeout: Annotated[float | None, Settings(metavar="SECONDS", min=0, help="Seconds a scorer may take.")] = None,
+    seed: Annotated[int, Settings(metavar="N", min=0, help="Of the samplers and decompositions.")] = 0,
     backend: Backend = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of all trials (default: all cores).")] = None,
-    ray: Annotated[str | None, typer.Option(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Try trials again that failed in an earlier run.")] = False,
+    threads: Annotated[
+        int | None, Machine(metavar="N", min=1, help="CPU threads of all trials (default: all cores).")
+    ] = None,
+    ray: Annotated[str | None, Machine(metavar="local|ADDRESS", help="Run trials on a Ray cluster.")] = None,
+    retry: Annotated[bool, Settings("--retry", help="Try trials again that failed in an earlier run.")] = False,
+    out: Annotated[
+        str, Output("--out", "-o", metavar="DIR", help="Directory or URL of the sweep; the same again goes on.")
+    ],
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge and score many settings; the experts are decomposed once, a killed sweep goes on where it was."""
@@ -59,7 +68,7 @@ def sweep(
         raise LorsError(f"--memory: {error}") from None
 
     def show(trial: Trial) -> None:
-        if not quiet:
+        if not (quiet or as_json):
             setting = ", ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.settings.items()
             )
@@ -72,7 +81,9 @@ def sweep(
         threads=threads, ray=ray, retry=retry, progress=show,
     )  # fmt: skip
     best = done.best()
-    if best is not None and not quiet:
+    if as_json:
+        print(json.dumps(done.to_dict(), indent=1))
+    elif best is not None and not quiet:
         print_lines(
             f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
             f"-> {public(out)}/best.yml, {public(out)}/index.html"

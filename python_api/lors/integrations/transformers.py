@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from ..errors import LorsError, first_line, shown
+from ..recipes.settings import Settings
 from .peers import peer
 
 OLDEST = "4.45"
@@ -20,7 +23,7 @@ def load_merged(
     model_class: type | None = None,
     backend: str | None = None,
     threads: int | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Any:
     """The model that `lors.merge` would write, as `from_pretrained` would load it; nothing is written to the disk.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from lors_kernels.arrays import is_torch
 
@@ -19,6 +20,7 @@ from ..errors import LorsError, SettingError
 from ..experts.source import MemorySource, Source
 from ..methods import METHODS, SPECS
 from ..recipes.recipe import Recipe
+from ..recipes.settings import Settings
 from .job import Job, compare_specs, new_report, on_devices, open_models, planned
 from .united import align_states
 
@@ -34,7 +36,7 @@ def merge_state_dicts(
     threads: int | None = None,
     device: str | None = None,
     device_memory: int | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> dict[str, Any]:
     """`merge` on tensors in memory (numpy arrays or torch tensors); returns new tensors of the base's kind.
 
@@ -110,7 +112,7 @@ def merge_in_memory(
     *,
     backend: str | None = None,
     threads: int | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> tuple[dict[str, np.ndarray], Checkpoint]:
     """`merge` of files into arrays: (name -> merged tensor, the base, closed but for its names and configuration)."""
     recipe = Recipe.from_arguments(base, experts, method, methods=SPECS, **settings)

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import Unpack
+
 from ..checkpoints.reader import Checkpoint, require_unchanged
 from ..engine.cpu import FactorCache
 from ..engine.report import MergeReport, peak_memory
@@ -24,6 +26,7 @@ from ..methods import SPECS
 from ..public import public
 from ..recipes.parameters import rank_of
 from ..recipes.recipe import Recipe
+from ..recipes.settings import Settings
 from .job import DirectoryJob, Progress, on_devices, prepare
 from .publish import accompany, hasher, weight_writer
 from .suspicions import of_digests, of_values
@@ -43,7 +46,7 @@ def merge(
     durable: bool = True,
     check: bool = False,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> MergeReport:
     """W = W0 + lambda * sum_t weight_t * (L_t + S_t): merges checkpoints into a new one.
 

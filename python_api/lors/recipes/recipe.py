@@ -450,6 +450,7 @@ def _checked(parameters: Mapping[str, Setting], method: MethodSpec, model: int |
         spec = method.parameter(name)
         if spec is None:
             known = nearest(name, [spec.name for spec in method.parameters])
+            known = known.replace("'lambda'?", "'lambda' (lam in Python)?")
             raise SettingError(place, f"unknown parameter {shown(name)} of method {method.name}{known}")
         if model is not None and spec.scope == "global":
             raise SettingError(place, f"{name} is one value for the whole merge, expected it in the global parameters")

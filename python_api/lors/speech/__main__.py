@@ -9,14 +9,14 @@ from __future__ import annotations
 import typer
 
 from ..command import run
-from .commands import COMMANDS
+from .commands import COMMANDS, OPTIONS
 
 
 def main() -> None:
     """As `lors`, without the other commands."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name, **OPTIONS.get(name, {}))(command)
     run(app)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict
 
 from ..files.writing import writing
 from ..recipes.recipe import Recipe
@@ -38,12 +37,7 @@ def conclude(home: Home, recipe: Recipe, state: Sweep) -> None:
                     t.error,
                 ]
             )
-    data = {
-        "objectives": [asdict(objective) for objective in state.objectives],
-        "trials": [asdict(trial) for trial in state.trials],
-        "front": [[trial.method, trial.number] for trial in state.front()],
-    }
-    home.replace("trials.json", json.dumps(data, indent=1) + "\n")
+    home.replace("trials.json", json.dumps(state.to_dict(), indent=1) + "\n")
     for index, objective in enumerate(state.objectives):
         best = state.best(index)
         assert best is not None

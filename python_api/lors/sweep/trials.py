@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -59,6 +59,14 @@ class Sweep:
             return all(p <= 0 for p in pairs) and any(p < 0 for p in pairs)
 
         return [trial for trial in self.complete if not any(beats(other, trial) for other in self.complete)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "objectives": [asdict(objective) for objective in self.objectives],
+            "trials": [asdict(trial) for trial in self.trials],
+            "front": [[trial.method, trial.number] for trial in self.front()],
+        }
 
 
 def load_trials(home: Path, goals: int | None = None) -> list[Trial]:

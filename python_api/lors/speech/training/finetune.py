@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import LorsError
+from ...errors import LorsError, SettingError
 from ...files.digest import sha256_file
 from ...files.directory import OutputDirectory
 from ...files.replaceable import CHECKPOINTS, RUN, foreign, require_file
@@ -96,11 +96,11 @@ def finetune(
     torch_device(training.device)
     training.require_packages()
     if training.metric_for_best_model == "bleu" and (training.eval_steps is None or "translate" not in chosen):
-        raise LorsError(
-            "metric_for_best_model: bleu is of translation on dev: expected the task translate and eval_steps"
+        raise SettingError(
+            "metric_for_best_model", "bleu is of translation on dev: expected the task translate and eval_steps"
         )
     if training.metric_for_best_model == "loss" and training.eval_steps is None:
-        raise LorsError("metric_for_best_model: loss is that of dev: expected eval_steps, got none")
+        raise SettingError("metric_for_best_model", "loss is that of dev: expected eval_steps, got none")
     require_languages(model, wanted)
     left_out = LeftOut(unusable)
     corpus = load_corpus(

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...errors import LorsError, nearest
+from ...errors import SettingError, nearest
 from ...files.writing import replacing
 
 __all__ = ["TRAIN", "Training", "write_json"]
@@ -72,45 +72,47 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.train not in TRAIN:
-            raise LorsError(f"train: expected {', '.join(TRAIN)}, got {self.train!r}{nearest(self.train, TRAIN)}")
+            raise SettingError("train", f"expected {', '.join(TRAIN)}, got {self.train!r}{nearest(self.train, TRAIN)}")
         if self.early_stopping_patience is not None and self.eval_steps is None:
-            raise LorsError("early stopping: expected eval_steps, got none")
+            raise SettingError("early_stopping_patience", "expected eval_steps, got none")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
-                raise LorsError(f"{name}: expected an integer of at least 1, got {value!r}")
+                raise SettingError(name, f"expected an integer of at least 1, got {value!r}")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 < value < float("inf")):
-                raise LorsError(f"{name}: expected a positive number, got {value!r}")
+                raise SettingError(name, f"expected a positive number, got {value!r}")
         for name in ("label_smoothing_factor", "dropout"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < 1):
-                raise LorsError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+                raise SettingError(name, f"expected a number from 0 to below 1, got {value!r}")
         for name, choices in (("metric_for_best_model", BEST), ("optim", OPTIMISERS), ("report_to", REPORTS)):
             value = getattr(self, name)
             if value not in choices:
-                raise LorsError(f"{name}: expected {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+                raise SettingError(name, f"expected {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
         if self.fp16 and (self.bf16 or self.device == "cpu"):
-            raise LorsError(f"fp16: expected a GPU and no bf16, got device {self.device!r}, bf16 {self.bf16}")
+            raise SettingError("fp16", f"expected a GPU and no bf16, got device {self.device!r}, bf16 {self.bf16}")
         if self.freeze_encoder and self.train != "all":
-            raise LorsError(
-                f"freeze_encoder: expected train 'all', got {self.train!r}, which says itself what is trained"
+            raise SettingError(
+                "freeze_encoder", f"expected train 'all', got {self.train!r}, which says itself what is trained"
             )
         if self.lr_scheduler_type not in SCHEDULERS:
             known = nearest(self.lr_scheduler_type, SCHEDULERS)
-            raise LorsError(f"lr_scheduler_type: no {self.lr_scheduler_type!r}{known}")
+            raise SettingError("lr_scheduler_type", f"no {self.lr_scheduler_type!r}{known}")
         workers = self.dataloader_num_workers
         if workers is not None and not (isinstance(workers, int) and workers >= 0):
-            raise LorsError(f"dataloader_num_workers: expected an integer of at least 0, got {workers!r}")
+            raise SettingError("dataloader_num_workers", f"expected an integer of at least 0, got {workers!r}")
         if self.device not in ("cpu", "cuda"):
-            raise LorsError(f"device: training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}")
+            raise SettingError(
+                "device", f"training takes cpu or cuda (CUDA_VISIBLE_DEVICES chooses), got {self.device!r}"
+            )
 
     def require_packages(self) -> None:
         """LorsError that names what is not installed here and is needed for these settings alone."""
         for name, package in (("optim", OPTIMISERS[self.optim]), ("report_to", REPORTS[self.report_to])):
             if package is not None and find_spec(package) is None:
-                raise LorsError(f"{name}: {getattr(self, name)} needs {package}: pip install {package}")
+                raise SettingError(name, f"{getattr(self, name)} needs {package}: pip install {package}")
 
     def record(self) -> dict[str, Any]:
         """All of it; of what was added after the first release only what is not the default, so that keys of stages stay."""

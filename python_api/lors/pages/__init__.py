@@ -1,0 +1,1 @@
+"""Pages: one look for all that is shown: colours of methods, charts, tables, a page around them. Knows no model."""
