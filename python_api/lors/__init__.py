@@ -3,6 +3,8 @@
     import lors
 
     lors.merge("openai/whisper-small", {"ca": "whisper-ca", "de": "whisper-de"}, out="merged")
+
+What is used is loaded when it is first used.
 """
 
 from __future__ import annotations
