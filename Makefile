@@ -7,7 +7,7 @@ WORKERS := 0  # of pytest-xdist; 0: one process. Tests that look for processes o
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 2>/dev/null)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-merge test bench check format native sanitize aarch64 clean espeak chromium
+.PHONY: demo demo-merge test bench docs check format native sanitize aarch64 clean espeak chromium
 
 demo: $(VENV)/.demo espeak
 	$(BIN)/python -m lors.speech.demo demo-out
@@ -20,6 +20,9 @@ test: $(VENV)/.installed espeak chromium
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks all
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict # into build/site; `$(BIN)/mkdocs serve` shows it while it is written
 
 # torch first, with what lors_kernels imports: a range in somebody's requirements must not bring another one. Python compiles
 # what is imported. For the demonstration the kernels are built for this processor alone.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import table
+from . import chart, table
 from .errors import BenchmarkError
 from .generate import DELTAS, DTYPES, Spec, generate
 from .machine import ROOT
@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parts.add_parser("counts", help="machine code and calls of the GPU backends, counted without a GPU")
     shown = parts.add_parser("table", help="print the tables")
     shown.add_argument("--check", action="store_true", help="fail if README.md or docs/measurements.md differs")
-    shown.add_argument("--write", action="store_true", help="put the tables into README.md and docs/measurements.md")
+    shown.add_argument(
+        "--write", action="store_true", help="put the tables into README.md and docs/measurements.md, draw the chart"
+    )
     return main
 
 
@@ -131,8 +133,10 @@ def main(arguments: list[str]) -> int:
         elif options.part == "table":
             if options.check:
                 table.check()
+                chart.check()
             elif options.write:
                 table.update()
+                chart.write()
             else:
                 print(table.render())
         elif options.part == "all":

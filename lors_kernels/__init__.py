@@ -32,6 +32,8 @@ from .types import (
     UpdateStats,
 )
 
+__version__ = "0.1.0"  # of the distribution; pyproject.toml and lors.__version__ read it here
+
 __all__ = [
     "ALWAYS",
     "KEEP_ALL",
@@ -46,6 +48,7 @@ __all__ = [
     "Threshold",
     "TruncatedSVD",
     "UpdateStats",
+    "__version__",
     "apply_update",
     "available_backends",
     "gram_apply",

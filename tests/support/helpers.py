@@ -17,7 +17,7 @@ BACKENDS = ("cpu", "reference")
 REQUIRED = frozenset(filter(None, os.environ.get("LORS_REQUIRE", "").split(",")))
 OPTIONAL = frozenset(
     ("cpu", "reference", "triton", "cuda", "triton-interpreter", "cuda-build", "cuda-emulation", "cuobjdump")
-    + ("peers", "speech", "sweep", "ray", "plot", "remote", "export", "chromium", "espeak")
+    + ("peers", "speech", "sweep", "ray", "plot", "remote", "export", "docs", "chromium", "espeak")
     + ("linux", "avx2", "avx512", "portable", "tmpfs", "ldd", "precision-switches")
 )
 

@@ -1,6 +1,8 @@
 """Speech: corpora, fine-tuning, scores, and the experiment that judges merges by them. Knows no other merging tool.
 
-from lors.speech import evaluate, finetune, load_corpus
+    from lors.speech import evaluate, finetune, load_corpus
+
+What is used is loaded when it is first used.
 """
 
 from __future__ import annotations
