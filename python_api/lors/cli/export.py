@@ -7,27 +7,27 @@ from typing import Annotated
 
 import typer
 
+from ..command import Json, Output, Quiet
 from ..errors import print_lines
-from .options import Json, Quiet
 
 
 def export(
     model: Annotated[str, typer.Argument(help="Merged model or any Whisper: directory, file or hub id.")],
-    to: Annotated[str, typer.Option(metavar="TARGET", help="ctranslate2, ggml, onnx or openai.")],
-    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="Directory to write.")],
+    to: Annotated[str, Output(metavar="TARGET", help="ctranslate2, ggml, onnx or openai.")],
+    out: Annotated[str, Output("--out", "-o", metavar="DIR", help="Directory to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 (not ggml), float16 or int8 (not openai); default: as it is stored, ggml float16."),
+        Output(help="float32 (not ggml), float16 or int8 (not openai); default: as it is stored, ggml float16."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR.")] = False,
-    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="Be safe against power failure too.")] = True,
+    force: Annotated[bool, Output("--force", help="Replace DIR.")] = False,
+    no_fsync: Annotated[bool, Output("--no-fsync", help="Go without safety against power failure.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a Whisper in the format of another program: faster-whisper, whisper.cpp, ONNX Runtime, openai-whisper."""
     from ..exporting.export import export as run
 
-    report = run(model, out, to, dtype=dtype, force=force, durable=fsync)
+    report = run(model, out, to, dtype=dtype, force=force, durable=not no_fsync)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

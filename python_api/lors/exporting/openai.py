@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..checkpoints.tensor_info import FLOATS
-from ..checkpoints.writer import OpenAIWriter
+from ..checkpoints.writer import TorchWriter
 from ..files.directory import OutputDirectory
 from .model import Whisper, require_tied
 from .vocabulary import require_openai_vocabulary
@@ -21,7 +21,7 @@ def write(whisper: Whisper, output: OutputDirectory, dtype: str, notices: list[s
     require_tied(whisper)
     require_openai_vocabulary(whisper, "openai-whisper")
     specs = [(stored.weight.openai, FLOATS[dtype], stored.weight.shape) for stored in whisper.weights]
-    with OpenAIWriter(output.path / FILE, specs, whisper.dims.model_dump()) as writer:
+    with TorchWriter(output.path / FILE, specs, whisper.dims.model_dump()) as writer:
         for stored in whisper.weights:
             start = 0
             for values in whisper.slabs(stored, dtype):
