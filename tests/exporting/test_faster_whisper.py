@@ -30,7 +30,7 @@ def hearing(directory: Path, compute_type: str):  # type: ignore[no-untyped-def]
     return hear
 
 
-@pytest @ pytest.fixture(scope="module")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the window of 30 seconds, which faster-whisper takes for granted."""
     return multilingual.write(tmp_path_factory.mktemp("whole") / "model", seconds=30)

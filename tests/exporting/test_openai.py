@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import whispers
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
 from lors.checkpoints.whisper import Dims, weights
+from lors.exporting.vocabulary import has_openai_text
 from said import LENGTH, Said, assert_equal
 
 DIMS = {
@@ -60,3 +62,17 @@ def test_openai_whisper_says_what_transformers_says(dtype: str, model: Path, sai
         )
 
     assert_equal(said, hear, "tokens", 0.02 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["multilingual", "gpt2"])
+def test_the_text_tokens_of_openai_are_known(name: str) -> None:
+    whisper = module("whisper", "export")
+    lines = (Path(whisper.__file__).parent / "assets" / f"{name}.tiktoken").read_bytes().split()
+    ranks = {int(rank): base64.b64decode(token) for token, rank in zip(lines[::2], lines[1::2], strict=True)}
+    tokens = [ranks[number] for number in range(len(ranks))]
+    assert has_openai_text(tokens) and not has_openai_text(tokens[:-2]) and not has_openai_text([*tokens[:-1], b"x"])
+
+
+def test_a_vocabulary_of_its_own_is_told(model: Path, tmp_path: Path) -> None:
+    (notice,) = lors.export(model, tmp_path / "out", "openai").notices
+    assert notice.endswith("its text tokens are not openai's: openai-whisper, which knows only these, says other words")

@@ -55,10 +55,6 @@ class Whisper:
             )
         return checkpoint.path
 
-    def beside(self, name: str) -> Path | None:
-        """A file beside the weights."""
-        return next((path for path in self.checkpoint.sidecars() if path.name == name), None)
-
     def slabs(self, stored: Stored, dtype: str) -> Iterator[np.ndarray]:
         """A weight's values in row-major order, flat, in float16 for that `dtype`, else in float32.
 

@@ -8,7 +8,7 @@ from ..checkpoints.tensor_info import FLOATS
 from ..checkpoints.writer import TorchWriter
 from ..files.directory import OutputDirectory
 from .model import Whisper, require_tied
-from .vocabulary import require_openai_vocabulary
+from .vocabulary import has_openai_text, require_openai_vocabulary, text_tokens
 
 __all__ = ["DTYPES", "write"]
 
@@ -19,7 +19,11 @@ DTYPES = ("float32", "float16")
 def write(whisper: Whisper, output: OutputDirectory, dtype: str, notices: list[str]) -> None:
     """Writes model.pt. LorsError for a vocabulary that openai-whisper does not know."""
     require_tied(whisper)
-    require_openai_vocabulary(whisper, "openai-whisper")
+    tokenizer = require_openai_vocabulary(whisper, "openai-whisper")
+    if tokenizer is not None and not has_openai_text(text_tokens(whisper, tokenizer)):
+        notices.append(
+            f"{whisper.name}: its text tokens are not openai's: openai-whisper, which knows only these, says other words"
+        )
     specs = [(stored.weight.openai, FLOATS[dtype], stored.weight.shape) for stored in whisper.weights]
     with TorchWriter(output.path / FILE, specs, whisper.dims.model_dump()) as writer:
         for stored in whisper.weights:

@@ -1,8 +1,10 @@
-"""A converter that is somebody else's: imported when it is needed, its errors told in one line."""
+"""A converter that is somebody else's: imported when it is needed, its errors told in one line, its chatter not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
@@ -18,17 +20,26 @@ def needed(module: str, target: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         reason = f" ({first_line(error)})" if not isinstance(error, ModuleNotFoundError) else ""
-        raise LorsError(
-            f"--to {target}: needs {module.partition('.')[0]}: pip install 'lors-merging[export]'{reason}"
-        ) from None
+        package = module.partition(".")[0]
+        raise LorsError(f"--to {target}: needs {package}: pip install 'lors-merging[export]'{reason}") from None
 
 
 @contextlib.contextmanager
 def converting(name: str, program: str) -> Iterator[None]:
-    """Turns what a converter raises into a LorsError of one line."""
+    """Around a converter of transformers' models: what it raises is a LorsError of one line that begins with `name`."""
+    bars = import_module("transformers.utils.logging")
+    shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
+    bars.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except LorsError:
         raise
     except Exception as error:  # of several libraries
         raise LorsError(f"{name}: {program} does not convert it: {first_line(error)}") from error
+    finally:
+        logging.disable(disabled)
+        if shown:
+            bars.enable_progress_bar()

@@ -8,12 +8,14 @@ openai-whisper and whisper.cpp read no ids of special tokens: they count them fr
 
 from __future__ import annotations
 
+import hashlib
+
 from ..checkpoints.compatibility import ENGLISH_ONLY, VOCABULARIES
 from ..errors import LorsError
 from ..merging.older_files import Tokenizer, read_tokenizer
 from .model import Whisper
 
-__all__ = ["require_openai_vocabulary", "text_tokens"]
+__all__ = ["has_openai_text", "require_openai_vocabulary", "text_tokens"]
 
 _AFTER_LANGUAGES = ("<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "", "<|notimestamps|>")
 _TIMES = 1501  # 0.00 to 30.00 seconds in steps of 0.02
@@ -47,7 +49,8 @@ def require_openai_vocabulary(whisper: Whisper, program: str) -> Tokenizer | Non
 def text_tokens(whisper: Whisper, tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of every token before <|endoftext|>, by id."""
     end = special_tokens(whisper.dims.n_vocab)["<|endoftext|>"]
-    by_id = {number: token for token, number in tokenizer.vocab.items() if number < end}
+    by_id = {50256: ""} if end > 50256 else {}  # openai's own is empty, and a tokenizer may do without it
+    by_id |= {number: token for token, number in tokenizer.vocab.items() if number < end}
     if missing := [number for number in range(end) if number not in by_id]:
         raise LorsError(
             f"{whisper.name}: expected a token for every id below {end} ({tokenizer.where}), {len(missing)} are missing, "
@@ -61,6 +64,11 @@ def text_tokens(whisper: Whisper, tokenizer: Tokenizer) -> list[bytes]:
         ) from None
 
 
+def has_openai_text(tokens: list[bytes]) -> bool:
+    """Whether these are the text tokens of openai-whisper, which has them in files of its own."""
+    return hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in tokens)).hexdigest() in _TEXTS
+
+
 def _byte_characters() -> dict[str, int]:
     """GPT-2's characters for bytes: those that can be printed stand for themselves, the others for those from 256 on."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -69,3 +77,7 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTES = _byte_characters()
+_TEXTS = {  # SHA-256 of multilingual and English-only text tokens, each after its length in 4 bytes
+    "7a1796f07fce01ae84cc2f83b9a72da17dc652ddc339cb113edcc4c60094f418",
+    "7cff19521369c7f5f5ed77ed7b730e7491800afb47d01d341e12b3ca740d8543",
+}
