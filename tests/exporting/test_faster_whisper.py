@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lors
@@ -19,9 +20,11 @@ faster_whisper = module("faster_whisper", "export")
 def hearing(directory: Path, compute_type: str):  # type: ignore[no-untyped-def]
     model = faster_whisper.WhisperModel(str(directory), device="cpu", compute_type=compute_type, cpu_threads=1)
 
-    def hear(one: Said) -> str:
+    def hear(
+        one: Said,
+    ) -> str:  # 30 seconds: what is shorter faster-whisper fills with zeros of the logarithm, not of the sound
         segments, _ = model.transcribe(
-            one.samples, language=one.language, beam_size=1, best_of=1, temperature=0, without_timestamps=True,
+            np.pad(one.samples, (0, 28 * 16000)), language=one.language, beam_size=1, best_of=1, temperature=0, without_timestamps=True,
             suppress_blank=False, suppress_tokens=[], max_new_tokens=28, condition_on_previous_text=False,
             compression_ratio_threshold=None, log_prob_threshold=None, no_speech_threshold=None,
         )  # fmt: skip
@@ -41,7 +44,7 @@ def heard(whole: Path) -> list[Said]:
     return by_transformers(whole)
 
 
-@pytest.mark.parametrize(("dtype", "tie"), [("float32", 0.02), ("float16", 0.05), ("int8", 0.5)])
+@pytest.mark.parametrize(("dtype", "tie"), [("float32", 0.02), ("float16", 0.05), ("int8", 0.3)])
 def test_faster_whisper_hears_the_words_of_transformers(
     dtype: str, tie: float, whole: Path, heard: list[Said], tmp_path: Path
 ) -> None:
@@ -53,7 +56,7 @@ def test_faster_whisper_hears_the_words_of_transformers(
         "tokenizer.json",
         "vocabulary.json",
     }
-    size = {"float32": 4, "float16": 2, "int8": 1}[dtype] * 7.9e6
+    size = {"float32": 4, "float16": 2, "int8": 1}[dtype] * 7.8e6
     assert size < report.files["model.bin"] < 1.2 * size
     assert_equal(heard, hearing(tmp_path / "out", "int8" if dtype == "int8" else "float32"), tie=tie)
 
