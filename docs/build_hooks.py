@@ -57,4 +57,6 @@ def commands_page() -> str:
 
     command = typer.main.get_command(application(names))
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="lors", title="Commands")
-    return re.sub(r"^\* `--help`.*\n|^\* `-h, --help`.*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\*\*Commands\*\*:\n.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)  # headings say it
+    text = re.sub(r"^(lors .+)$", r"    \1", text, flags=re.MULTILINE)  # examples
+    return re.sub(r"^\* `(-h, )?--help`.*\n", "", text, flags=re.MULTILINE)
