@@ -396,7 +396,8 @@ def predict(rows: dict[str, Any]) -> dict[str, Any]:
     def each(kernel: str) -> float:
         return float(rows[kernel]["per delta"])
 
-    gram = (1 - turned) * each("gram_tensor_kernel float16 rows x5") + turned * each("gram_tensor_kernel float16 columns x5")
+    rows_of, columns_of = (each(f"gram_tensor_kernel float16 {side} x5") for side in ("rows", "columns"))
+    gram = (1 - turned) * rows_of + turned * columns_of
     # bytes, warp instructions
     # of other numbers than float16 nothing but the account stands behind LORS_RARELY, and it is the same for all
     account = float(rows["gram_tensor_kernel bfloat16 rows x5"]["account per delta"])

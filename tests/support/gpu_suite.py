@@ -168,8 +168,9 @@ def test_gram_apply_where_a_block_lacks_room_for_tensor_cores(inner: int, monkey
         found = kernels.gram_apply(None, matrix, x, side=side, backend="cuda")
         assert (found.double() - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
         assert not torch.equal(found, expected), "other kernels"
+    half = torch.ones(16, 1280, device=DEVICE).half()
     with pytest.raises(RuntimeError, match="a block has too little shared memory"):
-        kernels.gram_apply(None, torch.ones(16, 1280, device=DEVICE).half(), torch.ones(1280, 1, device=DEVICE), backend="cuda")
+        kernels.gram_apply(None, half, torch.ones(1280, 1, device=DEVICE), backend="cuda")
 
 
 def largest() -> tuple[torch.Tensor, torch.Tensor]:
