@@ -108,12 +108,16 @@ class Run:
     def gram_apply(self) -> None:
         for left in (False, True):
             outer, inner = (self.n, self.m) if left else (self.m, self.n)
-            plan = self.cuda.plan_gram(self.pairs, outer, inner, self.item, self.fast, 4)
+            plan = self.cuda.plan_gram(self.pairs, outer, inner, self.item, self.fast, 4, self.cuda.shared_memory(0))
             x = self.random.standard_normal((self.pairs, inner, 9)).astype(np.float32)
             y = self.memory.room((self.pairs, outer, 9), np.float32)
             partial = self.memory.room((self.pairs, plan[1], inner, 9), np.float32)
-            self.cuda.gram_apply(self.launch, self.group, left, plan, self.memory.put(x), 9, y, partial)
+            account = self.memory.room((self.pairs, plan[1], 2), np.float32)
+            self.cuda.gram_apply(self.launch, self.group, left, plan, self.memory.put(x), 9, y, partial, account)
             found = self.memory.get(partial, (self.pairs, plan[1], inner, 9), np.float32).sum(1)
+            if plan[4]:
+                sums = self.memory.get(account, (self.pairs, plan[1], 2), np.float32)
+                close(sums[:, :, 0].sum(1), np.square(self.deltas).sum((1, 2)))
             a = self.deltas.transpose(0, 2, 1) if left else self.deltas
             close(found, a.transpose(0, 2, 1) @ (a @ x))
 

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("arches") = LORS_CUDA_ARCHS;
     module.attr("runtime") = CUDART_VERSION;
     module.def("device_count", device_count);
+    module.def("shared_memory", lors::shared_memory);
     module.def("plan_gram", plan_gram);
     module.def("tie_chunks", lors::tie_chunks);
     module.def("merge_tiles", lors::merge_tiles);

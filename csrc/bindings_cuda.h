@@ -21,7 +21,7 @@ using LaunchTuple = std::tuple<int, uintptr_t>;
 // (table, base dtype, tuned dtype, aligned, matrices, experts, m, n)
 using GroupTuple = std::tuple<uintptr_t, int, int, bool, int64_t, int64_t, int64_t, int64_t>;
 // (rows, chunks, per thread, shared bytes)
-using PlanTuple = std::tuple<int64_t, int64_t, int, int64_t>;
+using PlanTuple = std::tuple<int64_t, int64_t, int, int64_t, bool>;
 // (left, right transposed, rank)
 using FactorsTuple = std::tuple<uintptr_t, uintptr_t, int64_t>;
 
@@ -39,16 +39,17 @@ inline Group group(const GroupTuple& t) {
     return {at<const int64_t>(table), base, tuned, aligned, matrices, experts, m, n};
 }
 
-inline PlanTuple plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors) {
-    const GramPlan p = lors::plan_gram(pairs, outer, inner, item_size, vectors, processors);
-    return {p.rows, p.chunks, p.per_thread, p.shared};
+inline PlanTuple plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors,
+                           int64_t room) {
+    const GramPlan p = lors::plan_gram(pairs, outer, inner, item_size, vectors, processors, room);
+    return {p.rows, p.chunks, p.per_thread, p.shared, p.tensor};
 }
 
 inline void gram_apply(const LaunchTuple& l, const GroupTuple& g, bool transposed, const PlanTuple& plan, uintptr_t x,
-                       int64_t b, uintptr_t y, uintptr_t partial) {
-    const auto& [rows, chunks, per_thread, shared] = plan;
-    lors::gram_apply(launch(l), group(g), transposed, {rows, chunks, per_thread, shared}, at<const float>(x), b,
-                     at<float>(y), at<float>(partial));
+                       int64_t b, uintptr_t y, uintptr_t partial, uintptr_t account) {
+    const auto& [rows, chunks, per_thread, shared, tensor] = plan;
+    lors::gram_apply(launch(l), group(g), transposed, {rows, chunks, per_thread, shared, tensor}, at<const float>(x), b,
+                     at<float>(y), at<float>(partial), at<float>(account));
 }
 
 // (k, pieces, capacity, bracket, found, candidates, settled, key, wanted, equal, non_finite)

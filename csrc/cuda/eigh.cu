@@ -317,7 +317,7 @@ int64_t dynamic_shared(int64_t n) {
 
 int eigh_max_size(int device) {
     int n = kMaxSize;
-    while (n > 0 && dynamic_shared(n) + static_cast<int64_t>(sizeof(Scratch)) > shared_memory(device)) --n;
+    while (n > 0 && dynamic_shared(n) + static_cast<int64_t>(sizeof(Scratch)) > shared_memory_of(device)) --n;
     return n;
 }
 

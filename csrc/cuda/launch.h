@@ -95,7 +95,7 @@ void with_kind(Kind kind, const F& f) {
 }
 
 // Bytes of shared memory that a block of the device may ask for.
-inline int64_t shared_memory(int device) {
+inline int64_t shared_memory_of(int device) {
     int bytes = 0;
     const Group none{nullptr, 0, 0, false, 0, 0, 0, 0};
     check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory", none);

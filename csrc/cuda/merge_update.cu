@@ -1,6 +1,7 @@
 // out_i += sum_t weight_it * (L_it + kept residual). A thread holds its entries of base and of the sum in registers
 // while it goes through the experts, so base and every tuned are read once and out is written once.
 #include <cmath>
+#include <limits>
 
 #include "strip.cuh"
 
@@ -8,118 +9,195 @@ namespace lors {
 namespace {
 
 constexpr int kMeasureRows = 16;  // of a thread of measure_kernel, kStripRows at a time
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kExperts = 8;  // whose sums a block holds at a time, one of each thread
 
-// Which entries stay: those above the threshold's value, or above the number below it where equal ones stay as well.
-struct Choice {
-    float value, below;
+// What all threads of a block ask of an expert. An entry stays where it is above `value`, or above `below`, the number
+// below it, where equal ones stay as well: before `cut`.
+struct Expert {
+    PairView view;
+    const float *left, *right_t;
+    int64_t cut;
+    float value, below, weight;
+    unsigned row, col;  // where the block's tile begins: read anew, and so is what follows from it, in few registers
 
-    __device__ __forceinline__ explicit Choice(float given) {
-        const uint32_t key = magnitude_key(given) < kNonFiniteKey ? magnitude_key(given) : kNonFiniteKey;
+    __device__ __forceinline__ void set(const GroupArgs& g, int64_t left_size, int64_t right_size, int64_t p,
+                                        const float* given, const int64_t* cuts, const float* weights) {
+        view = pair_view(g.table, p, g.pairs);
+        left = g.left + p * left_size, right_t = g.right_t + p * right_size;
+        cut = cuts[p], weight = weights[p];
+        const uint32_t key = magnitude_key(given[p]) < kNonFiniteKey ? magnitude_key(given[p]) : kNonFiniteKey;
         value = key_to_magnitude(key);
         below = key ? key_to_magnitude(key - 1) : -1.0f;
     }
 };
 
-// A bit for each entry of a lane's strip that lies before `last` in row-major order; the first one has this index.
-__device__ __forceinline__ unsigned strip_before(int64_t index, int64_t n, int64_t last) {
-    unsigned bits = 0;
-#pragma unroll 1
-    for (int i = 0; i < kStripRows * kVector; ++i) {
-        if (index + i / kVector * n + i % kVector < last) bits |= 1u << i;
+// The same, but what follows from it is found here, and not ahead and kept: registers are what there is least of.
+__device__ __forceinline__ unsigned anew(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Where a strip lies. Lanes beside the matrix, with count 0, do what the others do at its first column, unseen.
+struct StripPlace {
+    unsigned row, col;  // without a sign: half of the instructions of every address
+    int count, rows;    // rows: of the warp
+
+    // across: tiles beside one another
+    __device__ __forceinline__ StripPlace(unsigned tile, unsigned across, unsigned thread, const GroupArgs& g) {
+        row = (tile / across * kTileWarps + thread / 32) * kStripRows;
+        col = tile % across * kTileCols + thread % 32 * kVector;
+        const int64_t below = g.m - row, beside = g.n - col;
+        rows = below < 0 ? 0 : below < kStripRows ? static_cast<int>(below) : kStripRows;
+        count = beside < 0 ? 0 : beside < kVector ? static_cast<int>(beside) : kVector;
+        if (count == 0) col = 0;
     }
-    return bits;
+};
+
+// The next row in the place of each, and the first in that of the last.
+__device__ __forceinline__ void move_up(float (&rows)[kStripRows][kVector]) {
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+        const float first = rows[0][e];
+#pragma unroll
+        for (int r = 1; r < kStripRows; ++r) rows[r - 1][e] = rows[r][e];
+        rows[kStripRows - 1][e] = first;
+    }
 }
 
 template <Kind K>
 __global__ void __launch_bounds__(kTileThreads,
-                                  K == Kind::kFloat32 ? 1 : 2)  // raw float32 needs more than 128 registers
-    merge_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, const float* value,
-                 const int64_t* cut, const float* weight, float* energy, int32_t* counts) {
-    LORS_SHARED(float, sums, [kSumsSize]);
+                                  K == Kind::kFloat32 || K == Kind::kAny ? 1 : 2)  // these need more than 128 registers
+    merge_kernel(GroupArgs g, int64_t left_size, int64_t right_size, const int64_t* out_table, int out_dtype,
+                 unsigned tiles, unsigned across, const float* value, const int64_t* cut, const float* weight,
+                 float* energy, int32_t* counts) {
+    LORS_SHARED(Expert, experts, [kExperts]);
+    LORS_SHARED(float4, sums, [kExperts * kTileThreads]);
+    LORS_SHARED(int, wrong, [kExperts]);  // entries that are not finite
     LORS_SHARED(__align__(16) float, stages, [kTileWarps * kStageSize]);
-    const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-    const Place at = place_of<kStripRows>(tile, g.n);
-    float* stage = stages + threadIdx.x / 32 * kStageSize;
-    void* out = reinterpret_cast<void*>(out_table[i]);
-    const int64_t out_stride = out_table[g.matrices + i];
-    const int there =
-        at.count > 0 && at.row < g.m ? static_cast<int>(g.m - at.row < kStripRows ? g.m - at.row : kStripRows) : 0;
-    float total[kStripRows][kVector] = {};
+    const unsigned thread = threadIdx.x;
+    const auto each_out = [&](const auto& f) {
+        const unsigned block = anew(blockIdx.x), i = block / tiles;
+        const StripPlace at(block % tiles, across, anew(threadIdx.x), g);
+        void* out = reinterpret_cast<void*>(out_table[i]);
+        const int64_t stride = out_table[g.matrices + i];
 #pragma unroll
-    for (int r = 0; r < kStripRows; ++r) {
-        if (r >= there) continue;
-        load8<K>(out, out_dtype, (at.row + r) * out_stride + at.col, at.count, total[r]);
-    }
-    for (int64_t begun = 0; begun < g.experts; begun += kSlots) {
-        const int slots = static_cast<int>(g.experts - begun < kSlots ? g.experts - begun : kSlots);
+        for (int r = 0; r < kStripRows; ++r) {
+            if (r < at.rows && at.count > 0) f(out, (int64_t{at.row} + r) * stride + at.col, at.count, r);
+        }
+    };
+    float total[kStripRows][kVector] = {};
+    each_out([&](void* out, int64_t at, int count, int r) { load8<K>(out, out_dtype, at, count, total[r]); });
+    const StripPlace at(blockIdx.x % tiles, across, thread, g);
+    const int count = at.count, rows = at.rows;
+    const int all = static_cast<int>(g.experts);
+    for (int begun = 0; begun < all; begun += kExperts) {
+        const int slots = all - begun < kExperts ? all - begun : kExperts;
         if (begun) __syncthreads();  // the slots are written again
+        if (const int own = static_cast<int>(anew(thread)); own < slots) {
+            const int64_t p = anew(blockIdx.x) / tiles * g.experts + begun + own;
+            experts[own].set(g, left_size, right_size, p, value, cut, weight);
+            const StripPlace first(anew(blockIdx.x) % tiles, across, 0, g);
+            experts[own].row = first.row, experts[own].col = first.col;
+            wrong[own] = 0;
+        }
+        __syncthreads();
 #pragma unroll 1
         for (int slot = 0; slot < slots; ++slot) {
-            const int64_t p = i * g.experts + begun + slot;
-            const PairView view = pair_view(g.table, p, g.pairs);
-            const Choice choice(value[p]);
-            const int64_t last = cut[p], index = at.row * g.n + at.col;
-            const float w = weight[p];
-            float low[kStripRows][kVector],
-                v[kSums] = {};  // v: energies of delta, residual, what is kept; how many are
-            int bad = 0;
-            strip_low<K>(g.left + p * g.m * g.rank, g.right_t + p * g.rank * g.n, static_cast<int>(g.rank), g.n, at.row,
-                         g.m, at.col, at.count, stage, low);
-            const auto take = [&](const auto& bound) {
-                StripDelta<K> delta(g, view, at.row, at.col, at.count);
+            const Expert& expert = experts[slot];
+            const unsigned own = anew(thread), row = expert.row + own / 32 * kStripRows,
+                           col = count > 0 ? expert.col + own % 32 * kVector : 0;
+            float low[kStripRows][kVector], v[4] = {};  // v: energies of delta, residual, what is kept; how many are
+            strip_low<K>(global(expert.left), global(expert.right_t), static_cast<int>(g.rank), g.n, row, g.m, col,
+                         K == Kind::kAny ? count : kVector, stages + own / 32 * kStageSize, low);
+            const auto add = [&](const float* d, const float* l, float* sum, const auto& bound) {
 #pragma unroll
-                for (int r = 0; r < kStripRows; ++r) {
-                    float d[kVector];
-                    delta.next(r < there, d);  // base, for every expert, from L1
-#pragma unroll
-                    for (int e = 0; e < kVector; ++e) {
-                        const float residual = __fsub_rn(d[e], low[r][e]);
-                        float keep = exceeds(residual, bound(r, e));
-                        if constexpr (K == Kind::kAny) keep = e < at.count && r < there ? keep : 0.0f;
-                        const float s = keep != 0.0f ? residual : 0.0f;
-                        total[r][e] = __fmaf_rn(w, __fadd_rn(low[r][e], s), total[r][e]);
-                        v[0] += d[e] * d[e];
-                        v[1] += residual * residual;
-                        v[2] += s * s;
-                        v[3] += keep;
-                    }
+                for (int e = 0; e < kVector; ++e) {
+                    const float residual = __fsub_rn(d[e], l[e]);
+                    const float keep = exceeds(residual, bound(e)), s = __fmul_rn(keep, residual);
+                    sum[e] = __fmaf_rn(expert.weight, __fadd_rn(l[e], s), sum[e]);
+                    v[0] += d[e] * d[e];
+                    v[1] += residual * residual;
+                    v[2] += s * s;
+                    v[3] += keep;
                 }
             };
-            const float bound = index < last ? choice.below : choice.value;
-            if (LORS_RARELY(index < last && last < index + (kStripRows - 1) * g.n + kVector)) {
-                // the last tie that stays is among these rows
-                const unsigned ties = strip_before(index, g.n, last);
-                take([&](int r, int e) { return ties >> (r * kVector + e) & 1 ? choice.below : choice.value; });
-            } else {
-                take([&](int, int) { return bound; });
-                // zeros in the place of rows that are not there, where even those are above the bound
-                if (K != Kind::kAny && bound < 0) v[3] -= static_cast<float>((kStripRows - there) * kVector);
-            }
-            if (there == 0) v[1] = v[2] = v[3] = 0;
-            if (LORS_RARELY(!(v[0] <= kLargest))) bad = count_non_finite<K>(g, view, at.row, there, at.col, at.count);
-            leave_sums(v, static_cast<unsigned>(bad), 0, slot, sums);
-        }
-        const auto place = [&](int slot) { return (i * g.experts + begun + slot) * tiles + tile; };
-        collect_sums(
-            slots, sums,
-            [&](int slot, int which, float all) {
-                if (which < 3) energy[place(slot) * 3 + which] = all;
-                if (which == 3) counts[place(slot) * 2] = static_cast<int32_t>(all);
-            },
-            [&](int slot, int32_t wrong, int32_t) { counts[place(slot) * 2 + 1] = wrong; });
-    }
+            const PairView& view = expert.view;
+            const int64_t index = row * g.n + col;
+            const bool divided = index < expert.cut && expert.cut < index + (kStripRows - 1) * g.n + kVector;
+            const bool odd = K == Kind::kAny || rows < kStripRows || __any_sync(~0u, divided);  // of the whole warp
+            if (LORS_RARELY(odd)) {
+                // not all rows are there, or the last tie that stays is among them: a row at a time, and all move up
+#pragma unroll 1
+                for (int r = 0; r < kStripRows; ++r) {
+                    float b[kVector], d[kVector] = {};
+                    if (r < rows) {
+                        base8<K>(view, g.base_dtype, row + r, col, count, b);
+                        delta8<K>(view, g.tuned_dtype, row + r, col, count, b, d);
+                    }
+                    const int64_t ties = expert.cut - (index + r * g.n);  // entries before the cut
+                    add(d, low[0], total[0], [&](int e) {
+                        if (r >= rows || e >= count) return kInfinity;  // zeros are not above it
+                        return e < ties ? expert.below : expert.value;
+                    });
+                    move_up(low), move_up(total);
+                }
+            } else if constexpr (K != Kind::kAny) {
+                const float bound = index < expert.cut ? expert.below : expert.value;
+                constexpr int kItem = Raw<K>::kItem;
+                uintptr_t base_at = reinterpret_cast<uintptr_t>(view.base) + (row * view.base_stride + col) * kItem,
+                          tuned_at = reinterpret_cast<uintptr_t>(view.tuned) + (row * view.tuned_stride + col) * kItem;
+                const int64_t base_step = view.base_stride * kItem, tuned_step = view.tuned_stride * kItem;
+                const bool has_base = view.base != nullptr;  // which comes from L1, for every expert
 #pragma unroll
-    for (int r = 0; r < kStripRows; ++r) {
-        if (r < there) store8<K>(out, out_dtype, (at.row + r) * out_stride + at.col, at.count, total[r]);
+                for (int first = 0; first < kStripRows; first += 2) {
+                    const Raw<K> base[2] = {{base_at, has_base}, {base_at + base_step, has_base}},
+                                 tuned[2] = {{tuned_at, true}, {tuned_at + tuned_step, true}};
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        float b[kVector], d[kVector];
+                        base[r].widen(b), tuned[r].widen(d);
+#pragma unroll
+                        for (int e = 0; e < kVector; ++e) d[e] = __fsub_rn(d[e], b[e]);
+                        add(d, low[first + r], total[first + r], [&](int) { return bound; });
+                    }
+                    base_at += 2 * base_step, tuned_at += 2 * tuned_step;
+                    __syncwarp();  // two rows at a time: four, loaded at once, need more registers than there are
+                }
+            }
+            if (count == 0) v[0] = v[1] = v[2] = v[3] = 0;
+            sums[slot * kTileThreads + own] = make_float4(v[0], v[1], v[2], v[3]);
+            if (LORS_RARELY(!(v[0] <= kLargest))) {
+                const int bad = count_non_finite<K>(g, view, row, rows, col, count);
+                if (bad) atomicAdd(&wrong[slot], bad);
+            }
+        }
+        __syncthreads();
+        const unsigned block = anew(blockIdx.x), lane = anew(thread) % 32;
+        const int warp = static_cast<int>(anew(thread) / 32);
+        if (warp < slots) {  // a warp per expert
+            float v[4] = {};
+#pragma unroll
+            for (int j = 0; j < kTileThreads / 32; ++j) {
+                const float4 found = sums[warp * kTileThreads + j * 32 + lane];
+                v[0] += found.x, v[1] += found.y, v[2] += found.z, v[3] += found.w;
+            }
+            const float sum = warp_sums(v);
+            const int64_t place = (block / tiles * g.experts + begun + warp) * tiles + block % tiles;
+            if (lane < 3) energy[place * 3 + lane] = sum;
+            if (lane == 3) counts[place * 2] = static_cast<int32_t>(sum);
+            if (lane == 4) counts[place * 2 + 1] = wrong[warp];
+        }
     }
+    each_out([&](void* out, int64_t at, int count, int r) { store8<K>(out, out_dtype, at, count, total[r]); });
 }
 
 template <Kind K>
 __global__ void __launch_bounds__(kTileThreads)
-    measure_kernel(GroupArgs g, int64_t tiles, float* energy, int32_t* counts) {
+    measure_kernel(GroupArgs g, unsigned tiles, float* energy, int32_t* counts) {
     LORS_SHARED(float, sums, [kSumsSize]);
     LORS_SHARED(uint32_t, tops, [kTileWarps]);
-    const int64_t p = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const unsigned p = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of<kMeasureRows>(tile, g.n);
     const PairView view = pair_view(g.table, p, g.pairs);
     float v[kSums] = {}, top = 0;
@@ -148,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads)
     }
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = largest;
     leave_sums(v, static_cast<unsigned>(bad), 0, 0, sums);
-    const int64_t place = p * tiles + tile;
+    const int64_t place = blockIdx.x;
     collect_sums(
         1, sums,
         [&](int, int which, float all) {
@@ -177,10 +255,12 @@ void merge_update(const Launch& launch, const Group& group, const int64_t* out_t
     const GroupArgs g = arguments(group, left, right_t, rank);
     const int64_t tiles = merge_tiles(group.m, group.n);
     const unsigned grid = blocks(group.matrices * tiles, "merge_update", group);
+    const unsigned across = static_cast<unsigned>(ceil_div(group.n, kTileCols));
     const Kind kind = out_aligned && out_dtype == group.tuned_dtype ? kind_of(group) : Kind::kAny;
     with_kind(kind, [&](auto tag) {
-        start(launch, "merge_update", group, grid, kTileThreads, 0, merge_kernel<decltype(tag)::kind>, g, out_table,
-              out_dtype, tiles, value, cut, weight, energy, counts);
+        start(launch, "merge_update", group, grid, kTileThreads, 0, merge_kernel<decltype(tag)::kind>, g, g.m * g.rank,
+              g.rank * g.n, out_table, out_dtype, static_cast<unsigned>(tiles), across, value, cut, weight, energy,
+              counts);
     });
 }
 
@@ -190,8 +270,8 @@ void measure(const Launch& launch, const Group& group, float* energy, int32_t* c
     const int64_t tiles = measure_tiles(group.m, group.n);
     const unsigned grid = blocks(group.pairs() * tiles, "measure", group);
     with_kind(kind_of(group), [&](auto tag) {
-        start(launch, "measure", group, grid, kTileThreads, 0, measure_kernel<decltype(tag)::kind>, g, tiles, energy,
-              counts);
+        start(launch, "measure", group, grid, kTileThreads, 0, measure_kernel<decltype(tag)::kind>, g,
+              static_cast<unsigned>(tiles), energy, counts);
     });
 }
 

@@ -38,15 +38,21 @@ struct GramPlan {
     int64_t chunks;  // blocks per pair
     int per_thread;  // inner indices per thread; 0: the inner side is too long for registers, plain kernels run
     int64_t shared;  // bytes of dynamic shared memory
+    bool tensor;     // on tensor cores
 };
-GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors);
+// room: bytes of shared memory that a block may have
+GramPlan plan_gram(int64_t pairs, int64_t outer, int64_t inner, int item_size, bool vectors, int processors,
+                   int64_t room);
+int64_t shared_memory(int device);  // what it is on this one
 
 // A = delta [outer, inner], or its transpose: partial[p, chunk] = A[chunk].T @ (A[chunk] @ x[p]), to be summed over
 // chunks.
 //   x [P, inner, b]   y [P, outer, b] = A @ x (may be null unless the plan has per_thread 0)
 //   partial [P, chunks, inner, b]
+//   account [P, chunks, 2] or null, written where the plan has tensor cores: sum of squares of the deltas, not finite
+//   where one of them is not; and their largest magnitude, to the bits of float16
 void gram_apply(const Launch& launch, const Group& group, bool transposed, const GramPlan& plan, const float* x,
-                int64_t b, float* y, float* partial);
+                int64_t b, float* y, float* partial, float* account);
 
 // The search for a threshold: what the kernels hand to one another, an entry per pair.
 struct ThresholdSearch {

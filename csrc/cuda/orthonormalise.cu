@@ -247,7 +247,7 @@ void launch_panels(const Launch& launch, const char* name, int64_t pairs, const 
 
 int orthonormalise_max_rows(int device) {
     const int64_t fixed = static_cast<int64_t>(sizeof(Triangles) + kThreads * W * sizeof(float));
-    const int64_t rows = (shared_memory(device) - fixed) / dynamic_shared(1);
+    const int64_t rows = (shared_memory_of(device) - fixed) / dynamic_shared(1);
     return static_cast<int>(rows < 0 ? 0 : rows < kMaxRows ? rows : kMaxRows);
 }
 

@@ -36,6 +36,11 @@ __device__ __forceinline__ float exceeds(float value, float bound) {
     return result;
 }
 
+// A pointer that is read from where the compiler does not see that it is one into global memory.
+__device__ __forceinline__ const float* global(const float* at) {
+    return static_cast<const float*>(__cvta_global_to_generic(__cvta_generic_to_global(at)));
+}
+
 // Counters in shared memory, addressed there and not through generic pointers: nothing is converted per count, and
 // nothing is returned.
 struct SharedCounters {

@@ -30,6 +30,12 @@ __device__ __forceinline__ uint32_t add_halves(uint32_t a, uint32_t b) {
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
     return result;
 }
+// Two magnitudes, each the larger one.
+__device__ __forceinline__ uint32_t larger_halves(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("{\n\t.reg .b32 size;\n\tabs.f16x2 size, %2;\n\tmax.f16x2 %0, %1, size;\n\t}" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
 __device__ __forceinline__ uint32_t subtract_halves(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

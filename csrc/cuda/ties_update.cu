@@ -19,10 +19,10 @@ __device__ __forceinline__ bool selects(uint32_t key, float value, int64_t index
 
 template <Kind K>
 __global__ void __launch_bounds__(kTileThreads)
-    ties_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, int64_t tiles, TiesRules rules, TiesSum sum,
+    ties_kernel(GroupArgs g, const int64_t* out_table, int out_dtype, unsigned tiles, TiesRules rules, TiesSum sum,
                 float* energy, int32_t* counts) {
     LORS_SHARED(float, shared_sums, [kSumsSize]);
-    const int64_t i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+    const unsigned i = blockIdx.x / tiles, tile = blockIdx.x % tiles;
     const Place at = place_of<1>(tile, g.n);
     const bool there = at.row < g.m && at.count > 0;
     const int64_t first = sum.start + at.row * g.n + at.col;
@@ -113,7 +113,7 @@ void ties_update(const Launch& launch, const Group& group, const int64_t* out_ta
     const bool fits = !out_table || (out_aligned && out_dtype == group.tuned_dtype);
     with_kind(fits ? kind_of(group) : Kind::kAny, [&](auto tag) {
         start(launch, "ties_update", group, grid, kTileThreads, 0, ties_kernel<decltype(tag)::kind>, g, out_table,
-              out_dtype, tiles, rules, sum, energy, counts);
+              out_dtype, static_cast<unsigned>(tiles), rules, sum, energy, counts);
     });
 }
 

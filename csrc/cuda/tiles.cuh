@@ -90,14 +90,15 @@ struct Place {
     int count;  // columns of this thread that exist, at most 8
 };
 
-// 256 columns by 8 rows of threads, each with R rows.
+// 256 columns by 8 rows of threads, each with R rows. Tiles are counted by blocks, in 31 bits: a division in 64 bits is
+// a call.
 template <int R>
-__device__ __forceinline__ Place place_of(int64_t tile, int64_t n) {
+__device__ __forceinline__ Place place_of(unsigned tile, int64_t n) {
     constexpr int kAcross = kTileCols / kVector;
-    const int64_t across = (n + kTileCols - 1) / kTileCols;
-    const int64_t col = tile % across * kTileCols + threadIdx.x % kAcross * kVector;
+    const unsigned across = static_cast<unsigned>((n + kTileCols - 1) / kTileCols);
+    const int64_t col = int64_t{tile % across} * kTileCols + threadIdx.x % kAcross * kVector;
     const int64_t left = n - col;
-    const int64_t row = (tile / across * kTileRows + threadIdx.x / kAcross) * R;
+    const int64_t row = (int64_t{tile / across} * kTileRows + threadIdx.x / kAcross) * R;
     return {row, col, static_cast<int>(left < 0 ? 0 : left < kVector ? left : kVector)};
 }
 

@@ -104,18 +104,36 @@ class Grouped:
     width = 8  # fused multiply-adds, not tensor cores: a wider block would cost in proportion
 
     def gram_apply(self, group: MatrixGroup, x: Any, *, side: str, product: bool = False) -> tuple[Any, Any]:
+        return self._apply(group, x, side, product)[:2]
+
+    def first_pass(self, group: MatrixGroup, x: Any, *, side: str) -> tuple[Any, Any, Any, Any]:
+        """z, and as of `measure` energy, whether anything is not finite, and the largest magnitude to float16's bits: by the
+        same launch where the plan has tensor cores."""
+        import torch
+
+        z, _, account = self._apply(group, x, side, accounts=True)
+        if account is None:
+            return z, *self.measure(group)
+        energy = account[:, :, 0].double().sum(1)
+        return z, energy, ~torch.isfinite(energy), account[:, :, 1].amax(1)
+
+    def _apply(
+        self, group: MatrixGroup, x: Any, side: str, product: bool = False, accounts: bool = False
+    ) -> tuple[Any, Any, Any]:
         pairs, inner, b = x.shape
         outer = group.m if side == "right" else group.n
-        size = ITEM_SIZE[group.dtypes[1]]
-        plan = cuda_module.library().plan_gram(pairs, outer, inner, size, is_fast(group), _processors(group.device))
-        _, chunks, per_thread, _ = plan
+        size, fast, library = ITEM_SIZE[group.dtypes[1]], is_fast(group), cuda_module.library()
+        room = library.shared_memory(_launch(group)[0]) if fast else 0
+        plan = library.plan_gram(pairs, outer, inner, size, fast, _processors(group.device), room)
+        _, chunks, per_thread, _, tensor = plan
         y = x.new_empty((pairs, outer, b)) if product or per_thread == 0 else None
         partial = x.new_empty((pairs, chunks, inner, b))
-        cuda_module.library().gram_apply(
+        account = x.new_empty((pairs, chunks, 2)) if accounts and tensor else None
+        library.gram_apply(
             _launch(group), _group(group), side == "left", plan, x.data_ptr(), b,
-            0 if y is None else y.data_ptr(), partial.data_ptr(),
+            0 if y is None else y.data_ptr(), partial.data_ptr(), 0 if account is None else account.data_ptr(),
         )  # fmt: skip
-        return (partial[:, 0] if chunks == 1 else partial.sum(1)), (y if product else None)
+        return (partial[:, 0] if chunks == 1 else partial.sum(1)), (y if product else None), account
 
     def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
         import torch

@@ -29,6 +29,10 @@ class Loop:
                 y.append((delta if side == "right" else delta.T) @ x_p)
         return torch.stack(z), torch.stack(y) if product else None
 
+    def first_pass(self, group: MatrixGroup, x: Any, *, side: str) -> tuple[Any, Any, Any, Any]:
+        """z of `gram_apply`, and what `measure` says."""
+        return self.gram_apply(group, x, side=side)[0], *self.measure(group)
+
     def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
         """Per pair: the sum of delta^2 (float64), its NaN and infinite entries, its largest finite magnitude."""
         import torch

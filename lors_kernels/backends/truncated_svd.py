@@ -8,8 +8,8 @@ orthogonalisation coefficients, and its leading eigenpairs (theta, s) give v = Q
 When a pair's own numbers promise the bound, its vectors are measured: one pass more, which forms A v. Where rounding mixes
 the pairs at the cut, some beyond it are measured too, after a Rayleigh-Ritz step in float64. Where that does not do the
 iteration is repeated in float64, and where more copies of a value may be there than the block is wide, or the space is too
-small for Krylov to pay, a dense solver runs. Inside an iteration the host never waits for the device: it does at the
-measurement before, at each look at the spectra, and at each measurement.
+small for Krylov to pay, a dense solver runs. Inside an iteration the host never waits for the device: it does behind the
+first pass, for the magnitudes of delta, at each look at the spectra, and at each measurement.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class Krylov:
         self.basis = energy.new_empty((count, n, room + width), dtype=dtype)
         self.t = energy.new_zeros((count, room, room))
         self.below = energy.new_zeros((count, width, width))
+        self.image: Tensor | None = None  # G times the newest block, where that is known already
 
     @property
     def full(self) -> bool:
@@ -151,13 +152,16 @@ class Krylov:
         level = NOISE[str(block.dtype)]
         self.basis[:, :, : self.width] = orthonormalise(block, None, scale, self.noise(), level)[0]
 
+    def newest(self) -> Tensor:
+        return self.basis[:, :, self.size : self.size + self.width].contiguous()
+
     def expand(self, apply: Apply) -> None:
         """One pass: projects G times the newest block, and leaves the next block, orthonormal, behind the basis."""
 
-        w, old = self.width, self.size
         self.reserve()
-        image = apply(self.basis[:, :, old : old + w].contiguous())[0]
-        self.size = s = old + w
+        image = apply(self.newest())[0] if self.image is None else self.image
+        self.image = None
+        self.size = s = self.size + self.width
         fused = cuda_module.takes_orthonormalise(image, self.basis)
         step = cuda_module.expand if fused else expand
         self.below = step(image, self.basis, s, self.t, self.noise(), NOISE[str(image.dtype)])
@@ -187,6 +191,8 @@ class Krylov:
         self.basis, self.t, self.below, self.energy = (
             x.index_select(0, chosen) for x in (self.basis, self.t, self.below, self.energy)
         )
+        if self.image is not None:
+            self.image = self.image.index_select(0, chosen)
 
 
 def krylov_limit(n: int, rank: int) -> int:
@@ -278,16 +284,24 @@ class _Driver:
     def run(self) -> GroupSVD:
         import torch
 
-        self.energy, bad, top = self.ops.measure(self.group)
-        bads, tops = torch.stack([bad.double(), top.double()]).tolist()
-        if any(bads):
-            raise NonFiniteError(int(sum(bads)))
-        everyone = range(self.group.pairs)
+        krylov = None
+        if krylov_pays(self.n, self.rank, self.ops.width):
+            nothing = self.left.new_zeros(self.group.pairs, dtype=torch.float64)
+            krylov = Krylov(len(nothing), self.n, self.rank, self.ops.width, nothing, torch.float32, self.seed)
+            krylov.begin()
+            krylov.image, *account = self.ops.first_pass(self.group, krylov.newest(), side=self.side)
+        else:
+            account = self.ops.measure(self.group)
+        tops = self.measured(*account)
+        everyone = list(range(self.group.pairs))
         plain = [p for p in everyone if MAGNITUDES[0] <= tops[p] <= MAGNITUDES[1] or tops[p] == 0]
         again = [p for p in everyone if p not in set(plain)]
         unsettled = plain
-        if plain and krylov_pays(self.n, self.rank, self.ops.width):
-            rounded, unsettled = self.single(plain)
+        if plain and krylov is not None:
+            krylov.energy = self.energy
+            if again:
+                krylov.keep(_index(plain, self.energy.device))
+            rounded, unsettled = self.single(krylov, plain)
             again += rounded
         self.double(sorted(again), tops, iterate=True)
         self.double(unsettled, tops, iterate=False)
@@ -306,14 +320,22 @@ class _Driver:
             self.unique,
         )
 
-    def single(self, pairs: list[int]) -> tuple[list[int], list[int]]:
-        """Float32 iteration; returns the pairs that rounding kept from the bound, and those that more passes would not
-        settle."""
+    def measured(self, energy: Tensor, bad: Tensor, top: Tensor) -> list[float]:
+        """Keeps the energies and returns the largest magnitudes; raises for what is not finite."""
         import torch
 
-        energy = self._pick(self.energy, pairs)
-        krylov = Krylov(len(pairs), self.n, self.rank, self.ops.width, energy, torch.float32, self.seed)
-        krylov.begin()
+        self.energy = energy
+        bads, tops = torch.stack([bad.double(), top.double()]).tolist()
+        if any(bads):  # a first pass does not say how many, and its sums may have overflowed
+            self.energy, bad, top = self.ops.measure(self.group)
+            bads, tops = torch.stack([bad.double(), top.double()]).tolist()
+            if any(bads):
+                raise NonFiniteError(int(sum(bads)))
+        return tops  # type: ignore[no-any-return]
+
+    def single(self, krylov: Krylov, pairs: list[int]) -> tuple[list[int], list[int]]:
+        """Float32 iteration; returns the pairs that rounding kept from the bound, and those that more passes would not
+        settle."""
 
         def apply_to(chosen: list[int]) -> Apply:
             part = self.group if chosen == list(range(self.group.pairs)) else self.group.take(chosen)

@@ -64,20 +64,42 @@ def test_rehearsal_of_every_stage(tmp_path: Path) -> None:
     assert {"full SVD, as released", "torch.linalg.svd of a batch", "prune, topk mask"} <= rivals
 
 
-@pytest.mark.timeout(600)
-def test_rehearsal_on_emulated_kernels(tmp_path: Path, emulated: Path) -> None:  # noqa: F811
-    variables = {**cuda_emulation.environment(), "LORS_TEST_CUDA_EMULATION": str(emulated)}
-    chosen = ("--stages", "operations,accuracy,sanitizer")
-    code, out, err = run("--dry-run", "--out", str(tmp_path), "--seconds", "900", *chosen, **variables)
-    assert code == 0, out[-3000:] + err + (tmp_path / "log.txt").read_text()[-3000:]
-    results = Rows(tmp_path).results()
+@pytest.mark.timeout(900)
+def test_rehearsal_of_the_first_day_on_emulated_kernels(
+    tmp_path: Path,
+    emulated: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of it in its order, with a stage that hangs, one that crashes and one whose kernels break the device."""
+    faults = {"bandwidth": "hangs", "eigenproblems": "dies", "profile": "poisoned", "resident": "breaks"}
+    variables = {
+        **(sanitized := cuda_emulation.environment()), "LORS_TEST_CUDA_EMULATION": str(emulated),
+        "ASAN_OPTIONS": f"{sanitized['ASAN_OPTIONS']}:handle_segv=0",  # a crash is one
+        "LORS_TEST_STAGE_FAULTS": ",".join(f"{stage}:{fault}" for stage, fault in faults.items()),
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    child = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--dry-run", "--stage"]
+    limits = {**gpu.STAGES, "bandwidth": 20.0}
+    assert run_stages(child, limits, gpu.STAGES, tmp_path, 850) == []
+    data = gpu.assemble(tmp_path, True)
+    results, ended = data["results"], {name: found["outcome"] for name, found in data["outcomes"].items()}
+    log = (tmp_path / "log.txt").read_text()
+    assert ended == {name: "done" for name in gpu.STAGES} | {
+        "bandwidth": "did not end in 20 s", "eigenproblems": "died of SIGSEGV",
+        "profile": "failed with exit code 1, see log.txt", "resident": "failed with exit code 1, see log.txt",
+    }, log[-3000:]  # fmt: skip
+    assert results["eigenproblems"]["now"]["lost"] and list(results["profile"]) == ["broken"]
     assert {tuple(key.split()[:2]) for key in results["operations"]} == {
         (operation, backend)
         for operation in ("gram_apply", "residual_threshold", "merge_update", "ties_update")
         for backend in ("cuda", "reference")
     }
     assert results["accuracy"]["96x64 float32 cuda"]["error"] < 1e-5
+    assert all(key.endswith(": cuda") and row["matrices"] for key, row in results["merges"].items())
     assert results["sanitizer"]["memcheck"]["last"] == "9 rounds of every kernel"
+    table = "\n".join(gpu.table(data))
+    assert "merges: micro" in table and "bandwidth: did not end in 20 s" in table
 
 
 def test_a_stage_that_goes_wrong_costs_only_itself_and_is_taken_up_again(

@@ -52,6 +52,18 @@ def operations() -> dict[str, list[Callable[[], object]]]:
 
         return GROUPED.measure(MatrixGroup([base], [[tuned]]))
 
+    def first_pass() -> object:
+        from lors_kernels.backends.cuda import GROUPED
+
+        return GROUPED.first_pass(MatrixGroup([base.half()], [[tuned.half()]]), x[None], side="right")
+
+    def without_tensor_cores() -> object:
+        os.environ["CUDA_EMULATION_SHARED"] = "0"
+        try:
+            return kernels.gram_apply(base, tuned, x, side="right", backend="cuda")
+        finally:
+            del os.environ["CUDA_EMULATION_SHARED"]
+
     def pairs() -> object:
         from lors_kernels.backends.cuda_module import eigh
 
@@ -98,6 +110,8 @@ def operations() -> dict[str, list[Callable[[], object]]]:
             lambda: kernels.gram_apply(None, odd, y, backend="cuda"),
             lambda: kernels.gram_apply(base.half(), tuned.half(), x, backend="cuda"),
             lambda: kernels.gram_apply(base.half(), tuned.half(), x[:40], side="left", backend="cuda"),
+            first_pass,
+            without_tensor_cores,
         ],
         "residual_threshold.cu": [
             lambda: kernels.residual_threshold(base, tuned, k=4000, backend="cuda"),

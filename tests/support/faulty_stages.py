@@ -62,6 +62,14 @@ def breaks(record: Recorder) -> None:
     raise ModuleNotFoundError("No module named 'pydantic'")
 
 
+def order(faults: str) -> None:
+    """Puts faults in the place of the stages of `benchmarks.gpu` in this process: "profile:dies,rivals:fails"."""
+    from benchmarks import gpu_stages
+
+    for stage, fault in (one.split(":") for one in faults.split(",")):
+        setattr(gpu_stages, stage, lambda bench, record, fault=fault: STAGES[fault](record))
+
+
 STAGES = {"hangs": hangs, "dies": dies, "fails": fails, "poisoned": poisoned, "breaks": breaks, "fine": fine}
 
 if __name__ == "__main__":

@@ -146,27 +146,56 @@ def test_gram_apply_of_every_length_that_has_its_own_kernel(inner: int, dtype: t
         assert (found - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
 
 
+@cuda_only
+@pytest.mark.parametrize("inner", [8, 264, 520, 776, 1032, 1280])
+def test_gram_apply_where_a_block_lacks_room_for_tensor_cores(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lors_kernels.backends import cuda_module
+
+    class Small:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda device: 0) if name == "shared_memory" else getattr(library, name)
+
+    library = cuda_module.library()
+    generator = torch.Generator().manual_seed(inner)
+    tuned = torch.randn(70, inner, generator=generator).to(DEVICE)
+    x = torch.randn(inner, 9, generator=generator).to(DEVICE)
+    expected = kernels.gram_apply(None, tuned, x, backend="cuda")
+    monkeypatch.setattr(cuda_module, "library", Small)
+    truth = tuned.double().T @ (tuned.double() @ x.double())
+    for matrix, side in ((tuned, "right"), (tuned.T.contiguous(), "left")):
+        if side == "left":  # 70 columns are no vectors: 72
+            matrix = torch.cat([matrix, matrix.new_zeros(inner, 2)], 1)
+        found = kernels.gram_apply(None, matrix, x, side=side, backend="cuda")
+        assert (found.double() - truth).norm() <= 1e-6 * tuned.double().norm() ** 2 * x.norm()
+        assert not torch.equal(found, expected), "other kernels"
+    half = torch.ones(16, 1280, device=DEVICE).half()
+    with pytest.raises(RuntimeError, match="a block has too little shared memory"):
+        kernels.gram_apply(None, half, torch.ones(1280, 1, device=DEVICE), backend="cuda")
+
+
 def largest() -> tuple[torch.Tensor, torch.Tensor]:
     """Differences beyond float16's largest number, among ordinary ones."""
     base, tuned = (torch.randn(40, 264, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
     base[3, 7], tuned[3, 7], base[20, 200], tuned[20, 200] = -6e4, 6.5e4, 4e4, -4e4
-    return base.half(), tuned.half()
+    return base, tuned
 
 
 def inexact() -> tuple[torch.Tensor, torch.Tensor]:
-    """Differences that float16 has not got: large against small, down to denormals."""
+    """Differences that float16 has not got: large against small, down to its denormals."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(40, 264, generator=generator) * 10.0 ** torch.randint(-7, 4, (40, 264), generator=generator)
-    return base.half(), (base * torch.randn(40, 264, generator=generator)).half()
+    return base, base * torch.randn(40, 264, generator=generator)
 
 
 @pytest.mark.parametrize("make", [largest, inexact])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, side: str, backend: str) -> None:
-    base, tuned = (x.to(DEVICE) for x in make())
-    if backend == "triton" and (make is largest or size != 1.0):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gram_apply_loses_nothing(dtype: torch.dtype, make: Any, size: float, side: str, backend: str) -> None:
+    if backend == "triton" and (make is largest or size != 1.0 or dtype != torch.float16):
         return  # no promise of Triton's
+    gain = 1.0 if size != 1.0 or dtype == torch.float16 else 2.0**-40  # of numbers that float16 has not got
+    base, tuned = ((gain * x).to(dtype).to(DEVICE) for x in make())
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(264, 9, generator=generator) * size * 10.0 ** -torch.arange(9)
     delta = tuned.double() - base.double()
@@ -178,6 +207,36 @@ def test_gram_apply_of_float16_loses_nothing(make: Any, size: float, side: str, 
     for vector in range(9):
         truth = delta.T @ (delta @ x[:, vector].double().to(DEVICE))
         assert (found[:, vector] - truth).norm() <= 1e-6 * truth.norm(), vector
+
+
+@cuda_only
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_first_pass_accounts_for_what_it_reads(dtype: torch.dtype, side: str) -> None:
+    from lors_kernels.backends import cuda
+
+    generator = torch.Generator().manual_seed(9)
+    base = torch.randn(40, 264, generator=generator)
+    tuned = [base + 10.0**number * torch.randn(40, 264, generator=generator) for number in (-2, 4, 0)]
+    base[7, 9], tuned[1][7, 9] = 6e4, -6e4  # a difference beyond float16's largest number
+    tuned[2][3, 4], tuned[2][39, 260] = math.inf, math.nan
+    group = MatrixGroup([base.to(dtype).to(DEVICE)], [[x.to(dtype).to(DEVICE) for x in tuned]])
+    x = torch.randn(3, 264 if side == "right" else 40, 8, generator=generator).to(DEVICE)
+    z, energy, bad, top = cuda.GROUPED.first_pass(group, x, side=side)
+    assert torch.equal(z[:2], cuda.GROUPED.gram_apply(group, x, side=side)[0][:2])
+    expected = cuda.GROUPED.measure(group)
+    torch.testing.assert_close(energy[:2], expected[0][:2], rtol=2e-6, atol=0)
+    torch.testing.assert_close(top[:2], expected[2][:2], rtol=2.0**-11, atol=0)
+    assert bad.tolist() == [False, False, True] and expected[1].tolist() == [0, 0, 2]
+
+
+@cuda_only
+def test_what_is_not_finite_stops_a_decomposition_behind_its_first_pass() -> None:
+    tuned = torch.randn(200, 200, generator=torch.Generator().manual_seed(9))
+    tuned[3, 4], tuned[190, 160] = math.inf, math.nan
+    with pytest.raises(NonFiniteError) as caught:
+        truncated_svd_group(MatrixGroup(None, [[tuned.half().to(DEVICE)]]), 3, backend="cuda")
+    assert caught.value.count == 2
 
 
 @pytest.mark.parametrize("case", SELECTED, ids=lambda case: case.name)

@@ -47,6 +47,9 @@ class Grouped:
 
         return gram_apply(group, x, side=side, product=product)
 
+    def first_pass(self, group: MatrixGroup, x: Any, *, side: str) -> tuple[Any, Any, Any, Any]:
+        return self.gram_apply(group, x, side=side)[0], *self.measure(group)
+
     def measure(self, group: MatrixGroup) -> tuple[Any, Any, Any]:
         from .merge_update import measure
 

@@ -105,6 +105,9 @@ uint32_t each_half(uint32_t a, uint32_t b, const F& f) {
 inline uint32_t add_halves(uint32_t a, uint32_t b) {
     return each_half(a, b, [](float x, float y) { return x + y; });
 }
+inline uint32_t larger_halves(uint32_t a, uint32_t b) {
+    return each_half(a, b, [](float x, float y) { return __builtin_fmaxf(x, __builtin_fabsf(y)); });
+}
 inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
     return each_half(a, b, [](float x, float y) { return x - y; });
 }

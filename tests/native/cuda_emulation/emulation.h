@@ -99,6 +99,13 @@ inline unsigned emulated_sum(unsigned mask, unsigned value, int line) {
     for (unsigned lane = 0; lane < emulation::kWarp; ++lane) sum += all[lane];
     return static_cast<unsigned>(sum);
 }
+inline unsigned emulated_max(unsigned mask, unsigned value, int line) {
+    const uint64_t* all = emulation::exchange(mask, value, line);
+    uint64_t most = 0;
+    for (unsigned lane = 0; lane < emulation::kWarp; ++lane) most = all[lane] > most ? all[lane] : most;
+    return static_cast<unsigned>(most);
+}
+#define __reduce_max_sync(mask, value) emulated_max(mask, value, __LINE__)
 #define __reduce_add_sync(mask, value) emulated_sum(mask, value, __LINE__)
 #define __any_sync(mask, value) emulated_any(mask, value, __LINE__)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, __LINE__, from)
@@ -181,6 +188,9 @@ inline uint4 load16(uintptr_t at, bool there) {
 }
 inline float exceeds(float value, float bound) {
     return !(__builtin_fabsf(value) <= bound) ? 1.0f : 0.0f;
+}
+inline const float* global(const float* at) {
+    return at;
 }
 struct SharedCounters {
     uint32_t* first;
