@@ -89,8 +89,7 @@ MISTAKES = {
     + "--expert ca=lfs out": "lfs/model.safetensors: a git-lfs pointer, not the file itself: run `git lfs pull` in lfs",
     BASE
     + "--expert ca=lfs2 out": "lfs2/tokenizer.json: a git-lfs pointer, not the file itself: run `git lfs pull` in lfs2",
-    BASE
-    + "--expert ca=audio.mp3 out": "audio.mp3: not weights: expected a .safetensors file, a .pt or .bin as torch "
+    BASE + "--expert ca=audio.mp3 out": "audio.mp3: not weights: expected a .safetensors file, a .pt or .bin as torch "
     "writes it, or a .nemo",
     BASE + "--expert ca=/nowhere out": "--expert ca: /nowhere: no such file or directory",
     BASE + "--expert ca=models/base out": "--expert ca: expected a model that was trained from the base, got the base: "

@@ -143,7 +143,10 @@ def test_a_kind_is_the_same_in_both_namings() -> None:
         ("encoder.layers.0.feed_forward1.linear2.weight", "encoder mlp fc2"),
         ("transf_decoder._decoder.layers.0.second_sub_layer.key_net.weight", "decoder cross-attention k"),
         ("transf_decoder._decoder.layers.0.third_sub_layer.dense_in.weight", "decoder mlp fc1"),
-        ("model.embed_tokens_extend.audio_embed.encoder.encoders.1.self_attn.o_proj.weight", "encoder self-attention out"),
+        (
+            "model.embed_tokens_extend.audio_embed.encoder.encoders.1.self_attn.o_proj.weight",
+            "encoder self-attention out",
+        ),
         ("model.embed_tokens_extend.audio_embed.up_proj_for_speech.weight", "embedding"),
         ("wavlm.encoder.layers.0.attention.rel_attn_embed.weight", "embedding"),
         ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "encoder mlp gate"),
