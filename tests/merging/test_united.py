@@ -238,6 +238,7 @@ def test_as_state_dicts(experts: dict[str, Path]) -> None:
         ({"vocabularies": {**ids, "one": {"a": 0, "b": 0}}}, "expected one token for id 0, got 'a' and 'b'"),
         ({"vocabularies": {**ids, "one": {"a": 5000}}}, "token 'a' has id 5000: expected ids below 1026"),
         ({"vocabularies": {**ids, "one": {"a": "x"}}}, "one: token 'a': expected an id, got 'x'"),
+        ({"vocabularies": {**ids, "one": 3}}, "vocabularies: one: expected token -> id, got 3"),
     ):
         with pytest.raises(LorsError) as caught:
             lors.merge_state_dicts(base, states, **{**settings, **wrong})

@@ -127,7 +127,9 @@ def align_states(
     tables = token_tables(label, {name: tuple(value.shape) for name, value in base.items()}, config)
     for label, state in states:
         rows = rows_of_tables(label, {name: tuple(value.shape) for name, value in state.items()}, tables)
-        ids = dict(vocabularies[label])
+        if not isinstance(given := vocabularies[label], Mapping):
+            raise SettingError("vocabularies", f"{label}: expected token -> id, got {shown(given)}")
+        ids = dict(given)
         for token, number in ids.items():
             if type(number) is not int or number < 0:
                 raise SettingError(
