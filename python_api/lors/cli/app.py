@@ -24,6 +24,7 @@ COMMANDS = {  # sub-command -> the module that has its function, which bears its
     "remove": ".experts",
     "export-lora": ".experts",
     "calibrate": ".calibrate",
+    "learn": ".learn",
     "sweep": ".sweep",
     "report": ".analysis",
     **dict.fromkeys(("synth", "finetune", "evaluate", "experiment"), _SPEECH),
