@@ -150,21 +150,20 @@ class _Plan:
     def bounds(self, seed: int, experts: Sequence[Stage]) -> Stage:
         """What base and experts score on dev, where the criterion is relative to them."""
         config = self.config
-        chosen = [
-            (stage.name, expert.language, expert.tasks) for stage, expert in zip(experts, config.trained(), strict=True)
-        ]
-        parameters = self.evaluated("dev", base=config.base, criterion=config.criterion, experts=chosen)
+        parameters = self.evaluated("dev", base=config.base, criterion=config.criterion, experts=self.each(experts))
         return self.stage(f"bounds-s{seed}", work.bounds, parameters | {"languages": config.experts}, experts)
+
+    def each(self, experts: Sequence[Stage]) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(stage, language, tasks) of every expert."""
+        pairs = zip(experts, self.config.trained(), strict=True)
+        return [(stage.name, expert.language, expert.tasks) for stage, expert in pairs]
 
     def heard(self, label: str, seed: int, experts: Sequence[Stage]) -> Stage:
         """What a calibrated method is given of recordings."""
         config, heard = self.config, self.config.grids[label].heard
         assert heard is not None
-        chosen = [
-            (stage.name, expert.language, expert.tasks) for stage, expert in zip(experts, config.trained(), strict=True)
-        ]
         parameters = {
-            "base": config.base, "data": self.data("train"), "experts": chosen, "device": config.device, "seed": seed,
+            "base": config.base, "data": self.data("train"), "experts": self.each(experts), "device": config.device, "seed": seed,
             **heard.model_dump(),
         }  # fmt: skip
         return self.stage(f"heard-{label}-s{seed}", work.hear, parameters, experts)
