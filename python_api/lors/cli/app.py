@@ -25,6 +25,7 @@ COMMANDS = {  # sub-command -> the module that has its function, which bears its
     "export-lora": ".experts",
     "export": ".export",
     "calibrate": ".calibrate",
+    "learn": ".learn",
     "sweep": ".sweep",
     "report": ".analysis",
     **dict.fromkeys(("synth", "finetune", "evaluate", "experiment"), _SPEECH),

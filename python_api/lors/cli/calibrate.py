@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..command import Inputs, Json, Machine, Output, Quiet, Settings
-from ..errors import LorsError, print_lines
-from .options import experts_of, pairs_of
+from ..errors import print_lines
+from .options import experts_of, languages_of
 
 
 def calibrate(
@@ -40,14 +40,10 @@ def calibrate(
     """
     from ..speech.calibration import calibrate as run
     from ..speech.commands import device_of, require_extra
-    from ..speech.data.languages import parse_languages
 
     require_extra()
     named = experts_of(experts, "calibrate")
-    given = pairs_of(language, "--language", str)
-    if odd := [name for name in given if name not in named]:
-        raise LorsError(f"--language: expected one of the experts {', '.join(named)}, got {odd[0]!r}")
-    codes = {name: parse_languages(given.get(name, name))[0] for name in named}
+    codes = languages_of(language, list(named))
     paths = run(
         base, named, out, data=data, languages=codes, split=split, limit=limit, plus=plus, device=device_of(device),
         cache=cache, sample_seed=sample_seed, force=force, progress=not quiet,

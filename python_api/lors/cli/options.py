@@ -41,6 +41,16 @@ def experts_of(items: Sequence[str], where: str) -> dict[str, str]:
     return experts
 
 
+def languages_of(items: list[str] | None, experts: Sequence[str]) -> dict[str, str]:
+    """The code of each expert's language: what `--language NAME=CODE` says, else its name."""
+    from ..speech.data.languages import parse_languages
+
+    given = pairs_of(items, "--language", str)
+    if odd := [name for name in given if name not in experts]:
+        raise LorsError(f"--language: expected one of the experts {', '.join(experts)}, got {odd[0]!r}")
+    return {name: parse_languages(given.get(name, name))[0] for name in experts}
+
+
 def pairs_of(items: list[str] | None, option: str, convert: Callable[[str], Any]) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for item in items or []:

@@ -25,6 +25,7 @@ __all__ = [
     "CSV",
     "EXPERT_FILE",
     "EXPORT",
+    "LEARNED",
     "LEFT_OUT",
     "MODEL",
     "PAGE",
@@ -142,6 +143,7 @@ HEAD = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name=
 
 EXPERT_FILE = FileKind("an expert file", b'{"__metadata__":{"lors.expert":', 8)
 STATISTICS = FileKind("a file of statistics", b'{"__metadata__":{"lors.statistics":', 8)
+LEARNED = FileKind("a recipe of `lors learn`", b"# lors learn")
 PAGE = FileKind("a page of lors", HEAD.encode())
 RESULTS = FileKind("a file of results of lors", b'{\n "lors": ')
 SCORES = FileKind("a file of scores of lors", b'[\n {\n  "model": ')

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .data.synth import synthesise
     from .data.utterance import Utterance
     from .experiment.plan import run_experiment
+    from .learning import Learning, learn
     from .scoring.evaluation import Evaluation, compare, evaluate
     from .training.finetune import Trained, finetune
     from .training.settings import Training
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # name -> module; loaded on first use: transformers takes seconds
 _EXPORTS = {
     "Evaluation": "scoring.evaluation",
+    "Learning": "learning",
     "Trained": "training.finetune",
     "Training": "training.settings",
     "Utterance": "data.utterance",
@@ -30,6 +32,7 @@ _EXPORTS = {
     "compare": "scoring.evaluation",
     "evaluate": "scoring.evaluation",
     "finetune": "training.finetune",
+    "learn": "learning",
     "load_corpus": "data.corpus",
     "run_experiment": "experiment.plan",
     "synthesise": "data.synth",
@@ -37,6 +40,7 @@ _EXPORTS = {
 
 __all__ = [
     "Evaluation",
+    "Learning",
     "Trained",
     "Training",
     "Utterance",
@@ -44,6 +48,7 @@ __all__ = [
     "compare",
     "evaluate",
     "finetune",
+    "learn",
     "load_corpus",
     "run_experiment",
     "synthesise",

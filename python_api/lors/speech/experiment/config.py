@@ -12,6 +12,7 @@ from ...errors import LorsError, nearest
 from ...methods import SPECS
 from ...recipes import strict_yaml
 from ..data.languages import whisper_code
+from ..learning import FORMS
 from ..training.settings import Training
 from .criterion import CRITERIA
 from .merged import has_rest
@@ -53,15 +54,28 @@ class Data(_Section):
         return self
 
 
+class Heard(_Section):
+    """What a method is given of training recordings without texts: `lors calibrate`'s statistics, or `lors learn`'s weights of
+    some `parts`."""
+
+    gives: Literal["statistics", "weights"]
+    utterances: int = Field(default=100, ge=1)  # per expert
+    plus: bool = False  # of statistics
+    parts: Literal["delta", "apart", "orthogonal"] = "delta"
+    steps: int = Field(default=120, ge=1)
+
+
 class Grid(_Section):
     """A merge method and the values tried for each of its parameters (every combination).
 
-    calibrated: what speech of the languages the method has seen besides the experts, in words; None: none.
+    calibrated: what speech of the languages the method has seen besides the experts, in words; None: none. heard: how it comes
+    to that, where the experiment is to see to it.
     """
 
     method: str
     parameters: dict[str, list[Any]] = {}
     calibrated: str | None = None
+    heard: Heard | None = None
 
     @field_validator("method")
     @classmethod
@@ -79,6 +93,12 @@ class Grid(_Section):
         for name in self.parameters:
             if name not in known:
                 raise ValueError(f"{self.method} has no parameter {name!r}{nearest(name, known)}")
+        if self.heard is not None and self.calibrated is None:
+            raise ValueError("heard: expected calibrated, which says in words what was heard")
+        if self.heard is not None and self.heard.gives == "weights" and self.method != FORMS[self.heard.parts].method:
+            raise ValueError(
+                f"weights of {self.heard.parts} are of {FORMS[self.heard.parts].method}, not {self.method}"
+            )
         return self
 
     def settings(self) -> list[Setting]:

@@ -134,34 +134,52 @@ class _Plan:
                 self.training(f"sequential-s{seed}", config.experts, seed, sequential=True, max_steps=steps)
             )
         limits = [self.bounds(seed, experts)] if CRITERIA[config.criterion].relative and config.grids else []
-        merges = [stage for label in config.grids for stage in self.merges(label, seed, experts, limits)]
+        heard = {label: self.heard(label, seed, experts) for label, grid in config.grids.items() if grid.heard}
+        merges = [
+            stage
+            for label in config.grids
+            for stage in self.merges(label, seed, experts, [*limits, *([heard[label]] if label in heard else [])])
+        ]
         tests = [
             # The model comes from the stage before, whose key holds the base's digest already.
             Stage(f"test-{s.name}", work.test_model, self.evaluated("test", model=None), (*self.corpus, s))
             for s in (*experts, *baselines)
         ]
-        return [*experts, *limits, *merges, *baselines, *tests]
+        return [*experts, *limits, *heard.values(), *merges, *baselines, *tests]
 
     def bounds(self, seed: int, experts: Sequence[Stage]) -> Stage:
         """What base and experts score on dev, where the criterion is relative to them."""
         config = self.config
-        chosen = [
-            (stage.name, expert.language, expert.tasks) for stage, expert in zip(experts, config.trained(), strict=True)
-        ]
-        parameters = self.evaluated("dev", base=config.base, criterion=config.criterion, experts=chosen)
+        parameters = self.evaluated("dev", base=config.base, criterion=config.criterion, experts=self.each(experts))
         return self.stage(f"bounds-s{seed}", work.bounds, parameters | {"languages": config.experts}, experts)
 
-    def merges(self, label: str, seed: int, experts: Sequence[Stage], limits: Sequence[Stage]) -> tuple[Stage, Stage]:
-        """The search on dev, and the test of what it chose."""
+    def each(self, experts: Sequence[Stage]) -> list[tuple[str, str, tuple[str, ...]]]:
+        """(stage, language, tasks) of every expert."""
+        pairs = zip(experts, self.config.trained(), strict=True)
+        return [(stage.name, expert.language, expert.tasks) for stage, expert in pairs]
+
+    def heard(self, label: str, seed: int, experts: Sequence[Stage]) -> Stage:
+        """What a calibrated method is given of recordings."""
+        config, heard = self.config, self.config.grids[label].heard
+        assert heard is not None
+        parameters = {
+            "base": config.base, "data": self.data("train"), "experts": self.each(experts), "device": config.device, "seed": seed,
+            **heard.model_dump(),
+        }  # fmt: skip
+        return self.stage(f"heard-{label}-s{seed}", work.hear, parameters, experts)
+
+    def merges(self, label: str, seed: int, experts: Sequence[Stage], before: Sequence[Stage]) -> tuple[Stage, Stage]:
+        """The search on dev, and the test of what it chose; `before`: other stages that they need."""
         config, grid, first = self.config, self.config.grids[label], seed == self.config.seeds[0]
         common = {"base": config.base, "method": grid.method, "rest": config.rest}
         parameters = self.evaluated("dev", **common, settings=config.settings(label))
         parameters |= {"languages": config.experts, "compare_rest": config.compare_rest and first}
         if config.criterion != "wer":  # as it always was, before there was a choice
             parameters["criterion"] = config.criterion
-        search = self.stage(f"dev-{label}-s{seed}", work.search, parameters, (*experts, *limits))
+        search = self.stage(f"dev-{label}-s{seed}", work.search, parameters, (*experts, *before))
         parameters = self.evaluated("test", **common, check_reference=label == "lors" and first)
-        return search, self.stage(f"test-{label}-s{seed}", work.test_merge, parameters, (*experts, search))
+        heard = [stage for stage in before if stage.name.startswith("heard-")]
+        return search, self.stage(f"test-{label}-s{seed}", work.test_merge, parameters, (*experts, search, *heard))
 
     def training(
         self,

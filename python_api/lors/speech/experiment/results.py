@@ -98,6 +98,8 @@ def _summary(config: Config, read: Callable[[str], Tested], recorded: Mapping[st
         "versions": _versions(),
         "machine": {"os": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "commit": _commit()},
         "signatures": _signatures(tested["base"]),
+        "normaliser": config.normaliser,
+        "units": {"/".join(c): s["unit"] for c, s in _first(tested["base"]).scores.items()},
         "utterances": {"/".join(c): s["utterances"] for c, s in _first(tested["base"]).scores.items()},
         "dropped": sum(s["dropped"] for s in _first(tested["base"]).scores.values()),
         "models": {label: _model(config, runs, tested) for label, runs in tested.items()},

@@ -17,7 +17,7 @@ from .criterion import CRITERIA, measured
 from .merged import Merger, with_rest
 from .variants import weights
 
-__all__ = ["bounds", "finetune", "search", "synthesise", "test_merge", "test_model"]
+__all__ = ["bounds", "finetune", "hear", "search", "synthesise", "test_merge", "test_model"]
 
 _RESTS = ("task_arithmetic", "average", "base")
 
@@ -114,6 +114,42 @@ def bounds(out: Path, inputs: Inputs, *, base: str, criterion: str, experts: Seq
     (out / "bounds.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
 
 
+def hear(
+    out: Path, inputs: Inputs, *, base: str, data: Setting, experts: Sequence[Any], device: str, seed: int, gives: str,
+    utterances: int, plus: bool, parts: str, steps: int,
+) -> None:  # fmt: skip
+    """Files of statistics, or ``settings.json``, from training recordings. experts: (stage, language, tasks)."""
+    from ..calibration import calibrate
+    from ..learning import Learning, learned_weights, settings_of
+
+    left_out = LeftOut(SHARE)
+    languages = {stage: language for stage, language, _ in experts}
+    corpus = _load(data, inputs, list(dict.fromkeys(languages.values())), "train", left_out)
+    models = {stage: str(inputs[stage] / "model") for stage in languages}
+    if gives == "statistics":
+        calibrate(
+            base, models, out, data=corpus, languages=languages, limit=utterances, plus=plus, device=device,
+            cache=_features(out), force=True,
+        )  # fmt: skip
+        return
+    found = learned_weights(
+        base, models, data=corpus, languages=languages, tasks={stage: tasks for stage, _, tasks in experts},
+        how=Learning(parts, steps, seed=seed), home=_features(out), left_out=left_out, limit=utterances, device=device,
+    )  # fmt: skip
+    (out / "settings.json").write_text(json.dumps(settings_of(parts, found)) + "\n", "utf-8")
+
+
+def _heard(inputs: Inputs, rest: str) -> Setting:
+    """Settings of a merge by what it was given of recordings, if anything."""
+    directory = next((path for name, path in inputs.items() if name.startswith("heard-")), None)
+    if directory is None:
+        return {}
+    files = {path.name.removesuffix(".stats.safetensors"): str(path) for path in directory.glob("*.stats.safetensors")}
+    if files:
+        return {"statistics": files}
+    return {**json.loads((directory / "settings.json").read_text("utf-8")), "rest": rest}
+
+
 def search(
     out: Path, inputs: Inputs, *, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
     criterion: str = "wer", **decoded: Any,
@@ -123,7 +159,7 @@ def search(
     merger = Merger.load(base, inputs, how.device, how.dtype)
     corpus = how.corpus(inputs, "dev")
     decoder = how.decoder(out, merger.network, merger.processor)
-    limits: dict[str, Any] = {"base": {}, "own": {}}
+    heard, limits = _heard(inputs, rest), dict[str, Any](base={}, own={})
     if judge.relative:
         directory = next(path for name, path in inputs.items() if name.startswith("bounds-"))
         limits = json.loads((directory / "bounds.json").read_text("utf-8"))
@@ -131,7 +167,7 @@ def search(
     def tried(setting: Setting) -> Setting:
         path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
         if not path.exists():
-            merger.holding(weights(merger, method, setting))
+            merger.holding(weights(merger, method, {**setting, **heard}))
             cells = measured(judge, decoder, how.parts(corpus))
             total = judge.total(cells, limits["base"], limits["own"])
             path.write_text(json.dumps({"setting": setting, criterion: total, "cells": cells}), "utf-8")
@@ -154,6 +190,7 @@ def test_merge(
     merger = Merger.load(base, inputs, how.device, how.dtype)
     chosen = next(path for name, path in inputs.items() if name.startswith("dev-"))
     setting = with_rest(method, json.loads((chosen / "grid.json").read_text("utf-8"))["best"]["setting"], rest)
+    setting |= _heard(inputs, rest)
     corpus = how.corpus(inputs, "test")
     decoder = how.decoder(out, merger.network, merger.processor)
     merger.holding(weights(merger, method, setting))
