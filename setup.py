@@ -1,4 +1,4 @@
-"""Builds the native modules; everything else is declared in pyproject.toml.
+"""Builds the native modules, and completes links of the README; everything else is declared in pyproject.toml.
 
 The CPU source is compiled once per instruction set into separate modules (`_cpu_avx512`, `_cpu_avx2`, `_cpu_portable`);
 lors_kernels picks one when it first needs it. Separate modules, because inline functions of the standard library
@@ -191,7 +191,23 @@ class BuildExt(build_ext):
         ext.extra_objects = compile_cuda(folder / f"cuda-{'-'.join(CUDA_ARCHS)}")
 
 
+def package_page():
+    """The README for the package page, where links between files of the repository need its address."""
+    home = re.search(r'^Repository = "(.+)"$', Path("pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
+
+    def complete(found):
+        before, target = found.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return found[0]
+        kind = "raw" if Path(target).suffix in {".png", ".svg"} else "blob"
+        return f"{before}{home}/{kind}/main/{target}"
+
+    return re.sub(r'(\]\(|(?:src|srcset|href)=")([^)"\s]+)', complete, Path("README.md").read_text("utf-8"))
+
+
 setup(
+    long_description=package_page(),
+    long_description_content_type="text/markdown",
     packages=find_packages("python_api") + find_packages(".", include=["lors_kernels*"]),
     cmdclass={"build_ext": BuildExt},
     ext_modules=[
