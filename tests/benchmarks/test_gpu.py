@@ -152,7 +152,7 @@ def test_a_kill_keeps_what_was_measured_and_leaves_nothing_running(tmp_path: Pat
 
 
 def processes() -> str:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
