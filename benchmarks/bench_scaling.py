@@ -121,12 +121,13 @@ def _spread(panel: Any, x: list[float], names: list[Any], middle: list[float]) -
     """What grows by factors lies on a logarithmic axis; points that are models bear their names."""
     if max(x) > 20 * min(x):
         panel.set_xscale("log")
-        panel.set_xticks(x if names == x else [tick for tick in (0.5, 1, 2, 5, 10, 20) if tick <= max(x)])
+        apart = [value for place, value in enumerate(x) if place == 0 or value > 1.6 * x[place - 1]]
+        panel.set_xticks(apart if names == x else [tick for tick in (0.5, 1, 2, 5, 10, 20) if tick <= max(x)])
         panel.xaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
     for place, name in enumerate(names if names != x else ()):
         crowded = place > 0 and x[place] < 1.3 * x[place - 1]  # below what stands above its neighbour
         panel.annotate(
             name, (x[place], middle[place]), (6, -14) if crowded else (-3, 8), fontsize=9.5, textcoords="offset points",
-            ha="left" if crowded else "right" if place == len(x) - 1 else "center",
+            ha="left" if crowded else "right" if place else "center",
         )  # fmt: skip

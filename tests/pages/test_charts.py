@@ -28,7 +28,7 @@ def _library() -> None:
 def drawings() -> dict[str, charts.Drawing]:
     return {
         "lines": charts.lines(SERIES, STYLES, "rank", "WER, %"),
-        "log": charts.lines(SERIES, STYLES, "rank", "WER, %", log="xy"),
+        "log": charts.lines(SERIES, STYLES, "rank", "WER, %", log=True),
         "scatter": charts.scatter(SERIES, STYLES, "rank", "WER, %", ringed="t$x^2$ <b>&"),
         "bars": charts.bars(BARS, "WER, %"),
         "marks": charts.bars(BARS, "difference", zero=False),

@@ -152,12 +152,12 @@ def _layers(report: Interference) -> Iterator[str]:
             yield _figure(f"Interference, mean of all pairs, {stack}", curves, "layer", "share")
 
 
-def _figure(caption: str, series: charts.Series, x: str, y: str, log: str = "") -> str:
+def _figure(caption: str, series: charts.Series, x: str, y: str) -> str:
     """Curves over whole numbers, and the same numbers as a table."""
     places = sorted({at for points in series.values() for at, _ in points})
     known = {name: dict(points) for name, points in series.items()}
     rows = [[f"{at:g}", *(f"{of[at]:.4g}" if at in of else "" for of in known.values())] for at in places]
-    drawn = charts.lines(series, colours.of_names(series), x, y, log=log)
+    drawn = charts.lines(series, colours.of_names(series), x, y)
     return html.figure(caption, drawn, html.table(f"{caption}: {y}", (x, *series), rows))
 
 

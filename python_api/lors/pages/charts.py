@@ -68,24 +68,41 @@ def look(text: float = _TEXT) -> dict[str, Any]:
         "axes.edgecolor": soft, "axes.labelcolor": ink, "xtick.color": soft, "ytick.color": soft, "xtick.labelcolor": ink,
         "ytick.labelcolor": ink, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": rule,
         "grid.linewidth": 0.8, "axes.axisbelow": True, "lines.linewidth": 2.0, "lines.markersize": 6.0, "legend.frameon": False,
+        "legend.borderpad": 0, "legend.borderaxespad": 0.1, "legend.handlelength": 2.4, "legend.labelspacing": 0.25,
+        "legend.columnspacing": 1.0, "legend.handletextpad": 0.5,
         "xtick.minor.size": 0, "ytick.minor.size": 0,
     }  # fmt: skip
 
 
-def lines(series: Series, styles: Mapping[str, Style], x: str, y: str, *, log: str = "", zero: bool = True) -> Drawing:
-    """A line per series. log: the axes that are logarithmic, "", "x" or "xy". zero: the vertical axis begins there."""
+def lines(
+    series: Series, styles: Mapping[str, Style], x: str, y: str, *, log: bool = False, zero: bool = True
+) -> Drawing:
+    """A line per series. log: the horizontal axis is logarithmic. zero: the vertical one begins there."""
     return _curves(series, styles, x, y, log=log, zero=zero, joined=True)
 
 
-def scatter(series: Series, styles: Mapping[str, Style], x: str, y: str, *, log: str = "", ringed: str = "") -> Drawing:
+def scatter(
+    series: Series, styles: Mapping[str, Style], x: str, y: str, *, log: bool = False, ringed: str = ""
+) -> Drawing:
     """A mark per point. ringed: a series whose points are those of others, which it puts rings around."""
     return _curves(series, styles, x, y, log=log, zero=False, joined=False, ringed=ringed)
 
 
 def _curves(
-    series: Series, styles: Mapping[str, Style], x: str, y: str, *, log: str, zero: bool, joined: bool, ringed: str = ""
+    series: Series,
+    styles: Mapping[str, Style],
+    x: str,
+    y: str,
+    *,
+    log: bool,
+    zero: bool,
+    joined: bool,
+    ringed: str = "",
 ) -> Drawing:
-    kept = {name: [point for point in points if _usable(point, log)] for name, points in series.items()}
+    kept = {
+        name: [(a, b) for a, b in points if math.isfinite(a + b) and (a > 0 or not log)]
+        for name, points in series.items()
+    }
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return Drawing("", "No values.")
@@ -97,26 +114,28 @@ def _curves(
             return Drawing("", WITHOUT)
         figure, axes = drawn
         for name, points in kept.items():
-            across, up = zip(*points, strict=True)
-            if name == ringed:
-                how: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 11,
-                    "markerfacecolor": "none",
-                    "color": LIGHT["ink"],
-                    "linestyle": "none",
-                }
-            else:
-                how = _drawn_as(styles[name], joined, len(points))
-            axes.plot(across, up, label=_cut(name), **how)
-        _axes(axes, x, y, log, [point for points in kept.values() for point in points], zero)
+            how = _RING if name == ringed else _drawn_as(styles[name], joined, len(points))
+            axes.plot(*zip(*points, strict=True), label=_cut(name), **how)
+        axes.set_xlabel(x)
+        axes.set_title(y, loc="left", x=-(_LEFT - 6) / (_WIDTH - _LEFT - _RIGHT))
+        across = [a for points in kept.values() for a, _ in points]
+        if log:
+            _log_ticks(axes, across)
+        else:
+            _round_ticks(axes.xaxis, whole=all(value == round(value) for value in across))
+        _round_ticks(axes.yaxis)
+        if zero:
+            up = [0.0, *(b for points in kept.values() for _, b in points)]
+            axes.set_ylim(min(up), max(up) + 0.06 * (max(up) - min(up) or 1.0))
         _place(axes, figure, _BOTTOM + legend)
         if names:
-            figure.legend(
-                loc="lower left", bbox_to_anchor=(0, 0), ncols=columns, borderaxespad=0.1, handlelength=2.4, labelspacing=0.25,
-                columnspacing=1.0, handletextpad=0.5, borderpad=0,
-            )  # fmt: skip
+            figure.legend(loc="lower left", bbox_to_anchor=(0, 0), ncols=columns)
         return Drawing(_svg(figure), f"Horizontal: {x}. Vertical: {y}.")
+
+
+_RING: dict[str, Any] = {
+    "marker": "o", "markersize": 11, "markerfacecolor": "none", "color": LIGHT["ink"], "linestyle": "none",
+}  # fmt: skip
 
 
 def _drawn_as(style: Style, joined: bool, points: int) -> dict[str, Any]:
@@ -131,8 +150,7 @@ def bars(rows: Mapping[str, Bar], x: str, *, zero: bool = True) -> Drawing:
     """A row per name: a bar from 0, or a mark where 0 is no beginning (zero=False), with its interval and its text."""
     if not rows:
         return Drawing("", "No values.")
-    height = 34 * len(rows) + _BOTTOM + 6
-    with _figure(height) as drawn:
+    with _figure(34 * len(rows) + _BOTTOM + 6) as drawn:
         if drawn is None:
             return Drawing("", WITHOUT)
         figure, axes = drawn
@@ -140,39 +158,18 @@ def bars(rows: Mapping[str, Bar], x: str, *, zero: bool = True) -> Drawing:
             if zero:
                 axes.barh(place, row.value, 0.36, color=row.style.colour)
             else:
-                axes.plot(
-                    [row.value],
-                    [place],
-                    row.style.shape,
-                    fillstyle=row.style.fill,
-                    color=row.style.colour,
-                    markersize=7,
-                    linestyle="none",
-                )
+                axes.plot(row.value, place, **_drawn_as(row.style, False, 1), zorder=3)
             if row.low is not None and row.high is not None:
-                axes.plot(
-                    [row.low, row.high], [place, place], color=LIGHT["ink"], linewidth=1.4, marker="|", markersize=6
-                )
-            across = axes.get_yaxis_transform()
-            axes.text(0, place - 0.24, _cut(name), transform=across, ha="left", va="bottom")
-            axes.text(1, place - 0.24, printable(row.shown), transform=across, ha="right", va="bottom")
+                axes.plot([row.low, row.high], [place, place], color=LIGHT["ink"], linewidth=1.4, marker="|")
+            for at, text, side in ((0, _cut(name), "left"), (1, printable(row.shown), "right")):
+                axes.text(at, place - 0.24, text, transform=axes.get_yaxis_transform(), ha=side, va="bottom")
         if not zero:
             axes.axvline(0, color=LIGHT["soft"], linewidth=1)
-        axes.set_ylim(len(rows) - 0.5, -0.9)
-        axes.set_yticks([])
+        axes.set(ylim=(len(rows) - 0.5, -0.9), yticks=[], xlabel=x)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(x)
         _round_ticks(axes.xaxis)
-        axes.grid(axis="y", visible=False)
         _place(axes, figure, _BOTTOM, left=_RIGHT, top=2)
-        return Drawing(
-            _svg(figure), f"One bar per row. Horizontal: {x}." if zero else f"One mark per row. Horizontal: {x}."
-        )
-
-
-def _usable(point: tuple[float, float], log: str) -> bool:
-    x, y = point
-    return math.isfinite(x) and math.isfinite(y) and not ("x" in log and x <= 0) and not ("y" in log and y <= 0)
+        return Drawing(_svg(figure), f"One row per name. Horizontal: {x}.")
 
 
 def _cut(name: str) -> str:
@@ -205,39 +202,23 @@ def _place(axes: Axes, figure: Figure, bottom: float, left: float = _LEFT, top: 
     )
 
 
-def _axes(axes: Axes, x: str, y: str, log: str, points: Sequence[tuple[float, float]], zero: bool) -> None:
-    """Labels with units, and round numbers."""
-    axes.set_xlabel(x)
-    axes.set_title(y, loc="left", x=-(_LEFT - 6) / (_WIDTH - _LEFT - _RIGHT))
-    for name, axis, values in (("x", axes.xaxis, [p[0] for p in points]), ("y", axes.yaxis, [p[1] for p in points])):
-        if name in log:
-            _log_ticks(axes, axis, name, values)
-        else:
-            _round_ticks(axis, whole=name == "x" and all(value == round(value) for value in values))
-    if zero and "y" not in log:
-        axes.set_ylim(min(0.0, axes.get_ylim()[0] if min(p[1] for p in points) < 0 else 0.0))
-
-
 def _round_ticks(axis: Any, whole: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_major_formatter("{x:.4g}")
 
 
-def _log_ticks(axes: Axes, axis: Any, name: str, values: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
+def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    every = [
-        k * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for k in (1, 2, 5)
-    ]
-    inside = [tick for tick in every if low * 0.999 <= tick <= high * 1.001] or [low]
-    inside = inside if len(inside) <= 6 else [tick for tick in inside if f"{tick:e}"[0] == "1"]
-    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(FixedLocator(inside[:: math.ceil(len(inside) / 6)]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [k * 10.0**e for e in powers for k in (1, 2, 5) if low * 0.999 <= k * 10.0**e <= high * 1.001] or [low]
+    if len(ticks) > 6:
+        ticks = [tick for tick in ticks if f"{tick:e}"[0] == "1"]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks[:: math.ceil(len(ticks) / 6)])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:.3g}")
 
 
 # --- from a file of its own to an element of a page --------------------------------------------------------------------

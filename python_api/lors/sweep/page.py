@@ -105,7 +105,7 @@ def _charts(state: Sweep) -> Iterator[str]:
             }
             values = {x for points in found.values() for x, _ in points}
             if len(values) > 1:
-                log = "x" if min(values) > 0 and max(values) > _DECADE * min(values) else ""
+                log = min(values) > 0 and max(values) > _DECADE * min(values)
                 drawn = charts.scatter(found, styles, name, objective.name, log=log)
                 yield html.figure(f"{objective.name} over {name}", drawn, "#trials")
     if len(state.objectives) > 1:

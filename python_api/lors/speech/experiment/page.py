@@ -98,7 +98,7 @@ def _task(results: Mapping[str, Any], task: str) -> html.Section:
         f'<div class="beside"><div>{drawn}</div><div>{_heat(results, task)}</div></div>',
         html.note(
             "“own expert” answers each language with the expert of that language. ± and whiskers are the standard deviation "
-            "over seeds. Darker is more; underlined is the best merge of a language."
+            "over seeds. The stronger the shade, the greater the number; underlined is the best merge of a language."
         ),
     )
     return html.section(task, f"Test: {task} ({UNIT[task]})", *body)
@@ -228,7 +228,7 @@ def _grids(results: Mapping[str, Any]) -> Iterator[html.Section]:
         f"{len(found)} choices lie at the edge of what was tried, and a better one may lie beyond: {'; '.join(found)}."
     )
     curves = _lambda_curves(results["grids"], judge)
-    drawn = charts.lines(curves, _styles(results), "lambda", judge.called, log="x", zero=False)
+    drawn = charts.lines(curves, _styles(results), "lambda", judge.called, log=True, zero=False)
     yield html.section(
         "dev", "What was tried on dev", html.note(said if found else "No choice lies at an edge."),
         html.charts([html.figure(f"{judge.called} over lambda, other parameters at their best", drawn, "#dev")] if curves else []),
