@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..checkpoints.compatibility import ENGLISH_ONLY
 from ..files.directory import OutputDirectory
 from ..files.writing import writing
@@ -25,7 +27,11 @@ def write(whisper: Whisper, output: OutputDirectory, dtype: str, notices: list[s
     whisper.require_values(dtype)
     converted = output.path / _CONVERTED  # the converter makes the directory itself
     with writing(output.target), converting(whisper.name, "ctranslate2"):
-        converters.TransformersConverter(str(source)).convert(str(converted), quantization=dtype)
+        converter = converters.TransformersConverter(str(source))
+        load = converter.load_model
+        # it would load the weights in the type that config.json names, whatever they are stored in
+        converter.load_model = lambda *names, **options: load(*names, **options | {"dtype": torch.float32})
+        converter.convert(str(converted), quantization=dtype)
         for path in converted.iterdir():
             path.rename(output.path / path.name)
         converted.rmdir()
