@@ -85,7 +85,10 @@ TOKENIZER = "because the base's tokenizer is kept and all vocabularies must be e
             "parameters: {zzz: 1}",
             "parameters.zzz: unknown parameter 'zzz' of method lors; known: rank, density, weight, lambda, normalize",
         ),
-        ("parameters: {lam: 1}", "parameters.lam: unknown parameter 'lam' of method lors, did you mean 'lambda'?"),
+        (
+            "parameters: {lam: 1}",
+            "parameters.lam: unknown parameter 'lam' of method lors, did you mean 'lambda' (lam in Python)?",
+        ),
         ("parameters: {density: 1.5}", "parameters.density: expected a number in [0, 1], got 1.5"),
         ("parameters: {density: .nan}", "parameters.density: expected a number in [0, 1], got nan"),
         ("parameters: {weight: .inf}", "parameters.weight: expected a number, got inf"),
