@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from cuda_emulation import ROOT, install
 from lors_kernels import Keep, Threshold
 from lors_kernels.group import MatrixGroup
 
+SECONDS = 40  # for what takes one or two
 WAIT = re.compile(r"__syncthreads(_or)?\(|__pipeline_wait_prior\(")
 
 
@@ -139,9 +141,10 @@ def differs(calls: list[Callable[[], object]], right: list[str], seed: int) -> b
 
 
 def differs_or_dies(calls: list[Callable[[], object]], right: list[str], seed: int) -> bool:
-    """In a process of its own: what is read too early may be an address."""
+    """In a process of its own: what is read too early may be an address, or the end of a loop."""
     if child := os.fork():
         return os.waitpid(child, 0)[1] != 0
+    signal.alarm(SECONDS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os._exit(int(differs(calls, right, seed)))
 
