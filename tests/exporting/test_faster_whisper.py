@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lors
 import multilingual
@@ -42,6 +45,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def heard(whole: Path) -> list[Said]:
     return by_transformers(whole)
+
+
+def test_weights_are_taken_as_they_are_stored(whole: Path, tmp_path: Path) -> None:
+    """Whatever type config.json names, in which transformers would load them."""
+    shutil.copytree(whole, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    weights = load_file(whole / "model.safetensors")
+    stored = weights["model.encoder.conv1.weight"] = weights["model.encoder.conv1.weight"] * np.float32(1.0001)
+    assert stored.dtype == np.float32 and (stored != stored.astype(np.float16)).any()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    lors.export(tmp_path / "model", tmp_path / "out", "ctranslate2", dtype="float32")
+    assert stored.tobytes() in (tmp_path / "out" / "model.bin").read_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "tie"), [("float32", 0.02), ("float16", 0.05), ("int8", 0.3)])

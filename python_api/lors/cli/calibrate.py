@@ -6,29 +6,37 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ..command import Inputs, Json, Machine, Output, Quiet, Settings
+from ..command import Json, Output, Quiet, Settings
 from ..errors import print_lines
-from .options import experts_of, languages_of
+from .options import (
+    BaseModel,
+    Experts,
+    FeatureCache,
+    LanguageOf,
+    Limit,
+    Recordings,
+    SampleSeed,
+    SpeechDevice,
+    Split,
+    experts_of,
+    languages_of,
+)  # fmt: skip
 
 
 def calibrate(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory or hub id.")],
-    experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints trained from it.")],
+    base: BaseModel,
+    experts: Experts,
     *,
-    data: Annotated[str, Inputs(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR]; texts are not read.")],
-    language: Annotated[
-        list[str] | None, Inputs(metavar="NAME=CODE", help="Of one expert (default: its name); repeat.")
-    ] = None,
-    split: Annotated[str, Inputs(help="train, dev or test.")] = "train",
-    limit: Annotated[int, Inputs(metavar="N", min=1, help="Utterances per expert.")] = 100,
+    data: Recordings,
+    language: LanguageOf = None,
+    split: Split = "train",
+    limit: Limit = 100,
     plus: Annotated[
         bool, Settings("--plus", help="RegMean++: through merged layers, layer by layer; as many times the work.")
     ] = False,
-    device: Annotated[str | None, Machine(help="cpu or cuda (default: cuda where there is one).")] = None,
-    cache: Annotated[Path | None, Machine(help="Keep features in this directory.")] = None,
-    sample_seed: Annotated[int, Inputs(help="Which utterances --limit takes.")] = 0,
+    device: SpeechDevice = None,
+    cache: FeatureCache = None,
+    sample_seed: SampleSeed = 0,
     out: Annotated[Path, Output("--out", "-o", help="Directory for a file per expert.")],
     force: Annotated[bool, Output("--force", help="Replace files of statistics in OUT.")] = False,
     as_json: Json = False,

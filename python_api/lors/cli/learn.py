@@ -6,25 +6,33 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from ..command import Inputs, Json, Machine, Output, Quiet, Settings
+from ..command import Inputs, Json, Output, Quiet, Settings
 from ..errors import print_lines
-from .options import experts_of, languages_of
+from .options import (
+    BaseModel,
+    Experts,
+    FeatureCache,
+    LanguageOf,
+    Limit,
+    Recordings,
+    SampleSeed,
+    SpeechDevice,
+    Split,
+    experts_of,
+    languages_of,
+)  # fmt: skip
 
 
 def learn(
-    base: Annotated[str, typer.Argument(help="Base checkpoint: directory or hub id.")],
-    experts: Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints trained from it.")],
+    base: BaseModel,
+    experts: Experts,
     *,
-    data: Annotated[str, Inputs(help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR]; texts are not read.")],
-    language: Annotated[
-        list[str] | None, Inputs(metavar="NAME=CODE", help="Of one expert (default: its name); repeat.")
-    ] = None,
+    data: Recordings,
+    language: LanguageOf = None,
     task: Annotated[str, Inputs(help="What experts answer: transcribe, translate or both.")] = "transcribe",
-    split: Annotated[str, Inputs(help="train, dev or test.")] = "train",
-    limit: Annotated[int, Inputs(metavar="N", min=1, help="Utterances per expert.")] = 100,
-    sample_seed: Annotated[int, Inputs(help="Which utterances --limit takes.")] = 0,
+    split: Split = "train",
+    limit: Limit = 100,
+    sample_seed: SampleSeed = 0,
     parts: Annotated[
         str, Settings(help="What has a weight: delta; apart (L and S); orthogonal (L made orthogonal, and S).")
     ] = "delta",
@@ -32,8 +40,8 @@ def learn(
     batch_size: Annotated[int, Settings(min=1, help="Recordings per step, of all experts together.")] = 16,
     learning_rate: Annotated[float, Settings(help="Of Adam.")] = 0.02,
     seed: Annotated[int, Settings(min=0, help="Of the order of the recordings.")] = 0,
-    device: Annotated[str | None, Machine(help="cpu or cuda (default: cuda where there is one).")] = None,
-    cache: Annotated[Path | None, Machine(help="Keep features in this directory.")] = None,
+    device: SpeechDevice = None,
+    cache: FeatureCache = None,
     out: Annotated[Path, Output("--out", "-o", help="Recipe to write, for `lors merge`.")],
     force: Annotated[bool, Output("--force", help="Replace a recipe that was learned.")] = False,
     as_json: Json = False,

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from ..command import Inputs, Machine
 from ..errors import LorsError
 
@@ -19,6 +21,19 @@ Include = Annotated[list[str] | None, Inputs(metavar="REGEX", help="Decompose ma
 Threads = Annotated[
     int | None, Machine(metavar="N", min=1, help="CPU threads (default: LORS_THREADS, OMP_NUM_THREADS or all cores).")
 ]
+
+# Of what works on recordings without texts: `calibrate` and `learn`.
+BaseModel = Annotated[str, typer.Argument(help="Base checkpoint: directory or hub id.")]
+Experts = Annotated[list[str], typer.Argument(metavar="[NAME=]EXPERT...", help="Checkpoints trained from it.")]
+Recordings = Annotated[
+    str, Inputs("--data", help="Manifest, covost2:DIR, common_voice:DIR or fleurs:[DIR]; texts are not read.")
+]
+LanguageOf = Annotated[list[str] | None, Inputs(metavar="NAME=CODE", help="Of one expert (default: its name); repeat.")]
+Split = Annotated[str, Inputs(help="train, dev or test.")]
+Limit = Annotated[int, Inputs(metavar="N", min=1, help="Utterances per expert.")]
+SampleSeed = Annotated[int, Inputs(help="Which utterances --limit takes.")]
+SpeechDevice = Annotated[str | None, Machine(help="cpu or cuda (default: cuda where there is one).")]
+FeatureCache = Annotated[Path | None, Machine(help="Keep features in this directory.")]
 
 
 def experts_of(items: Sequence[str], where: str) -> dict[str, str]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import collections
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import LorsError, shown
 
-__all__ = ["MAX_BYTES", "MAX_VALUES", "parse", "read", "read_bytes"]
+__all__ = ["MAX_BYTES", "MAX_VALUES", "parse", "read", "read_bytes", "text_of"]
 
 MAX_BYTES = 32 << 20  # the index of a model of 300,000 tensors
 MAX_VALUES = 1_500_000  # an empty list takes 3 bytes of text and 64 of memory
@@ -62,6 +63,11 @@ def parse(text: str | bytes, where: str, *, values: int = MAX_VALUES, infinite: 
         raise LorsError(f"{where}: not JSON that can be read: nested too deep") from None
     except ValueError as error:
         raise LorsError(f"{where}: not JSON: {error}") from None
+
+
+def text_of(content: Mapping[str, Any]) -> str:
+    """An object as the files beside a model have it."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

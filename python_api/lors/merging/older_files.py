@@ -84,7 +84,7 @@ def _extractor_files(paths: Mapping[str, Path], texts: Mapping[str, str]) -> dic
     if not isinstance(extractor, dict):
         return {}
     named = {key: value for key, value in processor.items() if key == "processor_class"}
-    return {_EXTRACTOR: _pretty(extractor | named)}
+    return {_EXTRACTOR: strict_json.text_of(extractor | named)}
 
 
 def _tokenizer_files(paths: Mapping[str, Path], texts: Mapping[str, str]) -> dict[str, str]:
@@ -93,8 +93,8 @@ def _tokenizer_files(paths: Mapping[str, Path], texts: Mapping[str, str]) -> dic
     return {
         "vocab.json": json.dumps(tokenizer.vocab, ensure_ascii=False) + "\n",
         "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges), ""]),
-        "added_tokens.json": _pretty(tokenizer.added),
-        "special_tokens_map.json": _pretty(_special_tokens(config)),
+        "added_tokens.json": strict_json.text_of(tokenizer.added),
+        "special_tokens_map.json": strict_json.text_of(_special_tokens(config)),
     }
 
 
@@ -102,10 +102,6 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: config[name] for name in _NAMED if config.get(name) is not None}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     return found | ({"additional_special_tokens": extra} if isinstance(extra, list) else {})
-
-
-def _pretty(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 # --- tokenizer.json --------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ their new tokens (languages, tasks, what is not to be said) joins them, in the i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,14 +158,10 @@ def documents(alignment: Alignment, models: Sequence[Checkpoint], files: Sequenc
             content = strict_json.read(path, infinite=True)
             holder = next(place for place, model in enumerate(models) if path in model.sidecars())
             writers[path.name](content, holder)
-            texts[path.name] = _text(content)
+            texts[path.name] = strict_json.text_of(content)
     if VOCAB in (names := {path.name for path in files}) and ADDED not in names and alignment.united.new:
-        texts[ADDED] = _text(dict(alignment.united.new))
+        texts[ADDED] = strict_json.text_of(dict(alignment.united.new))
     return texts
-
-
-def _text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 class _Result:
