@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 import lors_kernels as kernels
 from lors_kernels import Keep, SparsePart, Threshold
-from lors_kernels.arrays import overlap
+from lors_kernels.arrays import is_torch, overlap
 from lors_kernels.group import GroupThreshold, MatrixGroup
 from lors_kernels.grouped import (
     gram_apply_group,
@@ -341,3 +342,11 @@ def test_checks_take_few_calls() -> None:
     finally:
         sys.setprofile(None)
     assert 50 < sum(event.endswith("call") for event in events) < 450
+
+
+def test_torch_may_be_half_imported_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods import torch when they need it, in one of many threads; the others go on working on arrays of numpy."""
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert not is_torch(np.zeros(1))
+    out, one = np.zeros((1, 4), np.float32), np.ones((1, 4), np.float32)
+    assert kernels.apply_update(out, None, one, backend="cpu") == 1
