@@ -197,9 +197,8 @@ def require_room(weights: int) -> None:
 
 def pseudo_labels(decoder: Decoder, part: Corpus, tasks: Sequence[str]) -> Iterator[Item]:
     """Recordings with the tokens of what the model says for them, where it says something that its decoder can be asked for."""
-    for task in tasks:
-        texts, _ = decoder.transcribe(part, task)
-        for utterance, said in zip(part, texts, strict=True):
+    for task, transcribed in decoder.transcribe(part, tasks).items():
+        for utterance, said in zip(part, transcribed.texts, strict=True):
             if said:
                 tokens = labels(decoder.tokenizer, replace(utterance, text=said, translation=said), task)
                 if len(tokens) <= decoder.model.config.max_target_positions:

@@ -65,6 +65,13 @@ class Heard(_Section):
     steps: int = Field(default=120, ge=1)
 
 
+class Halving(_Section):
+    """A search in two rounds: all settings on `dev` utterances of each language, the best `keep` of them on all of dev."""
+
+    dev: int = Field(ge=1)
+    keep: int = Field(ge=1)
+
+
 class Grid(_Section):
     """A merge method and the values tried for each of its parameters (every combination).
 
@@ -133,6 +140,7 @@ class Config(_Section):
     rest_lambda: tuple[float, ...] = ()  # factors of these tensors, tried with every setting of every method
     compare_rest: bool = False  # also try the other two values, each method at its best setting, first seed
     criterion: Literal["normalised", "wer", "bleu", "loss"] = "normalised"  # on dev, see `criterion`
+    halving: Halving | None = None  # None: every setting on all of dev
     against: str = "task_arithmetic"  # the label all merges are compared with
     grids: dict[str, Grid] = {}
     batch_size: int = Field(default=64, ge=1)
@@ -157,6 +165,10 @@ class Config(_Section):
             raise ValueError(f"criterion: {self.criterion!r} is of {CRITERIA[self.criterion].tasks[0]}, no task here")
         if self.rest == "base" and self.rest_lambda:
             raise ValueError("rest_lambda: expected none with rest base, which adds nothing to these tensors")
+        if self.halving is not None and self.halving.dev >= self.data.dev:
+            raise ValueError(
+                f"halving: expected fewer than the {self.data.dev} utterances of dev, got {self.halving.dev}"
+            )
         sizes = {label: len(grid.settings()) for label, grid in self.grids.items()}
         # Equal budgets, or the method with more tries looks better than it is. A method without parameters has one.
         if len({size for size in sizes.values() if size > 1}) > 1:

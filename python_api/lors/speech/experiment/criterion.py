@@ -11,12 +11,11 @@ A cell is a task and a language, "transcribe ca". Each criterion gives every cel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...errors import LorsError
-from ..data.utterance import Corpus
+from ..data.utterance import Corpus, by_task
 from ..scoring.evaluation import Decoder
 from ..scoring.loss import mean_loss
 
@@ -29,30 +28,30 @@ Cells = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Criterion:
-    """tasks: those it needs, () any. cell: of some utterances of one language. total: of all cells, given those of the base
-    and of each language's own expert where it is `relative` to them."""
+    """tasks: those it needs, () any. cells: of some utterances of one language, one for each task. total: of all cells, given
+    those of the base and of each language's own expert where it is `relative` to them."""
 
     called: str
     higher: bool
-    cell: Callable[[Decoder, Corpus, str], float]
+    cells: Callable[[Decoder, Corpus, Sequence[str]], list[float]]
     total: Callable[[Cells, Cells, Cells], float]
     tasks: tuple[str, ...] = ()
     relative: bool = False
 
-    def best(self, values: Sequence[float]) -> int:
-        """Index; the first of those that are equal."""
-        return values.index(max(values) if self.higher else min(values))
+    def ranked(self, values: Sequence[float]) -> list[int]:
+        """Indices, best first; those that are equal in their order."""
+        return sorted(range(len(values)), key=lambda i: -values[i] if self.higher else values[i])
 
 
-def _scored(metric: str | None) -> Callable[[Decoder, Corpus, str], float]:
-    def cell(decoder: Decoder, part: Corpus, task: str) -> float:
-        return float(getattr(decoder.result("", part, task).score, metric or METRIC[task]))
+def _scored(metric: str | None) -> Callable[[Decoder, Corpus, Sequence[str]], list[float]]:
+    def cells(decoder: Decoder, part: Corpus, tasks: Sequence[str]) -> list[float]:
+        return [float(getattr(r.score, metric or METRIC[r.task])) for r in decoder.results("", part, tasks)]
 
-    return cell
+    return cells
 
 
-def _loss(decoder: Decoder, part: Corpus, task: str) -> float:
-    return mean_loss(decoder, part, task)
+def _losses(decoder: Decoder, part: Corpus, tasks: Sequence[str]) -> list[float]:
+    return [mean_loss(decoder, by_task(part, task), task) for task in tasks]
 
 
 def _mean(cells: Cells, *_: Cells) -> float:
@@ -77,14 +76,15 @@ CRITERIA: dict[str, Criterion] = {
     "normalised": Criterion("normalised performance on dev", True, _scored(None), _share, relative=True),
     "wer": Criterion("mean dev WER", False, _scored("wer"), _mean),
     "bleu": Criterion("mean dev BLEU", True, _scored("bleu"), _mean, ("translate",)),
-    "loss": Criterion("mean dev cross-entropy", False, _loss, _mean),
+    "loss": Criterion("mean dev cross-entropy", False, _losses, _mean),
 }
 
 
-def measured(criterion: Criterion, decoder: Decoder, parts: Any) -> dict[str, float]:
-    """The cells: of (task, utterances of one language) each."""
+def measured(criterion: Criterion, decoder: Decoder, parts: Iterable[Corpus], tasks: Sequence[str]) -> dict[str, float]:
+    """The cells of parts, the utterances of one language each."""
+    needed = [task for task in tasks if not criterion.tasks or task in criterion.tasks]
     return {
-        f"{task} {part[0].language}": criterion.cell(decoder, part, task)
-        for task, part in parts
-        if not criterion.tasks or task in criterion.tasks
+        f"{task} {part[0].language}": value
+        for part in parts
+        for task, value in zip(needed, criterion.cells(decoder, part, needed), strict=True)
     }

@@ -312,9 +312,16 @@ def _setting(results: Mapping[str, Any]) -> html.Section:
         f"Data: {speech}. Tasks: {', '.join(config['tasks'])}. {sum(results['utterances'].values())} test answers per model, "
         f"{results['dropped']} empty references dropped{_without(results)}. Tensors that a method does not decompose: "
         f"{config['rest']}{_with_factor(config)}. Every method was tried with {' or '.join(map(str, sorted(settings)))} "
-        f"settings on dev, the best by {CRITERIA[config['criterion']].called} went to test, once.{_calibrated(config)}"
+        f"settings on dev{_in_rounds(config)}, the best by {CRITERIA[config['criterion']].called} went to test, once.{_calibrated(config)}"
     )
     return html.section("setting", "What was done", f"<p>{html.escape(text)}</p>")
+
+
+def _in_rounds(config: Mapping[str, Any]) -> str:
+    """How a search was parted, if it was; results from before have nothing to say of it."""
+    if (halving := config.get("halving")) is None:
+        return ""
+    return f" ({halving['dev']} utterances per language, the best {halving['keep']} again on {config['data']['dev']})"
 
 
 def _with_factor(config: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ __all__ = ["build_stages", "run_experiment"]
 
 _LATER = ("dtype", "beams", "normaliser")  # of decoding; keys of stages from before there was a choice stay
 _FINETUNE_VERSION = 2  # 2: the encoder's positions are frozen
+_BOUNDS_VERSION = 2  # 2: by round
 _ACCUMULATED_VERSION = 3  # 3: where batches accumulate, a step's loss is the mean over all their tokens
 
 
@@ -147,11 +148,18 @@ class _Plan:
         ]
         return [*experts, *limits, *heard.values(), *merges, *baselines, *tests]
 
+    @property
+    def halving(self) -> dict[str, Any]:
+        """Parameters of the stages that it changes."""
+        return {} if self.config.halving is None else {"halving": self.config.halving.model_dump()}
+
     def bounds(self, seed: int, experts: Sequence[Stage]) -> Stage:
         """What base and experts score on dev, where the criterion is relative to them."""
         config = self.config
         parameters = self.evaluated("dev", base=config.base, criterion=config.criterion, experts=self.each(experts))
-        return self.stage(f"bounds-s{seed}", work.bounds, parameters | {"languages": config.experts}, experts)
+        parameters |= self.halving
+        parameters |= {"languages": config.experts}
+        return self.stage(f"bounds-s{seed}", work.bounds, parameters, experts, _BOUNDS_VERSION)
 
     def each(self, experts: Sequence[Stage]) -> list[tuple[str, str, tuple[str, ...]]]:
         """(stage, language, tasks) of every expert."""
@@ -173,7 +181,7 @@ class _Plan:
         config, grid, first = self.config, self.config.grids[label], seed == self.config.seeds[0]
         common = {"base": config.base, "method": grid.method, "rest": config.rest}
         parameters = self.evaluated("dev", **common, settings=config.settings(label))
-        parameters |= {"languages": config.experts, "compare_rest": config.compare_rest and first}
+        parameters |= {"languages": config.experts, "compare_rest": config.compare_rest and first, **self.halving}
         if config.criterion != "wer":  # as it always was, before there was a choice
             parameters["criterion"] = config.criterion
         search = self.stage(f"dev-{label}-s{seed}", work.search, parameters, (*experts, *before))

@@ -15,7 +15,8 @@ __all__ = ["at_edge", "spread", "tried"]
 
 
 def tried(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, Any]:
-    """Every setting with its values over the seeds, and each seed's choice."""
+    """Every setting with its values over the seeds, and each seed's choice; where a search had two rounds, the values of the
+    first, the choice and the finalists with those of the second."""
     searches = [json.loads((stages[f"dev-{label}-s{seed}"] / "grid.json").read_text("utf-8")) for seed in config.seeds]
     by = config.criterion
     records = [
@@ -28,9 +29,15 @@ def tried(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, A
         {"seed": seed, "setting": best["setting"], by: best[by], "edges": at_edge(best["setting"], settings, method)}
         for seed, best in zip(config.seeds, (search["best"] for search in searches), strict=True)
     ]
+    finalists = [
+        {"seed": seed, "setting": record["setting"], by: record[by]}
+        for seed, search in zip(config.seeds, searches, strict=True)
+        for record in search.get("finalists", [])
+    ]
     return {
         "tried": records,
         "chosen": chosen,
+        **({"finalists": finalists} if finalists else {}),
         "rest": [{"setting": r["setting"], by: r[by]} for r in searches[0]["rest"]],
     }
 

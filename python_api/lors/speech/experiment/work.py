@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.corpus import load_corpus
 from ..data.left_out import SHARE, LeftOut
-from ..data.utterance import Corpus, by_task
+from ..data.utterance import Corpus
 from ..scoring.evaluation import Decoder
 from .config import Setting
 from .criterion import CRITERIA, measured
@@ -52,11 +52,12 @@ class _Decoded:
 
         return self.decoder(out, load_model(source, device=self.device, dtype=self.dtype), load_processor(source))
 
-    def parts(self, corpus: Corpus) -> Iterator[tuple[str, Corpus]]:
-        """(task, utterances of one language) for each cell."""
-        for task in self.tasks:
-            for language in dict.fromkeys(u.language for u in corpus):
-                yield task, by_task((u for u in corpus if u.language == language), task)
+    def dev(self, inputs: Inputs, halving: Setting | None) -> dict[str, Corpus]:
+        """The utterances of each round of a search: all of them in the last, before it a sample of as many as are said."""
+        whole = {"dev": self.corpus(inputs, "dev")}
+        if halving is None:
+            return whole
+        return {"first": replace(self, data={**self.data, "dev": halving["dev"]}).corpus(inputs, "dev"), **whole}
 
 
 def synthesise(
@@ -101,17 +102,20 @@ def test_model(out: Path, inputs: Inputs, *, model: str | None, **decoded: Any) 
     _write_answers(out, how, how.model(out, str(trained) if model is None else model), corpus)
 
 
-def bounds(out: Path, inputs: Inputs, *, base: str, criterion: str, experts: Sequence[Any], **decoded: Any) -> None:
-    """``bounds.json``: the cells, on dev, of the base and of each language's own expert. experts: (stage, language, tasks)."""
-    how = _Decoded(**decoded)
-    corpus = how.corpus(inputs, "dev")
-    cells = {"base": measured(CRITERIA[criterion], how.model(out, base), how.parts(corpus)), "own": {}}
-    for stage, language, tasks in experts:
-        decoder = how.model(out, inputs[stage] / "model")
-        parts = [(task, by_task((u for u in corpus if u.language == language), task)) for task in tasks]
-        cells["own"] |= measured(CRITERIA[criterion], decoder, parts)
-    how.left_out.require_few(out.name, len(corpus))
-    (out / "bounds.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
+def bounds(
+    out: Path, inputs: Inputs, *, base: str, criterion: str, experts: Sequence[Any], halving: Setting | None = None,
+    **decoded: Any,
+) -> None:  # fmt: skip
+    """``bounds.json``: by round, the cells on dev of the base and of each language's own expert. experts: (stage, language,
+    tasks)."""
+    how, judge, found = _Decoded(**decoded), CRITERIA[criterion], {}
+    for name, corpus in how.dev(inputs, halving).items():
+        own: dict[str, float] = {}
+        for stage, language, tasks in experts:
+            own |= measured(judge, how.model(out, inputs[stage] / "model"), [_of(corpus, language)], tasks)
+        found[name] = {"base": measured(judge, how.model(out, base), _parts(corpus), how.tasks), "own": own}
+        how.left_out.require_few(out.name, len(corpus))
+    (out / "bounds.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 def hear(
@@ -152,34 +156,42 @@ def _heard(inputs: Inputs, rest: str) -> Setting:
 
 def search(
     out: Path, inputs: Inputs, *, base: str, method: str, settings: Sequence[Setting], rest: str, compare_rest: bool,
-    criterion: str = "wer", **decoded: Any,
+    criterion: str = "wer", halving: Setting | None = None, **decoded: Any,
 ) -> None:  # fmt: skip
-    """``grid.json``: what the criterion says of every setting; the best is first in the list of ties."""
+    """``grid.json``: what the criterion says of every setting; the best is first in the list of ties.
+
+    With `halving`, of all on a sample of dev, and the best of them are tried again on all of it.
+    """
     how, judge = _Decoded(**decoded), CRITERIA[criterion]
     merger = Merger.load(base, inputs, how.device, how.dtype)
-    corpus = how.corpus(inputs, "dev")
     decoder = how.decoder(out, merger.network, merger.processor)
-    heard, limits = _heard(inputs, rest), dict[str, Any](base={}, own={})
+    heard, rounds = _heard(inputs, rest), how.dev(inputs, halving)
+    limits: dict[str, Any] = {name: {"base": {}, "own": {}} for name in rounds}
     if judge.relative:
         directory = next(path for name, path in inputs.items() if name.startswith("bounds-"))
         limits = json.loads((directory / "bounds.json").read_text("utf-8"))
 
-    def tried(setting: Setting) -> Setting:
-        path = out / f"try-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
+    def tried(setting: Setting, name: str) -> Setting:
+        path = out / f"{name}-{json.dumps(setting, sort_keys=True)}.json".replace("/", "_")
         if not path.exists():
             merger.holding(weights(merger, method, {**setting, **heard}))
-            cells = measured(judge, decoder, how.parts(corpus))
-            total = judge.total(cells, limits["base"], limits["own"])
+            cells = measured(judge, decoder, _parts(rounds[name]), how.tasks)
+            total = judge.total(cells, limits[name]["base"], limits[name]["own"])
             path.write_text(json.dumps({"setting": setting, criterion: total, "cells": cells}), "utf-8")
         return dict(json.loads(path.read_text("utf-8")))
 
-    grid = [tried(with_rest(method, setting, rest)) for setting in settings]
-    best = grid[judge.best([record[criterion] for record in grid])]
-    others = []
+    grid = [tried(with_rest(method, setting, rest), next(iter(rounds))) for setting in settings]
+    leading = [grid[i] for i in judge.ranked([record[criterion] for record in grid])]
+    found = {"grid": grid}
+    if halving is not None:
+        found["finalists"] = [tried(record["setting"], "dev") for record in leading[: halving["keep"]]]
+        leading = [found["finalists"][i] for i in judge.ranked([record[criterion] for record in found["finalists"]])]
+    best, others = leading[0], []
     if compare_rest and "rest" in best["setting"]:
-        others = [tried({**best["setting"], "rest": r}) for r in _RESTS if r != rest]
-    how.left_out.require_few(out.name, len(corpus))
-    (out / "grid.json").write_text(json.dumps({"grid": grid, "best": best, "rest": others}, indent=1) + "\n", "utf-8")
+        others = [tried({**best["setting"], "rest": r}, "dev") for r in _RESTS if r != rest]
+    for corpus in rounds.values():
+        how.left_out.require_few(out.name, len(corpus))
+    (out / "grid.json").write_text(json.dumps({**found, "best": best, "rest": others}, indent=1) + "\n", "utf-8")
 
 
 def test_merge(
@@ -203,6 +215,15 @@ def test_merge(
         (out / "reference.json").write_text(json.dumps(record) + "\n", "utf-8")
 
 
+def _of(corpus: Corpus, language: str) -> Corpus:
+    return [u for u in corpus if u.language == language]
+
+
+def _parts(corpus: Corpus) -> Iterator[Corpus]:
+    """The utterances of each language."""
+    return (_of(corpus, language) for language in dict.fromkeys(u.language for u in corpus))
+
+
 def _load(data: Setting, inputs: Inputs, languages: Sequence[str], split: str, left_out: LeftOut) -> Corpus:
     return load_corpus(
         inputs.get("corpus", data["source"]),
@@ -219,10 +240,11 @@ def _write_answers(out: Path, how: _Decoded, decoder: Decoder, corpus: Corpus) -
     """``answers.jsonl``: every answer and what its scores are sums of; ``scores.json``; ``left_out.json``. Returns the answers."""
     out.mkdir(exist_ok=True)
     scores, lines = [], []
-    for task, part in how.parts(corpus):
-        r = decoder.result("", part, task)
+    speakers = {u.id: u.speaker for u in corpus if u.speaker is not None}
+    results = [r for part in _parts(corpus) for r in decoder.results("", part, how.tasks)]
+    for r in sorted(results, key=lambda result: how.tasks.index(result.task)):
+        task = r.task
         scores.append({"task": task, "language": r.language, **asdict(r.score), "real_time_factor": r.real_time_factor})
-        speakers = {u.id: u.speaker for u in part if u.speaker is not None}
         for i, answer in enumerate(r.answers):
             bleu = None if r.statistics.bleu is None else r.statistics.bleu[i].tolist()
             counted: dict[str, Any] = {

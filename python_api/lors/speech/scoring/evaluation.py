@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,9 +167,11 @@ def evaluate(
     corpus = load_corpus(
         data, languages=wanted, split=chosen_split, limit=limit, max_seconds=max_seconds, seed=sample_seed, left_out=left_out
     )  # fmt: skip
-    parts = {(task, language): _part(corpus, task, language) for task in chosen for language in wanted}
+    parts = {language: [u for u in corpus if u.language == language] for language in wanted}
+    total = len(sources) * sum(
+        _require_references(part, task, language) for task in chosen for language, part in parts.items()
+    )
     results = []
-    total = len(sources) * sum(len(part) for part in parts.values())
     with bar("decoding", total, quiet=not progress) as advance, kept_in(cache) as home:
         done = 0
 
@@ -182,17 +184,21 @@ def evaluate(
         for name, source in zip(names, sources, strict=True):
             model = load_model(source, device=device, dtype=dtype)
             decoder = Decoder.of(model, load_processor(source), home, batch_size, beams, workers, left_out, normaliser)
-            for (task, _), part in parts.items():
-                results.append(decoder.result(name, part, task, decoded))
+            found = []
+            for part in parts.values():
+                found += decoder.results(name, part, chosen, decoded)
                 left_out.require_few("corpus" if isinstance(data, list) else str(data), len(corpus))
+            results += sorted(
+                found, key=lambda result: chosen.index(result.task)
+            )  # stable: languages stay in their order
     return Evaluation(tuple(results), left_out)
 
 
-def _part(corpus: Corpus, task: str, language: str) -> Corpus:
-    part = by_task((u for u in corpus if u.language == language), task)
-    if not part:
+def _require_references(part: Corpus, task: str, language: str) -> int:
+    """How many utterances have one; LorsError for none."""
+    if not (count := len(by_task(part, task))):
         raise LorsError(f"{task} {language}: expected utterances with a reference, got none")
-    return part
+    return count
 
 
 def model_names(sources: Sequence[str | Path]) -> list[str]:
@@ -204,6 +210,19 @@ def model_names(sources: Sequence[str | Path]) -> list[str]:
     if len(set(names)) != len(names):
         raise LorsError(f"evaluate: expected models that differ, got {', '.join(names)}")
     return names
+
+
+@dataclass(slots=True)
+class Transcribed:
+    """A text for each utterance, None where the recording cannot be read; and seconds of decoding, the encoder's included."""
+
+    texts: list[str | None]
+    seconds: float = 0.0
+
+    def add(self, rows: Sequence[int], texts: Sequence[str], seconds: float) -> None:
+        for row, text in zip(rows, texts, strict=True):
+            self.texts[row] = text.strip()
+        self.seconds += seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +257,20 @@ class Decoder:
         count = workers_for(model.device.type) if workers is None else workers
         return cls(model, processor.tokenizer, features, batch_size, beams, count, left_out or LeftOut(), normaliser)
 
-    def result(self, name: str, part: Corpus, task: str, advance: Callable[[int], None] | None = None) -> Result:
-        """Decodes and scores utterances of one language (`part`) for one task."""
+    def results(
+        self, name: str, corpus: Corpus, tasks: Sequence[str], advance: Callable[[int], None] | None = None
+    ) -> list[Result]:
+        """Decodes and scores, for each task, the utterances of one language that have a reference for it."""
+        parts = {task: by_task(corpus, task) for task in tasks}
+        if all(part == corpus for part in parts.values()):
+            said = self.transcribe(corpus, tasks, advance)
+        else:
+            said = {task: self.transcribe(part, [task], advance)[task] for task, part in parts.items()}
+        return [self._scored(name, part, task, said[task]) for task, part in parts.items()]
+
+    def _scored(self, name: str, part: Corpus, task: str, transcribed: Transcribed) -> Result:
         language = part[0].language
-        hypotheses, seconds = self.transcribe(part, task, advance)
-        read = [(u, said) for u, said in zip(part, hypotheses, strict=True) if said is not None]
+        read = [(u, said) for u, said in zip(part, transcribed.texts, strict=True) if said is not None]
         if not read:
             raise LorsError(
                 f"{task} {language}: expected recordings that can be read, got {self.left_out.unusable[-1]}"
@@ -255,42 +283,63 @@ class Decoder:
         )  # fmt: skip
         statistics = replace(statistics, speakers=numbered([u.speaker for u, _ in read]))
         audio = max(sum(duration(u.audio) for u, _ in read), 1 / SAMPLE_RATE)
-        return Result(name, language, task, summary, statistics, answers, audio, seconds)
+        return Result(name, language, task, summary, statistics, answers, audio, transcribed.seconds)
 
     def transcribe(
-        self, part: Corpus, task: str, advance: Callable[[int], None] | None = None
-    ) -> tuple[list[str | None], float]:
-        """A text for each utterance of one language, None where the recording cannot be read; and seconds of decoding.
+        self, part: Corpus, tasks: Sequence[str], advance: Callable[[int], None] | None = None
+    ) -> dict[str, Transcribed]:
+        """By task, what the model says for the utterances of one language. What the encoder makes of a batch is made once, for
+        all tasks.
 
-        advance: told the size of each batch that is done.
+        advance: told the size of each batch that is done, times the tasks.
         """
-        texts: list[str | None] = [None] * len(part)
-        seconds = 0.0
+        said = {task: Transcribed([None] * len(part)) for task in tasks}
         for batch in load_in_order(part, self.features, self.batch_size, self.workers):
             self.left_out.note(batch.unusable)
-            began = time.perf_counter()
             for rows, mel in batch.parts:
-                for row, text in zip(rows, self._decode(mel, part[0].language, task), strict=True):
-                    texts[row] = text.strip()
-            seconds += time.perf_counter() - began
+                long = mel.shape[2] > self.features.extractor.nb_max_frames
+                for task, texts, seconds in (self._long if long else self._short)(mel, part[0].language, tasks):
+                    said[task].add(rows, texts, seconds)
             if advance is not None:
-                advance(sum(len(rows) for rows, _ in batch.parts) + len(batch.unusable))
-        return texts, seconds
+                advance(len(tasks) * (sum(len(rows) for rows, _ in batch.parts) + len(batch.unusable)))
+        return said
 
-    def _decode(self, features: Tensor, language: str, task: str) -> list[str]:
+    def _short(self, features: Tensor, language: str, tasks: Sequence[str]) -> Iterator[tuple[str, list[str], float]]:
+        """(task, texts, seconds, those of the encoder included) of recordings within the model's window."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutput
+
+        began, model = time.perf_counter(), self.model
+        mel = features.to(model.device, model.dtype)
+        mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            encoded = model.get_encoder()(mel).last_hidden_state
+        shared = time.perf_counter() - began
+        for task in tasks:
+            began = time.perf_counter()
+            with torch.inference_mode():
+                heard = BaseModelOutput(last_hidden_state=encoded)  # generating changes it
+                tokens = model.generate(encoder_outputs=heard, attention_mask=mask, **self._asked(language, task))
+            yield task, self._texts(tokens), shared + time.perf_counter() - began
+
+    def _long(self, features: Tensor, language: str, tasks: Sequence[str]) -> Iterator[tuple[str, list[str], float]]:
+        """The same of one recording beyond it."""
         import torch
 
-        long = features.shape[2] > self.features.extractor.nb_max_frames
-        model, options = self.model, {"language": language_token(language), "task": task, "num_beams": self.beams}
+        model = self.model
         mel = features.to(model.device, model.dtype)
-        options["attention_mask"] = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
-        with torch.inference_mode(), torch.random.fork_rng(enabled=long):
-            if not long:
-                return self._texts(model.generate(mel, **options))
-            torch.manual_seed(0)  # of the fallback, for one recording at a time: the same words whatever the order
-            segments = model.generate(mel, **options, **_WINDOWS)["segments"][0]
-        said = (text.strip() for text in self._texts([part["tokens"].tolist() for part in segments]))
-        return [" ".join(text for text in said if text)]  # Whisper begins a segment with a space, others need not
+        mask = torch.ones(mel.shape[0], mel.shape[2], dtype=torch.long, device=model.device)
+        for task in tasks:
+            began = time.perf_counter()
+            with torch.inference_mode(), torch.random.fork_rng():
+                torch.manual_seed(0)  # of the fallback, for one recording at a time: the same words whatever the order
+                found = model.generate(mel, attention_mask=mask, **self._asked(language, task), **_WINDOWS)
+            said = (text.strip() for text in self._texts([part["tokens"].tolist() for part in found["segments"][0]]))
+            # Whisper begins a segment with a space, others need not
+            yield task, [" ".join(text for text in said if text)], time.perf_counter() - began
+
+    def _asked(self, language: str, task: str) -> dict[str, Any]:
+        return {"language": language_token(language), "task": task, "num_beams": self.beams}
 
     def _texts(self, tokens: Any) -> list[str]:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))

@@ -429,7 +429,7 @@ class _DevSet:
         found, losses = [], []
         for task, language, part in self.parts:
             mine = range(accelerator.process_index, len(part), accelerator.num_processes)
-            texts = decoder.transcribe([part[i] for i in mine], task)[0] if mine else []
+            texts = decoder.transcribe([part[i] for i in mine], [task])[task].texts if mine else []
             said = dict(gather_object(list(zip(mine, texts, strict=True))))
             answers = [(u.reference(task) or "", said[i]) for i, u in enumerate(part) if said[i] is not None]
             target = language if task == "transcribe" else "en"
