@@ -434,6 +434,7 @@ def test_a_clip_that_cannot_be_decoded_is_left_out(tmp_path: Path, catalan: Corp
         finetune(
             "tiny", tmp_path / "x", data=corpus, languages="ca", training=replace(training, max_steps=5), unusable=0
         )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.flac"], "nothing stays of what was refused"
     done = finetune(
         "tiny", tmp_path / "x", data=corpus, languages="ca", training=replace(training, max_steps=10), unusable=0.1
     )

@@ -170,7 +170,7 @@ def learned_weights(
             name: list(pseudo_labels(Decoder.of(model, processor, home, left_out=left_out), parts[name], tasks[name]))
             for name, model in models.items()
         }
-        left_out.require_few("learn", sum(map(len, parts.values())))
+        left_out.require_few("corpus", sum(map(len, parts.values())))
         for name, items in heard.items():
             if not items:
                 raise LorsError(f"{name}: expected recordings in which it hears words, got none")

@@ -115,8 +115,8 @@ def finetune(
     features = scratch / "features" if cache is None else Path(cache)
     groups = [(language,) for language in wanted] if sequential else [wanted]
     records, start = [], str(model)
-    with _output(out, force, model) as output, writing(scratch):
-        _claim(scratch, _identity(model, corpus, held_out, wanted, chosen, training, sequential))
+    identity = _identity(model, corpus, held_out, wanted, chosen, training, sequential)
+    with _output(out, force, model) as output, writing(scratch), _claimed(scratch, identity):
         for number, group in enumerate(groups):
             place = scratch / f"{number}-{'-'.join(group)}"
             final = place / "final"
@@ -180,6 +180,23 @@ def _identity(
     }
 
 
+@contextmanager
+def _claimed(scratch: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """As `_claim`. What the block refuses before its first checkpoint leaves no directory behind that was not there."""
+    new = not scratch.exists()
+    _claim(scratch, identity)
+    try:
+        yield
+    except LorsError:
+        if new and first_process() and not _has_checkpoints(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _has_checkpoints(scratch: Path) -> bool:
+    return any(scratch.glob("*/checkpoint-*")) or any(scratch.glob("*/final"))
+
+
 def _claim(scratch: Path, identity: dict[str, Any]) -> None:
     """LorsError when `scratch` holds checkpoints of another run; else the checkpoints to come are this one's."""
     if not first_process():
@@ -189,7 +206,7 @@ def _claim(scratch: Path, identity: dict[str, Any]) -> None:
     record = scratch / "run.json"
     require_file(record, RUN, force=True)
     found = json.loads(record.read_text("utf-8")) if record.exists() else {}
-    if any(scratch.glob("*/checkpoint-*")) or any(scratch.glob("*/final")):
+    if _has_checkpoints(scratch):
         for name, value in identity.items():
             if found.get(name) != value:
                 raise LorsError(

@@ -175,7 +175,7 @@ class _Trainer(Seq2SeqTrainer):
         given to be divided by `num_items_in_batch`: with N batches to a step the gradient would be N times too large.
         """
         self.dev.left_out.note(inputs["unusable"])
-        self.dev.left_out.require_few("finetune", len(self.train_dataset))
+        self.dev.left_out.require_few("corpus", len(self.train_dataset))
         labels, config = inputs["labels"], self.accelerator.unwrap_model(model).config
         spoken = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         outputs = model(input_features=inputs["input_features"], decoder_input_ids=spoken)
@@ -360,7 +360,7 @@ class _Dataset:
             with left_out.unless_unusable():
                 require_window(utterance.audio, features.extractor)
                 readable.append(utterance)
-        left_out.require_few("finetune", len(corpus))
+        left_out.require_few("corpus", len(corpus))
         rows: list[tuple[int, list[int]]] = []
         skipped = 0
         for task in tasks:
@@ -373,7 +373,7 @@ class _Dataset:
                 else:
                     rows.append((row, ids))
         if not rows:
-            raise LorsError(f"finetune: expected utterances with a reference for {', '.join(tasks)}, got none")
+            raise LorsError(f"corpus: expected utterances with a reference for {', '.join(tasks)}, got none")
         return cls(readable, rows, features, skipped)
 
     def __len__(self) -> int:
@@ -391,7 +391,7 @@ def _collate(items: Sequence[tuple[NDArray[np.float16] | str, list[int]]]) -> di
     read = [(mel, ids) for mel, ids in items if not isinstance(mel, str)]
     unusable = [said for said, _ in items if isinstance(said, str)]
     if not read:
-        raise LorsError(f"finetune: expected a recording that can be read in every batch, got none; {unusable[0]}")
+        raise LorsError(f"corpus: expected a recording that can be read in every batch, got none; {unusable[0]}")
     longest = max(len(ids) for _, ids in read)
     padded = [ids + [-100] * (longest - len(ids)) for _, ids in read]
     mel = torch.from_numpy(np.stack([mel for mel, _ in read])).float()
