@@ -81,6 +81,11 @@ def test_choices_at_an_edge() -> None:
     lams = [{"lam": lam, "density": d, "rank": 8} for lam in (0.1, 0.2, 0.3) for d in (0.5, 1.0)]
     assert at_edge({"lam": 0.2, "density": 0.5, "rank": 8}, lams, "lors") == ["density"]
     assert at_edge({"lam": 0.3, "density": 1.0, "rank": 8}, lams, "lors") == ["lam"], "there is no density beyond 1"
+    ranks = [{"rank": rank, "lam": 1.0} for rank in (1, 8, 128)]
+    assert [at_edge(setting, ranks, "svp", 128) for setting in ranks] == [[], [], []], (
+        "a matrix has no other ranks beyond"
+    )
+    assert at_edge(ranks[2], ranks, "svp", 256) == ["rank"] == at_edge(ranks[2], ranks, "svp")
     depth = [{"lam": [0.1, 0.2], "normalize": True}, {"lam": [0.2, 0.1], "normalize": False}]
     assert at_edge(depth[0], depth, "ties") == [], "these have no order"
     assert at_edge({"low": 1.0}, [{"low": 1.0}, {"low": 2.0}], "lors_scaled") == ["low"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...methods import SPECS
+from ..model.whisper import resolve_model
 from .config import Config, Setting
 
 __all__ = ["at_edge", "spread", "tried"]
@@ -24,9 +25,14 @@ def tried(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, A
         for same in zip(*(search["grid"] for search in searches), strict=True)
     ]
     settings = [record["setting"] for record in records]
-    method = config.grids[label].method
+    method, width = config.grids[label].method, _width(config.base)
     chosen = [
-        {"seed": seed, "setting": best["setting"], by: best[by], "edges": at_edge(best["setting"], settings, method)}
+        {
+            "seed": seed,
+            "setting": best["setting"],
+            by: best[by],
+            "edges": at_edge(best["setting"], settings, method, width),
+        }
         for seed, best in zip(config.seeds, (search["best"] for search in searches), strict=True)
     ]
     finalists = [
@@ -42,10 +48,17 @@ def tried(config: Config, label: str, stages: Mapping[str, Path]) -> dict[str, A
     }
 
 
-def at_edge(chosen: Setting, settings: Sequence[Setting], method: str) -> list[str]:
+def _width(base: str) -> int | None:
+    """Of a Whisper, which is the smaller side of all its matrices; None for one that is not here."""
+    path = Path(resolve_model(base)) / "config.json"
+    return int(json.loads(path.read_text("utf-8"))["d_model"]) if path.is_file() else None
+
+
+def at_edge(chosen: Setting, settings: Sequence[Setting], method: str, width: int | None = None) -> list[str]:
     """Parameters whose chosen number is the least or the greatest that was tried, so that a better one may lie beyond.
 
-    Not those of which one value was tried, nor a number that is the limit of what the method takes.
+    Not those of which one value was tried, nor a number that is the limit of what the method takes; the greatest rank is the
+    `width` of the model.
     """
     spec = SPECS.get(method)
     found = []
@@ -54,7 +67,9 @@ def at_edge(chosen: Setting, settings: Sequence[Setting], method: str) -> list[s
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) or len(set(values)) == 1:
             continue
         known = spec.parameter("lambda" if name == "lam" else name) if spec else None
-        limits = (known.minimum, known.maximum) if known else (None, None)
+        limits: tuple[Any, Any] = (known.minimum, known.maximum) if known else (None, None)
+        if known is not None and known.kind == "rank":
+            limits = (1, width)
         if value in (min(values), max(values)) and value not in limits:
             found.append(name)
     return found
