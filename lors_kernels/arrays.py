@@ -25,8 +25,8 @@ FLOATS = ("float32", "float16", "bfloat16")  # the order is the DType enum of cs
 
 
 def is_torch(x: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)  # not there yet while another thread imports torch
+    return tensor is not None and isinstance(x, tensor)
 
 
 def is_numpy(x: object) -> bool:

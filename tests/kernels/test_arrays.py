@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 import lors_kernels as kernels
 from lors_kernels import Keep, SparsePart, Threshold
-from lors_kernels.arrays import overlap
+from lors_kernels.arrays import is_torch, overlap
 from lors_kernels.group import GroupThreshold, MatrixGroup
 from lors_kernels.grouped import (
     gram_apply_group,
@@ -27,6 +28,13 @@ from lors_kernels.grouped import (
 M, N, RANK = 6, 9, 2
 HALF = Threshold(0.5, 0, 0)
 Arguments = dict[str, torch.Tensor]
+
+
+def test_arrays_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module is in sys.modules before it has its names: whoever uses numpy meanwhile must not stumble over it."""
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert not is_torch(np.ones(3))
+    assert kernels.gram_apply(None, np.ones((3, 2), np.float32), np.ones((2, 1), np.float32)).tolist() == [[6.0], [6.0]]
 
 
 def arguments() -> Arguments:
