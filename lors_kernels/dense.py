@@ -168,7 +168,7 @@ def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) ->
 def _cholesky(a: Tensor) -> Tensor:
     """The Cholesky factor of a [n, n] in the place of its lower triangle, of which alone it is read; above stays what was there.
 
-    torch's own sets that to zero, against the order in memory, and takes two thirds longer for a large matrix.
+    torch's own sets that to zero, against the order in memory, which takes a large part of its time.
     """
     import torch
 
