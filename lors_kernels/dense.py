@@ -23,6 +23,7 @@ GRAM_LIMIT = 1e-9
 # Singular values that float32 entries have from their rounding alone: half a unit of each is 2^-23 of the largest at most.
 ROUNDED = 2.0**-20
 LARGE = 256  # columns from which on float32 saves time
+BLOCK = 192  # columns of a Cholesky factor that are computed together
 WEAK = 64  # directions of a polar factor that float32 leaves to float64
 
 
@@ -160,7 +161,27 @@ def ridge_quotient(product: Tensor, gram: Tensor, goal: Tensor, ridge: float) ->
     epsilon = ridge * float(total.diagonal().double().sum()) / len(total)
     total.diagonal().add_(epsilon)
     right = product.add(goal, alpha=epsilon)
-    return torch.cholesky_solve(right.T, torch.linalg.cholesky(total, out=total)).T
+    factor = _cholesky(total) if total.device.type == "cpu" else torch.linalg.cholesky(total, out=total)
+    return torch.cholesky_solve(right.T, factor).T
+
+
+def _cholesky(a: Tensor) -> Tensor:
+    """The Cholesky factor of a [n, n] in the place of its lower triangle, of which alone it is read; above stays what was there.
+
+    torch's own sets that to zero, against the order in memory, which takes a large part of its time.
+    """
+    import torch
+
+    for start in range(0, len(a), BLOCK):
+        stop = start + BLOCK
+        block, below = a[start:stop, start:stop], a[stop:, start:stop]
+        block.copy_(torch.linalg.cholesky(block))
+        if len(below):
+            below.copy_(torch.linalg.solve_triangular(block.T, below, upper=True, left=False))
+        for first in range(0, len(below), BLOCK):
+            strip = a[stop + first :, stop + first : stop + first + BLOCK]
+            strip.addmm_(below[first:], below[first : first + BLOCK].T, alpha=-1)
+    return a
 
 
 def boosted(sigma: Tensor, share: float) -> Tensor:

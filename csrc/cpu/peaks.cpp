@@ -47,6 +47,7 @@ double multiply_step(int) {
     Vec<float> sums[kChains] = {}, a = splat(0.5f), b = splat(1.0f);
     keep(a);
     keep(b);
+    for (auto& sum : sums) keep(sum);  // a compiler that knows them equal computes one for all
     for (int i = 0; i < kSteps; ++i) {
         for (auto& sum : sums) sum = multiply_add(sum, a, b);
     }
@@ -59,6 +60,7 @@ __attribute__((target("avx512bf16"))) double bfloat16_step(int) {
     __m512 sums[kChains] = {};
     __m512i ones = _mm512_set1_epi16(0x3f80);  // 1.0
     keep(ones);
+    for (auto& sum : sums) keep(sum);
     const auto pairs = reinterpret_cast<__m512bh>(ones);
     for (int i = 0; i < kSteps; ++i) {
         for (auto& sum : sums) sum = _mm512_dpbf16_ps(sum, pairs, pairs);

@@ -112,6 +112,22 @@ def test_a_quotient_with_a_ridge(ridge: float) -> None:
         )
 
 
+@pytest.mark.parametrize("n", [191, 192, 193, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_quotient_of_many_columns_by_the_lower_triangle_alone(n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n)
+    x, product, goal = (torch.randn(40, n, generator=generator, dtype=torch.float64) for _ in range(3))
+    gram = x.T @ x / x.square().sum()
+    total = gram + 0.3 / n * torch.eye(n, dtype=torch.float64)
+    want = torch.linalg.solve(total, product + 0.3 / n * goal, left=False)
+    known = torch.where(torch.ones_like(gram, dtype=torch.bool).tril(), gram, torch.nan)
+    found = ridge_quotient(product.to(dtype), known.to(dtype), goal.to(dtype), 0.3)
+    assert gap(found.double(), want) <= (2e-5 if dtype == torch.float32 else 1e-12) * float(want.abs().max())
+    known[n - 1, n - 1] = -1.0
+    with pytest.raises(torch.linalg.LinAlgError):
+        ridge_quotient(product.to(dtype), known.to(dtype), goal.to(dtype), 0.3)
+
+
 # --- in float32, where a tolerance allows it --------------------------------------------------------------------------
 
 LARGE = [(340, 300), (300, 340)]
