@@ -375,7 +375,7 @@ OPERATIONS: dict[str, Callable[[Matrices], Work]] = {
         topk_mask, lors_delta,
     )
 }  # fmt: skip
-HOST_ONLY = ("sparse_part", "sparse_update")  # no kernels on a GPU: stored parts are plain torch there
+HOST_ONLY = ("sparse_part", "sparse_update", "apply_update")  # no kernels on a GPU: these are plain torch there
 DECOMPOSING = ("truncated_svd", "lors_delta")  # these are measured on noise too, where they take longest
 
 

@@ -59,11 +59,13 @@ class Place:
         self.device = None if not devices or "cpu" in devices else devices[0]
 
     def runs(self, operation: str, case: Case) -> bool:
-        """Stored parts have no kernels on a GPU; groups that are a loop over single matrices are checked on small ones."""
+        """Stored parts and the last sum have no kernels on a GPU; groups that are a loop over single matrices are checked on small ones."""
         if case.hard and "truncated_svd" not in operation:
             return False
         if operation in ("sparse_part", "sparse_update"):
             return self.device is None and hasattr(self.module, operation)
+        if operation == "apply_update":  # the reference's, on a GPU
+            return hasattr(self.module, operation)
         return not (case.large and operation in GROUPS) or hasattr(self.module, "GROUPED")
 
     def put(self, x: Any) -> Any:

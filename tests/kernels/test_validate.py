@@ -19,8 +19,9 @@ from helpers import require_backend
 from lors_kernels import ALWAYS, Keep, NonFiniteError, Threshold, dispatch
 from lors_kernels.backends import cpu, loop, truncated_svd
 from lors_kernels.certificate import Spectrum
+from lors_kernels.testing.bench import OPERATIONS, _has
 from lors_kernels.testing.cases import CASES, by_name, hard_spectra
-from lors_kernels.testing.checks import CHECKS
+from lors_kernels.testing.checks import CHECKS, Place
 from lors_kernels.testing.oracle import nth_largest, selected
 from lors_kernels.testing.validate import checks, validate_command
 
@@ -739,3 +740,16 @@ def test_a_broken_backend_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert validate_command(["cpu"])  # nobody asked for the other
     with pytest.raises(kernels.BackendUnavailable, match="cuda: ImportError: junk"):
         validate_command(["cuda"])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_a_backend_is_asked_for_what_it_has(backend: str) -> None:
+    """On a GPU some operations are the reference's: a check that asks the kernels for them finds an error that is none."""
+    place = Place(backend)
+    asked = {operation for operation in CHECKS for case in CASES if place.runs(operation, case)}
+    own = {"topk_mask", "lors_delta"}  # made of other operations
+    missing = {name for name in asked - own if hasattr(kernels, name) and not hasattr(place.module, name)}
+    assert not missing and {"gram_apply", "merge_update"} < asked
+    assert {name for name in OPERATIONS if _has(backend, name, "cuda" if backend == "triton" else "cpu")} - own <= {
+        *dir(place.module)
+    }
