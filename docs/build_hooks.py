@@ -1,7 +1,8 @@
-"""What the site needs beside the pages in this folder: files of the repository that pages link to, and a page that is made.
+"""What the site needs beside the pages in this folder: files of the repository that pages link to, a page that is made, and links.
 
 A page may link to `../examples/x.yml`: that is right in the repository and on the page of a host, and on the site it leads to
 the repository; pictures from there are copied in. The page of all commands is what the commands say of themselves.
+Docstrings and help name pages as files of the repository, `docs/methods.md`: on the site that is a link.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = "reference/commands.md"
 CONTRIBUTING = "contributing.md"
 PICTURES = {".png", ".svg"}
 _LINK = re.compile(r"(\]\(|src=\")(\.\./[^)\s\"#]+)")
+_NAMED = re.compile(r"<code>(?:docs/)?([\w/-]+\.md)</code>|(?<![\w/\">])docs/([\w/-]+\.md)\b")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -45,6 +48,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}{config['repo_url']}/blob/main/{path}"
 
     return _LINK.sub(outside, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    def linked(found: re.Match[str]) -> str:
+        file = files.get_file_from_path(found[1] or found[2])
+        return found[0] if file is None else f'<a href="{get_relative_url(file.url, page.url)}">{found[0]}</a>'
+
+    return _NAMED.sub(linked, html)
 
 
 def commands_page() -> str:

@@ -27,10 +27,8 @@ from lors.speech.data.audio import SAMPLE_RATE, read_audio
 from lors.speech.demo import RECORDINGS
 from lors.speech.model.whisper import local_model
 
-ELSEWHERE = {  # pages of their own tests
-    "export.md": "tests/export",
-    "new-language.md": "tests/speech",
-}
+EXPORT = pages.DOCS / "how-to" / "export.md"
+ELSEWHERE = {EXPORT.name, "new-language.md"}  # pages of tests of their own: below, and tests/speech/test_new_language.py
 PAGES = [
     pages.ROOT / "README.md",
     pages.DOCS / "getting-started.md",
@@ -64,6 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(tuned, work / f"whisper-{language}" / "model.safetensors", {"format": "pt"})
     (work / "corpus").symlink_to(RECORDINGS)
     record(work / "recordings")
+    (work / "speech.wav").symlink_to(work / "recordings" / "ca-1.wav")
     return root
 
 
@@ -82,32 +81,54 @@ def test_every_command_and_snippet_of_a_page_runs(page: Path, home: Path, tmp_pa
     if page.name == "other-tools.md":
         for name in ("mergekit", "peft", "fusion_bench"):
             module(name, "peers")
+    assert follow(page, home, tmp_path), "a page without a command"
+
+
+def follow(page: Path, home: Path, place: Path) -> list[str]:
+    """What each block that is run prints, in a reader's working directory."""
     for entry in (home / "work").iterdir():
-        (tmp_path / entry.name).symlink_to(entry)
+        (place / entry.name).symlink_to(entry)
     environment = {
         **os.environ, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}", "HF_HUB_CACHE": str(home / "hub"),
         "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    run = 0
+    printed = []
     for block in pages.blocks(page):
         if block.title is not None:
-            (tmp_path / block.title).write_text(block.text)
+            (place / block.title).write_text(block.text)
         elif block.language in pages.RUN and block.reason is None:
             command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
             done = subprocess.run(
-                [*command, block.text], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+                [*command, block.text], cwd=place, env=environment, capture_output=True, text=True, timeout=240
             )
             assert done.returncode == 0, f"{block.where}\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            run += 1
-    assert run, "a page without a command"
+            printed.append(done.stdout)
+    return printed
+
+
+def test_the_export_page_runs_and_its_loop_says_what_transformers_says(home: Path, tmp_path: Path) -> None:
+    for name in ("ctranslate2", "onnxruntime", "onnxscript"):
+        module(name, "export")
+    *_, heard = follow(EXPORT, home, tmp_path)
+
+    import soundfile
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    processor = WhisperProcessor.from_pretrained(tmp_path / "merged")
+    sound, rate = soundfile.read(tmp_path / "speech.wav")
+    features = processor(sound, sampling_rate=rate, return_tensors="pt").input_features.to(model.dtype)
+    said = model.generate(features, language="ca", task="transcribe")
+    expected = processor.batch_decode(said, skip_special_tokens=True)[0]
+    assert heard.strip() == expected.strip() and len(expected.split()) > 2
 
 
 def test_what_is_not_run_says_why() -> None:
-    reasons = [block.reason for page in PAGES for block in pages.blocks(page) if block.reason is not None]
+    reasons = [block.reason for page in [*PAGES, EXPORT] for block in pages.blocks(page) if block.reason is not None]
     assert all(reason.split()[0] in ("needs", "runs", "the") for reason in reasons), reasons
     untold = [
         block.where
-        for page in PAGES
+        for page in [*PAGES, EXPORT]
         for block in pages.blocks(page)
         if block.language in ("sh", "shell", "console", "py") or block.said and block.said[0] != "not run"
     ]

@@ -49,6 +49,18 @@ def test_every_command_is_in_the_reference(site: Path) -> None:
     assert "--density" in page and "--max-steps" in page
 
 
+def test_a_page_that_is_named_is_linked(site: Path) -> None:
+    """Docstrings and help name pages as the repository has them."""
+    for page, name, address in (
+        ("reference/lors", "<code>docs/methods.md</code>", "../../methods/"),
+        ("reference/commands", "docs/speech.md", "../../speech/"),
+    ):
+        assert f'<a href="{address}">{name}</a>' in text(site, page), page
+    for path in site.rglob("index.html"):
+        bare = re.sub(r"<a [^>]*>.*?</a>|<[^>]*>", "", path.read_text("utf-8"), flags=re.DOTALL)
+        assert not re.findall(r"docs/[\w/-]+\.md", bare), path
+
+
 def test_a_manifest_can_be_copied_with_its_tabs(site: Path) -> None:
     assert "audio\ttext\tlanguage\tsplit" in re.sub("<[^>]+>", "", text(site, "how-to/own-data"))
 

@@ -108,3 +108,30 @@ def test_the_page(
     exec(transcribe, {})
     said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert said.keys() == {"ast", "kab"} and said["ast"].strip() and "<|" not in said["ast"]
+
+
+def test_a_tokenizer_without_the_times_gets_them_before_the_language(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    monkeypatch.chdir(tmp_path)
+    model, processor = WhisperForConditionalGeneration.from_pretrained(BASE), WhisperProcessor.from_pretrained(BASE)
+    first = len(processor.tokenizer)
+    model.resize_token_embeddings(first + 1501, mean_resizing=False)
+    model.save_pretrained("timeless")
+    processor.save_pretrained("timeless")
+    names: dict[str, Any] = {}
+    exec(blocks("python")[0], names)
+    names["add_language"]("timeless", "oci", "ca", "whisper-oci")
+    for part in names["load"]("timeless"):
+        part.save_pretrained("base")
+    merge = ["merge", "--expert", "oci=whisper-oci", "--vocabulary", "union", "merged", "--base"]
+    refused = CliRunner().invoke(application(["merge"]), [*merge, "timeless"])
+    assert "add <|0.00|>, <|0.02|> ... as tokens" in str(refused.exception)
+    shell(shlex.join(["lors", *merge, "base"]))
+    tokenizer = WhisperProcessor.from_pretrained("whisper-oci").tokenizer
+    assert tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|0.58|>", "<|30.00|>", "<|oci|>"]) == [
+        first, first + 29, first + 1500, first + 1501
+    ]  # fmt: skip
+    assert len(tokenizer) == read_json("whisper-oci/config.json")["vocab_size"] == first + 1502
