@@ -210,7 +210,7 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
             sweep(recipe, options, norm, more.pop("out", tmp_path / "x"), **more)
         assert "\n" not in str(caught.value)
 
-    refused("--rank 0: expected", {"rank": "0"})
+    refused("^rank: 0: expected an integer", {"rank": "0"})
     refused("a grid needs a step", {"lambda": "0:1"})
     refused("no method has such a parameter, did you mean 'density'", {"densty": "1"})
     refused("method task_arithmetic has no such parameter", {"rank": "1"}, methods=("task_arithmetic",))
@@ -235,7 +235,9 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     refused("expected a new directory", {"rank": "1"}, out=tmp_path / "full")
     sweep(recipe, {"rank": "1"}, norm, tmp_path / "s")
-    refused("another options", {"rank": "2"}, out=tmp_path / "s")
+    refused("holds a sweep of other values of rank; use", {"rank": "2"}, out=tmp_path / "s")
+    refused("holds a sweep of other values of lambda; use", {"rank": "1", "lambda": "1"}, out=tmp_path / "s")
+    refused("holds a sweep with another seed; use", {"rank": "1"}, out=tmp_path / "s", seed=1)
 
 
 # --- what it was made from
