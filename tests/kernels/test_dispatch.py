@@ -63,7 +63,7 @@ def test_what_is_not_built_is_passed_over(home: Path) -> None:
     status, found = doctor(home)
     assert status == 0 and found["broken"] == []
     assert found["backends"]["cpu"] == {
-        "ok": False, "broken": False, "state": "not available", "reason": "not built"
+        "ok": False, "broken": False, "misconfigured": False, "state": "not available", "reason": "not built"
     }  # fmt: skip
     assert found["backends"]["cuda"]["reason"].startswith("not built")
     assert python(home, "-c", BACKEND).stdout == "reference\n"
