@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .arrays import Array, device_of, is_torch, on_numpy
+from .types import MisconfiguredError
 
 
 class Availability(NamedTuple):
@@ -24,6 +25,7 @@ class Availability(NamedTuple):
     ok: bool
     reason: str  # what it runs on, or why it cannot run
     broken: bool = False  # there, and cannot run all the same
+    misconfigured: bool = False  # broken by a variable of the environment, which the reason names
 
     @property
     def state(self) -> str:
@@ -63,6 +65,8 @@ def availability(name: str) -> Availability:
     """Success and failure are both remembered: a broken library is loaded once, and its reason stays the same."""
     try:
         return Availability(*load(name).probe())
+    except MisconfiguredError as error:
+        return Availability(False, str(error), broken=True, misconfigured=True)
     except Exception as error:
         return Availability(False, f"{type(error).__name__}: {error}".splitlines()[0], broken=True)
 
@@ -106,6 +110,8 @@ def select(backend: str | None, like: Array, operation: str = "gram_apply") -> M
     reasons = []
     for name in order:
         status = availability(name)
+        if status.misconfigured:
+            raise MisconfiguredError(status.reason)
         if status.broken and backend is None:
             raise BackendUnavailable(f"{name} is broken: {status.reason} (mend it, or name another backend)")
         reason = status.reason if not status.ok else _unfit(load(name), device, operation)

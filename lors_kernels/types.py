@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
+class MisconfiguredError(ValueError):
+    """A variable of the environment has a value that it cannot have; the message names it."""
+
+
 class NonFiniteError(ValueError):
     """delta = tuned - base holds NaN or infinity; `count` entries of it."""
 

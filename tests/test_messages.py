@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny
@@ -31,11 +32,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, file in (("lfs", "model.safetensors"), ("lfs2", "tokenizer.json")):
         shutil.copytree(paths["ca"], root / name)
         (root / name / file).write_text(POINTER)
+    tokens = "model.decoder.embed_tokens.weight"
+    state = {name: np.concatenate([a, a[:1]]) if name == tokens else a for name, a in tiny.tensors(0, 0.5).items()}
+    tiny.write(root / "more", state)
     (root / "empty").mkdir()
     (root / "audio.mp3").write_bytes(b"ID3" + bytes(100))
     (root / "r.yml").write_text(RECIPE.format("lors"))
     (root / "linear.yml").write_text(RECIPE.format("linear"))
     (root / "typo.yml").write_text(RECIPE.format("lors").replace("models/de", "models/dee"))
+    (root / "weight.yml").write_text(RECIPE.format("lors").replace("models/de", "models/de, weight: 2"))
     (root / "list.yml").write_text("merge_method: lors\nbase_model: models/base\nmodels: [models/ca]\n")
     return root
 
@@ -52,6 +57,7 @@ def said(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 BASE = "merge --base models/base "
 MERGE = BASE + "--expert ca=models/ca --expert de=models/de "
+SWEEP = "sweep r.yml -o s --score true --objective bleu "
 USAGE = "lors merge --base DIR --expert NAME=DIR OUT"
 MISTAKES = {
     # commands and options
@@ -67,6 +73,12 @@ MISTAKES = {
     # recipe and OUT
     "merge r.yml": "merge: expected OUT, the directory to write, after the recipe: lors merge r.yml OUT",
     "merge out": f"merge: expected a recipe before OUT, or options that describe the merge: {USAGE}",
+    BASE
+    + "--expert models/ca models/de out": "merge: 'models/de' is no recipe (.yml); every model has an --expert of its "
+    "own: --expert models/de",
+    BASE
+    + "--expert models/ca models/de -o out": "merge: 'models/de' is no recipe (.yml); every model has an --expert of "
+    "its own: --expert models/de",
     BASE + "out": "merge: expected at least one --expert NAME=DIR",
     "merge out r.yml": "out: there is no such recipe; the output comes last: lors merge r.yml out",
     "merge s.yml out": "s.yml: cannot read the recipe: No such file or directory, did you mean 'r.yml'?",
@@ -77,6 +89,8 @@ MISTAKES = {
     "merge list.yml out": "list.yml: models[0]: expected a mapping such as {model: models/ca}, got 'models/ca'",
     "merge typo.yml out": "typo.yml: models[1].model: models/dee: not a file or directory here, not in the hub cache, and "
     "the hub cannot be reached; looked for in {cwd}, did you mean 'models/de'?",
+    "merge weight.yml out": "weight.yml: models[1].weight: unknown key 'weight'; it is a parameter: put it under "
+    "models[1].parameters:",
     "merge linear.yml out": "models[0].parameters.weight: missing; method linear has no default for it",
     # models
     BASE + "--expert ca=trainer out": "trainer: no weights in this directory: expected model.safetensors, "
@@ -104,6 +118,7 @@ MISTAKES = {
     # settings
     MERGE + "--method TIES out": "--method: unknown method 'TIES', did you mean 'ties'?",
     MERGE + "--method linear out": "--weight ca: missing; method linear has no default for it",
+    BASE + "--expert ca=models/ca --method slerp out": "--param t=VALUE: missing; method slerp has no default for it",
     MERGE + "--method slerp out": "--expert: expected 1 besides the base for method slerp, got 2",
     MERGE + "--density 20 out": "--density: expected a number in [0, 1], got 20.0",
     MERGE + "--rank 99 out": "--rank: expected at most min(m, n) = 32 for a 32 x 32 matrix, got 99: tensor "
@@ -128,12 +143,20 @@ MISTAKES = {
     MERGE + "--seed -1 out": "--seed: expected an integer >= 0, got -1",
     MERGE + "--backend gpu out": "--backend: expected one of cpu, cuda, triton, reference or None, got 'gpu'",
     MERGE + "merged": "{cwd}/merged: exists already; --force replaces it",
+    # sweeps
+    SWEEP
+    + "--lambda 0.1": "--objective: expected bleu:max (or bleu:min), for the least is taken otherwise, got 'bleu'",
+    "sweep r.yml -o s --score true --rank 0": "--rank: 0: expected an integer >= 1 or a fraction of min(m, n) between 0 "
+    "and 1, got 0.0",
+    "sweep r.yml -o s --score true --param rank=a:1:1": "--param rank: a:1:1: expected numbers as FROM:TO or FROM:TO:STEP",
     # expert files and edits
     "decompose models/base models/ca -o x.safetensors --density 2": "--density: expected a number in [0, 1], got 2.0",
     "decompose models/base models/ca -o x.safetensors --values fp16": "--values: expected one of float32, float16, "
     "bfloat16, got 'fp16'",
     "decompose models/base models/ca -o x.safetensors --include [": "--include: '[' is not a regular expression: "
     "unterminated character set at position 0",
+    "decompose models/base more -o x.safetensors": "more: another vocabulary: expected 61 tokens as in base, got 62 (tensor "
+    "'model.decoder.embed_tokens.weight'); an expert file holds no tokens: merge the checkpoint with --vocabulary union",
     "remove merged es": "es: no such file or directory; expected an expert file, as `lors decompose` writes it; {cwd}/merged "
     "has ca, de",
     "remove de.lors.safetensors merged": "de.lors.safetensors: expected the directory of a merged model; the model comes "

@@ -30,6 +30,7 @@ from ..types import (
     FactorOverflowError,
     Keep,
     KeepStats,
+    MisconfiguredError,
     NonFiniteError,
     Threshold,
     TruncatedSVD,
@@ -73,7 +74,7 @@ def instruction_set() -> str:
     usable = instruction_sets()
     wanted = os.environ.get("LORS_ISA", usable[0])
     if wanted not in usable:
-        raise ValueError(f"LORS_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
+        raise MisconfiguredError(f"LORS_ISA: expected one of {', '.join(usable)} on this processor, got {wanted!r}")
     return wanted
 
 

@@ -99,6 +99,9 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = list(known)
     lower = {one.lower(): one for one in names}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    start = f"{str(name).lower()}_"  # as `base` is of base_model
+    begun = [one for one in lower if len(start) > 3 and one.startswith(start)]
+    close = close or (begun if len(begun) == 1 else [])
     return f", did you mean {lower[close[0]]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
 
 

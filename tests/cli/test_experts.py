@@ -28,10 +28,13 @@ def test_the_commands(family: dict[str, Path], tmp_path: Path) -> None:
         done = run("decompose", family["base"], family[name], "-o", f"{name}.lors.safetensors", "--name", name)
         assert done.returncode == 0 and "of the checkpoint" in done.stdout, done.stderr
     assert run("merge", "out", "--base", family["base"], "--expert", "ca=ca.lors.safetensors").returncode == 0
-    assert run("add", "out", "de.lors.safetensors").returncode == 0
+    done = run("add", "out", "de.lors.safetensors")
+    assert done.returncode == 0 and "note: added de\n" in done.stdout and "lors: 2 experts, " in done.stdout, done
     done = run("remove", "out", "ca.lors.safetensors", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["experts"] == ["ca"], done.stderr
+    told = json.loads(done.stdout)
+    assert told["experts"] == ["de"] and told["notices"][0] == "removed ca", done.stderr
+    assert "lors: 1 expert, " in run("merge", "one", "--base", family["base"], "--expert", family["ca"]).stdout
     assert run("export-lora", "de.lors.safetensors", "-o", "adapter").returncode == 0
     done = run("add", "out", family["ca"])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "ca.lors.safetensors", "de.lors.safetensors", "out"]
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "ca.lors.safetensors", "de.lors.safetensors", "one", "out"]

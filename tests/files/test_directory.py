@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import lors
 from helpers import require
 from lors.checkpoints.writer import WeightWriter
 from lors.errors import LorsError, LorsWarning
@@ -209,6 +210,9 @@ def test_targets_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "it is a file" in refusal(old / "config.json", force=True)
     assert "config.json is not a directory" in refusal(old / "config.json" / "out")
     assert "root of the file system" in refusal(Path("/"), force=True)
+    package = Path(lors.__file__).resolve().parent
+    for place in (package, package / "speech" / "bases" / "mine", package / "x" / "y"):
+        assert f"{place}: the output must not be inside {package}, where lors itself" in refusal(place, force=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     assert "replaces only a checkpoint" in refusal(tmp_path / "home", force=True)

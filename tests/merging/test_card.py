@@ -18,6 +18,9 @@ from lors.checkpoints.reader import open_checkpoint
 from lors.errors import LorsError, printable
 from lors.files.directory import OutputDirectory
 from lors.merging.card import Input, carried_over, languages, versions, write_card
+from lors.merging.publish import parameters_of
+from lors.methods import SPECS
+from lors.recipes.recipe import Recipe
 
 DIGEST = "0123456789abcdef" * 4
 RECIPE = "merge_method: lors\nbase_model: openai/whisper-small\nmodels:\n- model: me/ca  # Català\n"
@@ -194,6 +197,26 @@ def test_local_directories_are_not_published(tmp_path: Path) -> None:
 
 def test_languages() -> None:
     assert languages(["ca", "sv-SE", "mix", "pt_br", "CA", "yue", "de2", ""]) == ["ca", "sv", "pt", "yue"]
+    assert languages(["expert-de", "whisper_small-it", "fr-es", "a-nl-b"]) == ["de", "it", "fr"]
+    assert languages(["ast", "expert-kab", "mix"]) == [] == languages([], ["ast"])
+    assert languages(["ast", "expert-kab", "mix"], ["ast", "kab"]) == ["ast", "kab"]
+
+
+def test_parameters_are_told_as_the_recipe_gives_them() -> None:
+    def told(parameters: str, own: str = "{}", method: str = "lors") -> dict[str, str]:
+        models = f"[{{model: x/ca, parameters: {own}}}, {{model: de}}]"
+        text = f"merge_method: {method}\nbase_model: b\nmodels: {models}\nparameters: {parameters}\n"
+        return parameters_of(Recipe.from_yaml(text, SPECS))
+
+    assert told("{}") == {"rank": "7", "density": "0.2", "lambda": "0.2"} == told("{weight: 2}", "{weight: 3}")
+    assert told("{rest_lambda: 0.5}")["rest_lambda"] == "0.5"
+    filters = "{density: [{filter: fc1, value: 0.1}, {filter: q_proj, value: [0.1, 0.3]}, {value: 0.2}]}"
+    wanted = "0.1 where a name has fc1, 0.1 to 0.3 over the depth where a name has q_proj, else 0.2"
+    assert told(filters)["density"] == wanted
+    assert told("{density: [0.1, 0.3]}")["density"] == "0.1 to 0.3 over the depth"
+    assert told("{rank: 5}", "{density: 0.4, rank: 9}") == {
+        "rank": "ca: 9; de: 5", "density": "ca: 0.4; de: 0.2", "lambda": "0.2",
+    }  # fmt: skip
 
 
 def test_it_is_written_where_one_can_write(tmp_path: Path) -> None:

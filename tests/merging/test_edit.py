@@ -31,7 +31,7 @@ def test_adding_the_last_expert_gives_what_merging_all_gives(family: dict[str, P
     for name, want in whole.items():
         # both are rounded once at the end; the one that was grown, once before
         assert (np.abs(grown[name].astype(np.float64) - want) <= 1.0001 * np.spacing(np.abs(want)) + 1e-10).all(), name
-    assert report.experts == ["es"]
+    assert report.experts == list(EXPERTS) and report.notices[0] == "added es"
     ledger = Ledger.load(tmp_path / "grown")
     assert [expert.name for expert in ledger.experts] == list(EXPERTS) and ledger.edits == 1
     assert (tmp_path / "grown" / "tokenizer.json").read_text() == "kept"

@@ -125,6 +125,8 @@ def test_the_result_has_the_tokens_of_all(experts: dict[str, Path], tmp_path: Pa
     assert tokenizer(text).input_ids != plain(text).input_ids
     assert tokenizer("bon dia a tothom").input_ids == plain("bon dia a tothom").input_ids
     assert yaml_of(out)["vocabulary"] == "union"
+    lors.merge(BASE, {"expert-ast": experts["one"], "kab": experts["two"]}, tmp_path / "named", vocabulary="union")
+    assert "language:\n- ast\n- kab\n" in (tmp_path / "named" / "README.md").read_text()
 
 
 def yaml_of(out: Path) -> Any:

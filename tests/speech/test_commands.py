@@ -113,6 +113,14 @@ def test_help_tells_every_default(command: str) -> None:
             ("evaluate", "tiny", "--data", "x", "--languages", "ca", "--compare", "tiny,b"),
             "expected A,B of the models tiny",
         ),
+        (
+            ("evaluate", "tiny", "de", "es", "--data", "x", "--languages", "ca"),
+            "expected models, got the language 'de'; separate languages by commas: --languages ca,de,es$",
+        ),
+        (
+            ("evaluate", "test", "--data", "x", "--languages", "ca"),
+            "^test: expected a model directory, a hub id, tiny or tiny-early; looked for in .*, did you mean 'tests'",
+        ),
         (("evaluate", "tiny", "--data", "x", "--languages", "ca", "-o", __file__), "cannot write .*: "),
         (("experiment", "quick", "-o", "x", "--list", "--rest", "none"), "rest: Input should be 'task_arithmetic'"),
         (("experiment", "quick", "-o", "x", "--list", "--seeds", "a"), "--seeds: expected numbers"),

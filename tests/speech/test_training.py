@@ -318,8 +318,8 @@ def test_bad_models_devices_and_settings(tmp_path: Path, recordings: Path, catal
     for source, said in [
         (other, "expected a Whisper checkpoint, got model_type 'bert'"),
         (tmp_path / "none", "expected a model directory with config.json"),
-        (tmp_path / "absent", "expected a model directory, a hub id or tiny"),
-        ("tini", "expected a model directory, a hub id or tiny"),
+        (tmp_path / "absent", "expected a model directory, a hub id, tiny or tiny-early"),
+        ("tini", "expected a model directory, a hub id, tiny or tiny-early"),
     ]:
         with pytest.raises(LorsError, match=said):
             resolve_model(source)
@@ -598,3 +598,11 @@ def test_optimisers_and_types(tmp_path: Path, recordings: Path) -> None:
     assert trainer._arguments(replace(SHORT, optim="adafactor", report_to="tensorboard"), tmp_path).report_to == [
         "tensorboard"
     ]
+
+
+def test_errors_of_a_corpus_name_its_file(tmp_path: Path) -> None:
+    manifest = tmp_path / "mine.tsv"
+    manifest.write_text("audio\ttext\tlanguage\tsplit\na.wav\tbon dia\tca\ttrain\n")
+    with pytest.raises(LorsError, match=r"^.*/mine\.tsv: expected at most 1 % of 1 rows and recordings"):
+        finetune("tiny", tmp_path / "out", data=str(manifest), languages="ca", training=SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.tsv"]

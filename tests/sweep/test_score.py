@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from lors.errors import LorsError
 from lors.sweep.score import Objective, Scorer
+
+
+def test_which_value_is_the_best() -> None:
+    assert [Objective.parse(text).wanted for text in ("wer", "size:min", "bleu:max", "chrf:min")] == [
+        "lowest", "lowest", "highest", "lowest",
+    ]  # fmt: skip
+    for text in ("bleu", "BLEU", "chrf", "accuracy"):
+        with pytest.raises(LorsError, match=rf"^--objective: expected {text}:max \(or {text}:min\), .*got '{text}'$"):
+            Objective.parse(text)
 
 
 @pytest.mark.parametrize(

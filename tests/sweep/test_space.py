@@ -19,12 +19,13 @@ def test_axes() -> None:
     for spec, text in (
         (rank, "0"),
         (rank, "x"),
+        (rank, "'010':1:1"),
         (density, "0.1:2:0.1"),
         (density, "0.5:0.1"),
         (density, "0:1:0"),
         (density, "0:1:1e-9"),
     ):
-        with pytest.raises(LorsError, match=f"--{spec.name} "):
+        with pytest.raises(LorsError, match=f"^{spec.name}: {text}: "):
             Axis.parse(spec, text)
 
 

@@ -22,6 +22,7 @@ import lors
 import tiny
 from helpers import module
 from lors.checkpoints.reader import open_checkpoint
+from lors.cli import main
 from lors.errors import LorsError
 from lors.experts.decompose import decompose
 from lors.methods import SPECS
@@ -210,7 +211,7 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
             sweep(recipe, options, norm, more.pop("out", tmp_path / "x"), **more)
         assert "\n" not in str(caught.value)
 
-    refused("--rank 0: expected", {"rank": "0"})
+    refused("^rank: 0: expected an integer", {"rank": "0"})
     refused("a grid needs a step", {"lambda": "0:1"})
     refused("no method has such a parameter, did you mean 'density'", {"densty": "1"})
     refused("method task_arithmetic has no such parameter", {"rank": "1"}, methods=("task_arithmetic",))
@@ -235,7 +236,9 @@ def test_refusals(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("mine")
     refused("expected a new directory", {"rank": "1"}, out=tmp_path / "full")
     sweep(recipe, {"rank": "1"}, norm, tmp_path / "s")
-    refused("another options", {"rank": "2"}, out=tmp_path / "s")
+    refused("holds a sweep of other values of rank; use", {"rank": "2"}, out=tmp_path / "s")
+    refused("holds a sweep of other values of lambda; use", {"rank": "1", "lambda": "1"}, out=tmp_path / "s")
+    refused("holds a sweep with another seed; use", {"rank": "1"}, out=tmp_path / "s", seed=1)
 
 
 # --- what it was made from
@@ -474,3 +477,20 @@ def test_a_directory_of_something_else_is_no_sweep(tmp_path: Path) -> None:
     problem = f"expected a new directory or that of a sweep, it has {name!r}"
     with pytest.raises(LorsError, match=problem), Home(tmp_path).open():
         pass
+
+
+@pytest.mark.parametrize(("objective", "said"), [("size", "size 3 (lowest)"), ("bleu:max", "bleu 4 (highest)")])
+def test_the_last_line_says_which_was_the_best(
+    objective: str,
+    said: str,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "r.yml").write_text(recipe.to_yaml(resolved=True))
+    (tmp_path / "score.sh").write_text('case $1 in *-0*) echo 3;; *) echo 4;; esac\n')
+    arguments = ["sweep", tmp_path / "r.yml", "--lambda", "0.1,0.2", "--objective", objective, "-o", tmp_path / "s"]
+    monkeypatch.setattr("sys.argv", ["lors", *map(str, arguments), "--score", f"sh {tmp_path}/score.sh"])
+    main()
+    assert f", {said} -> " in capsys.readouterr().out.splitlines()[-1]

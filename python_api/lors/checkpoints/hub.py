@@ -1,13 +1,14 @@
-"""The files of a checkpoint by name, here and in the repositories of the Hugging Face hub."""
+"""The files of a checkpoint by name, here and in the repositories of the Hugging Face hub, and the bases that come with lors."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from ..errors import LorsError, near_path
 
-__all__ = ["HUB_ID"]
+__all__ = ["HUB_ID", "SHIPPED", "shipped"]
 
 # What a merged model needs beside its weights, as transformers names the files.
 SIDECARS = (
@@ -20,6 +21,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 OPENAI, NEMO = "model.pt", "model.nemo"  # what a merge of openai-whisper's and of NeMo's files writes
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+# Tiny bases trained by speech/pretrain.py; bases/README.md holds the command and the log.
+_BASES = Path(__file__).parent.parent / "speech" / "bases"
+SHIPPED = {"tiny": _BASES / "final", "tiny-early": _BASES / "early"}
+
+
+def shipped(source: str) -> Path | None:
+    """The directory of the base that comes with lors under this name; LorsError where something here bears it too."""
+    if source in SHIPPED and os.path.lexists(source):
+        raise LorsError(
+            f"{source}: a base that comes with lors is called so, and something here: ./{source} is the latter"
+        )
+    return SHIPPED.get(source)
 
 
 class SourceNotFound(LorsError):

@@ -36,6 +36,7 @@ from .hub import (
     TORCH_SINGLE,
     SourceNotFound,
     download,
+    shipped,
 )
 from .layers import EMBEDDING, HEAD, naming
 from .nemo import WEIGHTS, Members, is_tar, read_members
@@ -302,8 +303,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
     `source` is a directory in the Hugging Face format (``model.safetensors``, sharded with an index, or
     ``pytorch_model.bin``) or with a merged ``model.pt`` or
     ``model.nemo``, a ``.safetensors`` file, an openai-whisper ``.pt``, a ``.nemo``, a hub id ``org/name`` or
-    ``org/name@revision``, or an fsspec URL of such a directory or file, which is copied here first (`remote`). What
-    exists on disk is never taken for a hub id. Raises LorsError.
+    ``org/name@revision``, ``tiny`` or ``tiny-early``, which come with lors, or an fsspec URL of such a directory or file,
+    which is copied here first (`remote`). What exists on disk is never taken for a hub id. Raises LorsError.
     """
     text = os.fspath(source)
     if page := _HUB_PAGE.fullmatch(text):
@@ -314,6 +315,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, name: str | None = None) 
         found = open_checkpoint(fetch(text, [[*patterns, *SIDECARS, "README.md"] for patterns in weights]), name=name)
         found.url = text
         return found
+    if (own := shipped(text)) is not None:
+        return _open_directory(own, name or text, None)
     path = Path(os.path.expanduser(text))
     try:
         if path.is_dir():

@@ -25,9 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def merge(
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="[RECIPE.yml] OUT", help="A recipe and the directory to write, or only the latter."),
-    ],
+    ] = None,
     base: Annotated[str | None, Inputs(help="Base checkpoint: directory, file or hub id.")] = None,
     expert: Annotated[list[str] | None, Inputs(metavar="[NAME=]PATH", help="An expert; repeat for each.")] = None,
     method: Annotated[
@@ -67,6 +67,9 @@ def merge(
     ] = None,
     ray: Annotated[str | None, Machine(metavar="local|ADDRESS", help="Decompose on a Ray cluster.")] = None,
     dtype: Annotated[str | None, Output(help="Type of the written weights (default: the base's).")] = None,
+    out: Annotated[
+        str | None, Output("--out", "-o", metavar="OUT", help="The directory to write, as an option.")
+    ] = None,
     out_shard_size: Annotated[str | None, Output(metavar="SIZE", help="Largest weight file (default: 5GB).")] = None,
     check: Annotated[
         bool, Output("--check", help="Reload the result and compare a sample with the method's definition.")
@@ -95,7 +98,7 @@ def merge(
     settings = {key: value for key, value in settings.items() if value is not None}
     experts = experts_of(expert or [], "--expert")
     described = bool(base or experts or method or parameters or settings)
-    file, out = _recipe_and_out(paths, described, bool(experts))
+    file, out = _recipe_and_out([*(paths or ()), *([] if out is None else [out])], described, bool(experts))
 
     from ..merging.on_disk import dry_run as rehearse
     from ..merging.on_disk import merge_recipe
@@ -122,8 +125,14 @@ def merge(
 
 
 def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tuple[Path | None, str]:
-    """The two arguments of `merge`, told apart; `described`: options print_lines what is merged."""
+    """The two arguments of `merge`, told apart; `described`: options say what is merged."""
     usage = "lors merge --base DIR --expert NAME=DIR OUT"
+    if not paths:
+        raise LorsError("lors merge: missing argument [RECIPE.yml] OUT; see lors merge --help")
+    if described and len(paths) > 1 and "=" not in paths[0] and Path(paths[0]).suffix not in (".yml", ".yaml"):
+        raise LorsError(
+            f"merge: {paths[0]!r} is no recipe (.yml); every model has an --expert of its own: --expert {paths[0]}"
+        )
     if len(paths) > 2 or "=" in paths[0] and not Path(paths[0]).exists():
         raise LorsError(f"merge: expected [RECIPE.yml] OUT, got {' '.join(paths)}; models are options: {usage}")
     first, out = Path(paths[0]).expanduser(), paths[-1]
@@ -146,6 +155,10 @@ def _recipe_and_out(paths: Sequence[str], described: bool, experts: bool) -> tup
 
 def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
     """Key of the recipe that the options make -> option."""
+    from ..methods import SPECS
+    from ..recipes.parameters import REQUIRED
+
+    required = {one.name for spec in SPECS.values() for one in spec.parameters if one.default is REQUIRED}
     keys = {
         "merge_method": "--method", "base_model": "--base", "models": "--expert", "out_dtype": "--dtype",
         "out_shard_size": "--out-shard-size", "target": "--include", "target.include": "--include",
@@ -155,6 +168,8 @@ def _keys(experts: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
     keys |= {f"parameters.{name}": f"--{name}" for name in ("rank", "density", "lambda", "weight")}
     for index, name in enumerate(experts):
         keys |= {f"expert {name!r}": f"--expert {name}", f"models[{index}].model": f"--expert {name}"}
+        # what can be missing of one model; below, what has an option of its own
+        keys |= {f"models[{index}].parameters.{one}": f"--param {one}=VALUE" for one in required}
         keys |= {f"models[{index}].parameters.statistics": f"--statistics {name}"}
         keys |= {f"models[{index}].parameters.weight": f"--weight {name}", f"models[{index}].name": f"--expert {name}"}
     return keys

@@ -30,19 +30,20 @@ def tell_report(
 
 def show_report(report: MergeReport, verbose: bool = True, rehearsal: bool = False) -> None:
     """The report as a table and three lines; of a rehearsal, which took no time and wrote nothing, without the last."""
-    rows = [row for row in report.kinds if row.decomposed]
+    rows = [row for row in report.kinds if row.decomposed and row.delta_energy]  # none of a method without L and S
     if rows and verbose:
         _show_kinds(rows)
     elif rows:
-        energy = sum(row.delta_energy for row in rows) or 1.0
+        energy = sum(row.delta_energy for row in rows)
         low, sparse = (sum(getattr(row, name) for row in rows) / energy for name in ("low_energy", "sparse_energy"))
         print(
             f"energy of the task vectors kept: {100 * low:.1f} % in L, {100 * sparse:.1f} % in S (-v: per layer kind)"
         )
     for notice in report.notices:
         print_lines(f"note: {notice}")
+    count = len(report.experts)
     print_lines(
-        f"{report.method}: {len(report.experts)} experts, {report.tensors} tensors, {report.decomposed} decomposed, "
+        f"{report.method}: {count} expert{'s'[: count != 1]}, {report.tensors} tensors, {report.decomposed} decomposed, "
         f"backend {report.backend}, {report.threads} threads"
     )
     if rehearsal:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..command import Inputs, Json, Machine, Output, Quiet, Settings
+from ..command import Inputs, Json, Machine, Output, Quiet, Settings, as_options
 from ..errors import LorsError, print_lines
 from ..public import public
 from .options import Backend, method_names, pairs_of
@@ -29,7 +29,8 @@ def sweep(
         Settings(autocompletion=method_names, help="Compare methods with as many trials each; repeat."),
     ] = None,
     objective: Annotated[
-        list[str] | None, Settings(metavar="NAME[:min|max]", help="What the scorer reports; repeat.")
+        list[str] | None,
+        Settings(metavar="NAME[:min|max]", help="What the scorer reports, and which is better (default: min); repeat."),
     ] = None,
     sampler: Annotated[str, Settings(help="grid, random or tpe (Optuna).")] = "grid",
     trials: Annotated[
@@ -58,7 +59,8 @@ def sweep(
     from ..sweep.run import sweep as run
     from ..sweep.trials import Trial
 
-    given = {"rank": rank, "density": density, "lambda": lam, **pairs_of(param, "--param", str)}
+    more = pairs_of(param, "--param", str)
+    given = {"rank": rank, "density": density, "lambda": lam, **more}
     options = {name: text for name, text in given.items() if text is not None}
     if not options:
         raise LorsError("sweep: expected something to vary: --rank, --density, --lambda or --param")
@@ -75,16 +77,18 @@ def sweep(
             result = ", ".join(f"{value:.5g}" for value in trial.values) or f"{trial.state}: {trial.error}"
             print_lines(f"{trial.method} {trial.number}: {setting}: {result}")
 
-    done = run(
-        Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
-        sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
-        threads=threads, ray=ray, retry=retry, progress=show,
-    )  # fmt: skip
+    with as_options(lambda: {name: f"--param {name}" for name in more}):
+        done = run(
+            Recipe.load(recipe, SPECS), options, score, out, methods=method or (), objectives=objective or ("score",),
+            sampler=sampler, trials=trials, jobs=jobs, memory=budget, timeout=timeout, seed=seed, backend=backend,
+            threads=threads, ray=ray, retry=retry, progress=show,
+        )  # fmt: skip
     best = done.best()
     if as_json:
         print(json.dumps(done.to_dict(), indent=1))
     elif best is not None and not quiet:
+        goal = done.objectives[0]
         print_lines(
-            f"best: {best.method} {best.number}, {done.objectives[0].name} {best.values[0]:.5g} "
+            f"best: {best.method} {best.number}, {goal.name} {best.values[0]:.5g} ({goal.wanted}) "
             f"-> {public(out)}/best.yml, {public(out)}/index.html"
         )

@@ -103,7 +103,8 @@ def decompose(
         for checkpoint in (origin, tuned):
             if is_expert_file(checkpoint):
                 raise LorsError(f"{checkpoint.path}: expected a checkpoint, it is an expert file already")
-        compare(origin, tuned)
+        advice = "an expert file holds no tokens: merge the checkpoint with --vocabulary union"
+        compare(origin, tuned, advice=advice)
         parts = _parts(origin, chosen, rank, density)
         kind = index if index != "auto" else "gaps" if density < MASK_DENSITY else "mask"
         count = lors_kernels.thread_count(threads)

@@ -25,6 +25,7 @@ __all__ = ["OutputDirectory"]
 RECIPE_FILE = "lors_recipe.yml"
 
 _DEBRIS = re.compile(r"\.(?P<owner>.+)\.lors-\d+-[0-9a-f]{8}\.(?:tmp|old)", re.DOTALL)
+_PACKAGE = Path(os.path.realpath(__file__)).parents[1]
 _PATIENCE = 1.0  # seconds: a run that starts beside a target holds its lock while it removes a killed run's files
 
 
@@ -95,6 +96,8 @@ class OutputDirectory:
         target = self.target
         if target == Path(target.anchor):
             raise LorsError(f"{target}: expected a directory to write, got the root of the file system")
+        if _PACKAGE in (target, *target.parents):
+            raise LorsError(f"{target}: the output must not be inside {_PACKAGE}, where lors itself is installed")
         for input in self._inputs:
             if target == input or target in input.parents:
                 raise LorsError(f"{target}: the output would replace the input {input}")

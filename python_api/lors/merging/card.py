@@ -65,6 +65,7 @@ def write_card(
     backend: str,
     naming: str = "hf-whisper",
     carried: Mapping[str, Any] | None = None,
+    spoken: Sequence[str] = (),
 ) -> list[Path]:
     """Writes README.md and lors_recipe.yml into `directory` and returns their paths.
 
@@ -72,11 +73,12 @@ def write_card(
         parameters: what the method ran with (rank, density, lambda ...), shown as given.
         recipe: the recipe as YAML text, written to the recipe file as it is.
         naming: of the merged checkpoint; only Whisper models are tagged as speech recognisers.
+        spoken: codes of languages that the model has tokens for, besides those that Whisper was trained on.
         carried: what `carried_over` found in the base's card; its languages count if the experts' names tell none.
 
     Raises LorsError when the files cannot be written.
     """
-    header = _header(base, experts, naming, carried or {})
+    header = _header(base, experts, naming, carried or {}, spoken)
     text = _render(header, base, experts, method, parameters, recipe, backend, naming)
     written = [directory / "README.md", directory / RECIPE_FILE]
     for path, content in zip(written, (text + _seal(text), _ended(recipe)), strict=True):
@@ -95,11 +97,18 @@ def _seal(text: str) -> str:
     return f"{_MARK}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def languages(names: Iterable[str]) -> list[str]:
-    """The Whisper languages that experts are named after, in their order: ["ca", "sv-SE", "mix"] -> ["ca", "sv"]."""
-    known = _WHISPER_LANGUAGES.split()
-    codes = (re.split(r"[-_]", name.lower())[0] for name in names)
-    return list(dict.fromkeys(code for code in codes if code in known))
+def languages(names: Iterable[str], spoken: Iterable[str] = ()) -> list[str]:
+    """The languages that experts are named after, in their order: ["ca", "sv-SE", "expert-de", "mix"] -> ["ca", "sv", "de"].
+
+    Whisper's, and those `spoken` besides. A name begins or ends with the code.
+    """
+    known = {*_WHISPER_LANGUAGES.split(), *spoken}
+    found = (next((code for code in (parts[0], parts[-1]) if code in known), None) for parts in map(_parts, names))
+    return list(dict.fromkeys(code for code in found if code is not None))
+
+
+def _parts(name: str) -> list[str]:
+    return re.split(r"[-_]", name.lower())
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +189,9 @@ _WHISPERS = (HF_WHISPER, OPENAI_WHISPER)
 _CARRIED = tuple(_Carried.model_fields)
 
 
-def _header(base: Input, experts: Sequence[Input], naming: str, carried: Mapping[str, Any]) -> dict[str, Any]:
+def _header(
+    base: Input, experts: Sequence[Input], naming: str, carried: Mapping[str, Any], spoken: Sequence[str]
+) -> dict[str, Any]:
     header: dict[str, Any] = {}
     if naming == "hf-whisper":
         header["library_name"] = "transformers"
@@ -191,8 +202,8 @@ def _header(base: Input, experts: Sequence[Input], naming: str, carried: Mapping
     if hub_ids:
         header["base_model"] = hub_ids
         header["base_model_relation"] = "merge"
-    if spoken := languages(source.name for source in experts) or carried.get("language"):
-        header["language"] = spoken
+    if found := languages((source.name for source in experts), spoken) or carried.get("language"):
+        header["language"] = found
     header.update({key: carried[key] for key in ("license", "license_name", "license_link") if key in carried})
     return header
 

@@ -79,7 +79,8 @@ def edit(
             _require_exact(checkpoint, source, bound, ledger, experts)
         report = _apply(checkpoint, source, bound, index, remove, output, backend, threads)
         require_unchanged((checkpoint, source.checkpoint))
-        report.notices += notices
+        report.experts = [one.name for one in experts]
+        report.notices += [f"{'removed' if remove else 'added'} {source.name}", *notices]
         _describe(output, checkpoint, recipe, Ledger(ledger.base, experts, ledger.edits + 1), report, carried)
         output.commit()
     report.seconds, report.peak_memory = time.perf_counter() - begun, peak_memory()
@@ -205,7 +206,6 @@ def _apply(
     from .publish import weight_writer
 
     report = new_report(recipe, str(output.target), backend, threads)
-    report.experts = [source.name]
     source.require_names(merged)
     position, sign = recipe.experts.index(index), -1.0 if remove else 1.0
 
@@ -236,17 +236,15 @@ def _describe(
         output.copy(card, kept)
         report.notices.append(f"README.md was changed by hand and is written anew; what it was is kept in {kept}")
     write_ledger(output, ledger.base, ledger.experts, ledger.edits)
-    from ..methods import SPECS
-    from .publish import plain_value
+    from .publish import parameters_of
 
-    shared = {spec.name: plain_value(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
     with writing(output.path):
         write_card(
             output.path,
             base=ledger.base,
             experts=ledger.experts,
             method=recipe.merge_method,
-            parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
+            parameters=parameters_of(recipe),
             recipe=recipe.published().to_yaml(),
             backend=report.backend,
             naming=merged.naming,

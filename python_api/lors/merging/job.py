@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import lors_kernels
+from lors_kernels.types import MisconfiguredError
 
 from ..checkpoints import layers
 from ..checkpoints.compatibility import compare
@@ -110,7 +111,7 @@ def prepare(
     report = new_report(recipe, public(str(out)), backend, threads)
     models = open_models(recipe, stack)
     base, experts = models.base, models.experts
-    report.experts = [expert.name for expert in experts]
+    report.experts = [expert.name for expert in experts if expert is not base or recipe.base_model is None]
     base.sidecars(), base.card()  # a link that is refused is refused before the work
     job = planned(recipe, models.sources, base.naming, base.config, report)
     beside = companions(base, experts, report.notices)
@@ -168,6 +169,8 @@ def _backend_name(name: str | None) -> str:
 
 def _no_backend(name: str | None, error: Exception) -> LorsError:
     """The error for kernels that cannot run: about the setting only where there is one."""
+    if isinstance(error, MisconfiguredError):
+        return LorsError(str(error))
     problem = str(error).removeprefix("backend: ")
     return LorsError(f"backend {problem}") if name is None else SettingError("backend", problem)
 

@@ -11,6 +11,7 @@ from ..checkpoints.reader import Checkpoint
 from ..checkpoints.writer import TorchWriter, WeightWriter
 from ..engine.work import Work
 from ..methods import SPECS
+from ..recipes.parameters import REQUIRED, Setting
 from ..recipes.recipe import Recipe
 from .card import Input, write_card
 from .job import DirectoryJob
@@ -52,7 +53,6 @@ def accompany(recipe: Recipe, job: DirectoryJob, hashes: Mapping[Checkpoint, Map
     labels = list(recipe.labels)
     listed = [labels.index(expert.name) if expert.name in labels else None for expert in experts]
     weights = {expert.name: plain_value(recipe, "weight", index) for expert, index in zip(experts, listed, strict=True)}
-    shared = {spec.name: plain_value(recipe, spec.name, None) for spec in SPECS[recipe.merge_method].parameters}
     sources = [Input.of(expert, hashes[expert], weights[expert.name]) for expert in experts]
     write_ledger(output, Input.of(base, hashes[base]), sources)
     write_card(
@@ -60,12 +60,38 @@ def accompany(recipe: Recipe, job: DirectoryJob, hashes: Mapping[Checkpoint, Map
         base=Input.of(base, hashes[base]),
         experts=sources,
         method=recipe.merge_method,
-        parameters={name: value for name, value in shared.items() if value is not None and name != "weight"},
+        parameters=parameters_of(recipe),
         recipe=text,
         backend=job.report.backend,
         naming=base.naming,
         carried=job.carried,
+        spoken=[] if job.models.alignment is None else job.models.alignment.languages(),
     )
+
+
+def parameters_of(recipe: Recipe) -> dict[str, str]:
+    """The parameters of a card but the weight, which stands with each expert: what the merge took, or the default, in words."""
+    found = {}
+    for spec in SPECS[recipe.merge_method].parameters:
+        default = None if spec.default in (None, REQUIRED) else str(spec.default)
+        shared = _worded(recipe.parameters[spec.name]) if spec.name in recipe.parameters else default
+        own = {recipe.labels[i]: recipe.models[i].parameters.get(spec.name) for i in recipe.experts}
+        if any(own.values()):
+            each = {label: shared if setting is None else _worded(setting) for label, setting in own.items()}
+            shared = "; ".join(f"{label}: {text}" for label, text in each.items() if text is not None)
+        if shared is not None and spec.name != "weight":
+            found[spec.name] = shared
+    return found
+
+
+def _worded(setting: Setting) -> str:
+    """0.2; 0.1 to 0.3 over the depth; 0.1 where a name has fc1, else 0.2."""
+    texts: list[str] = []
+    for one in setting.conditions:
+        value = f"{' to '.join(map(str, one.value))} over the depth" if isinstance(one.value, tuple) else str(one.value)
+        place = "else " if texts else ""
+        texts.append(f"{place}{value}" if one.filter in (None, "*") else f"{value} where a name has {one.filter}")
+    return ", ".join(texts)
 
 
 def plain_value(recipe: Recipe, name: str, model: int | None) -> Any:

@@ -7,6 +7,7 @@ their new tokens (languages, tasks, what is not to be said) joins them, in the i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,10 @@ class Alignment:
         more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
         first = self.united.new[tokens[0]]
         return f"vocabulary: {len(tokens)} new tokens from id {first} on: {', '.join(tokens[:3])}{more}"
+
+    def languages(self) -> list[str]:
+        """Codes of the languages whose tokens experts add: "ast" of <|ast|>."""
+        return [found[1] for token in self.united.new if (found := re.fullmatch(r"<\|([a-z]{2,3})\|>", token))]
 
     def sources(self, sources: Sequence[Source], recipe: Recipe, indices: Sequence[int]) -> list[Source]:
         """The models' sources, the base's first, with united tables. indices: of the experts in the recipe."""

@@ -182,7 +182,7 @@ class Recipe(Document):
             check_labels(recipe.models)
             return recipe if methods is None else recipe.bind(methods)
         except ValidationError as error:
-            problem: LorsError = SettingError(*first_problem(error, _MAPPINGS, _EXPECTED))
+            problem: LorsError = SettingError(*_placed(*first_problem(error, _MAPPINGS, _EXPECTED), methods or {}))
         except LorsError as error:
             problem = error
         raise LorsError(f"{file}: {problem}") if file else problem
@@ -475,6 +475,14 @@ def _absolute(path: str) -> str:
     """An absolute path without `..`; through symbolic links as the system goes."""
     plain = os.path.abspath(path)
     return plain if os.path.exists(plain) and os.path.samefile(plain, path) else os.path.realpath(path)
+
+
+def _placed(place: str, what: str, methods: Mapping[str, MethodSpec]) -> tuple[str, str]:
+    """(where, what is wrong); of a parameter that stands among the keys, where it belongs."""
+    where, _, key = f".{place}".rpartition(".")
+    if what.startswith("unknown key") and any(spec.parameter(key) for spec in methods.values()):
+        what = f"unknown key {key!r}; it is a parameter: put it under {f'{where}.parameters'.lstrip('.')}:"
+    return place, what
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -231,13 +231,18 @@ def evaluate(
 
     lors evaluate base merged --data corpus/ --languages ca,de --compare base,merged
     """
-    from .data.languages import parse_languages
+    from .data.languages import language_name, parse_languages
     from .data.utterance import parse_tasks
     from .scoring.evaluation import evaluate as run
     from .scoring.evaluation import make_room, model_names
 
     require_extra()
     # All that can be wrong is looked at before hours of decoding.
+    if odd := [model for model in models if not Path(model).exists() and language_name(model) != model]:
+        codes = ",".join((languages, *odd))
+        raise LorsError(
+            f"evaluate: expected models, got the language {odd[0]!r}; separate languages by commas: --languages {codes}"
+        )
     wanted, chosen = parse_languages(languages), parse_tasks(tasks)
     pair = None if compare is None else _pair(compare, model_names(models))
     if out is not None:

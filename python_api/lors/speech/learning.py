@@ -24,12 +24,12 @@ from ..methods import SPECS
 from ..progress import bar
 from ..recipes import strict_yaml
 from ..recipes.recipe import Recipe
-from .data.corpus import load_corpus
+from .data.corpus import load_corpus, name_of
 from .data.features import Features, kept_in, window
 from .data.left_out import SHARE, LeftOut
 from .data.utterance import Corpus
 from .model.tokens import labels
-from .model.whisper import load_model, load_processor, quiet, require_languages, resolve_model
+from .model.whisper import load_model, load_processor, quiet, require_languages
 from .scoring.evaluation import Decoder
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def learn(
             sample_seed=sample_seed, progress=progress,
         )  # fmt: skip
     settings = settings_of(how.parts, weights)
-    named = {name: resolve_model(source) for name, source in experts.items()}  # `tiny` is a name of this part alone
-    recipe = Recipe.from_arguments(
-        resolve_model(base), named, FORMS[how.parts].method, methods=SPECS, rest="average", **settings
-    )
+    recipe = Recipe.from_arguments(base, experts, FORMS[how.parts].method, methods=SPECS, rest="average", **settings)
     spoken = ", ".join(dict.fromkeys(languages[name] for name in experts))
     with OutputFile(out, LEARNED, force=force) as file:
         head = f"{LEARNED.begins.decode()}: {how.steps} steps on up to {limit} recordings of each of {spoken}\n"
@@ -170,7 +167,7 @@ def learned_weights(
             name: list(pseudo_labels(Decoder.of(model, processor, home, left_out=left_out), parts[name], tasks[name]))
             for name, model in models.items()
         }
-        left_out.require_few("corpus", sum(map(len, parts.values())))
+        left_out.require_few(name_of(data), sum(map(len, parts.values())))
         for name, items in heard.items():
             if not items:
                 raise LorsError(f"{name}: expected recordings in which it hears words, got none")

@@ -17,7 +17,7 @@ _DECADE = 10  # values that span more than so much lie on a logarithmic axis
 def render(state: Sweep) -> str:
     """HTML of a finished sweep."""
     methods = list(dict.fromkeys(trial.method for trial in state.trials))
-    goals = " and ".join(f"{goal.name} ({'highest' if goal.maximize else 'lowest'})" for goal in state.objectives)
+    goals = " and ".join(f"{goal.name} ({goal.wanted})" for goal in state.objectives)
     lead = f"{len(state.trials)} trials of {', '.join(methods)}; wanted: {goals}."
     sections = [
         html.findings(findings(state)),

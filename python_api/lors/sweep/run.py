@@ -27,7 +27,7 @@ import yaml
 
 import lors_kernels
 
-from ..errors import LorsError, nearest
+from ..errors import LorsError, SettingError, nearest
 from ..methods import SPECS
 from ..public import public_text
 from ..recipes.recipe import Recipe
@@ -135,7 +135,12 @@ def _require_same(home: Home, before: Mapping[str, Any], plan: Mapping[str, Any]
     now = json.loads(json.dumps(plan))
     odd = [key for key in now if before.get(key) != now[key] and not (key == "score" and not state.complete)]
     if odd:
-        raise LorsError(f"{home}: holds a sweep with another {odd[0]}; use a new directory, or the same settings")
+        what = f"with another {odd[0].removesuffix('s')}"
+        if odd[0] == "options":
+            there, here = before.get("options"), now["options"]
+            there = there if isinstance(there, dict) else {}
+            what = f"of other values of {next(n for n in {**there, **here} if there.get(n) != here.get(n))}"
+        raise LorsError(f"{home}: holds a sweep {what}; use a new directory, or the same settings")
 
 
 @contextlib.contextmanager
@@ -160,9 +165,9 @@ def _space(method: str, options: Mapping[str, str]) -> Space:
     everywhere = {name for other in SPECS for name in axes(other)}
     for name in options:
         if name not in everywhere:
-            raise LorsError(f"--{name}: no method has such a parameter{nearest(name, everywhere)}")
+            raise SettingError(name, f"no method has such a parameter{nearest(name, everywhere)}")
     if not known.keys() & options.keys():
-        raise LorsError(f"--{next(iter(options), 'rank')}: method {method} has no such parameter{nearest('', known)}")
+        raise SettingError(next(iter(options), "rank"), f"method {method} has no such parameter{nearest('', known)}")
     return Space.of(method, known, options)
 
 

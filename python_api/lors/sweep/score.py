@@ -32,6 +32,8 @@ _TAIL = 1 << 16  # bytes that are kept of what a scorer prints, of each stream
 _SHOWN = 300  # characters of an error
 _TICK = 0.1  # seconds until it is noticed that the sweep was stopped
 _GRACE = 2.0  # seconds for a scorer that has printed its score to end, when the sweep is stopped
+# Scores of which everybody knows that more is better: to minimise one is a slip, unless it is said.
+_HIGHER = ("accuracy", "bertscore", "bleu", "chrf", "chrf++", "comet", "f1", "meteor", "rouge")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,21 @@ class Objective:
     name: str
     maximize: bool = False
 
+    @property
+    def wanted(self) -> str:
+        """Which of its values is the best, in a word."""
+        return "highest" if self.maximize else "lowest"
+
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """ "wer", "wer:min" or "bleu:max"."""
+        """ "wer", "wer:min" or "bleu:max": the least is the best where nothing is said."""
         name, _, direction = text.partition(":")
         if not name or direction not in ("", "min", "max"):
             raise LorsError(f"--objective: expected NAME, NAME:min or NAME:max, got {text!r}")
+        if not direction and name.lower() in _HIGHER:
+            raise LorsError(
+                f"--objective: expected {name}:max (or {name}:min), for the least is taken otherwise, got {text!r}"
+            )
         return cls(name, direction == "max")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import LorsError
+from ..errors import SettingError
 from ..recipes.parameters import ParameterSpec
 
 __all__ = ["Axis", "Space"]
@@ -31,12 +31,11 @@ class Axis:
 
     @classmethod
     def parse(cls, spec: ParameterSpec, text: str) -> Axis:
-        """LorsError names the option and what is wrong with it."""
-        where = f"--{spec.name} {text}"
+        """SettingError says what is wrong with the values."""
         try:
             if ":" not in text:
                 return cls(spec.name, _distinct(spec.check(_number(item)) for item in text.split(",")))
-            low, high, *step = (float(item) for item in text.split(":"))
+            low, high, *step = _bounds(text)
             if len(step) > 1 or not low <= high:
                 raise ValueError("expected FROM:TO or FROM:TO:STEP with FROM <= TO")
             if not step:
@@ -49,10 +48,17 @@ class Axis:
             # rounded, so that 0.05 + 2 * 0.05 is 0.15 in the recipe and in the tables
             return cls(spec.name, _distinct(spec.check(round(low + i * step[0], 10)) for i in range(count)))
         except ValueError as error:
-            raise LorsError(f"{where}: {error}") from None
+            raise SettingError(spec.name, f"{text}: {error}") from None
 
     def draw(self, generator: random.Random) -> Any:
         return generator.choice(self.values) if self.interval is None else generator.uniform(*self.interval)
+
+
+def _bounds(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(":")]
+    except ValueError:
+        raise ValueError("expected numbers as FROM:TO or FROM:TO:STEP") from None
 
 
 def _number(text: str) -> Any:
@@ -82,7 +88,7 @@ class Space:
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every setting; the last axis changes fastest, and lambda is put last, where changing it costs least."""
         if open_ended := [axis.name for axis in self.axes if axis.interval]:
-            raise LorsError(f"--{open_ended[0]}: a grid needs a step: FROM:TO:STEP, or --sampler random or tpe")
+            raise SettingError(open_ended[0], "a grid needs a step: FROM:TO:STEP, or --sampler random or tpe")
         axes = sorted(self.axes, key=lambda axis: axis.name == "lambda")
         for values in itertools.product(*(axis.values for axis in axes)):
             yield {axis.name: value for axis, value in zip(axes, values, strict=True)}

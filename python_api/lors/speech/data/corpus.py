@@ -21,7 +21,7 @@ from .manifest import read_manifest
 from .opened import by_datasets
 from .utterance import Corpus, Utterance
 
-__all__ = ["corpus_digest", "is_kind", "load_corpus"]
+__all__ = ["corpus_digest", "is_kind", "load_corpus", "name_of"]
 
 
 def load_corpus(
@@ -48,7 +48,7 @@ def load_corpus(
     belongs to all of them; `split` None takes every one of a manifest or a loaded corpus. LorsError when a file, a column
     or a language is missing, an id comes twice, or nothing is left.
     """
-    name, of = "corpus" if isinstance(source, list) else str(source), f" in split {split!r}" if split else ""
+    name, of = name_of(source), f" in split {split!r}" if split else ""
     if limit is not None and limit < 1:
         raise LorsError(f"{name}: expected a limit of at least 1, got {limit}")
     left_out = LeftOut() if left_out is None else left_out
@@ -67,6 +67,11 @@ def load_corpus(
     left_out.require_few(name, total + len(left_out.unusable) - left_out.accepted)
     left_out.accept()
     return _unique(corpus, name)
+
+
+def name_of(source: str | Path | Corpus) -> str:
+    """What messages call a corpus: as it was given, one loaded before "corpus"."""
+    return "corpus" if isinstance(source, list) else str(source)
 
 
 def is_kind(source: str) -> bool:
@@ -89,10 +94,10 @@ def _by_language(
     source: str | Path | Corpus, wanted: tuple[str, ...], split: str | None, left_out: LeftOut
 ) -> Iterator[tuple[str, Iterable[Utterance]]]:
     """(language, its utterances of the split) for each of `wanted`."""
+    name = name_of(source)
     if isinstance(source, list):
-        name, everything = "corpus", source
+        everything = source
     else:
-        name = str(source)
         if is_kind(name):
             kind, _, place = name.partition(":")
             if split is None:

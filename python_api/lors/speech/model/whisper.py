@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.hub import HUB_ID
+from ...checkpoints.hub import HUB_ID, SHIPPED, SourceNotFound, shipped
 from ...checkpoints.reader import open_checkpoint
-from ...errors import LorsError, first_line, nearest, shown
+from ...errors import LorsError, SettingError, first_line, nearest, shown
 from ...files import strict_json
 from ...files.remote import is_url
 
@@ -19,13 +19,6 @@ __all__ = [
     "DTYPES", "SHIPPED", "gpus", "has_times", "load_model", "load_processor", "local_model", "quiet", "require_languages",
     "resolve_model", "torch_device",
 ]  # fmt: skip
-
-# Tiny bases trained by pretrain.py; bases/README.md holds the command and the log.
-SHIPPED = {
-    "tiny": Path(__file__).parent.parent / "bases" / "final",
-    "tiny-early": Path(__file__).parent.parent / "bases" / "early",
-}
-
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -35,13 +28,14 @@ def resolve_model(source: str | Path) -> str:
 
     What is local is checked to be a Whisper. LorsError for what can be none of these.
     """
-    path = SHIPPED.get(str(source), Path(source))
+    path = shipped(str(source)) or Path(source)
     if path.exists():
         _check_whisper(path)
         return str(path)
     if is_url(str(source)) or (HUB_ID.fullmatch(str(source)) and not isinstance(source, Path)):
         return str(source)
-    raise LorsError(f"{source}: expected a model directory, a hub id or {' or '.join(SHIPPED)}, got none of them")
+    looked = "" if path.is_absolute() else f"; looked for in {Path.cwd()}"
+    raise SourceNotFound(str(source), f"expected a model directory, a hub id, {' or '.join(SHIPPED)}{looked}")
 
 
 def local_model(source: str | Path) -> Path:
@@ -117,11 +111,12 @@ def torch_device(device: str) -> Any:
     except RuntimeError:
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise LorsError(f"device: expected cpu or cuda, got {device!r}")
+        raise SettingError("device", f"expected cpu or cuda, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise LorsError(f"device: {device!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
+        raise SettingError("device", f"{device!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise LorsError(f"device: {device!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise SettingError("device", f"{device!r} was asked for, and there are {count} CUDA devices")
     return chosen
 
 

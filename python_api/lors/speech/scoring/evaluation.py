@@ -15,7 +15,7 @@ from ...files.replaceable import ANSWERS, LEFT_OUT, SCORES, require_file
 from ...files.writing import writing
 from ...progress import bar
 from ..data.audio import SAMPLE_RATE, duration
-from ..data.corpus import load_corpus
+from ..data.corpus import load_corpus, name_of
 from ..data.features import LONG_FORM, Features, kept_in
 from ..data.languages import parse_languages
 from ..data.left_out import SHARE, LeftOut
@@ -187,7 +187,7 @@ def evaluate(
             found = []
             for part in parts.values():
                 found += decoder.results(name, part, chosen, decoded)
-                left_out.require_few("corpus" if isinstance(data, list) else str(data), len(corpus))
+                left_out.require_few(name_of(data), len(corpus))
             results += sorted(
                 found, key=lambda result: chosen.index(result.task)
             )  # stable: languages stay in their order

@@ -22,7 +22,7 @@ from ...files.directory import OutputDirectory
 from ...files.replaceable import CHECKPOINTS, RUN, foreign, require_file
 from ...files.writing import writing
 from ...public import public
-from ..data.corpus import load_corpus
+from ..data.corpus import load_corpus, name_of
 from ..data.languages import parse_languages
 from ..data.left_out import SHARE, LeftOut
 from ..data.utterance import Corpus, parse_tasks
@@ -124,7 +124,9 @@ def finetune(
             target = output.path if group is groups[-1] else final
             shown = progress and first_process()
             runs = scratch.with_name(f"{out.name}.runs") / place.name
-            job = Job(start, place, target, spoken, heard, chosen, training, features, left_out, shown, runs)
+            job = Job(
+                start, place, target, spoken, heard, chosen, training, features, left_out, shown, runs, name_of(data)
+            )
             records.append(_once(job, final / "record.json"))
             start = str(final)
         result = _summary(out, wanted, chosen, records, left_out)

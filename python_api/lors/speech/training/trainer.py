@@ -83,6 +83,7 @@ class Job:
     left_out: LeftOut
     progress: bool
     runs: Path  # of TensorBoard
+    name: str  # of the corpus, in messages
 
     def run(self) -> Record:
         """Trains, from the last complete checkpoint where there is one."""
@@ -91,7 +92,7 @@ class Job:
         processor, model = load_processor(self.source), load_model(self.source)
         augment = model.config.apply_spec_augment  # as the model came; what is trained with is a setting
         features, longest = Features(processor.feature_extractor, self.features), model.config.max_target_positions
-        data = _Dataset.build(self.corpus, self.tasks, processor.tokenizer, longest, features, self.left_out)
+        data = _Dataset.build(self.corpus, self.tasks, processor.tokenizer, longest, features, self.left_out, self.name)
         checkpoint = _last_checkpoint(self.scratch, self.training.max_steps)
         arguments = _arguments(self.training, self.scratch)
         dev = _DevSet.of(
@@ -175,7 +176,7 @@ class _Trainer(Seq2SeqTrainer):
         given to be divided by `num_items_in_batch`: with N batches to a step the gradient would be N times too large.
         """
         self.dev.left_out.note(inputs["unusable"])
-        self.dev.left_out.require_few("corpus", len(self.train_dataset))
+        self.dev.left_out.require_few(self.train_dataset.name, len(self.train_dataset))
         labels, config = inputs["labels"], self.accelerator.unwrap_model(model).config
         spoken = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         outputs = model(input_features=inputs["input_features"], decoder_input_ids=spoken)
@@ -350,17 +351,25 @@ class _Dataset:
     rows: list[tuple[int, list[int]]]
     features: Features
     skipped: int
+    name: str
 
     @classmethod
     def build(
-        cls, corpus: Corpus, tasks: Sequence[str], tokenizer: Any, longest: int, features: Features, left_out: LeftOut
+        cls,
+        corpus: Corpus,
+        tasks: Sequence[str],
+        tokenizer: Any,
+        longest: int,
+        features: Features,
+        left_out: LeftOut,
+        name: str,
     ) -> _Dataset:
         readable = []
         for utterance in corpus:  # now, and not after hours when the turn of a recording comes
             with left_out.unless_unusable():
                 require_window(utterance.audio, features.extractor)
                 readable.append(utterance)
-        left_out.require_few("corpus", len(corpus))
+        left_out.require_few(name, len(corpus))
         rows: list[tuple[int, list[int]]] = []
         skipped = 0
         for task in tasks:
@@ -373,8 +382,8 @@ class _Dataset:
                 else:
                     rows.append((row, ids))
         if not rows:
-            raise LorsError(f"corpus: expected utterances with a reference for {', '.join(tasks)}, got none")
-        return cls(readable, rows, features, skipped)
+            raise LorsError(f"{name}: expected utterances with a reference for {', '.join(tasks)}, got none")
+        return cls(readable, rows, features, skipped, name)
 
     def __len__(self) -> int:
         return len(self.rows)
