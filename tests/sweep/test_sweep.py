@@ -489,7 +489,7 @@ def test_the_last_line_says_which_was_the_best(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "r.yml").write_text(recipe.to_yaml(resolved=True))
-    (tmp_path / "score.sh").write_text('case $1 in *-0*) echo 3;; *) echo 4;; esac\n')
+    (tmp_path / "score.sh").write_text("case $1 in *-0*) echo 3;; *) echo 4;; esac\n")
     arguments = ["sweep", tmp_path / "r.yml", "--lambda", "0.1,0.2", "--objective", objective, "-o", tmp_path / "s"]
     monkeypatch.setattr("sys.argv", ["lors", *map(str, arguments), "--score", f"sh {tmp_path}/score.sh"])
     main()
