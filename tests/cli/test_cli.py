@@ -328,7 +328,7 @@ def test_validate_every_instruction_set(isa: str) -> None:
 
 def test_validate_without_its_kernels_fails() -> None:
     done = run("validate", "--quick", env={"LORS_ISA": "mmx"}, check=1)
-    assert "cpu: broken: ValueError: LORS_ISA: expected one of" in done.stderr
+    assert "cpu: broken: LORS_ISA: expected one of" in done.stderr
 
 
 def test_help_is_fast_and_version_is_told() -> None:
