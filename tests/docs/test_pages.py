@@ -28,7 +28,7 @@ from lors.speech.demo import RECORDINGS
 from lors.speech.model.whisper import local_model
 
 EXPORT = pages.DOCS / "how-to" / "export.md"
-ELSEWHERE = {EXPORT.name, "new-language.md"}  # pages of tests of their own: below, and tests/speech/test_new_language.py
+ELSEWHERE = {EXPORT.name, "new-language.md"}  # below, and tests/speech/test_new_language.py
 PAGES = [
     pages.ROOT / "README.md",
     pages.DOCS / "getting-started.md",
