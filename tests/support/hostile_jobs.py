@@ -66,6 +66,9 @@ def merge(base: str, experts: dict[str, str], out: str, force: bool) -> None:
     lors.merge(base, experts, out, force=force, threads=2)
 
 
+def nothing() -> None: ...
+
+
 def edit(out: str, expert: str, remove: bool) -> None:
     from lors.merging.edit import edit as run
 
