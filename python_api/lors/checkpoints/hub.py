@@ -32,7 +32,7 @@ def shipped(source: str) -> Path | None:
     """The directory of the base that comes with lors under this name; LorsError where something here bears it too."""
     if source in SHIPPED and os.path.lexists(source):
         raise LorsError(
-            f"{source}: a base that comes with lors is called so, and something here: ./{source} is the latter"
+            f"{source}: a base that comes with lors is called so, and something here: {Path(source).absolute()} is the latter"
         )
     return SHIPPED.get(source)
 
